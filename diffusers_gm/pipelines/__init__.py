@@ -1,0 +1,2 @@
+from .pipeline_gm_sgm import GMSGMPipeline as GMSGMPipeline
+from .pipeline_ncsnv2 import NCSNv2Pipeline as NCSNv2Pipeline

@@ -1,0 +1,15 @@
+"""Unconditional generation with a Gaussian-mixture score-based model."""
+
+from .common import UnconditionalPipeline
+
+
+class GMSGMPipeline(UnconditionalPipeline):
+    """Unconditional generation with a network trained on Gaussian-mixture noise.
+
+    Args:
+        unet: network from `(B, C, H, W)` noisy images and a timestep to an output of the same shape.
+        scheduler: a `GMLangevinScheduler` that describes the network (noise space, mixture, prediction type), or any
+            other scheduler whose noise space suits it.
+    """
+
+    default_num_inference_steps = 50

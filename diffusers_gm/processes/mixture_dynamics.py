@@ -1,0 +1,72 @@
+"""Updates of Gaussian-mixture score-based models, beside the Langevin steps of `annealed`.
+
+All act on `y` with the denoiser `D` frozen over the step. `precision` is the factor w of
+`GaussianMixtureNoise.residual_precision` (1 for Gaussian noise): the score is `w (D - y) / sigma^2`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def exponential_step(
+    y: Tensor, denoised: Tensor, sigma: float, a: float | Tensor, noise: Tensor, precision: float | Tensor = 1.0
+) -> Tensor:
+    """Langevin dynamics over time `a` (random, for jump sizes: `a * c_k^2`), integrated exactly for frozen D.
+
+    `D + e (y - D) + sigma sqrt((1 - e^2) / w) z` with `e = exp(-a w)`: stable for any a. For data much wider than
+    sigma the stationary variance is short by the factor `(1 + e) / 2`.
+    """
+    e = torch.exp(-torch.as_tensor(a * precision, dtype=y.dtype, device=y.device))
+    return denoised + e * (y - denoised) + sigma * ((1 - e**2) / precision).sqrt() * noise
+
+
+def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """The time `a` of `exponential_step` for each level of a run; no published rule exists, this is ours.
+
+    A long step forgets the level above, `q (g^2 - 1)` with `q = E[e^2]^T`, but narrows wide data, `(1 - E[e]) / 2`:
+    the sum of both errors of the variance is minimised on a logarithmic grid (relative accuracy 2%).
+
+    Args:
+        ratio: `sigma_{i-1} / sigma_i` of each level, `(L,)`.
+        num_steps: Langevin steps of each level, `(L,)`.
+        weights, scales: the mixture of jump sizes, `(K,)` each.
+    """
+    a = torch.logspace(-6, 3, 1025, dtype=torch.float64)
+    e = torch.exp(-a[:, None] * scales.double() ** 2)
+    kept, contraction = (e * weights).sum(1), (e**2 * weights).sum(1)
+    error = contraction ** num_steps.double()[:, None] * (ratio.double()[:, None] ** 2 - 1) + (1 - kept) / 2
+    return a[error.argmin(1)]
+
+
+def ancestral_step(
+    y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, scales: float | Tensor, noise: Tensor
+) -> Tensor:
+    """Reverse Gaussian-mixture Brownian motion: `y + (1 - rho)(D - y) + c sigma_next sqrt(1 - rho) z`, `rho =
+    (sigma_next / sigma)^2`.
+
+    `scales` are jump sizes c drawn from the posterior of the component given y, at every step: the sampler switches
+    between large jumps and small roaming. With c = 1 it is DDPM's ancestral step. First order in the log ratio.
+    """
+    rho = (sigma_next / sigma) ** 2
+    return y + (1 - rho) * (denoised - y) + scales * (sigma_next * math.sqrt(1 - rho)) * noise
+
+
+def ode_step(
+    y: Tensor,
+    denoised: Tensor,
+    sigma: float,
+    sigma_next: float,
+    previous_denoised: Tensor | None = None,
+    previous_sigma: float | None = None,
+) -> Tensor:
+    """Probability flow `dy / dsigma = (y - D) / sigma`, exact for any fixed law of the noise.
+
+    With the previous call's denoiser, D is extrapolated linearly in log sigma to the middle of the step: second
+    order, the exponential two-step method known as DPM-Solver++(2M) (arXiv 2211.01095). Without it, first order.
+    """
+    if previous_denoised is not None and previous_sigma is not None:
+        half = 0.5 * math.log(sigma / sigma_next) / math.log(previous_sigma / sigma)
+        denoised = denoised + half * (denoised - previous_denoised)
+    return denoised + (sigma_next / sigma) * (y - denoised)

@@ -1,0 +1,173 @@
+"""Noise spaces: how a network wants to see the noisy image `y = x0 + sigma * n`.
+
+Every sampler of this package works on `y`, its noise level `sigma` and the denoiser `D(y; sigma) = E[x0 | y]`.
+A network is fed `alpha(sigma) * y` and a timestep label instead, and answers in one of several conventions. This
+module is the only place that knows about those: timestep <-> sigma <-> alpha, and network output -> `D`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["vp", "ve", "flow"]
+
+# The largest noise level a sampler starts from when the schedule's own is infinite (zero terminal SNR, flow at
+# s = 1): the sample is unit noise to within 1 / MAX_SIGMA. diffusers uses the same figure (abar = 2**-24).
+MAX_SIGMA = 4096.0
+
+PREDICTION_TYPES: dict[str, tuple[str, ...]] = {
+    "vp": ("epsilon", "sample", "v_prediction", "score", "scaled_score"),
+    "ve": ("epsilon", "sample", "v_prediction", "score", "scaled_score"),
+    "flow": ("flow_prediction", "epsilon", "sample", "score", "scaled_score"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSpace:
+    """One of the three conventions by which pretrained networks see a noisy image.
+
+    | kind | alpha(sigma) | timestep label |
+    |---|---|---|
+    | `vp` | `1 / sqrt(1 + sigma^2)` | index t of the beta schedule, in `[0, N - 1]` |
+    | `ve` | as `vp`, or 1 if not `scale_input` | index on a geometric ladder, 0 = smallest sigma |
+    | `flow` | `1 / (1 + sigma)` | `N * s` with `sigma = s / (1 - s)`, in `[0, N]` |
+
+    Fractional labels are meaningful in all three: between integers, `log sigma` is interpolated linearly.
+
+    Attributes:
+        kind: `vp`, `ve` or `flow`.
+        num_train_timesteps: N.
+        log_sigmas: `(N,)` float64, increasing: `log sigma` at the integer labels (`vp`, `ve`); None in `flow`.
+        scale_input: `ve` only: whether the network is fed `y / sqrt(1 + sigma^2)` (True) or `y` itself.
+    """
+
+    kind: Kind
+    num_train_timesteps: int
+    log_sigmas: Tensor | None = None
+    scale_input: bool = True
+
+    @classmethod
+    def vp(cls, alphas_cumprod: Tensor) -> "NoiseSpace":
+        """The space of a DDPM network with cumulative products `alphas_cumprod`, shape `(N,)`, in [0, 1)."""
+        abar = alphas_cumprod.double().clamp(min=1 / (1 + MAX_SIGMA**2))
+        return cls("vp", len(abar), 0.5 * (torch.log1p(-abar) - abar.log()))
+
+    @classmethod
+    def ve(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int, scale_input: bool = True) -> "NoiseSpace":
+        """The space of a variance-exploding network on a geometric ladder of `num_train_timesteps` levels."""
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
+        ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()
+        ladder = torch.linspace(float(ends[0]), float(ends[1]), num_train_timesteps, dtype=torch.float64)
+        return cls("ve", num_train_timesteps, ladder, scale_input)
+
+    @classmethod
+    def flow(cls, num_train_timesteps: int) -> "NoiseSpace":
+        """The space of a rectified-flow network, `x_s = (1 - s) * x0 + s * n`."""
+        return cls("flow", num_train_timesteps)
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """The smallest and largest timestep label at which the network was trained."""
+        return (1.0, float(self.num_train_timesteps)) if self.kind == "flow" else (0.0, self.num_train_timesteps - 1.0)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Noise level at (fractional) labels: any shape, returned in float64 on the labels' device.
+
+        Labels outside the trained range are clamped to it; levels are capped at `MAX_SIGMA`.
+        """
+        t = timestep.double()
+        if self.kind == "flow":
+            return torch.logit(t / self.num_train_timesteps).exp().clamp(max=MAX_SIGMA)
+        assert self.log_sigmas is not None
+        ladder = self.log_sigmas.to(t.device)
+        t = t.clamp(0, len(ladder) - 1)
+        low = t.floor().long().clamp(max=max(len(ladder) - 2, 0))
+        high = (low + 1).clamp(max=len(ladder) - 1)
+        return torch.lerp(ladder[low], ladder[high], t - low).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The fractional label of noise levels, the inverse of `sigma`: any shape, float64.
+
+        Levels outside the trained range get its nearest end.
+        """
+        if self.kind == "flow":
+            s = sigma.double() / (1 + sigma.double())
+            return torch.where(sigma < MAX_SIGMA, s, 1.0) * self.num_train_timesteps
+        assert self.log_sigmas is not None
+        ladder = self.log_sigmas.to(sigma.device)
+        log_sigma = sigma.double().log().clamp(float(ladder[0]), float(ladder[-1]))
+        high = torch.searchsorted(ladder, log_sigma.contiguous()).clamp(1, len(ladder) - 1)
+        below, above = ladder[high - 1], ladder[high]
+        return high - 1 + (log_sigma - below) / (above - below)
+
+    def alpha(self, sigma: Tensor) -> Tensor:
+        """The factor on `y` in the network's input, same shape and dtype as `sigma`."""
+        if self.kind == "flow":
+            return 1 / (1 + sigma)
+        if self.kind == "ve" and not self.scale_input:
+            return torch.ones_like(sigma)
+        return torch.rsqrt(1 + sigma**2)
+
+    def denoised(self, output: Tensor, y: Tensor, sigma: Tensor | float, prediction_type: str) -> Tensor:
+        """The denoiser `D(y; sigma)` behind a network's output.
+
+        `score` (the score of the density of `y`) and `scaled_score` (`-sigma * score`) are read as the score of a
+        model of *Gaussian* noise (Tweedie); for mixture noise see `GaussianMixtureNoise.denoised_from_score`.
+
+        Args:
+            output: the network's output, same shape as `y`.
+            y: noisy image `x0 + sigma * n`, any shape.
+            sigma: number or tensor that broadcasts against `y`.
+            prediction_type: one of `PREDICTION_TYPES[self.kind]`.
+        """
+        if prediction_type in ("epsilon", "scaled_score"):
+            return y - sigma * output
+        if prediction_type == "sample":
+            return output
+        if prediction_type == "score":
+            return y + sigma**2 * output
+        if prediction_type == "v_prediction":
+            return (y - sigma * (1 + sigma**2) ** 0.5 * output) / (1 + sigma**2)
+        if prediction_type == "flow_prediction":
+            return (y - sigma * output) / (1 + sigma)
+        raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {PREDICTION_TYPES[self.kind]}")
+
+
+def level_grid(space: NoiseSpace, num_levels: int, spacing: str, steps_offset: int = 0, shift: float = 1.0) -> Tensor:
+    """Descending timestep labels of `num_levels` noise levels, shape `(num_levels,)`, float64.
+
+    `log_snr` takes equal ratios of sigma between the ends of the trained range; `karras` equal steps of
+    sigma^(1/7) (arXiv 2206.00364, eq. 5); `linspace`, `leading` and `trailing` are those of diffusers' DDPM
+    (arXiv 2305.08891, table 2), except that a `ve` ladder, whose labels may be fractional, is not rounded.
+    `shift` is rectified flow's resolution shift `s -> shift * s / (1 + (shift - 1) * s)` (arXiv 2403.03206, eq. 23).
+    """
+    first, last = space.timestep_range
+    n = space.num_train_timesteps
+    if spacing in ("log_snr", "karras"):
+        high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
+        ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
+        if spacing == "log_snr":
+            sigmas = (torch.tensor(high).log() * (1 - ramp) + torch.tensor(low).log() * ramp).exp()
+        else:
+            sigmas = (high ** (1 / 7) * (1 - ramp) + low ** (1 / 7) * ramp) ** 7
+        grid = space.timestep(sigmas)
+        grid[0], grid[-1] = last, first if num_levels > 1 else last
+    elif spacing == "linspace":
+        grid = torch.linspace(last, first, num_levels, dtype=torch.float64)
+    elif spacing == "leading":
+        grid = torch.arange(num_levels - 1, -1, -1, dtype=torch.float64) * (n // num_levels) + first + steps_offset
+    elif spacing == "trailing":
+        grid = last - torch.arange(num_levels, dtype=torch.float64) * (n / num_levels)
+    else:
+        raise ValueError(
+            f"unknown timestep_spacing {spacing!r}: use 'log_snr', 'karras', 'linspace', 'leading' or 'trailing'"
+        )
+    if space.kind == "vp" and spacing in ("linspace", "leading", "trailing"):
+        grid = grid.round()
+    if space.kind == "flow" and shift != 1.0:
+        s = grid / n
+        grid = n * shift * s / (1 + (shift - 1) * s)
+    return grid.clamp(first if space.kind != "flow" else None, last)

@@ -1,0 +1,2 @@
+from .scheduling_annealed_langevin import AnnealedLangevinScheduler as AnnealedLangevinScheduler
+from .scheduling_gm_langevin import GMLangevinScheduler as GMLangevinScheduler

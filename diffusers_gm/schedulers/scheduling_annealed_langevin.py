@@ -1,0 +1,187 @@
+"""Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ..processes.annealed import (
+    check_consistent_step,
+    consistent_step,
+    langevin_step,
+    optimal_step_size,
+)
+from ..random import Generators, randn
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_num_calls, spread_steps
+
+
+class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
+    """Annealed Langevin dynamics with theory-chosen step sizes (NCSNv2, arXiv 2006.09011).
+
+    `set_timesteps(n)` spends n network calls: L noise levels with T Langevin steps each, and one call for the final
+    denoising. If n - 1 is no multiple of T, the first levels get one step more.
+
+    Accuracy: a Langevin step is Euler-Maruyama, its stationary law off by O(a), weak order 1; `consistent` is first
+    order in the log ratio of the levels and leaves exactly the variance of every level.
+
+    Args:
+        num_train_timesteps: number of labels N of the network. In `ve` space, the length of its geometric ladder.
+        noise_space: how the network sees the noisy image: `vp`, `ve`, `flow`, or None to infer it: a beta schedule
+            means `vp`, a flow config (`shift`, `flow_prediction`) `flow`, else `ve`.
+        sigma_min, sigma_max: ends of the `ve` ladder, in the units of the image.
+        scale_input: `ve`: whether the network is fed `y / sqrt(1 + sigma^2)` rather than `y`.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: `vp`: as in diffusers.
+        shift: `flow`: resolution shift of the grid of calls.
+        prediction_type: `epsilon`, `sample`, `v_prediction` (not in `flow`), `flow_prediction` (in `flow`), `score`
+            (of the density of y), `scaled_score` (`-sigma * score`).
+        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on the
+            denoised image, as in diffusers.
+        timestep_spacing: `log_snr` (equal ratios of sigma), `karras`, or diffusers' `linspace`, `leading`, `trailing`.
+        steps_offset: as in diffusers.
+        num_langevin_steps: T, Langevin steps per level.
+        step_size: the paper's `eps`: level i takes steps of `eps * (sigma_i / sigma_L)^2`, L the last level of the
+            run. None: Technique 4 for the levels of the run.
+        step_size_criterion: Technique 4 for one level (`prop3`, the paper's) or the whole chain (`fixed_point`).
+        algorithm_type: `langevin`, or `consistent` annealed sampling (arXiv 2009.05475): one step per level, so more
+            levels for the same calls; `num_langevin_steps` is not used, and `step_size=None` is the ancestral step.
+        denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
+
+    Raises:
+        ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few
+            calls, the step is unstable (`a >= 1`) or Technique 4 has no solution.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        noise_space: Literal["vp", "ve", "flow"] | None = None,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        scale_input: bool = True,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        shift: float | None = None,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "log_snr",
+        steps_offset: int = 0,
+        num_langevin_steps: int = 1,
+        step_size: float | None = None,
+        step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
+        algorithm_type: Literal["langevin", "consistent"] = "langevin",
+        denoise: bool = True,
+    ):
+        if algorithm_type not in ("langevin", "consistent"):
+            raise ValueError(f"unknown algorithm_type {algorithm_type!r}: use 'langevin' or 'consistent'")
+        self._setup()
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Prepare a run of `num_inference_steps` network calls; `timesteps` lives on `device`.
+
+        Raises:
+            ValueError: see the class.
+        """
+        config = self.config
+        if config.algorithm_type == "consistent":
+            self._set_consistent(num_inference_steps, device)
+            return
+        steps = spread_steps(num_inference_steps, config.num_langevin_steps, config.denoise)
+        labels, sigmas = self._levels(len(steps))
+        if config.step_size is None:
+            sizes = technique4(sigmas, steps, config.step_size_criterion)
+        else:
+            sizes = [fixed_step_size(config.step_size, float(sigmas[-1]))] * len(steps)
+        level = [i for i, count in enumerate(steps) for _ in range(count)] + [len(steps) - 1] * config.denoise
+        self._set_calls(
+            [float(labels[i]) for i in level],
+            [float(sigmas[i]) for i in level],
+            [sizes[i] for i in level],
+            config.denoise,
+            device,
+        )
+
+    def _set_consistent(self, num_calls: int, device: str | torch.device | None) -> None:
+        check_num_calls(num_calls, 2)
+        labels, sigmas = self._levels(num_calls)
+        ratios = sigmas[1:] / sigmas[:-1]
+        ratios = torch.cat([ratios, ratios[-1:]])
+        if self.config.step_size is None:
+            etas = (1 - ratios**2).tolist()
+        else:
+            etas = [self.config.step_size / float(sigmas[-1]) ** 2] * num_calls
+        self._set_calls(labels.tolist(), sigmas.tolist(), etas, self.config.denoise, device)
+        for call in self._calls:
+            if not call.last:
+                check_consistent_step(call.step_size, call.sigma, call.sigma_next)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+        """One update with the network's output at `timestep`.
+
+        Args:
+            model_output: the network's output `(B, ...)`, any floating dtype.
+            timestep: the call's element of `timesteps`.
+            sample: the visible sample `(B, ...)`; not modified.
+            generator: decides the noise; a list decides it per sample.
+            return_dict: whether to return a `LangevinSchedulerOutput` or a plain tuple.
+
+        Computed in float32 or better, returned in the dtype of `sample`.
+        """
+        self._check(model_output, sample, generator)
+        call = self._next_call(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        y = sample.to(dtype) / call.alpha
+        denoised = self.noise_space.denoised(model_output.to(dtype), y, call.sigma, self.config.prediction_type)
+        denoised = self._clip(denoised)
+        if call.last:
+            y = denoised
+        else:
+            noise = randn(sample.shape, generator, sample.device, dtype)
+            if self.config.algorithm_type == "consistent":
+                y = consistent_step(y, denoised, call.sigma, call.sigma_next, call.step_size, noise)
+            else:
+                y = langevin_step(y, denoised - y, call.sigma, call.step_size, noise)
+        prev_sample = (y * call.alpha_next).to(sample.dtype)
+        pred_original_sample = denoised.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return LangevinSchedulerOutput(prev_sample, pred_original_sample)
+
+
+def technique4(
+    sigmas: Tensor, steps: Sequence[int], criterion: Literal["prop3", "fixed_point"], fourth_moment: float = 1.0,
+    max_step: float = 1.0,
+) -> list[float]:
+    """`optimal_step_size` for each level of a run; the first level, which has none above it, is given the second's
+    ratio. See there for arguments and errors."""
+    ratios = sigmas[:-1] / sigmas[1:]
+    ratios = torch.cat([ratios[:1], ratios])
+    return optimal_step_size(ratios, torch.tensor(steps), criterion, fourth_moment, max_step).tolist()
+
+
+def fixed_step_size(eps: float, sigma_last: float, max_step: float = 1.0) -> float:
+    """The dimensionless step `eps / sigma_L^2` of a given `eps`; a ValueError unless in (0, max_step)."""
+    a = eps / sigma_last**2
+    if not 0 < a < max_step:
+        raise ValueError(
+            f"unstable step: step_size={eps:g} is {a:.4g} of sigma_min^2 at sigma_min={sigma_last:g}, and must be in "
+            f"(0, {max_step:.4g}), i.e. step_size in (0, {max_step * sigma_last**2:.4g}); or leave it None for Technique 4"
+        )
+    return a

@@ -1,0 +1,207 @@
+"""Samplers of Gaussian-mixture score-based models: large jumps and small roaming."""
+
+from typing import Literal
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ..processes.annealed import langevin_step
+from ..processes.mixture import GaussianMixtureNoise
+from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
+from ..random import Generators, randn
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_num_calls, spread_steps
+from .scheduling_annealed_langevin import fixed_step_size, technique4
+
+GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
+
+
+class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
+    """Sampling with Gaussian-mixture noise, for models trained on it and for ordinary models.
+
+    `algorithm_type`:
+
+    | | increments | order |
+    |---|---|---|
+    | `langevin` | annealed Langevin dynamics with Gaussian increments | weak 1 on a level |
+    | `jump` | Langevin steps whose noise is the mixture, `c_k` drawn anew for every step; same target | weak 1 |
+    | `exponential` | as `jump`, integrated exactly for a frozen denoiser: stable for any jump | weak 1 |
+    | `ancestral` | reverse mixture diffusion; the jump size is drawn from its posterior given the image | 1 |
+    | `ode` | probability flow, deterministic, two-step | 2 |
+
+    The first three spend `num_langevin_steps` calls a level, the last two one. All end with the denoiser.
+    With one component they are NCSNv2 (`langevin`, `jump`), the ancestral sampler and the ODE of ordinary models.
+
+    Args:
+        mixture_weights, mixture_scales: the mixture, K numbers each; None: one component of scale 1. With
+            `model_noise="mixture"` exactly the noise that the network was trained with.
+        mixture_per_element: whether components are drawn per element rather than per image.
+        model_noise: what the network was trained with. `gaussian`: any ordinary network; the mixture then only
+            shapes the increments of `jump` and `exponential`, and leaves the target unchanged. `mixture`: the
+            denoiser and the score are no longer the same function, and each sampler gets the one it needs.
+        prediction_type: as in `AnnealedLangevinScheduler`. With mixture noise, `epsilon`, `sample` and `v_prediction`
+            describe a denoiser, `score` and `scaled_score` a score; the other one is derived from it.
+        step_size: `eps` as in `AnnealedLangevinScheduler` for `langevin` and `jump` (Technique 4 generalised to jumps
+            if None), and for `exponential`, where any positive value is stable.
+
+    All other arguments: see `AnnealedLangevinScheduler`.
+
+    Raises:
+        ValueError: for a mixture that is not one; from `set_timesteps` for an unstable step (`a * c_max^2 >= 1`; with
+            mixture noise `a * (c_max / c_min)^2 >= 1`), for a budget at which no stable step follows the ladder, and
+            for too few calls.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        noise_space: Literal["vp", "ve", "flow"] | None = None,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        scale_input: bool = True,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        shift: float | None = None,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "log_snr",
+        steps_offset: int = 0,
+        mixture_weights: list[float] | None = None,
+        mixture_scales: list[float] | None = None,
+        mixture_per_element: bool = False,
+        model_noise: Literal["gaussian", "mixture"] = "gaussian",
+        num_langevin_steps: int = 1,
+        step_size: float | None = None,
+        step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
+        algorithm_type: Literal["langevin", "jump", "exponential", "ancestral", "ode"] = "ancestral",
+        denoise: bool = True,
+    ):
+        if algorithm_type not in ("langevin", "jump", "exponential", "ancestral", "ode"):
+            raise ValueError(
+                f"unknown algorithm_type {algorithm_type!r}: use 'langevin', 'jump', 'exponential', 'ancestral' or 'ode'"
+            )
+        if model_noise not in ("gaussian", "mixture"):
+            raise ValueError(f"unknown model_noise {model_noise!r}: use 'gaussian' or 'mixture'")
+        if (mixture_weights is None) != (mixture_scales is None):
+            raise ValueError("mixture_weights and mixture_scales go together: give both or none")
+        self._setup()
+        self.mixture = GaussianMixtureNoise(mixture_weights or [1.0], mixture_scales or [1.0], mixture_per_element)
+        # The law of the noise that the network was trained with.
+        self.model_mixture = self.mixture if model_noise == "mixture" else GAUSSIAN
+        self._previous: tuple[Tensor, float] | None = None
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Prepare a run of `num_inference_steps` network calls; `timesteps` lives on `device`.
+
+        Raises:
+            ValueError: see the class.
+        """
+        config = self.config
+        self._previous = None
+        if config.algorithm_type in ("ancestral", "ode"):
+            check_num_calls(num_inference_steps, 2)
+            labels, sigmas = self._levels(num_inference_steps)
+            no_step = [0.0] * num_inference_steps
+            self._set_calls(labels.tolist(), sigmas.tolist(), no_step, config.denoise, device)
+            return
+        steps = spread_steps(num_inference_steps, config.num_langevin_steps, config.denoise)
+        labels, sigmas = self._levels(len(steps))
+        sizes = self._step_sizes(sigmas, steps)
+        level = [i for i, count in enumerate(steps) for _ in range(count)] + [len(steps) - 1] * config.denoise
+        self._set_calls(
+            [float(labels[i]) for i in level],
+            [float(sigmas[i]) for i in level],
+            [sizes[i] for i in level],
+            config.denoise,
+            device,
+        )
+
+    def _step_sizes(self, sigmas: Tensor, steps: list[int]) -> list[float]:
+        config = self.config
+        if config.algorithm_type == "exponential":
+            if config.step_size is not None:
+                return [fixed_step_size(config.step_size, float(sigmas[-1]), float("inf"))] * len(steps)
+            ratios = sigmas[:-1] / sigmas[1:]
+            ratios = torch.cat([ratios[:1], ratios])
+            sizes = exponential_step_size(ratios, torch.tensor(steps), self.mixture.weights, self.mixture.scales)
+            return sizes.tolist()
+        jumps = self.mixture if config.algorithm_type == "jump" else GAUSSIAN
+        # The largest factor of a in a step: the longest jump where the model's noise is narrowest.
+        max_step = float(self.model_mixture.scales.min() ** 2 / jumps.scales.max() ** 2)
+        if config.step_size is not None:
+            return [fixed_step_size(config.step_size, float(sigmas[-1]), max_step)] * len(steps)
+        variance = jumps.moment(2)
+        kurtosis = jumps.moment(4) / variance**2
+        sizes = technique4(sigmas, steps, config.step_size_criterion, kurtosis, max_step * variance)
+        return [a / variance for a in sizes]
+
+    def initial_sample(self, shape, generator, device, dtype) -> Tensor:
+        """The sample a run starts from: noise of the law that the network was trained with."""
+        return self.model_mixture.sample(shape, generator, device, dtype, sigma=self.init_noise_sigma)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+        """One update with the network's output at `timestep`.
+
+        Args and returns as in `AnnealedLangevinScheduler.step`. A step draws first the jump sizes (if there are
+        several), then the normal noise.
+        """
+        self._check(model_output, sample, generator)
+        call = self._next_call(timestep)
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        y = sample.to(dtype) / call.alpha
+        denoised, precision = self._denoise(model_output.to(dtype), y, call.sigma)
+        y = denoised if call.last else self._update(y, denoised, precision, call, generator)
+        prev_sample = (y * call.alpha_next).to(sample.dtype)
+        pred_original_sample = denoised.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return LangevinSchedulerOutput(prev_sample, pred_original_sample)
+
+    def _denoise(self, output: Tensor, y: Tensor, sigma: float) -> tuple[Tensor, Tensor | float]:
+        """The denoiser D and the factor w of the score `w (D - y) / sigma^2`."""
+        prediction_type = self.config.prediction_type
+        denoised = self.noise_space.denoised(output, y, sigma, prediction_type)
+        mixture = self.model_mixture
+        if len(mixture) == 1 and float(mixture.scales[0]) == 1.0:
+            return self._clip(denoised), 1.0
+        if prediction_type in ("score", "scaled_score"):
+            displacement = denoised - y  # of Tweedie's formula, which holds for the score alone here
+            precision = mixture.displacement_precision(displacement, sigma)
+            return self._clip(y + displacement / precision), precision
+        denoised = self._clip(denoised)
+        return denoised, mixture.residual_precision(y - denoised, sigma)
+
+    def _update(self, y: Tensor, denoised: Tensor, precision, call, generator: Generators) -> Tensor:
+        algorithm = self.config.algorithm_type
+        if algorithm == "ode":
+            previous, self._previous = self._previous, (denoised, call.sigma)
+            if previous is None or previous[0].shape != denoised.shape or previous[1] == call.sigma:
+                return ode_step(y, denoised, call.sigma, call.sigma_next)
+            return ode_step(y, denoised, call.sigma, call.sigma_next, *previous)
+        draw = (y.shape, generator, y.device, y.dtype)
+        if algorithm == "ancestral":
+            responsibilities = self.model_mixture.responsibilities(y - denoised, call.sigma)
+            scales = self.model_mixture.sample_scales(*draw, probabilities=responsibilities)
+            return ancestral_step(y, denoised, call.sigma, call.sigma_next, scales, randn(*draw))
+        a: Tensor | float = call.step_size
+        if algorithm in ("jump", "exponential"):
+            a = a * (self.mixture.sample_scales(*draw) ** 2 if len(self.mixture) > 1 else self.mixture.moment(2))
+        if algorithm == "exponential":
+            return exponential_step(y, denoised, call.sigma, a, randn(*draw), precision)
+        return langevin_step(y, precision * (denoised - y), call.sigma, a, randn(*draw))
