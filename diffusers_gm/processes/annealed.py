@@ -133,9 +133,9 @@ def optimal_step_size(
     a = log_a.gather(-1, best).exp()
     if not torch.isfinite(chain_variance(a, ratio, steps, fourth_moment)).all():
         raise ValueError(
-            f"Technique 4 has no solution: with {float(steps.max()):g} Langevin steps of at most {max_step:.3g} a level, no "
-            f"chain follows levels {float(ratio.max()):.3g} apart. Use more network calls, more num_langevin_steps, "
-            "or smaller mixture_scales."
+            f"Technique 4 ({criterion}) has no solution: with {float(steps.max()):g} Langevin steps of at most "
+            f"{max_step:.3g} a level, the chain falls behind levels {float(ratio.max()):.3g} apart. Use more network calls, "
+            "smaller mixture_scales, step_size_criterion='fixed_point' or another algorithm_type."
         )
     return a[..., 0]
 

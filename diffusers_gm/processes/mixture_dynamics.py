@@ -25,8 +25,9 @@ def exponential_step(
 def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
     """The time `a` of `exponential_step` for each level of a run; no published rule exists, this is ours.
 
-    A long step forgets the level above, `q (g^2 - 1)` with `q = E[e^2]^T`, but narrows wide data, `(1 - E[e]) / 2`:
-    the sum of both errors of the variance is minimised on a logarithmic grid (relative accuracy 2%).
+    A long step forgets the levels above: the chain's variance is `1 + q (g^2 - 1) / (1 - q g^2)` with `q = E[e^2]^T`.
+    But it narrows wide data by `(1 - E[e]) / 2`. The sum of both errors is minimised on a logarithmic grid
+    (relative accuracy 2%).
 
     Args:
         ratio: `sigma_{i-1} / sigma_i` of each level, `(L,)`.
@@ -36,8 +37,9 @@ def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, sca
     a = torch.logspace(-6, 3, 1025, dtype=torch.float64)
     e = torch.exp(-a[:, None] * scales.double() ** 2)
     kept, contraction = (e * weights).sum(1), (e**2 * weights).sum(1)
-    error = contraction ** num_steps.double()[:, None] * (ratio.double()[:, None] ** 2 - 1) + (1 - kept) / 2
-    return a[error.argmin(1)]
+    q, g_squared = contraction ** num_steps.double()[:, None], ratio.double()[:, None] ** 2
+    lag = torch.where(q * g_squared < 1, q * (g_squared - 1) / (1 - q * g_squared), math.inf)
+    return a[(lag + (1 - kept) / 2).argmin(1)]
 
 
 def ancestral_step(

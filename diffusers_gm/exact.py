@@ -1,0 +1,81 @@
+"""Exact denoisers of known data: what a perfectly trained network would answer. For tests and benchmarks."""
+
+import torch
+from torch import Tensor
+
+from .processes.mixture import GaussianMixtureNoise
+from .processes.noise_space import NoiseSpace
+
+
+class ExactDenoiser:
+    """`E[x0 | y]` and the score for data that are a mixture of equal Gaussians `N(points_i, width^2 I)`.
+
+    Args:
+        points: centres `(n, C, H, W)`.
+        width: their common standard deviation; 0 for point masses.
+        noise: law of the noise; None for Gaussian noise. Not per element.
+        weights: probabilities of the centres `(n,)`; None for equal ones.
+    """
+
+    def __init__(
+        self,
+        points: Tensor,
+        width: float = 0.0,
+        noise: GaussianMixtureNoise | None = None,
+        weights: Tensor | None = None,
+    ):
+        self.points = points
+        self.width = width
+        self.noise = noise or GaussianMixtureNoise([1.0], [1.0])
+        self.log_weights = torch.zeros(len(points)) if weights is None else weights.log()
+        if self.noise.per_element:
+            raise ValueError("per-element mixtures have no exact denoiser: pass noise with per_element=False")
+
+    def _posterior(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Posterior of centre and component `(B, n, K)`, and the variances `width^2 + (c_k sigma)^2`, `(K,)`."""
+        flat, centres = y.flatten(1), self.points.to(y).flatten(1)
+        distances = torch.cdist(flat, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        variances = self.width**2 + (self.noise.scales.to(y) * sigma) ** 2
+        log_joint = (
+            self.noise.weights.log().to(y)
+            - 0.5 * flat.shape[1] * variances.log()
+            - distances[..., None] / (2 * variances)
+            + self.log_weights.to(y)[:, None]
+        )
+        return torch.softmax(log_joint.flatten(1), 1).view(log_joint.shape), variances
+
+    def __call__(self, y: Tensor, sigma: float) -> Tensor:
+        """`E[x0 | y]` for `y = x0 + sigma * eta`, `(B, C, H, W)`."""
+        posterior, variances = self._posterior(y, sigma)
+        kept = self.width**2 / variances
+        centres = self.points.to(y).flatten(1)
+        mean = (posterior * (1 - kept)).sum(2) @ centres + (posterior * kept).sum((1, 2))[:, None] * y.flatten(1)
+        return mean.view(y.shape)
+
+    def score(self, y: Tensor, sigma: float) -> Tensor:
+        """`grad log p(y)`, `(B, C, H, W)`."""
+        posterior, variances = self._posterior(y, sigma)
+        precise = posterior / variances
+        centres = self.points.to(y).flatten(1)
+        score = precise.sum(2) @ centres - precise.sum((1, 2))[:, None] * y.flatten(1)
+        return score.view(y.shape)
+
+    def network_output(self, sample: Tensor, timestep: Tensor, space: NoiseSpace, prediction_type: str) -> Tensor:
+        """What a perfect network answers to its input `alpha * y` at a label, in any prediction type."""
+        sigma = space.sigma(torch.as_tensor(timestep))
+        alpha = float(space.alpha(sigma))
+        sigma = float(sigma)
+        y = sample / alpha
+        if prediction_type == "score":
+            return self.score(y, sigma)
+        if prediction_type == "scaled_score":
+            return -sigma * self.score(y, sigma)
+        denoised = self(y, sigma)
+        if prediction_type == "sample":
+            return denoised
+        noise = (y - denoised) / sigma
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "v_prediction":
+            return alpha * (noise - sigma * denoised)
+        return noise - denoised  # flow_prediction

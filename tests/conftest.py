@@ -1,0 +1,24 @@
+import os
+
+# One thread per test process: the suite runs in parallel on few cores, and tiny tensors gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def global_rng_untouched():
+    """No test, and so nothing of ours that it calls with a generator, may draw from the global generator."""
+    torch.manual_seed(1234)
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before), "the global random state was used"

@@ -1,0 +1,109 @@
+"""The mathematics of NCSNv2."""
+
+import math
+
+import pytest
+import torch
+
+from diffusers_gm.processes import annealed
+
+
+def test_technique_1_is_the_largest_distance(generator):
+    data = torch.randn(50, 3, 4, 4, generator=generator)
+    brute = max(float((a - b).norm()) for a in data for b in data)
+    assert annealed.max_pairwise_distance(data, chunk_size=7) == pytest.approx(brute, rel=1e-5)
+    with pytest.raises(ValueError, match="at least two images"):
+        annealed.max_pairwise_distance(data[:1])
+
+
+@pytest.mark.parametrize("dim", [64, 3072, 196608])
+def test_technique_2_ratio_solves_its_equation(dim):
+    g = annealed.ladder_ratio(dim)
+    assert g > 1
+    x = torch.tensor([math.sqrt(2 * dim) * (g - 1) + s * 3 * g for s in (1, -1)], dtype=torch.float64)
+    upper, lower = torch.special.ndtr(x)
+    assert float(upper - lower) == pytest.approx(0.5, abs=1e-9)
+
+
+def test_technique_2_ladder_lengths_of_cifar10():
+    assert annealed.ladder_length(50, 0.01, 3072) == 219  # a strict 0.5
+    assert annealed.ladder_length(50, 0.01, 3072, overlap=0.566) == 232  # the published ladder
+
+
+# eps as the published configurations round it; Technique 4 must give the unrounded figure.
+@pytest.mark.parametrize(
+    ("preset", "eps"),
+    [("cifar10", 6.18e-6), ("celeba", 3.34e-6), ("lsun", 1.77e-6), ("ffhq", 8.93e-7)],
+)
+def test_technique_4_gives_the_published_step_sizes(preset, eps):
+    p = annealed.PRESETS[f"ncsnv2-{preset}"]
+    ratio = torch.tensor([(p.sigma_max / p.sigma_min) ** (1 / (p.num_levels - 1))])
+    a = annealed.optimal_step_size(ratio, p.num_langevin_steps, "prop3")
+    assert float(a) * p.sigma_min**2 == pytest.approx(eps, rel=3e-3)
+    assert p.step_size == pytest.approx(eps, rel=0.02)
+
+
+@pytest.mark.parametrize(("criterion", "fourth_moment"), [("prop3", 1.0), ("fixed_point", 1.0), ("fixed_point", 2.5)])
+def test_technique_4_is_the_minimum(criterion, fourth_moment):
+    ratio = torch.tensor([1.02, 1.2, 1.6], dtype=torch.float64)
+    steps = torch.tensor([1, 3, 5])
+    a = annealed.optimal_step_size(ratio, steps, criterion, fourth_moment, max_step=0.6)
+    variance = annealed.level_variance if criterion == "prop3" else annealed.chain_variance
+    best = variance(a, ratio, steps, fourth_moment)
+    grid = torch.linspace(1e-4, 0.6, 20001, dtype=torch.float64)[:, None]
+    assert (best <= variance(grid, ratio, steps, fourth_moment).min(0).values + 1e-9).all()
+
+
+def test_chain_variance_is_the_limit_of_the_recursion():
+    a, ratio, steps, m4 = torch.tensor(0.05, dtype=torch.float64), 1.1, 4, 1.7
+    v = 1.0
+    for _ in range(300):
+        for step in range(steps):
+            v = (v * ratio**2 if step == 0 else v) * (1 - 2 * a + a**2 * m4) + 2 * a
+    assert float(annealed.chain_variance(a, ratio, steps, m4)) == pytest.approx(float(v), rel=1e-9)
+
+
+def test_cifar10_figures_of_one_level_and_of_the_whole_chain():
+    p = annealed.PRESETS["ncsnv2-cifar10"]
+    ratio = (p.sigma_max / p.sigma_min) ** (1 / (p.num_levels - 1))
+    a = torch.tensor(p.step_size / p.sigma_min**2, dtype=torch.float64)
+    assert float(annealed.level_variance(a, ratio, 5)) == pytest.approx(1.0555, abs=5e-5)
+    assert float(annealed.chain_variance(a, ratio, 5)) == pytest.approx(1.1283, abs=5e-5)
+
+
+def test_technique_4_without_a_solution_says_what_to_change():
+    with pytest.raises(ValueError, match=r"no solution.*more network calls"):
+        annealed.optimal_step_size(torch.tensor([3.0]), 1, fourth_moment=4.0, max_step=0.1)
+    # With jumps the minimum of a single level can lie where the chain falls behind: refused, with the way out.
+    with pytest.raises(ValueError, match="fixed_point"):
+        annealed.optimal_step_size(torch.tensor([1.02]), 1, "prop3", fourth_moment=2.5)
+    with pytest.raises(ValueError, match="step_size_criterion 'prop4'"):
+        annealed.optimal_step_size(torch.tensor([3.0]), 1, "prop4")
+
+
+def test_consistent_step_leaves_exactly_the_next_level(generator):
+    y = 3.0 * torch.randn(400_000, dtype=torch.float64, generator=generator)
+    noise = torch.randn(400_000, dtype=torch.float64, generator=generator)
+    for eta in (1 / 3 + 1e-6, 0.5, 1.0, 1.6):
+        annealed.check_consistent_step(eta, 3.0, 2.0)
+        left = annealed.consistent_step(y, torch.zeros_like(y), 3.0, 2.0, eta, noise)
+        assert float(left.var()) == pytest.approx(4.0, abs=5 * 4 * math.sqrt(2 / 400_000))
+    for eta in (0.3, 1.7):
+        with pytest.raises(ValueError, match="consistent annealed sampling"):
+            annealed.check_consistent_step(eta, 3.0, 2.0)
+
+
+def test_langevin_step_is_stationary_to_first_order_in_the_step():
+    """On Gaussian data the stationary variance is v / (1 - a sigma^2 / (2 v)), v = s^2 + sigma^2: error O(a)."""
+    sigma, v = 0.5, 1.0 + 0.25
+    errors = []
+    for a in (0.2, 0.1, 0.05):
+        factor = float(
+            annealed.langevin_step(torch.ones(1).double(), torch.full((1,), -(sigma**2) / v).double(), sigma, a, torch.zeros(1))
+        )
+        noise = float(annealed.langevin_step(torch.zeros(1), torch.zeros(1), sigma, a, torch.ones(1)))
+        stationary = noise**2 / (1 - factor**2)
+        assert stationary == pytest.approx(v / (1 - a * sigma**2 / (2 * v)), rel=1e-5)
+        errors.append(stationary - v)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.05)
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.05)
