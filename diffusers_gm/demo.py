@@ -12,6 +12,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 
@@ -57,7 +58,7 @@ def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: floa
     columns = 14
     laws = {"Gaussian": GaussianMixtureNoise([1.0], [1.0]), "mixture": mixture}
     figure = plt.figure(figsize=(12, 7.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.6))
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.6)))
     axes = top.subplots(2, columns)
     for row, (name, law) in enumerate(laws.items()):
         scales = law.sample_scales((columns, 1, 1, 1), generator, torch.device("cpu"), torch.float32)
@@ -103,7 +104,9 @@ def plot_quality(results: dict[str, list[Quality]], floor: float, path: Path) ->
 def samplers(scheduler: GMLangevinScheduler) -> dict[str, GMLangevinScheduler]:
     """Every sampler for the network that `scheduler` describes, each with its default step size."""
     changes = {"step_size": None, "denoise": True}
-    return {name: GMLangevinScheduler.from_config(scheduler.config, algorithm_type=name, **changes) for name in ALGORITHMS}
+    return {
+        name: GMLangevinScheduler.from_config(scheduler.config, algorithm_type=name, **changes) for name in ALGORITHMS
+    }
 
 
 def evaluate(folder: Path, num_samples: int) -> tuple[list[Quality], float]:

@@ -58,7 +58,12 @@ class Quality:
 
 
 def quality(
-    pipeline: Any, schedulers: dict[str, Any], calls: Sequence[int], reference: Tensor, floor: float, num_samples: int,
+    pipeline: Any,
+    schedulers: dict[str, Any],
+    calls: Sequence[int],
+    reference: Tensor,
+    floor: float,
+    num_samples: int,
     seed: int = 0,
 ) -> Iterator[Quality]:
     """Sliced W2 of one network under several schedulers and budgets, one result at a time.

@@ -62,9 +62,8 @@ class ExactDenoiser:
 
     def network_output(self, sample: Tensor, timestep: Tensor, space: NoiseSpace, prediction_type: str) -> Tensor:
         """What a perfect network answers to its input `alpha * y` at a label, in any prediction type."""
-        sigma = space.sigma(torch.as_tensor(timestep))
-        alpha = float(space.alpha(sigma))
-        sigma = float(sigma)
+        level = space.sigma(torch.as_tensor(timestep))
+        sigma, alpha = float(level), float(space.alpha(level))
         y = sample / alpha
         if prediction_type == "score":
             return self.score(y, sigma)

@@ -42,5 +42,5 @@ def _draw(
     check_generators(generator, shape[0])
     if isinstance(generator, list | tuple):
         return torch.cat([_draw(draw, (1, *shape[1:]), one, device, dtype) for one in generator])
-    source = device if generator is None else generator.device
+    source = generator.device if isinstance(generator, Generator) else device
     return draw(shape, generator=generator, device=source, dtype=dtype).to(device)

@@ -94,7 +94,10 @@ def test_generators_decide_sample_by_sample():
 
 def test_normalized_has_unit_variance():
     assert MIXTURE.normalized().moment(2) == pytest.approx(1)
-    for mixture in (GaussianMixtureNoise.from_stable(1.2, 6), GaussianMixtureNoise.from_power_law(1.5, 4, 3.0)):
+    for mixture in (
+        GaussianMixtureNoise.from_stable(1.2, 6),
+        GaussianMixtureNoise.from_power_law(1.5, 4, 3.0),
+    ):
         assert mixture.moment(2) == pytest.approx(1)
 
 
@@ -211,9 +214,7 @@ def test_exact_denoiser_against_autograd(width, generator):
     if width == 0:
         for i in range(4):
             posterior, _ = data_posterior(points, y[i].detach(), sigma, MIXTURE)
-            torch.testing.assert_close(
-                exact(y.detach(), sigma)[i], (posterior.view(-1, 1, 1, 1) * points).sum(0)
-            )
+            torch.testing.assert_close(exact(y.detach(), sigma)[i], (posterior.view(-1, 1, 1, 1) * points).sum(0))
 
 
 @pytest.mark.parametrize("mixture", [MIXTURE, PER_ELEMENT], ids=["image", "element"])
@@ -254,7 +255,7 @@ def test_loss_of_the_exact_network_is_its_conditional_variance(generator):
 
         best = denoising_loss(network, images, timesteps, noise, space, MIXTURE, objective)
         assert best.shape == (5000,)
-        shifted = denoising_loss(lambda x, t: network(x, t, 0.1), images, timesteps, noise, space, MIXTURE, objective)  # noqa: B023
+        shifted = denoising_loss(lambda x, t: network(x, t, 0.1), images, timesteps, noise, space, MIXTURE, objective)
         difference = shifted - best
         error = 5 * float(difference.std()) / math.sqrt(5000)
         assert float(difference.mean()) == pytest.approx(0.01, abs=error)

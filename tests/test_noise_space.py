@@ -35,7 +35,6 @@ def test_every_prediction_type_gives_the_denoiser_back(name, generator):
     x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64, generator=generator)
     for label in (5.0, 100.5, 200.0):
         sigma = space.sigma(torch.tensor(label))
-        alpha = space.alpha(sigma)
         y = x0 + sigma * noise
         outputs = {
             "epsilon": noise,

@@ -66,7 +66,7 @@ def ladder_length(sigma_max: float, sigma_min: float, dim: int, overlap: float =
 
 
 def level_variance(a: Tensor, ratio: Tensor | float, num_steps: Tensor | float, fourth_moment: float = 1.0) -> Tensor:
-    """Proposition 3: `s_T^2 / sigma_i^2` after `num_steps` Langevin steps on one level, entered from the level above.
+    """Proposition 3: `s_T^2 / sigma_i^2` after `num_steps` Langevin steps on a level entered from the one above.
 
     The data are a point mass and the chain enters with variance `(ratio * sigma_i)^2`. With random jump sizes of
     `E[c^2] = 1` and `E[c^4] = fourth_moment` the contraction is `1 - 2a + a^2 E[c^4]`; 1.0 is NCSNv2.
@@ -134,10 +134,28 @@ def optimal_step_size(
     if not torch.isfinite(chain_variance(a, ratio, steps, fourth_moment)).all():
         raise ValueError(
             f"Technique 4 ({criterion}) has no solution: with {float(steps.max()):g} Langevin steps of at most "
-            f"{max_step:.3g} a level, the chain falls behind levels {float(ratio.max()):.3g} apart. Use more network calls, "
-            "smaller mixture_scales, step_size_criterion='fixed_point' or another algorithm_type."
+            f"{max_step:.3g} a level, the chain falls behind levels {float(ratio.max()):.3g} apart. Use more network "
+            "calls, smaller mixture_scales, step_size_criterion='fixed_point' or another algorithm_type."
         )
     return a[..., 0]
+
+
+def level_ratios(sigmas: Tensor) -> Tensor:
+    """`sigma_{i-1} / sigma_i` of each level of a descending ladder `(L,)`, L >= 2; the first, which has no level
+    above it, is given the second's."""
+    ratios = sigmas[:-1] / sigmas[1:]
+    return torch.cat([ratios[:1], ratios])
+
+
+def fixed_step_size(eps: float, sigma_last: float, max_step: float = 1.0) -> float:
+    """The dimensionless step `eps / sigma_L^2` of a given `eps`; a ValueError unless in (0, max_step)."""
+    a = eps / sigma_last**2
+    if not 0 < a < max_step:
+        raise ValueError(
+            f"unstable step: step_size={eps:g} is {a:.4g} of sigma_min^2 at sigma_min={sigma_last:g}, and must be in "
+            f"(0, {max_step:.4g}), so step_size in (0, {max_step * sigma_last**2:.4g}); or None for Technique 4"
+        )
+    return a
 
 
 # --- Updates -----------------------------------------------------------------------------------------------------
@@ -159,7 +177,7 @@ def langevin_step(y: Tensor, displacement: Tensor, sigma: float, a: float | Tens
 
 
 def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
-    """One step of consistent annealed sampling (arXiv 2009.05475, algorithm 1): the noise left has exactly `sigma_next`.
+    """One step of consistent annealed sampling (arXiv 2009.05475, algorithm 1): the noise left is `sigma_next`.
 
     `y + eta (D - y) + sigma_next beta z` with `beta^2 = 1 - ((1 - eta) sigma / sigma_next)^2`, which asks for
     `1 - sigma_next / sigma <= eta <= 1 + sigma_next / sigma`. `eta = 1 - sigma_next / sigma` is the probability
@@ -174,8 +192,8 @@ def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
     ratio = sigma_next / sigma
     if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
         raise ValueError(
-            f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step eps / sigma_min^2 in "
-            f"[{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, use more levels, or leave it None"
+            f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
+            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, use more levels, or leave it None"
         )
 
 

@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def exponential_step(
-    y: Tensor, denoised: Tensor, sigma: float, a: float | Tensor, noise: Tensor, precision: float | Tensor = 1.0
+    y: Tensor,
+    denoised: Tensor,
+    sigma: float,
+    a: float | Tensor,
+    noise: Tensor,
+    precision: float | Tensor = 1.0,
 ) -> Tensor:
     """Langevin dynamics over time `a` (random, for jump sizes: `a * c_k^2`), integrated exactly for frozen D.
 

@@ -5,6 +5,7 @@ A network is fed `alpha(sigma) * y` and a timestep label instead, and answers in
 module is the only place that knows about those: timestep <-> sigma <-> alpha, and network output -> `D`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,11 +151,11 @@ def level_grid(space: NoiseSpace, num_levels: int, spacing: str, steps_offset: i
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
         ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
         if spacing == "log_snr":
-            sigmas = (torch.tensor(high).log() * (1 - ramp) + torch.tensor(low).log() * ramp).exp()
+            sigmas = (math.log(high) * (1 - ramp) + math.log(low) * ramp).exp()
         else:
             sigmas = (high ** (1 / 7) * (1 - ramp) + low ** (1 / 7) * ramp) ** 7
-        grid = space.timestep(sigmas)
-        grid[0], grid[-1] = last, first if num_levels > 1 else last
+        # Labels are exact integers where they should be: learned embeddings take nothing else.
+        grid = space.timestep(sigmas).mul(1e8).round().div(1e8)
     elif spacing == "linspace":
         grid = torch.linspace(last, first, num_levels, dtype=torch.float64)
     elif spacing == "leading":

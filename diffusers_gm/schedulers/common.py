@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
@@ -97,7 +97,7 @@ class LangevinSchedulerMixin:
     """
 
     order = 1
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
 
     config: Any
     noise_space: NoiseSpace
@@ -116,13 +116,17 @@ class LangevinSchedulerMixin:
     def _setup(self) -> None:
         """Called at the end of `__init__`, when the config is registered."""
         self.noise_space = noise_space_from_config(self.config)
+        first, last = self.noise_space.timestep_range
+        self._setup_run(torch.arange(int(last), int(first) - 1, -1))
+
+    def _setup_run(self, timesteps: Tensor) -> None:
+        """The part of `_setup` that needs no noise space; `timesteps` before any `set_timesteps`."""
         if self.config.thresholding and not 0 < self.config.dynamic_thresholding_ratio <= 1:
             raise ValueError(
                 f"dynamic_thresholding_ratio must be in (0, 1], got {self.config.dynamic_thresholding_ratio}"
             )
-        first, last = self.noise_space.timestep_range
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(int(last), int(first) - 1, -1)
+        self.timesteps = timesteps
         self._calls: list[Call] = []
         self._begin_index: int | None = None
         self._step_index: int | None = None
@@ -140,7 +144,12 @@ class LangevinSchedulerMixin:
         return grid, self.noise_space.sigma(grid)
 
     def _set_calls(
-        self, labels: Sequence[float], sigmas: Sequence[float], step_sizes: Sequence[float], denoise: bool, device: Any
+        self,
+        labels: Sequence[float],
+        sigmas: Sequence[float],
+        step_sizes: Sequence[float],
+        denoise: bool,
+        device: Any,
     ) -> None:
         """Fill the table of calls; every argument has one entry per network call."""
         alphas = self.noise_space.alpha(torch.tensor(sigmas, dtype=torch.float64)).tolist()
@@ -151,11 +160,16 @@ class LangevinSchedulerMixin:
         next_visible = [*visible[1:], 1.0]
         last = [False] * (len(sigmas) - 1) + [denoise]
         columns = (labels, sigmas, visible, next_sigmas, next_visible, step_sizes, last)
-        self._calls = [Call(*row) for row in zip(*columns, strict=True)]
-        self.num_inference_steps = len(self._calls)
         timesteps = torch.tensor(labels, dtype=torch.float64)
         integral = bool((timesteps == timesteps.round()).all())
-        self.timesteps = timesteps.to(device=device, dtype=torch.int64 if integral else torch.float32)
+        timesteps = timesteps.to(device=device, dtype=torch.int64 if integral else torch.float32)
+        self._begin_run([Call(*row) for row in zip(*columns, strict=True)], timesteps)
+
+    def _begin_run(self, calls: list[Call], timesteps: Tensor) -> None:
+        """Replace the table of calls; `timesteps` are their labels on the device of the run."""
+        self._calls = calls
+        self.num_inference_steps = len(calls)
+        self.timesteps = timesteps
         self._begin_index = None
         self._step_index = None
 
@@ -192,7 +206,7 @@ class LangevinSchedulerMixin:
         if isinstance(timestep, Tensor) and timestep.ndim == 0:
             storages = (timestep.untyped_storage().data_ptr(), self.timesteps.untyped_storage().data_ptr())
             if storages[0] == storages[1]:
-                return timestep.storage_offset() - self.timesteps.storage_offset()
+                return int(timestep.storage_offset() - self.timesteps.storage_offset())
         matches = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
         if len(matches) == 0:
             raise ValueError(f"timestep {timestep} is not one of scheduler.timesteps: call set_timesteps first")

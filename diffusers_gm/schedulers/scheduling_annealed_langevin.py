@@ -1,6 +1,5 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor
 from ..processes.annealed import (
     check_consistent_step,
     consistent_step,
+    fixed_step_size,
     langevin_step,
+    level_ratios,
     optimal_step_size,
 )
 from ..random import Generators, randn
@@ -99,7 +100,7 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         steps = spread_steps(num_inference_steps, config.num_langevin_steps, config.denoise)
         labels, sigmas = self._levels(len(steps))
         if config.step_size is None:
-            sizes = technique4(sigmas, steps, config.step_size_criterion)
+            sizes = optimal_step_size(level_ratios(sigmas), torch.tensor(steps), config.step_size_criterion).tolist()
         else:
             sizes = [fixed_step_size(config.step_size, float(sigmas[-1]))] * len(steps)
         level = [i for i, count in enumerate(steps) for _ in range(count)] + [len(steps) - 1] * config.denoise
@@ -163,25 +164,3 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         if not return_dict:
             return prev_sample, pred_original_sample
         return LangevinSchedulerOutput(prev_sample, pred_original_sample)
-
-
-def technique4(
-    sigmas: Tensor, steps: Sequence[int], criterion: Literal["prop3", "fixed_point"], fourth_moment: float = 1.0,
-    max_step: float = 1.0,
-) -> list[float]:
-    """`optimal_step_size` for each level of a run; the first level, which has none above it, is given the second's
-    ratio. See there for arguments and errors."""
-    ratios = sigmas[:-1] / sigmas[1:]
-    ratios = torch.cat([ratios[:1], ratios])
-    return optimal_step_size(ratios, torch.tensor(steps), criterion, fourth_moment, max_step).tolist()
-
-
-def fixed_step_size(eps: float, sigma_last: float, max_step: float = 1.0) -> float:
-    """The dimensionless step `eps / sigma_L^2` of a given `eps`; a ValueError unless in (0, max_step)."""
-    a = eps / sigma_last**2
-    if not 0 < a < max_step:
-        raise ValueError(
-            f"unstable step: step_size={eps:g} is {a:.4g} of sigma_min^2 at sigma_min={sigma_last:g}, and must be in "
-            f"(0, {max_step:.4g}), i.e. step_size in (0, {max_step * sigma_last**2:.4g}); or leave it None for Technique 4"
-        )
-    return a

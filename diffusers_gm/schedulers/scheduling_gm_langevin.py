@@ -1,5 +1,6 @@
 """Samplers of Gaussian-mixture score-based models: large jumps and small roaming."""
 
+import math
 from typing import Literal
 
 import torch
@@ -7,12 +8,11 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..processes.annealed import langevin_step
+from ..processes.annealed import fixed_step_size, langevin_step, level_ratios, optimal_step_size
 from ..processes.mixture import GaussianMixtureNoise
 from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
 from ..random import Generators, randn
 from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_num_calls, spread_steps
-from .scheduling_annealed_langevin import fixed_step_size, technique4
 
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
@@ -87,7 +87,8 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
     ):
         if algorithm_type not in ("langevin", "jump", "exponential", "ancestral", "ode"):
             raise ValueError(
-                f"unknown algorithm_type {algorithm_type!r}: use 'langevin', 'jump', 'exponential', 'ancestral' or 'ode'"
+                f"unknown algorithm_type {algorithm_type!r}: use 'langevin', 'jump', 'exponential', 'ancestral' or "
+                "'ode'"
             )
         if model_noise not in ("gaussian", "mixture"):
             raise ValueError(f"unknown model_noise {model_noise!r}: use 'gaussian' or 'mixture'")
@@ -126,23 +127,22 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         )
 
     def _step_sizes(self, sigmas: Tensor, steps: list[int]) -> list[float]:
+        """The dimensionless step of each level, before jumps multiply it by `c_k^2`."""
         config = self.config
-        if config.algorithm_type == "exponential":
-            if config.step_size is not None:
-                return [fixed_step_size(config.step_size, float(sigmas[-1]), float("inf"))] * len(steps)
-            ratios = sigmas[:-1] / sigmas[1:]
-            ratios = torch.cat([ratios[:1], ratios])
-            sizes = exponential_step_size(ratios, torch.tensor(steps), self.mixture.weights, self.mixture.scales)
-            return sizes.tolist()
-        jumps = self.mixture if config.algorithm_type == "jump" else GAUSSIAN
+        jumps = GAUSSIAN if config.algorithm_type == "langevin" else self.mixture
         # The largest factor of a in a step: the longest jump where the model's noise is narrowest.
         max_step = float(self.model_mixture.scales.min() ** 2 / jumps.scales.max() ** 2)
+        if config.algorithm_type == "exponential":
+            max_step = math.inf
         if config.step_size is not None:
             return [fixed_step_size(config.step_size, float(sigmas[-1]), max_step)] * len(steps)
+        ratios, counts = level_ratios(sigmas), torch.tensor(steps)
+        if config.algorithm_type == "exponential":
+            return exponential_step_size(ratios, counts, jumps.weights, jumps.scales).tolist()
         variance = jumps.moment(2)
-        kurtosis = jumps.moment(4) / variance**2
-        sizes = technique4(sigmas, steps, config.step_size_criterion, kurtosis, max_step * variance)
-        return [a / variance for a in sizes]
+        fourth_moment = jumps.moment(4) / variance**2
+        sizes = optimal_step_size(ratios, counts, config.step_size_criterion, fourth_moment, max_step * variance)
+        return (sizes / variance).tolist()
 
     def initial_sample(self, shape, generator, device, dtype) -> Tensor:
         """The sample a run starts from: noise of the law that the network was trained with."""
