@@ -133,6 +133,8 @@ def main() -> None:
     folder: Path = args.folder
     if not (folder / "model_index.json").is_file():
         parser.error(f"{folder} holds no trained pipeline: run make demo, or train_gm_sgm.py --dataset_name digits")
+    if args.compare and args.compare.name == folder.name:
+        parser.error(f"--compare {args.compare} needs another name than {folder}: the table tells the models by it")
     _, held_out = split_digits()
     if not 2 <= args.num_samples <= len(held_out):
         parser.error(f"--num_samples must be in [2, {len(held_out)}], the number of held-out digits")

@@ -36,6 +36,10 @@ class UnconditionalPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config["in_channels"], height, width
 
+    def _image(self, sample: Tensor) -> Tensor:
+        """The image in the last sample, `(B, C, H, W)`."""
+        return sample
+
     @torch.no_grad()
     def __call__(
         self,
@@ -96,7 +100,7 @@ class UnconditionalPipeline(DiffusionPipeline):
                 changed = callback_on_step_end(self, i, t, {"latents": sample})
                 sample = changed.pop("latents", sample)
 
-        images: Any = (sample / 2 + 0.5).clamp(0, 1)
+        images: Any = (self._image(sample) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":

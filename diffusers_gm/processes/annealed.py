@@ -193,7 +193,8 @@ def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
     if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
         raise ValueError(
             f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
-            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, use more levels, or leave it None"
+            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, use more levels, "
+            "or leave it None"
         )
 
 

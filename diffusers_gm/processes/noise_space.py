@@ -156,6 +156,7 @@ def level_grid(space: NoiseSpace, num_levels: int, spacing: str, steps_offset: i
             sigmas = (high ** (1 / 7) * (1 - ramp) + low ** (1 / 7) * ramp) ** 7
         # Labels are exact integers where they should be: learned embeddings take nothing else.
         grid = space.timestep(sigmas).mul(1e8).round().div(1e8)
+        grid[0] = last  # also where its sigma is capped
     elif spacing == "linspace":
         grid = torch.linspace(last, first, num_levels, dtype=torch.float64)
     elif spacing == "leading":

@@ -1,0 +1,251 @@
+"""Training images: sources, transforms, order."""
+
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_gm import data
+
+
+def save_images(folder, count=24, size=(8, 8), mode="L"):
+    """`count` random images of `size` (width, height) as PNG files."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (size[1], size[0], *([] if mode == "L" else [3])), dtype=np.uint8)
+        Image.fromarray(pixels, mode).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def save_parquet(folder, column="img", count=24):
+    import datasets
+
+    images = [Image.open(path) for path in sorted(save_images(folder / "png", count, mode="RGB").iterdir())]
+    features = datasets.Features({column: datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({column: images, "label": list(range(count))}, features=features)
+    target = folder / "parquet"
+    target.mkdir()
+    table.to_parquet(str(target / "train-00000-of-00001.parquet"))
+    return target, images
+
+
+def corrupt(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def open_folder(folder, **options):
+    return data.open_source(None, train_data_dir=str(folder), cache_dir=str(folder.parent / "cache"), **options)
+
+
+# --- Digits ---
+
+
+def test_digits_are_in_the_range_of_images():
+    images = data.load_digits_images()
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (-1, 1)
+    assert torch.equal((images + 1) * 8, ((images + 1) * 8).round()), "17 gray levels"
+
+
+def test_the_digits_used_for_training_leave_the_held_out_ones_alone():
+    train, held_out = data.split_digits()
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert torch.equal(data.split_digits()[1], held_out)
+    together = torch.cat([train, held_out]).flatten(1)
+    everything = data.load_digits_images().flatten(1)
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, everything.tolist()))
+    source = data.open_source("digits")
+    assert torch.equal(torch.stack([source.read(i) for i in range(source.num_images)]), train)
+
+
+# --- Sources ---
+
+
+def test_a_folder_of_images(tmp_path):
+    source = open_folder(save_images(tmp_path / "images"))
+    assert (source.num_images, source.image_column) == (24, "image")
+    first = np.asarray(Image.open(tmp_path / "images" / "000.png"))
+    assert torch.allclose(source.read(0), torch.tensor(first)[None] / 127.5 - 1, atol=1e-6)
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    folder, images = save_parquet(tmp_path)
+    source = open_folder(folder)
+    assert (source.num_images, source.image_column) == (24, "img")
+    expected = torch.from_numpy(np.array(images[5])).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(source.read(5), expected, atol=1e-6)
+
+
+def test_columns_that_are_not_there_are_listed(tmp_path):
+    folder, _ = save_parquet(tmp_path, column="picture")
+    with pytest.raises(ValueError, match=r"set --image_column to one of \['picture', 'label'\]"):
+        open_folder(folder)
+    with pytest.raises(ValueError, match=r"'photo' is not in the data: use one of \['picture', 'label'\]"):
+        open_folder(folder, image_column="photo")
+    with pytest.raises(ValueError, match=r"--image_column 'label' holds .*, not images"):
+        open_folder(folder, image_column="label")
+    assert open_folder(folder, image_column="picture").num_images == 24
+
+
+def test_data_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"--train_data_dir .* is not a folder"):
+        open_folder(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--train_data_dir .* has no training images"):
+        open_folder(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"--dataset_name 'nobody/nothing' has no training images"):
+        data.open_source("nobody/nothing")
+
+
+def test_a_subset_is_chosen_by_the_seed():
+    source = data.open_source("digits")
+    one, same, other = (data.subset(source, 10, seed) for seed in (0, 0, 1))
+    images = [torch.stack([s.read(i) for i in range(10)]) for s in (one, same, other)]
+    assert one.num_images == 10
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+# --- Transforms ---
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "RGB", "RGBA", "P"])
+def test_every_mode_becomes_a_tensor_between_minus_one_and_one(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.array([[0, 65535], [32768, 0]], dtype=np.uint16))
+    else:
+        image = Image.fromarray(np.array([[0, 255], [128, 0]], dtype=np.uint8)).convert(mode)
+    tensor = data.image_to_tensor(image)
+    assert tensor.dtype == torch.float32
+    assert len(tensor) == (3 if mode in ("RGB", "RGBA", "P") else 1)
+    assert torch.equal(tensor[:, 0], torch.tensor([[-1.0, 1.0]]).expand(len(tensor), -1))
+    if mode != "1":
+        assert tensor[0, 1, 0] == pytest.approx(0, abs=0.01)
+
+
+def test_gray_and_colour():
+    gray = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
+    assert torch.allclose(data.as_channels(data.as_channels(gray, 3), 1), gray, atol=1e-6)
+
+
+def test_fit_keeps_the_aspect_ratio_and_takes_the_crop_asked_for():
+    ramp = torch.linspace(-1, 1, 40)[None, None].expand(1, 20, 40)
+    assert data.fit(ramp, 10).shape == (1, 10, 10)
+    left, centre, right = (data.fit(ramp, 20, (0, place)) for place in (0, 0.5, 1))
+    assert torch.equal(left, ramp[..., :20])
+    assert torch.equal(centre, ramp[..., 10:30])
+    assert torch.equal(right, ramp[..., 20:])
+    flat = torch.full((3, 33, 47), 0.25)
+    assert torch.allclose(data.fit(flat, 16), torch.full((3, 16, 16), 0.25), atol=1e-6)
+
+
+# --- Examination ---
+
+
+def test_examination_takes_size_and_channels_from_the_images(tmp_path):
+    source = open_folder(save_images(tmp_path / "gray"))
+    assert data.examine(source, seed=0).images.shape == (24, 1, 8, 8)
+    assert data.examine(source, seed=0, channels=3, resolution=4).images.shape == (24, 3, 4, 4)
+    Image.new("RGB", (8, 8)).save(tmp_path / "gray" / "colour.png")
+    source = open_folder(tmp_path / "gray")
+    assert data.examine(source, seed=0).images.shape == (25, 3, 8, 8)
+    Image.new("RGB", (9, 9)).save(tmp_path / "gray" / "larger.png")
+    source = open_folder(tmp_path / "gray")
+    with pytest.raises(ValueError, match=r"differ in size .* set --resolution"):
+        data.examine(source, seed=0)
+
+
+def test_examination_is_bounded():
+    source = data.open_source("digits")
+    assert len(data.examine(source, seed=0, num_images=50).images) == 50
+    assert len(data.examine(source, seed=0, max_elements=640).images) == 10
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path, caplog):
+    folder = save_images(tmp_path / "images")
+    corrupt(folder / "003.png")
+    corrupt(folder / "004.png")
+    source = open_folder(folder)
+    with caplog.at_level(logging.WARNING):
+        examination = data.examine(source, seed=0)
+    assert (len(examination.images), examination.num_unreadable) == (22, 2)
+    assert "2 of 24 training images examined cannot be read" in caplog.text
+
+    images = data.TrainingImages(source, 8, 1, seed=0)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(images[0, 3], images[0, 5]), "the next one that can be read"
+    assert images.unreadable == {3, 4}
+    assert "2 skipped so far" in caplog.text
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path):
+    folder = save_images(tmp_path / "images")
+    for i in range(3):
+        corrupt(folder / f"{i:03d}.png")
+    source = open_folder(folder)
+    with pytest.raises(ValueError, match="3 of 24 training images examined cannot be read"):
+        data.examine(source, seed=0)
+    images = data.TrainingImages(source, 8, 1, seed=0)
+    with pytest.raises(ValueError, match="3 of 24 training images cannot be read"):
+        images[0, 0]
+
+
+# --- The stream ---
+
+
+def take(stream, count):
+    batches = iter(stream)
+    return [next(batches) for _ in range(count)]
+
+
+def test_every_epoch_is_a_permutation_and_no_two_are_alike():
+    flat = [key for batch in take(data.ImageStream(10, 4, seed=0), 10) for key in batch]
+    epochs = [[index for epoch, index in flat if epoch == e] for e in range(4)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert take(data.ImageStream(10, 4, seed=1), 1) != take(data.ImageStream(10, 4, seed=0), 1)
+
+
+@pytest.mark.parametrize("start", [4, 8, 10, 28])
+def test_the_stream_goes_on_where_it_stopped(start):
+    whole = [key for batch in take(data.ImageStream(10, 4, seed=0), 12) for key in batch]
+    rest = [key for batch in take(data.ImageStream(10, 4, seed=0, start=start), 3) for key in batch]
+    assert rest == whole[start : start + 12]
+
+
+def test_processes_share_the_stream():
+    whole = take(data.ImageStream(10, 4, seed=0), 8)
+    parts = [take(data.ImageStream(10, 4, seed=0, num_processes=2, process_index=i), 4) for i in range(2)]
+    assert whole == [batch for pair in zip(*parts, strict=True) for batch in pair]
+
+
+def test_crops_and_flips_are_decided_by_seed_epoch_and_index():
+    wide = torch.linspace(-1, 1, 8 * 30).reshape(1, 8, 30)
+    source = data.ImageSource(lambda index: wide, 40)
+    images = data.TrainingImages(source, 8, 1, seed=0, random_flip=True)
+    again = data.TrainingImages(source, 8, 1, seed=0, random_flip=True)
+    keys = [(epoch, index) for epoch in range(2) for index in range(40)]
+    crops = [images[key] for key in keys]
+    assert all(torch.equal(crop, again[key]) for crop, key in zip(crops, keys, strict=True))
+    assert len({float(crop.min()) for crop in crops}) > 15, "23 places"
+    flipped = sum(bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops)
+    assert 25 <= flipped <= 55, "80 fair coins: three standard deviations are 27 to 53"
+    centred = data.TrainingImages(source, 8, 1, seed=0, center_crop=True)
+    assert torch.equal(centred[0, 0], wide[..., 11:19])
+
+
+def test_seeds_do_not_collide():
+    seeds = {data.seed_for(seed, use, n) for seed in range(4) for use in range(3) for n in range(200)}
+    assert len(seeds) == 4 * 3 * 200
+
+
+def test_sources_can_be_sent_to_workers(tmp_path):
+    for source in (data.open_source("digits"), open_folder(save_images(tmp_path / "images"))):
+        chosen = data.subset(source, 5, seed=0)
+        copied = pickle.loads(pickle.dumps(chosen))
+        assert torch.equal(copied.read(3), chosen.read(3))

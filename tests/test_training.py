@@ -1,0 +1,711 @@
+"""The training script, from its options to the model card."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from test_data import corrupt, save_images, save_parquet
+
+from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, data, hub
+from diffusers_gm import training as tr
+from diffusers_gm.processes.annealed import ladder_ratio
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SECRET = "hf_not_a_real_token"
+
+# A network of 42,000 parameters and few steps: what is tested here does not depend on either.
+SMALL = "--block_out_channels 8 16 --train_batch_size 16 --validation_inference_steps 4 --num_validation_images 4"
+TINY = f"{SMALL} --max_train_steps 2 --checkpointing_steps 0 --validation_steps 0"
+
+
+def launch(*options, launcher=("launch", "--cpu", "--num_processes", "1"), env=None):
+    """Run the script as users do, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        *launcher,
+        str(ROOT / "train_gm_sgm.py"),
+    ]
+    result = subprocess.run(
+        [*command, *" ".join(map(str, options)).split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Run the script in this process, which saves the seconds that imports take."""
+    spec = importlib.util.spec_from_file_location("train_gm_sgm", ROOT / "train_gm_sgm.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(*options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        cache = ["--cache_dir", tmp_path / "cache"]
+        monkeypatch.setattr(sys, "argv", ["train_gm_sgm.py", *" ".join(map(str, [*options, *cache])).split()])
+        with torch.random.fork_rng():
+            script.main()
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left_behind():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def arguments(**options):
+    return tr.TrainingArguments(**options)
+
+
+def plan_for(args, images=None):
+    images = data.split_digits()[0] if images is None else images
+    return tr.make_plan(args, data.Examination(images, 0), len(images), None, num_processes=1)
+
+
+def small_unet(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        args = arguments(block_out_channels=[8, 16], **options)
+        return tr.fit_unet(tr.new_unet(args, 8, 1), args, 8)
+
+
+def same_state(one, other):
+    """Whether two nested states (dicts, lists, tensors, numbers) are equal to the bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return one == other
+
+
+def load(path):
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
+# --- One training, end to end ---
+
+EIGHT_STEPS = (
+    f"{SMALL} --method gm-sgm --objective score --dropout 0.1 --random_flip --max_train_steps 8 --logging_steps 2 "
+    "--gradient_accumulation_steps 2 --validation_steps 4 --checkpointing_steps 4"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training") / "digits"
+    printed = launch(EIGHT_STEPS, "--report_to tensorboard --hub_token", SECRET, "--output_dir", folder)
+    return folder, printed
+
+
+def test_what_a_training_leaves_behind(trained):
+    folder, printed = trained
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("model_index.json", "unet", "scheduler", "samples.png", "README.md", "training_args.json"),
+        *("training_log.jsonl", "checkpoint-4", "checkpoint-8", "samples", "logs"),
+    }
+    assert [path.name for path in (folder / "samples").iterdir()] == ["step-0000004.png"]
+    assert Image.open(folder / "samples.png").size == (128, 128), "2 x 2 images, enlarged 8 times"
+    assert list((folder / "logs").rglob("events.*"))
+
+    log = tr.read_log(folder)
+    assert [entry["step"] for entry in log] == [2, 4, 6, 8]
+    assert all(set(entry) == {"step", "loss", "lr", "images_per_second"} for entry in log)
+    assert all(0 < entry["loss"] < 10 and entry["images_per_second"] > 0 for entry in log)
+
+    record = json.loads((folder / "training_args.json").read_text())
+    largest_distance = torch.cdist(*[data.split_digits()[0].flatten(1)] * 2).max()
+    assert record["sigma_max"] == pytest.approx(float(largest_distance), abs=1e-4)
+    assert sum(w * c**2 for w, c in zip(record["mixture_weights"], record["mixture_scales"], strict=True)) == (
+        pytest.approx(1)
+    )
+    assert (record["max_train_steps"], record["learning_rate"], record["num_images"]) == (8, 2e-3, 1437)
+    assert record["versions"]["torch"] == torch.__version__
+    assert "0 to 8 of 32 images" in printed
+
+
+def test_no_token_and_no_place_on_this_host_is_written(trained):
+    folder, _ = trained
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert SECRET.encode() not in content, path
+            assert str(folder.parent).encode() not in content, path
+
+
+def test_the_saved_pipeline_has_the_averaged_weights_and_draws_the_saved_samples(trained):
+    folder, _ = trained
+    pipeline = GMSGMPipeline.from_pretrained(folder)
+    assert isinstance(pipeline.scheduler, GMLangevinScheduler)
+    assert pipeline.scheduler.config["prediction_type"] == "scaled_score"
+    assert pipeline.scheduler.config["model_noise"] == "mixture"
+    assert (
+        pipeline.scheduler.config["sigma_max"] == json.loads((folder / "training_args.json").read_text())["sigma_max"]
+    )
+
+    average = load(folder / "checkpoint-8" / "custom_checkpoint_1.pkl")
+    parameters = dict(pipeline.unet.named_parameters())
+    assert all(map(torch.equal, average["shadow_params"], parameters.values()))
+    last = load(folder / "checkpoint-8" / "model.safetensors")
+    assert not torch.equal(last["conv_in.weight"], parameters["conv_in.weight"])
+
+    grid = tr.image_grid(tr.sample_images(pipeline, 4, batch_size=3, num_inference_steps=4, seed=0))
+    assert grid.tobytes() == Image.open(folder / "samples.png").tobytes(), "also in batches of another size"
+
+
+def test_the_model_card_says_what_was_done(trained):
+    folder, _ = trained
+    card = ModelCard.load(folder / "README.md")
+    metadata = card.data.to_dict()
+    assert metadata["library_name"] == "diffusers_gm"
+    assert metadata["pipeline_tag"] == "unconditional-image-generation"
+    assert metadata["license"] == "apache-2.0"
+    assert "datasets" not in metadata, "digits are not on the Hub"
+    assert "$" not in card.text
+    assert "--objective score --dataset_name digits --random_flip --block_out_channels 8 16" in card.text
+    for said in ("![samples](samples.png)", "2006.09011", "1437 images", "Seed 0", "torch", "8 steps"):
+        assert said in card.text
+    log = tr.read_log(folder)
+    assert f"Final loss {sum(entry['loss'] for entry in log) / len(log):.4g}" in card.text
+
+
+def test_the_snippet_of_the_model_card_runs(trained, tmp_path, monkeypatch):
+    snippet = re.search(r"```python\n(.*?)```", (trained[0] / "README.md").read_text(), re.DOTALL).group(1)
+    shutil.copytree(trained[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
+    monkeypatch.chdir(tmp_path / "model")
+    exec(snippet, {})
+    assert Image.open("sample.png").size == (8, 8)
+
+
+def test_resumed_equals_uninterrupted(trained, tmp_path):
+    """Dropout, flips, noise, order of the data, accumulated gradients: to the bit, in a new process."""
+    folder, _ = trained
+    launch(EIGHT_STEPS, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", folder / "checkpoint-4")
+    saved = [WEIGHTS, *(f"checkpoint-8/{name}" for name in ("model.safetensors", "optimizer.bin"))]
+    saved += [f"checkpoint-8/custom_checkpoint_{i}.pkl" for i in range(2)]
+    for name in saved:
+        assert same_state(load(folder / name), load(tmp_path / "resumed" / name)), name
+    assert not same_state(*(load(folder / f"checkpoint-{step}/model.safetensors") for step in (4, 8)))
+    losses = [[entry["loss"] for entry in tr.read_log(f)] for f in (folder, tmp_path / "resumed")]
+    assert losses[1] == losses[0][2:]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_accumulated_gradients(tmp_path):
+    """Other noise and other images in each process, one step of the schedule for both."""
+    options = f"{SMALL} --max_train_steps 6 --logging_steps 1 --checkpointing_steps 3 --validation_steps 0"
+    two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29611")
+    launch(options, "--output_dir", tmp_path / "two", launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+    launch(options, "--gradient_accumulation_steps 2 --output_dir", tmp_path / "one")
+    logs = [tr.read_log(tmp_path / name) for name in ("one", "two")]
+    assert [entry["lr"] for entry in logs[0]] == [entry["lr"] for entry in logs[1]]
+    assert [entry["loss"] for entry in logs[0]] == pytest.approx([entry["loss"] for entry in logs[1]], rel=1e-3)
+
+    launch(
+        *(options, "--output_dir", tmp_path / "resumed"),
+        *("--resume_from_checkpoint", tmp_path / "two" / "checkpoint-3"),
+        launcher=two,
+        env={"ACCELERATE_USE_CPU": "true"},
+    )
+    assert same_state(load(tmp_path / "two" / WEIGHTS), load(tmp_path / "resumed" / WEIGHTS))
+
+
+def test_training_learns(train, tmp_path):
+    options = "--block_out_channels 16 32 --train_batch_size 64 --max_train_steps 60 --validation_steps 0"
+    train(options, "--output_dir", tmp_path / "out", "--validation_inference_steps 4 --checkpointing_steps 0")
+    log = tr.read_log(tmp_path / "out")
+    assert log[0]["loss"] > 0.9, "a network that says nothing has loss 1"
+    assert log[-1]["loss"] < 0.6
+
+
+def test_a_network_that_diverges_is_reported(train, tmp_path):
+    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step \d+: .* --learning_rate below 1e\+30"):
+        train(
+            *(SMALL, "--max_train_steps 20 --logging_steps 4 --learning_rate 1e30 --lr_scheduler constant"),
+            *("--output_dir", tmp_path / "out"),
+        )
+
+
+# --- Interruptions ---
+
+
+def test_a_training_killed_while_it_saves_keeps_its_last_checkpoint(train, tmp_path, monkeypatch):
+    options = f"{SMALL} --max_train_steps 4 --checkpointing_steps 2 --checkpoints_total_limit 1 --validation_steps 0"
+    train(options, "--output_dir", tmp_path / "whole")
+    assert [path.name for path in tr.list_checkpoints(tmp_path / "whole")] == ["checkpoint-4"]
+
+    save = Accelerator.save_state
+
+    def killed_at_the_second(accelerator, folder):
+        save(accelerator, folder)
+        if folder.endswith("-4"):
+            Path(folder, "optimizer.bin").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "save_state", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            train(options, "--output_dir", tmp_path / "killed")
+    assert [path.name for path in tr.list_checkpoints(tmp_path / "killed")] == ["checkpoint-2"]
+    assert not (tmp_path / "killed" / "model_index.json").exists()
+
+    with pytest.raises(ValueError, match="holds a training up to checkpoint-2"):
+        train(options, "--output_dir", tmp_path / "killed")
+    train(options, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint latest")
+    assert same_state(load(tmp_path / "whole" / WEIGHTS), load(tmp_path / "killed" / WEIGHTS))
+    assert not list((tmp_path / "killed").glob("tmp-*"))
+
+
+def test_what_may_not_change_on_resume(train, trained, tmp_path):
+    checkpoint = trained[0] / "checkpoint-4"
+    same = EIGHT_STEPS, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", checkpoint
+    for changed, said in {
+        "--objective denoiser": "--objective was 'score' and is 'denoiser'",
+        "--method ncsnv2": "--method was 'gm-sgm' and is 'ncsnv2'",
+        "--sigma_max 5": "--sigma_max was 9.6299 and is 5.0",
+        "--max_train_steps 12": "--max_train_steps was 8 and is 12",
+        "--seed 1": "--seed was 0 and is 1",
+        "--no_use_ema": "--use_ema was True and is False",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(said)):
+            train(*same, changed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_there_is_no_checkpoint(tmp_path):
+    for resume in ("latest", str(tmp_path), "checkpoint-7"):
+        args = arguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)
+        with pytest.raises(ValueError, match=r"--resume_from_checkpoint .* no complete checkpoint"):
+            tr.find_checkpoint(args)
+
+
+# --- The output folder ---
+
+
+def test_a_folder_with_other_files_is_left_alone(train, tmp_path):
+    folder = tmp_path / "out"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="files that are not from a training: .* --overwrite_output_dir"):
+        train(TINY, "--output_dir", folder)
+    train(TINY, "--output_dir", folder, "--overwrite_output_dir")
+    assert (folder / "thesis.tex").read_text() == "years of work"
+    before = load(folder / WEIGHTS)
+    train(TINY, "--output_dir", folder, "--seed 1")
+    assert not same_state(before, load(folder / WEIGHTS)), "ours, and without checkpoints: it may be done again"
+    assert (folder / "thesis.tex").exists()
+
+
+def test_starting_anew_forgets_the_checkpoints_of_before(train, tmp_path):
+    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 2")
+    train(options.replace("--max_train_steps 2", "--max_train_steps 4"), "--output_dir", tmp_path / "out")
+    train(options, "--output_dir", tmp_path / "out", "--overwrite_output_dir")
+    assert [path.name for path in tr.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+    assert [entry["step"] for entry in tr.read_log(tmp_path / "out")] == [2]
+
+
+def test_a_half_moved_pipeline_does_not_load(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, content in ((source, "new"), (target, "old")):
+        for name in ("unet", "scheduler"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "config.json").write_text(content)
+        (folder / "model_index.json").write_text(content)
+    replace, moved = Path.replace, []
+
+    def killed_at_the_second(path, to):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(path)
+        return replace(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            tr.publish(source, target)
+    assert not (target / "model_index.json").exists()
+    tr.publish(source, target)
+    assert {path.read_text() for path in target.rglob("*.json")} == {"new"}
+    assert not source.exists()
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(train, tmp_path, capsys):
+    train("--dry_run --output_dir", tmp_path / "out")
+    printed = capsys.readouterr().out
+    for said in (
+        "651,041 parameters",
+        "1437 images of 1x8x8",
+        "1000 levels from 0.01 to 9.6299",
+        "0 to 1500 of 128",
+    ):
+        assert said in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_line_of_the_log_is_dropped(tmp_path):
+    tr.append_log(tmp_path, {"step": 1, "loss": 0.5})
+    with (tmp_path / tr.LOG_FILE).open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert tr.read_log(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+# --- Options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dataset_name": "a", "train_data_dir": "b"}, "--dataset_name or --train_data_dir"),
+        ({"model_config": "a", "dropout": 0.1}, r"\['--dropout'\] describe a new network"),
+        ({"train_batch_size": 0}, "--train_batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"learning_rate": math.nan}, "--learning_rate must be positive, got nan"),
+        ({"ema_decay": 1.5}, r"--ema_decay must be in \[0, 1\), got 1.5"),
+        ({"sigma_max": "large"}, "--sigma_max must be a positive float or 'auto', got 'large'"),
+        ({"num_train_timesteps": "1.5"}, "--num_train_timesteps must be a positive int or 'auto', got '1.5'"),
+        ({"mixture_weights": [0.5, 0.4], "mixture_scales": [1.0, 2.0]}, "--mixture_weights.*sum to one"),
+        ({"mixture_weights": [0.5, 0.5]}, "weights and scales go together"),
+        ({"stable_alpha": 3.0}, "--stable_alpha.*alpha <= 2"),
+        ({"stable_alpha": 1.5, "power_base": 2.0}, "do not go together"),
+        ({"mixture_weights": [1.0], "mixture_scales": [1.0], "num_components": 3}, "do not go together"),
+        ({"method": "ncsnv2", "stable_alpha": 1.5}, "--method ncsnv2 has Gaussian noise.*--stable_alpha"),
+        ({"method": "ncsnv2", "num_components": 2}, "--method ncsnv2 has Gaussian noise.*--num_components"),
+        ({"method": "ncsnv2", "mixture_per_element": True}, "--method ncsnv2 has Gaussian noise"),
+        ({"push_to_hub": True, "hub_model_id": "name"}, "--hub_model_id <user>/<name>, got 'name'"),
+        ({"report_to": "wandb"}, "--report_to wandb: the package is not installed; pip install wandb"),
+    ],
+)
+def test_bad_options_are_named_with_what_would_be_right(options, said, monkeypatch):
+    monkeypatch.setattr(tr, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=said):
+        arguments(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"train_batch_size": 2000}, "--train_batch_size 2000 times 1 process.* more than the 1437"),
+        ({"sigma_min": 10.0}, "--sigma_min 10.0 must be smaller than --sigma_max 9.6299"),
+        ({"num_train_timesteps": "1"}, "--num_train_timesteps must be at least 2, got 1"),
+        (
+            {"max_train_steps": 10, "lr_warmup_steps": 10},
+            "--lr_warmup_steps 10 must be smaller than the 10 steps",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_data(options, said):
+    with pytest.raises(ValueError, match=said):
+        plan_for(arguments(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"block_out_channels": [8] * 5}, "--resolution 8 must be a multiple of 16"),
+        ({"attention_resolutions": [8, 3]}, r"--attention_resolutions \[3\] .* any of \[8, 4\]"),
+    ],
+)
+def test_networks_that_do_not_fit_the_images(options, said):
+    args = arguments(**options)
+    with torch.random.fork_rng(), pytest.raises(ValueError, match=said):
+        tr.fit_unet(tr.new_unet(args, 8, 1), args, 8)
+
+
+def test_samplers_that_cannot_run_fail_before_the_training():
+    args = arguments(algorithm_type="gibbs")
+    with pytest.raises(ValueError, match="unknown algorithm_type 'gibbs'"):
+        tr.build_scheduler(args, plan_for(args))
+    args = arguments(method="ncsnv2", validation_inference_steps=3, num_langevin_steps=5)
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        tr.build_scheduler(args, plan_for(args))
+
+
+def test_identical_images_have_no_largest_distance():
+    with pytest.raises(ValueError, match="measured: are all images the same"):
+        plan_for(arguments(train_batch_size=2), torch.zeros(4, 1, 8, 8))
+
+
+def test_defaults_for_digits():
+    args = arguments()
+    plan = plan_for(args)
+    with torch.random.fork_rng():
+        assert tr.new_unet(args, 8, 1).num_parameters() == 651_041
+    assert (args.dataset_name, args.train_batch_size, args.lr_scheduler) == ("digits", 128, "one_cycle")
+    assert (plan.max_train_steps, plan.learning_rate, plan.validation_inference_steps) == (1500, 2e-3, 50)
+    mixture = tr.build_mixture(args)
+    assert len(mixture) == 2
+    assert mixture.moment(2) == pytest.approx(1)
+    assert float(mixture.scales[1] / mixture.scales[0]) == pytest.approx(2)
+
+
+def test_mixtures_from_options():
+    explicit = tr.build_mixture(arguments(mixture_weights=[0.5, 0.5], mixture_scales=[1.0, 3.0]))
+    assert explicit.scales.tolist() == pytest.approx([5**-0.5, 3 / 5**0.5])
+    stable = tr.build_mixture(arguments(stable_alpha=1.5, num_components=4, mixture_per_element=True))
+    assert (len(stable), stable.per_element) == (4, True)
+    power = tr.build_mixture(arguments(power_alpha=1.0, power_base=3.0, num_components=3))
+    assert float(power.scales[2] / power.scales[0]) == pytest.approx(9)
+    assert len(tr.build_mixture(arguments(method="ncsnv2"))) == 1
+
+
+def test_length_and_ladder_from_the_data():
+    plan = plan_for(arguments(num_train_epochs=2, train_batch_size=100, gradient_accumulation_steps=2))
+    assert plan.max_train_steps == math.ceil(2 * 1437 / 200)
+    plan = plan_for(arguments(num_train_timesteps="auto", sigma_max="20", sigma_min=0.02))
+    assert plan.sigma_max == 20
+    assert plan.num_train_timesteps == 1 + round(math.log(1000) / math.log(ladder_ratio(64)))
+
+
+@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2"])
+def test_the_saved_scheduler_describes_network_and_sampler(method):
+    args = arguments(
+        method=method,
+        scale_input=False,
+        algorithm_type="langevin",
+        num_langevin_steps=2,
+        step_size_criterion="prop3",
+    )
+    config = tr.build_scheduler(args, plan_for(args)).config
+    assert (config["sigma_min"], config["sigma_max"], config["num_train_timesteps"]) == (0.01, 9.6299, 1000)
+    assert (config["noise_space"], config["scale_input"], config["prediction_type"]) == (
+        "ve",
+        False,
+        "epsilon",
+    )
+    assert (config["algorithm_type"], config["num_langevin_steps"]) == ("langevin", 2)
+    assert config["step_size_criterion"] == "prop3"
+
+
+def test_every_option_has_a_help_text(train, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train("--help")
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    for field in tr.fields(tr.TrainingArguments):
+        assert f"--{field.name}" in printed
+        assert field.metadata["help"].endswith(".")
+
+
+def test_unknown_names_are_refused(train, capsys):
+    for option in ("--method cld", "--objective x", "--lr_scheduler x", "--report_to x"):
+        with pytest.raises(SystemExit) as stop:
+            train(option)
+        assert stop.value.code == 2
+        assert option.split()[0] in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--learnig_rate"):
+        train("--learnig_rate 1")
+
+
+# --- Parts ---
+
+
+def test_an_unconditional_network_ignores_the_timestep_wherever_it_runs(train, tmp_path, generator):
+    options = TINY.replace("--max_train_steps 2", "--max_train_steps 4 --adam_weight_decay 0.1")
+    train(options, "--method ncsnv2 --conditioning none --learning_rate 0.1 --output_dir", tmp_path / "out")
+    pipeline = NCSNv2Pipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config["prediction_type"] == "epsilon"
+    images = torch.randn(2, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        outputs = [pipeline.unet(images, t).sample for t in (0, 500, 999)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert outputs[0].abs().max() > 0
+    conditional = small_unet()
+    with torch.no_grad():
+        assert not torch.equal(conditional(images, 0).sample, conditional(images, 999).sample)
+
+
+def test_averaged_weights_are_used_inside_and_only_there():
+    unet = small_unet().train()
+    before = unet.conv_in.weight.detach().clone()
+    ema = EMAModel(unet.parameters(), foreach=True)
+    with torch.no_grad():
+        ema.shadow_params[0].add_(1)
+    with contextlib.suppress(KeyboardInterrupt), tr.averaged_weights(unet, ema):
+        assert torch.equal(unet.conv_in.weight, before + 1)
+        assert not unet.training
+        raise KeyboardInterrupt
+    assert torch.equal(unet.conv_in.weight, before)
+    assert unet.training
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "cosine", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_learning_rates_rise_to_the_peak_and_last_to_the_end(name, steps):
+    args = arguments(lr_scheduler=name, max_train_steps=steps, learning_rate=0.5)
+    plan = plan_for(args)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=plan.learning_rate)
+    schedule = tr.build_lr_scheduler(args, plan, optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert all(0 <= rate <= 0.5 for rate in rates)
+    if steps == 50:
+        assert max(rates) == pytest.approx(0.5)
+        assert rates.index(max(rates)) == {"one_cycle": 14}.get(name, 5)
+        assert rates[-1] == 0.5 if name.startswith("constant") else rates[-1] < 0.03
+
+
+def test_grids_are_full():
+    images = [Image.new("L", (8, 8), i) for i in range(12)]
+    grid = tr.image_grid(images)
+    assert grid.size == (4 * 64, 3 * 64)
+    assert [grid.getpixel((64 * (i % 4) + 32, 64 * (i // 4) + 32))[0] for i in range(12)] == list(range(12))
+    assert tr.image_grid(images[:7]).size == (7 * 64, 64)
+    assert tr.image_grid([Image.new("RGB", (100, 100))]).size == (100, 100)
+
+
+def test_processes_that_do_not_know_of_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="2 processes were launched, but accelerate sees 1"):
+        tr.check_processes(type("Alone", (), {"num_processes": 1})())
+
+
+# --- Other data and networks ---
+
+
+def test_images_of_a_folder_some_of_which_cannot_be_read(train, tmp_path, caplog):
+    folder = save_images(tmp_path / "images", 30, size=(12, 10), mode="RGB")
+    corrupt(folder / "007.png")
+    train(
+        TINY.replace("--train_batch_size 16", "--train_batch_size 30"),
+        f"--train_data_dir {folder} --resolution 8 --random_flip --num_train_timesteps auto",
+        f"--sigma_min 0.1 --output_dir {tmp_path / 'out'}",
+    )
+    assert "1 of 30 training images examined cannot be read" in caplog.text
+    assert GMSGMPipeline.from_pretrained(tmp_path / "out").unet.config["in_channels"] == 3
+    assert "a local folder, `images`, 30 images" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_parquet_files_and_a_network_given_by_its_config(train, trained, tmp_path):
+    folder, _ = save_parquet(tmp_path)
+    config = json.loads((trained[0] / "unet" / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config, "in_channels": 1, "out_channels": 1, "layers_per_block": 2}))
+    train(
+        TINY.replace("--block_out_channels 8 16", f"--model_config {path}"),
+        f"--train_data_dir {folder} --max_train_samples 20 --no_use_ema --output_dir {tmp_path / 'out'}",
+    )
+    unet = GMSGMPipeline.from_pretrained(tmp_path / "out").unet
+    assert (unet.config["in_channels"], unet.config["layers_per_block"]) == (1, 2)
+    record = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    assert (record["image_column"], record["num_images"], record["model_config"]) == (
+        "img",
+        20,
+        "config.json",
+    )
+
+
+def test_fine_tuning_starts_from_the_weights_given(train, trained, tmp_path):
+    train(
+        TINY.replace("--block_out_channels 8 16", f"--model_name_or_path {trained[0]}"),
+        f"--learning_rate 1e-12 --gradient_checkpointing --mixed_precision bf16 --output_dir {tmp_path / 'out'}",
+    )
+    before, after = (load(folder / WEIGHTS) for folder in (trained[0], tmp_path / "out"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+# --- The Hub ---
+
+
+class RecordingApi:
+    """Stands in for the Hub."""
+
+    endpoint = "https://hub"
+    calls: list = []  # noqa: RUF012
+    fails = False
+    is_private = True
+
+    def __init__(self, token):
+        self.calls.append(("token", token))
+
+    def create_repo(self, repo_id, **options):
+        self.calls.append(("create_repo", options))
+        if self.fails:
+            raise ConnectionError("no network")
+        return type("Url", (), {"repo_id": repo_id})()
+
+    def model_info(self, repo_id):
+        return type("Info", (), {"private": self.is_private})()
+
+    def upload_folder(self, **options):
+        self.calls.append(("upload_folder", options))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    api = type("Api", (RecordingApi,), {"calls": []})
+    monkeypatch.setattr(hub, "HfApi", api)
+    return api
+
+
+PUSH = f"--push_to_hub --hub_model_id me/digits --hub_private_repo --hub_token {SECRET}"
+
+
+def test_uploads_are_private_if_asked_and_hold_what_belongs(train, api, tmp_path):
+    train(TINY, PUSH, "--output_dir", tmp_path / "out")
+    calls = dict(api.calls)
+    assert calls["token"] == SECRET
+    assert calls["create_repo"]["private"] is True
+    patterns = calls["upload_folder"]["allow_patterns"]
+    from huggingface_hub.utils import filter_repo_objects
+
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    (tmp_path / "out" / "checkpoint-1" / "optimizer.bin").touch()
+    names = [str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert set(filter_repo_objects(names, allow_patterns=patterns)) == {
+        *("README.md", "model_index.json", "samples.png", "training_args.json", WEIGHTS),
+        *("unet/config.json", "scheduler/scheduler_config.json"),
+    }
+    assert 'from_pretrained("me/digits")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(api, tmp_path):
+    api.is_private = False
+    with pytest.raises(ValueError, match="me/digits exists and is public"):
+        hub.push_to_hub(tmp_path, "me/digits", private=True)
+    assert "upload_folder" not in dict(api.calls)
+
+
+def test_a_failed_upload_does_not_cost_the_model(train, api, tmp_path):
+    api.fails = True
+    with pytest.raises(SystemExit) as stop:
+        train(TINY, PUSH, "--output_dir", tmp_path / "out")
+    message = str(stop.value.code)
+    assert "no network" in message
+    assert f"hf upload me/digits {tmp_path / 'out'} . --include" in message
+    assert message.endswith("--private")
+    assert SECRET not in message
+    GMSGMPipeline.from_pretrained(tmp_path / "out")

@@ -1,0 +1,270 @@
+"""Train a score-based generative model and save it as a diffusers pipeline.
+
+Gaussian-mixture noise on the digits that come with scikit-learn, a few minutes on a CPU:
+
+    accelerate launch --num_cpu_threads_per_process 2 train_gm_sgm.py --output_dir outputs/digits
+
+NCSNv2 on the same, without noise conditioning:
+
+    accelerate launch train_gm_sgm.py --method ncsnv2 --conditioning none --output_dir outputs/digits-ncsnv2
+
+A folder of images (or of parquet files, or `--dataset_name` of the Hub) on two GPUs:
+
+    accelerate launch --num_processes 2 --mixed_precision bf16 train_gm_sgm.py --train_data_dir photos \
+        --resolution 64 --random_flip --train_batch_size 64 --num_train_epochs 200 --output_dir outputs/photos
+
+Several processes on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`.
+What a training would do, without doing it: add `--dry_run`. After an interruption, add
+`--resume_from_checkpoint latest`: it ends with the same weights as if nothing had happened. All options:
+`python train_gm_sgm.py --help`.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from diffusers_gm import hub
+from diffusers_gm import training as tr
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.losses import denoising_loss
+
+
+def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to bottom
+    parser = HfArgumentParser(tr.TrainingArguments, description=__doc__.split("\n")[0])
+    args: tr.TrainingArguments = parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
+    output_dir = Path(args.output_dir)
+    checkpoint = tr.find_checkpoint(args)
+    tr.check_output_dir(args, checkpoint)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(output_dir / args.logging_dir)),
+    )
+    tr.check_processes(accelerator)
+    device, num_processes = accelerator.device, accelerator.num_processes
+
+    # --- The data, and what the options come to for them ---
+    torch.manual_seed(args.seed)
+    unet = tr.given_unet(args)
+    with accelerator.main_process_first():
+        source = open_source(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.train_data_dir,
+            args.image_column,
+            args.cache_dir,
+        )
+    if args.max_train_samples is not None:
+        source = subset(source, args.max_train_samples, args.seed)
+    side, channels = tr.native_shape(unet)
+    examination = examine(source, args.seed, args.resolution or side, channels)
+    plan = tr.make_plan(args, examination, source.num_images, source.image_column, num_processes)
+    record = tr.training_record(args, plan)
+    state = tr.read_checkpoint(checkpoint, args, record) if checkpoint else tr.TrainingState()
+
+    # --- Network, noise, optimizer ---
+    unet = tr.fit_unet(unet or tr.new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
+    scheduler = tr.build_scheduler(args, plan)
+    mixture = tr.build_mixture(args)
+    optimizer = tr.build_optimizer(args, plan, unet)
+    lr_scheduler = tr.build_lr_scheduler(args, plan, optimizer)
+    ema = tr.build_ema(args, unet, device)
+    # The schedule is stepped here once per optimizer step; accelerate would do so once per process.
+    accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
+    num_parameters = unet.num_parameters()
+    model, optimizer = accelerator.prepare(unet, optimizer)
+    unet = accelerator.unwrap_model(model)
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        if ema:
+            ema.to(device)
+
+    images_per_step = args.train_batch_size * num_processes * args.gradient_accumulation_steps
+    accelerator.print(
+        f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
+        f"{plan.resolution}x{plan.resolution}\n"
+        f"noise: {mixture}, {plan.num_train_timesteps} levels from {args.sigma_min:g} to {plan.sigma_max:g}\n"
+        f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
+        f"{device.type}\n"
+        f"learning rate: {plan.learning_rate:g}, {args.lr_scheduler}, {plan.lr_warmup_steps} steps warm-up\n"
+        f"samples: {plan.validation_inference_steps} network calls, {scheduler.config['algorithm_type']}\n"
+        f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
+    )
+
+    dataset = TrainingImages(
+        source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
+    )
+    stream = ImageStream(
+        source.num_images,
+        args.train_batch_size,
+        args.seed,
+        state.images_seen,
+        num_processes,
+        accelerator.process_index,
+    )
+    batches = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=stream,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
+
+    def loss_of_next_batch() -> torch.Tensor:
+        images = next(batches).to(device, non_blocking=True)
+        # All random numbers of a step follow from the images seen before it, also after an interruption.
+        position = state.images_seen + accelerator.process_index * args.train_batch_size
+        torch.manual_seed(seed_for(args.seed, STEP, position))
+        state.images_seen += args.train_batch_size * num_processes
+        timesteps = torch.randint(0, plan.num_train_timesteps, (len(images),), device=device)
+        noise = mixture.sample(images.shape, device=device)
+        return denoising_loss(
+            lambda x, t: model(x, t).sample,
+            images,
+            timesteps,
+            noise,
+            scheduler.noise_space,
+            mixture,
+            args.objective,
+        ).mean()
+
+    if args.dry_run:
+        loss = loss_of_next_batch()
+        accelerator.backward(loss)
+        accelerator.print(f"one forward and backward pass: loss {float(loss.detach()):.4f}. Nothing was written.")
+        return
+
+    # --- Training ---
+    pipeline = tr.PIPELINES[args.method](unet=unet, scheduler=scheduler)
+    if accelerator.is_main_process:
+        tr.start_output_dir(output_dir, record | {"versions": tr.versions()}, checkpoint, state.step)
+        (output_dir / "samples").mkdir(exist_ok=True)
+    if args.report_to != "none":
+        accelerator.init_trackers("diffusers_gm", {name: str(value) for name, value in record.items()})
+
+    def sample_grid():
+        with tr.averaged_weights(unet, ema):
+            images = tr.sample_images(
+                pipeline,
+                args.num_validation_images,
+                args.eval_batch_size,
+                plan.validation_inference_steps,
+                args.seed,
+            )
+        return tr.image_grid(images)
+
+    model.train()
+    progress = tqdm(
+        initial=state.step,
+        total=plan.max_train_steps,
+        disable=not accelerator.is_main_process,
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+        unit="step",
+    )
+    started = time.monotonic() - state.seconds
+    losses = torch.zeros((), device=device)
+    logged_step, logged_time = state.step, time.monotonic()
+    while state.step < plan.max_train_steps:
+        for _ in range(args.gradient_accumulation_steps):
+            with accelerator.accumulate(model):
+                loss = loss_of_next_batch()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses += loss.detach() / args.gradient_accumulation_steps
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        if ema:
+            ema.step(unet.parameters())
+        state.step += 1
+        progress.update()
+        last = state.step == plan.max_train_steps
+        save = args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0)
+
+        # Always before a checkpoint: one of a network that diverged must not replace the good ones.
+        if last or save or state.step % args.logging_steps == 0:
+            steps = state.step - logged_step
+            mean_loss = float(accelerator.reduce(losses, "mean")) / steps
+            if not math.isfinite(mean_loss):
+                raise RuntimeError(
+                    f"the loss is {mean_loss} at step {state.step}: resume from an earlier checkpoint, or "
+                    f"start anew with a --learning_rate below {plan.learning_rate:g}"
+                )
+            images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
+            losses.zero_()
+            logged_step, logged_time = state.step, time.monotonic()
+            if accelerator.is_main_process:
+                entry = {
+                    "loss": mean_loss,
+                    "lr": learning_rate,
+                    "images_per_second": round(images_per_second, 1),
+                }
+                tr.append_log(output_dir, {"step": state.step, **entry})
+                accelerator.log(entry, step=state.step)
+                progress.set_postfix(
+                    loss=f"{mean_loss:.4f}", images_per_second=f"{images_per_second:.0f}", refresh=False
+                )
+
+        paused = time.monotonic()
+        state.seconds = paused - started
+        if save:
+            tr.save_checkpoint(accelerator, output_dir, state, record, args.checkpoints_total_limit)
+        if args.validation_steps and state.step % args.validation_steps == 0 and not last:
+            if accelerator.is_main_process:
+                grid = sample_grid()
+                grid.save(output_dir / "samples" / f"step-{state.step:07d}.png")
+                tr.log_grid(accelerator, grid, state.step)
+            accelerator.wait_for_everyone()
+        logged_time += time.monotonic() - paused
+    progress.close()
+
+    # --- The pipeline, its samples and its card ---
+    if accelerator.is_main_process:
+        result = hub.TrainingResult(
+            num_images=source.num_images,
+            num_parameters=num_parameters,
+            steps=state.step,
+            images_seen=state.images_seen,
+            seconds=state.seconds,
+            log=tr.read_log(output_dir),
+            hardware=tr.hardware(accelerator),
+            command=tr.command_line(args, num_processes),
+            versions=tr.versions(),
+        )
+        grid = sample_grid()
+        tr.log_grid(accelerator, grid, state.step)
+        temporary = tr.fresh_folder(output_dir / "tmp-pipeline")
+        with tr.averaged_weights(unet, ema):
+            pipeline.save_pretrained(temporary)
+        grid.save(temporary / "samples.png")
+        tr.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
+        hub.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
+        tr.publish(temporary, output_dir)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    accelerator.print(f"saved to {output_dir}")
+    if args.push_to_hub and args.hub_model_id and accelerator.is_main_process:
+        repository = args.hub_model_id, args.hub_private_repo
+        try:
+            print(f"uploaded to {hub.push_to_hub(output_dir, *repository, args.hub_token)}")
+        except Exception as error:  # whatever it is: the model is on disk, and the user needs to know how to go on
+            sys.exit(
+                f"the upload failed: {error}\nThe model is complete in {output_dir}. To upload it:\n"
+                f"{hub.push_command(output_dir, *repository)}"
+            )
+
+
+if __name__ == "__main__":
+    main()
