@@ -53,7 +53,7 @@ def main() -> None:
     shape = (BATCH, 1, 8, 8)
     with torch.no_grad():
         forward = median_ms(lambda: unet(torch.zeros(shape), torch.tensor(0)))
-        print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        print(f"{platform.machine()}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {REPEATS}, batch {shape}")  # fmt: skip
         print(f"\n| | ms | share of the forward pass |\n|---|---|---|\n| network, forward | {forward:.2f} | 1 |")
         for name, scheduler in {**schedulers, "diffusers Euler ancestral": euler}.items():

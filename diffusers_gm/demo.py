@@ -51,34 +51,29 @@ def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path) -> None:
 def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: float, path: Path) -> None:
     """One digit under several draws of noise of equal variance, and random walks with the same increments.
 
-    Gaussian draws disturb every copy alike; mixture draws leave some nearly clean (roaming) and drown others
-    (jumps). The walks use a heavier mixture (alpha = 1.5, 8 components), where the eye sees it at once.
+    Gaussian draws disturb every copy alike; mixture draws leave some nearly clean (roaming) and drown others (jumps).
     """
     generator = torch.Generator().manual_seed(0)
     columns = 14
-    laws = {"Gaussian": GaussianMixtureNoise([1.0], [1.0]), "mixture": mixture}
-    figure = plt.figure(figsize=(12, 7.5), layout="constrained")
-    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.6)))
-    axes = top.subplots(2, columns)
-    for row, (name, law) in enumerate(laws.items()):
-        scales = law.sample_scales((columns, 1, 1, 1), generator, torch.device("cpu"), torch.float32)
-        scales = scales.sort(0).values
-        noise = scales * torch.randn((columns, *image.shape), generator=generator)
-        for column in range(columns):
-            axes[row, column].imshow((image + sigma * noise[column])[0], cmap="gray", vmin=-1.5, vmax=1.5)
-            axes[row, column].set_title(f"c={float(scales[column]):.2f}", fontsize=8)
-            axes[row, column].axis("off")
-        axes[row, 0].set_title(f"{name}: c={float(scales[0]):.2f}", fontsize=8)
-    top.suptitle(f"one digit, noise of equal variance (sigma = {sigma:g}), sorted by the scale c that was drawn")
-    walks = {
-        "Gaussian increments": GaussianMixtureNoise([1.0], [1.0]),
-        f"this model's mixture (K = {len(mixture)})": mixture,
-        "stable, alpha = 1.5 (K = 8): roaming and jumps": GaussianMixtureNoise.from_stable(1.5, 8),
+    laws = {
+        "Gaussian": GaussianMixtureNoise([1.0], [1.0]),
+        f"this model's\nmixture (K = {len(mixture)})": mixture,
+        "stable, alpha = 1.5\n(K = 8)": GaussianMixtureNoise.from_stable(1.5, 8),
     }
-    for axis, (name, law) in zip(bottom.subplots(1, len(walks)), walks.items(), strict=True):
-        path_points = law.sample((2000, 2), generator).cumsum(0)
-        axis.plot(*path_points.T, linewidth=0.6)
-        axis.set_title(name, fontsize=10)
+    figure = plt.figure(figsize=(13, 9), layout="constrained")
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.25, 1.2)))
+    for row, (name, law) in zip(top.subplots(len(laws), columns), laws.items(), strict=True):
+        scales = law.sample_scales((columns, 1, 1, 1), generator, torch.device("cpu"), torch.float32).sort(0).values
+        noisy = image + sigma * scales * torch.randn((columns, *image.shape), generator=generator)
+        for axis, picture, scale in zip(row, noisy, scales.flatten(), strict=True):
+            axis.imshow(picture[0], cmap="gray", vmin=-1.5, vmax=1.5)
+            axis.set_title(f"c = {float(scale):.2f}", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name, fontsize=9)
+    top.suptitle(f"one digit, noise of equal variance (sigma = {sigma:g}), sorted by the scale c that was drawn")
+    for axis, (name, law) in zip(bottom.subplots(1, len(laws)), laws.items(), strict=True):
+        axis.plot(*law.sample((2000, 2), generator).cumsum(0).T, linewidth=0.6)
+        axis.set_title(name.replace("\n", " "), fontsize=10)
         axis.set_aspect("equal", "datalim")
     bottom.suptitle("2000 steps of a random walk, increments of equal variance")
     figure.savefig(path, dpi=110)
@@ -95,7 +90,9 @@ def plot_quality(results: dict[str, list[Quality]], floor: float, path: Path) ->
     axis.axhline(floor, color="gray", linestyle=":", label="floor: held-out digits")
     axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="sliced W2 to the training digits (pixels)")
     axis.set_xticks(CALLS, [str(n) for n in CALLS])
-    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.xaxis.minorticks_off()
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -146,7 +143,7 @@ def main() -> None:
     algorithm = pipeline.scheduler.config.algorithm_type
     calls = pipeline.default_num_inference_steps
     plot_samples(images, held_out, f"GM-SGM samples, {algorithm}, {calls} network calls", folder / "digits.png")
-    plot_forward_noise(held_out[0], pipeline.scheduler.mixture, 1.0, folder / "forward_noise.png")
+    plot_forward_noise(held_out[0], pipeline.scheduler.mixture, 0.5, folder / "forward_noise.png")
 
     results = {}
     for model in filter(None, (folder, args.compare)):

@@ -100,7 +100,7 @@ def test_langevin_step_is_stationary_to_first_order_in_the_step():
     for a in (0.2, 0.1, 0.05):
         factor = float(
             annealed.langevin_step(
-                torch.ones(1).double(), torch.full((1,), -(sigma**2) / v).double(), sigma, a, torch.zeros(1)
+                torch.ones(1).double(), torch.full((1,), 1 - sigma**2 / v).double(), sigma, a, torch.zeros(1)
             )
         )
         noise = float(annealed.langevin_step(torch.zeros(1), torch.zeros(1), sigma, a, torch.ones(1)))

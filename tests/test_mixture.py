@@ -9,6 +9,7 @@ from scipy import integrate, special, stats
 from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.losses import denoising_loss, denoising_target
+from diffusers_gm.processes.annealed import langevin_step
 from diffusers_gm.processes.mixture import _positive_stable_partial_means
 from diffusers_gm.processes.mixture_dynamics import ancestral_step, exponential_step, ode_step
 from diffusers_gm.processes.noise_space import NoiseSpace
@@ -273,11 +274,9 @@ def test_exponential_step_is_langevin_for_small_steps_and_exact_for_a_point_mass
     y, denoised, noise = torch.randn(3, 4, 1, 8, 8, dtype=torch.float64, generator=generator)
     a = 1e-7
     small = exponential_step(y, denoised, 0.7, a, noise)
-    langevin = y + a * (denoised - y) + math.sqrt(2 * a) * 0.7 * noise
+    langevin = langevin_step(y, denoised, 0.7, a, noise)
     torch.testing.assert_close(small, langevin, rtol=0, atol=1e-8)
-    # Two half steps are one step in law: factors multiply, variances add up.
-    e1, e2 = math.exp(-0.8), math.exp(-1.6)
-    assert (1 - e1**2) * e1**2 + (1 - e1**2) == pytest.approx(1 - e2**2)
+    e2 = math.exp(-1.6)
     kept = exponential_step(y, torch.zeros_like(y), 0.7, 1.6, torch.zeros_like(y))
     torch.testing.assert_close(kept, e2 * y)
     fresh = exponential_step(torch.zeros_like(y), torch.zeros_like(y), 0.7, 1.6, noise)
@@ -302,3 +301,20 @@ def test_ode_step_is_exact_for_a_frozen_denoiser_and_for_one_linear_in_log_sigma
     stepped = ode_step(y, denoised, 2.0, 1.0, previous, 4.0)
     middle = denoised + slope * math.log(2.0) / 2
     torch.testing.assert_close(stepped, middle + 0.5 * (y - middle))
+
+
+def test_local_steps_leave_the_mixture_with_weights_divided_by_the_squared_scales(generator):
+    """Langevin steps of `a sigma^2 / w` on a point mass in one dimension, where components overlap and mix: the
+    stationary law has E[y^2] = sigma^2 / E[c^-2], up to O(a), and not sigma^2 E[c^2]."""
+    mixture = GaussianMixtureNoise([0.6, 0.4], [0.6, 1.8])
+    a, n = 0.01, 20_000
+    y = mixture.sample((n, 1), generator)
+    for _ in range(1500):
+        w = mixture.residual_precision(y, 1.0)
+        y = langevin_step(y, torch.zeros_like(y), 1 / w.sqrt(), a, torch.randn(n, 1, generator=generator))
+    squares = y.square()
+    expected = 1 / float((mixture.weights / mixture.scales**2).sum())
+    assert float(squares.mean()) == pytest.approx(
+        expected, abs=5 * float(squares.std()) / math.sqrt(n) + 2 * a * expected
+    )
+    assert expected < 0.6 * mixture.moment(2)

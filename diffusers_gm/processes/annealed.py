@@ -161,19 +161,19 @@ def fixed_step_size(eps: float, sigma_last: float, max_step: float = 1.0) -> flo
 # --- Updates -----------------------------------------------------------------------------------------------------
 
 
-def langevin_step(y: Tensor, displacement: Tensor, sigma: float, a: float | Tensor, noise: Tensor) -> Tensor:
-    """One Langevin step `y + a sigma^2 s + sqrt(2 a) sigma z`.
+def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
+    """One Langevin step of size `a sigma^2`: `y + a (D - y) + sqrt(2 a) sigma z`, with `sigma^2 score = D - y`.
 
     Args:
         y: noisy images `(B, ...)`.
-        displacement: `sigma^2 * score(y)`, which is `D(y) - y` for Gaussian noise; same shape.
-        sigma: the level.
-        a: dimensionless step, a number or a tensor that broadcasts (one per image: jump sizes).
-        noise: standard normal, same shape.
+        denoised: `D(y)`, same shape.
+        sigma: the level, a number or a tensor that broadcasts (the local level of mixture noise).
+        a: dimensionless step, likewise (jump sizes).
+        noise: standard normal, same shape as `y`.
 
     Stationary law: the density of `y` up to O(a) (Euler-Maruyama, weak order 1).
     """
-    return y + a * displacement + (2 * a) ** 0.5 * sigma * noise
+    return y + a * (denoised - y) + (2 * a) ** 0.5 * sigma * noise
 
 
 def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
@@ -193,8 +193,8 @@ def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
     if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
         raise ValueError(
             f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
-            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, use more levels, "
-            "or leave it None"
+            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, "
+            "use more levels, or leave it None"
         )
 
 

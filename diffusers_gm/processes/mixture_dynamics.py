@@ -1,7 +1,6 @@
 """Updates of Gaussian-mixture score-based models, beside the Langevin steps of `annealed`.
 
-All act on `y` with the denoiser `D` frozen over the step. `precision` is the factor w of
-`GaussianMixtureNoise.residual_precision` (1 for Gaussian noise): the score is `w (D - y) / sigma^2`.
+All act on `y` with the denoiser `D` frozen over the step.
 """
 
 import math
@@ -10,21 +9,14 @@ import torch
 from torch import Tensor
 
 
-def exponential_step(
-    y: Tensor,
-    denoised: Tensor,
-    sigma: float,
-    a: float | Tensor,
-    noise: Tensor,
-    precision: float | Tensor = 1.0,
-) -> Tensor:
+def exponential_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
     """Langevin dynamics over time `a` (random, for jump sizes: `a * c_k^2`), integrated exactly for frozen D.
 
-    `D + e (y - D) + sigma sqrt((1 - e^2) / w) z` with `e = exp(-a w)`: stable for any a. For data much wider than
-    sigma the stationary variance is short by the factor `(1 + e) / 2`.
+    `D + e (y - D) + sigma sqrt(1 - e^2) z` with `e = exp(-a)`: stable for any a. For data much wider than sigma the
+    stationary variance is short by the factor `(1 + e) / 2`. Arguments as in `annealed.langevin_step`.
     """
-    e = torch.exp(-torch.as_tensor(a * precision, dtype=y.dtype, device=y.device))
-    return denoised + e * (y - denoised) + sigma * ((1 - e**2) / precision).sqrt() * noise
+    e = torch.exp(-torch.as_tensor(a, dtype=y.dtype, device=y.device))
+    return denoised + e * (y - denoised) + sigma * (1 - e**2).sqrt() * noise
 
 
 def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, scales: Tensor) -> Tensor:

@@ -42,18 +42,21 @@ class NoiseSpace:
         num_train_timesteps: N.
         log_sigmas: `(N,)` float64, increasing: `log sigma` at the integer labels (`vp`, `ve`); None in `flow`.
         scale_input: `ve` only: whether the network is fed `y / sqrt(1 + sigma^2)` (True) or `y` itself.
+        zero_terminal_snr: `vp` only: whether the last label is pure noise, `sigma` infinite.
     """
 
     kind: Kind
     num_train_timesteps: int
     log_sigmas: Tensor | None = None
     scale_input: bool = True
+    zero_terminal_snr: bool = False
 
     @classmethod
     def vp(cls, alphas_cumprod: Tensor) -> "NoiseSpace":
         """The space of a DDPM network with cumulative products `alphas_cumprod`, shape `(N,)`, in [0, 1)."""
         abar = alphas_cumprod.double().clamp(min=1 / (1 + MAX_SIGMA**2))
-        return cls("vp", len(abar), 0.5 * (torch.log1p(-abar) - abar.log()))
+        log_sigmas = 0.5 * (torch.log1p(-abar) - abar.log())
+        return cls("vp", len(abar), log_sigmas, zero_terminal_snr=bool(alphas_cumprod[-1] == 0))
 
     @classmethod
     def ve(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int, scale_input: bool = True) -> "NoiseSpace":
@@ -112,6 +115,23 @@ class NoiseSpace:
             return torch.ones_like(sigma)
         return torch.rsqrt(1 + sigma**2)
 
+    def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """`(alpha, alpha * sigma)` at labels, so that `alpha * y = alpha * x0 + (alpha * sigma) * n`; float64.
+
+        Exact where sigma is infinite and the network sees pure noise: `(0, 1)`.
+        """
+        t = timestep.double()
+        if self.kind == "flow":
+            s = (t / self.num_train_timesteps).clamp(0, 1)
+            return 1 - s, s
+        sigma = self.sigma(t)
+        alpha = self.alpha(sigma)
+        noise = alpha * sigma
+        if self.zero_terminal_snr:
+            last = t >= self.num_train_timesteps - 1
+            alpha, noise = torch.where(last, 0.0, alpha), torch.where(last, 1.0, noise)
+        return alpha, noise
+
     def denoised(self, output: Tensor, y: Tensor, sigma: Tensor | float, prediction_type: str) -> Tensor:
         """The denoiser `D(y; sigma)` behind a network's output.
 
@@ -137,23 +157,42 @@ class NoiseSpace:
         raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {PREDICTION_TYPES[self.kind]}")
 
 
-def level_grid(space: NoiseSpace, num_levels: int, spacing: str, steps_offset: int = 0, shift: float = 1.0) -> Tensor:
+def level_grid(
+    space: NoiseSpace,
+    num_levels: int,
+    spacing: str,
+    steps_offset: int = 0,
+    shift: float = 1.0,
+    shift_terminal: float | None = None,
+) -> Tensor:
     """Descending timestep labels of `num_levels` noise levels, shape `(num_levels,)`, float64.
 
-    `log_snr` takes equal ratios of sigma between the ends of the trained range; `karras` equal steps of
-    sigma^(1/7) (arXiv 2206.00364, eq. 5); `linspace`, `leading` and `trailing` are those of diffusers' DDPM
-    (arXiv 2305.08891, table 2), except that a `ve` ladder, whose labels may be fractional, is not rounded.
-    `shift` is rectified flow's resolution shift `s -> shift * s / (1 + (shift - 1) * s)` (arXiv 2403.03206, eq. 23).
+    Between the ends of the trained range, `log_snr` takes equal ratios of sigma, `karras` equal steps of sigma^(1/7)
+    (arXiv 2206.00364, eq. 5), `beta` the quantiles of a Beta(0.6, 0.6) law of sigma (arXiv 2407.12173; needs scipy).
+    `linspace`, `leading` and `trailing` are those of diffusers' DDPM (arXiv 2305.08891, table 2), except that a `ve`
+    ladder, whose labels may be fractional, is not rounded. `shift` and `shift_terminal`: `flow`, see `shift_flow`.
+
+    Raises:
+        ValueError: for an unknown spacing, or more levels than the network was trained at.
     """
     first, last = space.timestep_range
     n = space.num_train_timesteps
-    if spacing in ("log_snr", "karras"):
+    if num_levels > n:
+        raise ValueError(
+            f"{num_levels} noise levels are more than the {n} that the network was trained at: use at most {n} "
+            "(num_inference_steps counts network calls; num_langevin_steps spends several on a level)"
+        )
+    if spacing in ("log_snr", "karras", "beta"):
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
         ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
         if spacing == "log_snr":
             sigmas = (math.log(high) * (1 - ramp) + math.log(low) * ramp).exp()
-        else:
+        elif spacing == "karras":
             sigmas = (high ** (1 / 7) * (1 - ramp) + low ** (1 / 7) * ramp) ** 7
+        else:
+            from scipy.stats import beta
+
+            sigmas = low + (high - low) * torch.from_numpy(beta.ppf(1 - ramp.numpy(), 0.6, 0.6))
         # Labels are exact integers where they should be: learned embeddings take nothing else.
         grid = space.timestep(sigmas).mul(1e8).round().div(1e8)
         grid[0] = last  # also where its sigma is capped
@@ -165,11 +204,23 @@ def level_grid(space: NoiseSpace, num_levels: int, spacing: str, steps_offset: i
         grid = last - torch.arange(num_levels, dtype=torch.float64) * (n / num_levels)
     else:
         raise ValueError(
-            f"unknown timestep_spacing {spacing!r}: use 'log_snr', 'karras', 'linspace', 'leading' or 'trailing'"
+            f"unknown timestep_spacing {spacing!r}: use 'log_snr', 'karras', 'beta', 'linspace', 'leading' or "
+            "'trailing'"
         )
     if space.kind == "vp" and spacing in ("linspace", "leading", "trailing"):
         grid = grid.round()
-    if space.kind == "flow" and shift != 1.0:
-        s = grid / n
-        grid = n * shift * s / (1 + (shift - 1) * s)
+    if space.kind == "flow":
+        grid = n * shift_flow(grid / n, shift, shift_terminal)
     return grid.clamp(first if space.kind != "flow" else None, last)
+
+
+def shift_flow(s: Tensor, shift: float = 1.0, shift_terminal: float | None = None) -> Tensor:
+    """Rectified flow's resolution shift of a descending grid of s in (0, 1], which multiplies sigma by `shift`:
+    `s -> shift * s / (1 + (shift - 1) * s)` (arXiv 2403.03206, eq. 23).
+
+    With `shift_terminal`, 1 - s is then stretched so that the grid ends there (LTX-Video's rule, as in diffusers).
+    """
+    s = shift * s / (1 + (shift - 1) * s)
+    if shift_terminal is None:
+        return s
+    return 1 - (1 - s) * (1 - shift_terminal) / (1 - s[-1])

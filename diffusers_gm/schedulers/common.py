@@ -1,16 +1,19 @@
 """diffusers' scheduler contract around a noise space. The samplers themselves are in `scheduling_*.py`."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..processes.noise_space import PREDICTION_TYPES, NoiseSpace, level_grid
+from ..processes.noise_space import PREDICTION_TYPES, NoiseSpace, level_grid, shift_flow
 from ..random import Generators, check_generators, randn
 
 
@@ -48,6 +51,24 @@ class Call:
     last: bool
 
 
+def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
+    """`betas` and their `alphas_cumprod` of a `vp` config, `(N,)` float32 each: diffusers knows its own schedules."""
+    arguments = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": config.beta_schedule or "linear",
+        "trained_betas": config.trained_betas,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+    }
+    source: Any
+    if config.snr_shift_scale is None:
+        source = DDPMScheduler(**arguments)
+    else:
+        source = CogVideoXDDIMScheduler(**arguments, snr_shift_scale=config.snr_shift_scale)
+    return source.betas, source.alphas_cumprod
+
+
 def noise_space_from_config(config: Any) -> NoiseSpace:
     """The noise space that a scheduler config describes.
 
@@ -75,17 +96,58 @@ def noise_space_from_config(config: Any) -> NoiseSpace:
         return NoiseSpace.ve(config.sigma_min, config.sigma_max, config.num_train_timesteps, config.scale_input)
     if kind == "flow":
         return NoiseSpace.flow(config.num_train_timesteps)
-    # diffusers knows its own beta schedules best.
-    return NoiseSpace.vp(
-        DDPMScheduler(
-            num_train_timesteps=config.num_train_timesteps,
-            beta_start=0.0001 if config.beta_start is None else config.beta_start,
-            beta_end=0.02 if config.beta_end is None else config.beta_end,
-            beta_schedule=config.beta_schedule or "linear",
-            trained_betas=config.trained_betas,
-            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        ).alphas_cumprod
-    )
+    return NoiseSpace.vp(betas_from_config(config)[1])
+
+
+def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of a scheduler of diffusers, with what that scheduler leaves unsaid added in our words.
+
+    - What describes the network counts as given also where the source left it at its default. diffusers drops such
+      values of configs in memory, and keeps those of the same configs read from disk.
+    - The grid belongs to the sampler. A `timestep_spacing` left at the source's default was no choice: samplers of
+      ours then take equal ratios of sigma (`use_exponential_sigmas`).
+    - Flow schedulers name no prediction type, `ScoreSdeVeScheduler` neither that nor its noise space.
+
+    Raises:
+        ValueError: if the config describes no noise space of ours.
+    """
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    name = config.get("_class_name")
+    if config.get("sigma_data") is not None:
+        raise ValueError(
+            f"{name}: the EDM preconditioning (sigma_data) is no noise space of ours: wrap the network as a denoiser "
+            "and use noise_space='ve' with prediction_type='sample'"
+        )
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{name}: networks that count flow time backwards (invert_sigmas=True) are not supported")
+    if config.get("use_flow_sigmas"):
+        config = {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), **config}
+        config["prediction_type"] = "flow_prediction"
+    elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        if config.get("shift") is not None:
+            config = {"prediction_type": "flow_prediction", **config}
+        elif name == "ScoreSdeVeScheduler":
+            config = {"noise_space": "ve", "prediction_type": "score", "scale_input": False, **config}
+        elif not config.keys() & {"noise_space", "prediction_type", "sigma_min", "sigma_max"}:
+            raise ValueError(
+                f"no noise space can be inferred from the config of {name}: pass noise_space='vp' with beta_schedule, "
+                "noise_space='flow' with shift, or noise_space='ve' with sigma_min and sigma_max"
+            )
+    source = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if source is not None and "timestep_spacing" in config and not any(config.get(flag) for flag in SPACING_FLAGS):
+        default = inspect.signature(source.__init__).parameters.get("timestep_spacing")
+        if default is not None and default.default == config["timestep_spacing"]:
+            config["use_exponential_sigmas"] = True
+    return config
+
+
+# Flags of diffusers' schedulers that replace their timestep_spacing, and the spacing that we call it.
+SPACING_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "log_snr",
+    "use_lu_lambdas": "log_snr",
+    "use_beta_sigmas": "beta",
+}
 
 
 class LangevinSchedulerMixin:
@@ -105,17 +167,21 @@ class LangevinSchedulerMixin:
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers, except that values the source scheduler left at *its* defaults count as given.
+        """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`.
 
-        diffusers drops those for configs in memory and keeps them for the same configs read from disk.
+        A config that has been ours says everything itself, also after a scheduler of diffusers had it in between.
         """
-        if isinstance(config, dict):
-            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        if isinstance(config, dict) and "noise_space" not in config:
+            config, kwargs = from_source_config({**config, **kwargs}), {}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
     def _setup(self) -> None:
         """Called at the end of `__init__`, when the config is registered."""
         self.noise_space = noise_space_from_config(self.config)
+        if self.noise_space.kind == "vp":
+            self.betas, self.alphas_cumprod = betas_from_config(self.config)
+            self.alphas = 1 - self.betas
+        self.register_to_config(noise_space=self.noise_space.kind)
         first, last = self.noise_space.timestep_range
         self._setup_run(torch.arange(int(last), int(first) - 1, -1))
 
@@ -125,51 +191,118 @@ class LangevinSchedulerMixin:
             raise ValueError(
                 f"dynamic_thresholding_ratio must be in (0, 1], got {self.config.dynamic_thresholding_ratio}"
             )
+        if sum(bool(self.config[flag]) for flag in SPACING_FLAGS) > 1:
+            raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
+        if "_use_default_values" in self.config:
+            # diffusers drops the values named here from a config in memory. Ours mean something to any scheduler,
+            # but for those that stand for "not given" and a spacing of our own.
+            names = sorted(name for name in self.config._use_default_values if self._is_unsaid(name))
+            self.register_to_config(_use_default_values=names)
         self.num_inference_steps: int | None = None
         self.timesteps = timesteps
+        self.sigmas = torch.zeros(0)
         self._calls: list[Call] = []
         self._begin_index: int | None = None
         self._step_index: int | None = None
+
+    def _is_unsaid(self, name: str) -> bool:
+        return self.config[name] is None or name == "timestep_spacing"
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
     # --- The grid of calls ---
 
-    def _levels(self, num_levels: int) -> tuple[Tensor, Tensor]:
-        """Descending labels and noise levels of `num_levels` levels, each `(num_levels,)` float64."""
-        config = self.config
-        shift = config.shift if config.shift is not None else 1.0
-        grid = level_grid(self.noise_space, num_levels, config.timestep_spacing, config.steps_offset, shift)
-        return grid, self.noise_space.sigma(grid)
-
-    def _set_calls(
+    def _call_labels(
         self,
-        labels: Sequence[float],
-        sigmas: Sequence[float],
-        step_sizes: Sequence[float],
-        denoise: bool,
-        device: Any,
-    ) -> None:
-        """Fill the table of calls; every argument has one entry per network call."""
-        alphas = self.noise_space.alpha(torch.tensor(sigmas, dtype=torch.float64)).tolist()
-        visible = [1.0] * len(alphas) if self.noise_space.kind == "ve" else alphas
+        num_calls: int | None,
+        timesteps: Sequence[float] | Tensor | None,
+        sigmas: Sequence[float] | Tensor | None,
+        mu: float | None,
+        num_langevin_steps: int | None = None,
+        denoise: bool = True,
+    ) -> Tensor:
+        """The label of every network call of a run, `(n,)` float64, descending.
+
+        With a number of calls, the grid of the config: one level a call, or `num_langevin_steps` calls a level and the
+        last level once more to denoise. With `timesteps` or `sigmas`, these, one a call.
+        """
+        if (num_calls is not None) + (timesteps is not None) + (sigmas is not None) != 1:
+            raise ValueError("give exactly one of num_inference_steps, timesteps and sigmas")
+        shift = self._flow_shift(mu)
+        if timesteps is not None:
+            labels = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
+        elif sigmas is not None:
+            labels = self._labels_of_sigmas(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"), shift)
+        elif num_langevin_steps is None:
+            check_num_calls(num_calls, 2)
+            return self._grid(int(num_calls), shift)  # type: ignore[arg-type]
+        else:
+            steps = spread_steps(num_calls, num_langevin_steps, denoise)
+            labels = self._grid(len(steps), shift).repeat_interleave(torch.tensor(steps))
+            return torch.cat([labels, labels[-1:]]) if denoise else labels
+        first, last = self.noise_space.timestep_range
+        if self.noise_space.kind == "flow":
+            first = 1e-6
+        if len(labels) < 2 or not ((first <= labels) & (labels <= last)).all() or (labels.diff() > 0).any():
+            raise ValueError(
+                f"custom timesteps (here {labels.tolist()}) must be at least two, none above the one before, in "
+                f"[{first:g}, {last:g}]"
+            )
+        return labels
+
+    def _flow_shift(self, mu: float | None) -> float:
+        """The factor on sigma of the resolution shift (`flow`), 1 in the other spaces."""
+        config = self.config
+        if self.noise_space.kind != "flow":
+            return 1.0
+        if not config.use_dynamic_shifting:
+            return 1.0 if config.shift is None else config.shift
+        if mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu in set_timesteps (pipelines compute it from the size)")
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+    def _grid(self, num_levels: int, shift: float) -> Tensor:
+        config = self.config
+        flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
+        spacing = flags[0] if flags else config.timestep_spacing
+        return level_grid(self.noise_space, num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
+
+    def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
+        """Labels of custom noise levels, without a final 0; in `flow` space they are s before the shift."""
+        sigmas = sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas
+        if self.noise_space.kind == "flow":
+            return self.noise_space.num_train_timesteps * shift_flow(sigmas, shift, self.config.shift_terminal)
+        low, high = self.noise_space.sigma(torch.tensor(self.noise_space.timestep_range)).tolist()
+        # Published schedules are rounded.
+        if not ((0.99 * low <= sigmas) & (sigmas <= 1.01 * high)).all():
+            raise ValueError(f"custom sigmas {sigmas.tolist()} must be in [{low:.4g}, {high:.4g}]")
+        return self.noise_space.timestep(sigmas)
+
+    def _set_calls(self, labels: Tensor, step_sizes: Sequence[float], denoise: bool, device: Any) -> None:
+        """Fill the table of calls; both arguments have one entry per network call."""
+        levels = self.noise_space.sigma(labels)
+        sigmas = levels.tolist()
+        visible = [1.0] * len(sigmas) if self.noise_space.kind == "ve" else self.noise_space.alpha(levels).tolist()
         # A run without the final denoising ends one more level down, at alpha 1.
         ratio = sigmas[-1] / sigmas[-2] if len(sigmas) > 1 else 1.0
         next_sigmas = [*sigmas[1:], 0.0 if denoise else sigmas[-1] * ratio]
         next_visible = [*visible[1:], 1.0]
         last = [False] * (len(sigmas) - 1) + [denoise]
-        columns = (labels, sigmas, visible, next_sigmas, next_visible, step_sizes, last)
-        timesteps = torch.tensor(labels, dtype=torch.float64)
-        integral = bool((timesteps == timesteps.round()).all())
-        timesteps = timesteps.to(device=device, dtype=torch.int64 if integral else torch.float32)
+        columns = (labels.tolist(), sigmas, visible, next_sigmas, next_visible, step_sizes, last)
+        integral = bool((labels == labels.round()).all())
+        timesteps = labels.to(device=device, dtype=torch.int64 if integral else torch.float32)
         self._begin_run([Call(*row) for row in zip(*columns, strict=True)], timesteps)
+        if self.noise_space.kind == "flow":
+            self.sigmas = torch.cat([labels / self.noise_space.num_train_timesteps, torch.zeros(1)]).float()
 
     def _begin_run(self, calls: list[Call], timesteps: Tensor) -> None:
         """Replace the table of calls; `timesteps` are their labels on the device of the run."""
         self._calls = calls
         self.num_inference_steps = len(calls)
         self.timesteps = timesteps
+        # What pipelines read: on the CPU, ending at 0.
+        self.sigmas = torch.tensor([call.sigma for call in calls] + [0.0])
         self._begin_index = None
         self._step_index = None
 
@@ -188,26 +321,51 @@ class LangevinSchedulerMixin:
         self._begin_index = begin_index
 
     def _next_call(self, timestep: Tensor | float) -> Call:
+        """The call that `step` is at, from the table; a ValueError if `timestep` belongs to another one."""
         if not self._calls:
             raise ValueError("set_timesteps must be called before step")
-        if self._step_index is None:
-            self._step_index = self._index_of(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= len(self._calls):
+        index = self._step_index
+        if index is None:
+            index = self._index_of(timestep) if self._begin_index is None else self._begin_index
+        if index >= len(self._calls):
             raise ValueError(
                 f"all {len(self._calls)} steps of this run have been taken: call set_timesteps before the next run"
             )
-        call = self._calls[self._step_index]
-        self._step_index += 1
+        call = self._calls[index]
+        given = self._value(timestep)
+        if given is not None and not math.isclose(given, call.timestep, rel_tol=0.01, abs_tol=0.01):
+            raise ValueError(
+                f"step {index} of this run is at timestep {call.timestep:g}, not {given:g}: a scheduler serves one run "
+                "at a time; call set_timesteps before another one, or give each its own copy"
+            )
+        self._step_index = index + 1
         return call
 
-    def _index_of(self, timestep: Tensor | float) -> int:
-        """The call that `timestep` belongs to; of repeated labels the first, unless `timestep` is an element of
-        `self.timesteps` itself (as in any pipeline's loop), whose position tells, without waiting for the device."""
+    def _position(self, timestep: Tensor | float) -> int | None:
+        """The index of a `timestep` that is an element of `self.timesteps` itself, as in any pipeline's loop. Its place
+        in memory tells, without waiting for the device."""
         if isinstance(timestep, Tensor) and timestep.ndim == 0:
             storages = (timestep.untyped_storage().data_ptr(), self.timesteps.untyped_storage().data_ptr())
             if storages[0] == storages[1]:
                 return int(timestep.storage_offset() - self.timesteps.storage_offset())
-        matches = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
+        return None
+
+    def _value(self, timestep: Tensor | float) -> float | None:
+        """The value of a `timestep`; None if only waiting for the device would tell, or if there are several."""
+        position = self._position(timestep)
+        if position is not None:
+            return self._calls[position].timestep
+        if isinstance(timestep, Tensor) and (timestep.ndim > 0 or timestep.device.type != "cpu"):
+            return None
+        return float(timestep)
+
+    def _index_of(self, timestep: Tensor | float) -> int:
+        """The call that `timestep` belongs to; of repeated labels the first, unless its position tells."""
+        position = self._position(timestep)
+        if position is not None:
+            return position
+        first = torch.as_tensor(timestep, device=self.timesteps.device).flatten()[0]
+        matches = (self.timesteps == first).nonzero()
         if len(matches) == 0:
             raise ValueError(f"timestep {timestep} is not one of scheduler.timesteps: call set_timesteps first")
         return int(matches[0])
@@ -240,13 +398,26 @@ class LangevinSchedulerMixin:
             noise: unit noise, same shape.
             timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma.
         """
-        shape = (-1,) + (1,) * (original_samples.ndim - 1)
-        sigma = self.noise_space.sigma(timesteps.to(original_samples.device)).reshape(shape)
-        alpha = torch.ones_like(sigma) if self.noise_space.kind == "ve" else self.noise_space.alpha(sigma)
-        dtype = original_samples.dtype
-        compute = torch.promote_types(dtype, torch.float32)
-        noisy = alpha.to(compute) * original_samples.to(compute) + (alpha * sigma).to(compute) * noise.to(compute)
-        return noisy.to(dtype)
+        if self.noise_space.kind == "ve":
+            noise_factor = self.noise_space.sigma(timesteps)
+            alpha = torch.ones_like(noise_factor)
+        else:
+            alpha, noise_factor = self.noise_space.coefficients(timesteps)
+        return _combine(alpha, original_samples, noise_factor, noise)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` as flow pipelines call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a velocity network is trained to answer for clean `sample` and unit `noise`, both `(B, ...)`.
+
+        `alpha * noise - alpha * sigma * sample`, and in `flow` space `noise - sample`.
+        """
+        if self.noise_space.kind == "flow":
+            return noise - sample
+        alpha, noise_factor = self.noise_space.coefficients(timesteps)
+        return _combine(-noise_factor, sample, alpha, noise)
 
     def initial_sample(
         self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
@@ -256,11 +427,19 @@ class LangevinSchedulerMixin:
 
     # --- The denoiser ---
 
+    def _prediction(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The network's output without the variance that networks of `variance_type="learned*"` add, channels last."""
+        channels = sample.shape[1] if sample.ndim > 1 else 0
+        learned = (self.config.variance_type or "").startswith("learned")
+        if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * channels:
+            return model_output[:, :channels]
+        return model_output
+
     def _check(self, model_output: Tensor, sample: Tensor, generator: Generators) -> None:
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"the network's output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: they "
-                "must agree (networks that also predict a variance are not supported)"
+                "must agree (for a network that also answers a variance, set variance_type='learned_range')"
             )
         check_generators(generator, sample.shape[0])
 
@@ -276,13 +455,30 @@ class LangevinSchedulerMixin:
         return denoised
 
 
-def check_num_calls(num_calls: int, at_least: int) -> None:
+def _combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """`a * x + b * y` in float32 or better, in the dtype of x; a and b are `(B,)` or scalar."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    a, b = (c.reshape(shape).to(x.device, dtype) for c in (a, b))
+    return (a * x.to(dtype) + b * y.to(x.device, dtype)).to(x.dtype)
+
+
+def langevin_levels(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct levels of a run of Langevin steps `(n,)`: they `(L,)`, steps on each `(L,)`, index of each step's
+    `(n,)`."""
+    distinct, index, counts = levels.unique_consecutive(return_inverse=True, return_counts=True)
+    if len(distinct) < 2:
+        raise ValueError("annealed Langevin dynamics needs at least two noise levels: give timesteps that differ")
+    return distinct, counts, index
+
+
+def check_num_calls(num_calls: Any, at_least: int) -> None:
     """Raise a ValueError unless `num_calls` network calls are enough."""
     if int(num_calls) != num_calls or num_calls < at_least:
         raise ValueError(f"num_inference_steps must be an integer of at least {at_least}, got {num_calls!r}")
 
 
-def spread_steps(num_calls: int, num_langevin_steps: int, denoise: bool) -> list[int]:
+def spread_steps(num_calls: Any, num_langevin_steps: int, denoise: bool) -> list[int]:
     """Langevin steps of each level for a budget of network calls, which is met exactly.
 
     There are `(num_calls - denoise) // num_langevin_steps` levels; the first ones take one step more where the

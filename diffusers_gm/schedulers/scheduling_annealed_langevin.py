@@ -1,5 +1,6 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from ..processes.annealed import (
     optimal_step_size,
 )
 from ..random import Generators, randn
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_num_calls, spread_steps
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, langevin_levels
 
 
 class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -63,13 +64,18 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         scale_input: bool = True,
-        beta_start: float | None = None,
-        beta_end: float | None = None,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
         beta_schedule: str | None = None,
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
         shift: float | None = None,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        shift_terminal: float | None = None,
         prediction_type: str = "epsilon",
+        variance_type: str | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
@@ -77,6 +83,10 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         sample_max_value: float = 1.0,
         timestep_spacing: str = "log_snr",
         steps_offset: int = 0,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_beta_sigmas: bool = False,
         num_langevin_steps: int = 1,
         step_size: float | None = None,
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
@@ -87,44 +97,59 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
             raise ValueError(f"unknown algorithm_type {algorithm_type!r}: use 'langevin' or 'consistent'")
         self._setup()
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Prepare a run of `num_inference_steps` network calls; `timesteps` lives on `device`.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare a run of `num_inference_steps` network calls; `timesteps` then lives on `device`.
+
+        Args:
+            num_inference_steps: network calls, all included; levels are those of the config's grid.
+            device: where `timesteps` is to be.
+            timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number. Calls with equal
+                labels are Langevin steps on one level; the last call is the final denoising (`denoise`), so repeat the
+                last label for Langevin steps there. `flow`: `sigmas` are s, before the shift; a final 0 is left out.
+            mu: `flow` with `use_dynamic_shifting`: the shift, as pipelines compute it from the image's size.
 
         Raises:
             ValueError: see the class.
         """
         config = self.config
-        if config.algorithm_type == "consistent":
-            self._set_consistent(num_inference_steps, device)
-            return
-        steps = spread_steps(num_inference_steps, config.num_langevin_steps, config.denoise)
-        labels, sigmas = self._levels(len(steps))
-        if config.step_size is None:
-            sizes = optimal_step_size(level_ratios(sigmas), torch.tensor(steps), config.step_size_criterion).tolist()
-        else:
-            sizes = [fixed_step_size(config.step_size, float(sigmas[-1]))] * len(steps)
-        level = [i for i, count in enumerate(steps) for _ in range(count)] + [len(steps) - 1] * config.denoise
-        self._set_calls(
-            [float(labels[i]) for i in level],
-            [float(sigmas[i]) for i in level],
-            [sizes[i] for i in level],
+        consistent = config.algorithm_type == "consistent"
+        labels = self._call_labels(
+            num_inference_steps,
+            timesteps,
+            sigmas,
+            mu,
+            None if consistent else config.num_langevin_steps,
             config.denoise,
-            device,
         )
-
-    def _set_consistent(self, num_calls: int, device: str | torch.device | None) -> None:
-        check_num_calls(num_calls, 2)
-        labels, sigmas = self._levels(num_calls)
-        ratios = sigmas[1:] / sigmas[:-1]
-        ratios = torch.cat([ratios, ratios[-1:]])
-        if self.config.step_size is None:
-            etas = (1 - ratios**2).tolist()
-        else:
-            etas = [self.config.step_size / float(sigmas[-1]) ** 2] * num_calls
-        self._set_calls(labels.tolist(), sigmas.tolist(), etas, self.config.denoise, device)
+        levels = self.noise_space.sigma(labels)
+        sizes = self._consistent_sizes(levels) if consistent else self._langevin_sizes(levels)
+        self._set_calls(labels, sizes, config.denoise, device)
         for call in self._calls:
-            if not call.last:
+            if consistent and not call.last:
                 check_consistent_step(call.step_size, call.sigma, call.sigma_next)
+
+    def _langevin_sizes(self, levels: Tensor) -> list[float]:
+        """The dimensionless step of every call, 0 for the one that denoises."""
+        config = self.config
+        distinct, counts, index = langevin_levels(levels[:-1] if config.denoise else levels)
+        if config.step_size is None:
+            sizes = optimal_step_size(level_ratios(distinct), counts, config.step_size_criterion)[index].tolist()
+        else:
+            sizes = [fixed_step_size(config.step_size, float(distinct[-1]))] * len(index)
+        return sizes + [0.0] * config.denoise
+
+    def _consistent_sizes(self, levels: Tensor) -> list[float]:
+        if self.config.step_size is not None:
+            return [self.config.step_size / float(levels[-1]) ** 2] * len(levels)
+        ratios = levels[1:] / levels[:-1]
+        return (1 - torch.cat([ratios, ratios[-1:]]) ** 2).tolist()
 
     def step(
         self,
@@ -145,6 +170,7 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
 
         Computed in float32 or better, returned in the dtype of `sample`.
         """
+        model_output = self._prediction(model_output, sample)
         self._check(model_output, sample, generator)
         call = self._next_call(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -158,7 +184,7 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
             if self.config.algorithm_type == "consistent":
                 y = consistent_step(y, denoised, call.sigma, call.sigma_next, call.step_size, noise)
             else:
-                y = langevin_step(y, denoised - y, call.sigma, call.step_size, noise)
+                y = langevin_step(y, denoised, call.sigma, call.step_size, noise)
         prev_sample = (y * call.alpha_next).to(sample.dtype)
         pred_original_sample = denoised.to(sample.dtype)
         if not return_dict:

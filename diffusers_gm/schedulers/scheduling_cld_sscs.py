@@ -87,13 +87,18 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         scale_input: bool = True,
-        beta_start: float | None = None,
-        beta_end: float | None = None,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
         beta_schedule: str | None = None,
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
         shift: float | None = None,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        shift_terminal: float | None = None,
         prediction_type: str = "epsilon",
+        variance_type: str | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
@@ -101,6 +106,10 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sample_max_value: float = 1.0,
         timestep_spacing: str = "log_snr",
         steps_offset: int = 0,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_beta_sigmas: bool = False,
         beta_0: float = 4.0,
         beta_1: float = 0.0,
         mass: float = 0.25,
@@ -135,19 +144,31 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     # --- The grid of calls ---
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Prepare a run of `num_inference_steps` network calls; `timesteps` lives on `device`.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare a run of `num_inference_steps` network calls; arguments as in
+        `AnnealedLangevinScheduler.set_timesteps`.
 
         Raises:
             ValueError: see the class.
         """
-        check_num_calls(num_inference_steps, 2)
         self._companion = None
         self._previous = None
         if self.native:
+            if num_inference_steps is None:
+                raise ValueError("velocity networks take no custom timesteps or sigmas: give num_inference_steps")
+            check_num_calls(num_inference_steps, 2)
             clocks = self._set_native_calls(num_inference_steps, device)
         else:
-            clocks = self._set_lifted_calls(num_inference_steps, device)
+            labels = self._call_labels(num_inference_steps, timesteps, sigmas, mu)
+            self._set_calls(labels, [0.0] * len(labels), True, device)
+            clocks = self.process.clock_of_sigma(self.noise_space.sigma(labels))
         marginal = self.process.marginal(clocks)
         self._lifts = lift(marginal)
         if self.native:
@@ -178,17 +199,15 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         self._begin_run(calls, labels.to(device=device, dtype=torch.float32))
         return clocks
 
-    def _set_lifted_calls(self, num_calls: int, device: Any) -> Tensor:
+    def _grid(self, num_levels: int, shift: float) -> Tensor:
         spacing = self.config.timestep_spacing
-        if spacing in ("uniform", "quadratic"):
-            ends = torch.tensor(self.noise_space.timestep_range[::-1], dtype=torch.float64)
-            high, low = self.process.time(self.process.clock_of_sigma(self.noise_space.sigma(ends))).tolist()
-            sigmas = self.process.sigma(self.process.clock(time_grid(high, low, num_calls, spacing)))
-            labels = self.noise_space.timestep(sigmas)
-        else:
-            labels, sigmas = self._levels(num_calls)
-        self._set_calls(labels.tolist(), sigmas.tolist(), [0.0] * num_calls, True, device)
-        return self.process.clock_of_sigma(sigmas)
+        if spacing not in ("uniform", "quadratic"):
+            return super()._grid(num_levels, shift)
+        ends = torch.tensor(self.noise_space.timestep_range[::-1], dtype=torch.float64)
+        high, low = self.process.time(self.process.clock_of_sigma(self.noise_space.sigma(ends))).tolist()
+        return self.noise_space.timestep(
+            self.process.sigma(self.process.clock(time_grid(high, low, num_levels, spacing)))
+        )
 
     # --- The coefficients ---
 

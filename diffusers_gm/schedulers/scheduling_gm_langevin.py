@@ -1,6 +1,7 @@
 """Samplers of Gaussian-mixture score-based models: large jumps and small roaming."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from ..processes.annealed import fixed_step_size, langevin_step, level_ratios, o
 from ..processes.mixture import GaussianMixtureNoise
 from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
 from ..random import Generators, randn
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_num_calls, spread_steps
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, langevin_levels
 
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
@@ -33,6 +34,11 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
     The first three spend `num_langevin_steps` calls a level, the last two one. All end with the denoiser.
     With one component they are NCSNv2 (`langevin`, `jump`), the ancestral sampler and the ODE of ordinary models.
 
+    Under mixture noise an image in component k is at the local noise level `c_k sigma`, and the first three measure
+    their steps in it, as NCSNv2 measures its own in sigma: the network's `w = E[c^-2 | y]` makes it `sigma / sqrt(w)`.
+    Langevin dynamics with a diffusion proportional to `1 / w(y)` and no correction for its gradient target `w p`
+    instead of p: exactly the noisy data again, with the components' weights divided by `c_k^2`.
+
     Args:
         mixture_weights, mixture_scales: the mixture, K numbers each; None: one component of scale 1. With
             `model_noise="mixture"` exactly the noise that the network was trained with.
@@ -48,8 +54,8 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
     All other arguments: see `AnnealedLangevinScheduler`.
 
     Raises:
-        ValueError: for a mixture that is not one; from `set_timesteps` for an unstable step (`a * c_max^2 >= 1`; with
-            mixture noise `a * (c_max / c_min)^2 >= 1`), for a budget at which no stable step follows the ladder, and
+        ValueError: for a mixture that is not one; from `set_timesteps` for an unstable step (`a * c_max^2 >= 1` for
+            jumps, `a >= 1` without), for a budget at which no stable step follows the ladder, and
             for too few calls.
     """
 
@@ -61,13 +67,18 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         scale_input: bool = True,
-        beta_start: float | None = None,
-        beta_end: float | None = None,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
         beta_schedule: str | None = None,
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float | None = None,
         shift: float | None = None,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        shift_terminal: float | None = None,
         prediction_type: str = "epsilon",
+        variance_type: str | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
@@ -75,6 +86,10 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sample_max_value: float = 1.0,
         timestep_spacing: str = "log_snr",
         steps_offset: int = 0,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_beta_sigmas: bool = False,
         mixture_weights: list[float] | None = None,
         mixture_scales: list[float] | None = None,
         mixture_per_element: bool = False,
@@ -100,49 +115,49 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         self.model_mixture = self.mixture if model_noise == "mixture" else GAUSSIAN
         self._previous: tuple[Tensor, float] | None = None
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Prepare a run of `num_inference_steps` network calls; `timesteps` lives on `device`.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare a run of `num_inference_steps` network calls; arguments as in
+        `AnnealedLangevinScheduler.set_timesteps`.
 
         Raises:
             ValueError: see the class.
         """
         config = self.config
         self._previous = None
-        if config.algorithm_type in ("ancestral", "ode"):
-            check_num_calls(num_inference_steps, 2)
-            labels, sigmas = self._levels(num_inference_steps)
-            no_step = [0.0] * num_inference_steps
-            self._set_calls(labels.tolist(), sigmas.tolist(), no_step, config.denoise, device)
-            return
-        steps = spread_steps(num_inference_steps, config.num_langevin_steps, config.denoise)
-        labels, sigmas = self._levels(len(steps))
-        sizes = self._step_sizes(sigmas, steps)
-        level = [i for i, count in enumerate(steps) for _ in range(count)] + [len(steps) - 1] * config.denoise
-        self._set_calls(
-            [float(labels[i]) for i in level],
-            [float(sigmas[i]) for i in level],
-            [sizes[i] for i in level],
-            config.denoise,
-            device,
+        one_call = config.algorithm_type in ("ancestral", "ode")
+        labels = self._call_labels(
+            num_inference_steps, timesteps, sigmas, mu, None if one_call else config.num_langevin_steps, config.denoise
         )
+        if one_call:
+            sizes = [0.0] * len(labels)
+        else:
+            levels = self.noise_space.sigma(labels)
+            distinct, counts, index = langevin_levels(levels[:-1] if config.denoise else levels)
+            sizes = self._step_sizes(distinct, counts)[index].tolist() + [0.0] * config.denoise
+        self._set_calls(labels, sizes, config.denoise, device)
 
-    def _step_sizes(self, sigmas: Tensor, steps: list[int]) -> list[float]:
-        """The dimensionless step of each level, before jumps multiply it by `c_k^2`."""
+    def _step_sizes(self, levels: Tensor, counts: Tensor) -> Tensor:
+        """The dimensionless step of each level `(L,)`, before jumps multiply it by `c_k^2`."""
         config = self.config
         jumps = GAUSSIAN if config.algorithm_type == "langevin" else self.mixture
-        # The largest factor of a in a step: the longest jump where the model's noise is narrowest.
-        max_step = float(self.model_mixture.scales.min() ** 2 / jumps.scales.max() ** 2)
-        if config.algorithm_type == "exponential":
-            max_step = math.inf
+        max_step = math.inf if config.algorithm_type == "exponential" else 1 / float(jumps.scales.max()) ** 2
         if config.step_size is not None:
-            return [fixed_step_size(config.step_size, float(sigmas[-1]), max_step)] * len(steps)
-        ratios, counts = level_ratios(sigmas), torch.tensor(steps)
+            size = fixed_step_size(config.step_size, float(levels[-1]), max_step)
+            return torch.full_like(levels, size)
+        ratios = level_ratios(levels)
         if config.algorithm_type == "exponential":
-            return exponential_step_size(ratios, counts, jumps.weights, jumps.scales).tolist()
+            return exponential_step_size(ratios, counts, jumps.weights, jumps.scales)
         variance = jumps.moment(2)
         fourth_moment = jumps.moment(4) / variance**2
         sizes = optimal_step_size(ratios, counts, config.step_size_criterion, fourth_moment, max_step * variance)
-        return (sizes / variance).tolist()
+        return sizes / variance
 
     def initial_sample(self, shape, generator, device, dtype) -> Tensor:
         """The sample a run starts from: noise of the law that the network was trained with."""
@@ -161,6 +176,7 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         Args and returns as in `AnnealedLangevinScheduler.step`. A step draws first the jump sizes (if there are
         several), then the normal noise.
         """
+        model_output = self._prediction(model_output, sample)
         self._check(model_output, sample, generator)
         call = self._next_call(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -202,6 +218,5 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         a: Tensor | float = call.step_size
         if algorithm in ("jump", "exponential"):
             a = a * (self.mixture.sample_scales(*draw) ** 2 if len(self.mixture) > 1 else self.mixture.moment(2))
-        if algorithm == "exponential":
-            return exponential_step(y, denoised, call.sigma, a, randn(*draw), precision)
-        return langevin_step(y, precision * (denoised - y), call.sigma, a, randn(*draw))
+        update = exponential_step if algorithm == "exponential" else langevin_step
+        return update(y, denoised, call.sigma / precision**0.5, a, randn(*draw))
