@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -406,7 +407,7 @@ def test_a_cut_line_of_the_log_is_dropped(tmp_path):
     ],
 )
 def test_bad_options_are_named_with_what_would_be_right(options, said, monkeypatch):
-    monkeypatch.setattr(tr, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(tr.options, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match=said):
         arguments(**options)
 
@@ -511,7 +512,7 @@ def test_every_option_has_a_help_text(train, capsys):
         train("--help")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for field in tr.fields(tr.TrainingArguments):
+    for field in fields(tr.TrainingArguments):
         assert f"--{field.name}" in printed
         assert field.metadata["help"].endswith(".")
 
