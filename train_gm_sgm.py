@@ -8,6 +8,10 @@ NCSNv2 on the same, without noise conditioning:
 
     accelerate launch train_gm_sgm.py --method ncsnv2 --conditioning none --output_dir outputs/digits-ncsnv2
 
+Critically-damped Langevin diffusion:
+
+    accelerate launch train_gm_sgm.py --method cld --output_dir outputs/digits-cld
+
 A folder of images (or of parquet files, or `--dataset_name` of the Hub) on two GPUs:
 
     accelerate launch --num_processes 2 --mixed_precision bf16 train_gm_sgm.py --train_data_dir photos \
@@ -34,7 +38,6 @@ from transformers import HfArgumentParser
 from diffusers_gm import hub
 from diffusers_gm import training as tr
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
-from diffusers_gm.losses import denoising_loss
 
 
 def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to bottom
@@ -65,7 +68,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
-    side, channels = tr.native_shape(unet)
+    side, channels = tr.native_shape(unet, args.method)
     examination = examine(source, args.seed, args.resolution or side, channels)
     plan = tr.make_plan(args, examination, source.num_images, source.image_column, num_processes)
     record = tr.training_record(args, plan)
@@ -74,7 +77,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
     # --- Network, noise, optimizer ---
     unet = tr.fit_unet(unet or tr.new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
     scheduler = tr.build_scheduler(args, plan)
-    mixture = tr.build_mixture(args)
+    objective = tr.build_objective(args, plan, scheduler)
     optimizer = tr.build_optimizer(args, plan, unet)
     lr_scheduler = tr.build_lr_scheduler(args, plan, optimizer)
     ema = tr.build_ema(args, unet, device)
@@ -92,7 +95,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
         f"{plan.resolution}x{plan.resolution}\n"
-        f"noise: {mixture}, {plan.num_train_timesteps} levels from {args.sigma_min:g} to {plan.sigma_max:g}\n"
+        f"noise: {tr.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
         f"learning rate: {plan.learning_rate:g}, {args.lr_scheduler}, {plan.lr_warmup_steps} steps warm-up\n"
@@ -126,17 +129,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         position = state.images_seen + accelerator.process_index * args.train_batch_size
         torch.manual_seed(seed_for(args.seed, STEP, position))
         state.images_seen += args.train_batch_size * num_processes
-        timesteps = torch.randint(0, plan.num_train_timesteps, (len(images),), device=device)
-        noise = mixture.sample(images.shape, device=device)
-        return denoising_loss(
-            lambda x, t: model(x, t).sample,
-            images,
-            timesteps,
-            noise,
-            scheduler.noise_space,
-            mixture,
-            args.objective,
-        ).mean()
+        return objective(model, images).mean()
 
     if args.dry_run:
         loss = loss_of_next_batch()
@@ -162,6 +155,39 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
                 args.seed,
             )
         return tr.image_grid(images)
+
+    def write_pipeline():
+        """The pipeline, its samples and its card."""
+        result = hub.TrainingResult(
+            num_images=source.num_images,
+            num_parameters=num_parameters,
+            steps=state.step,
+            images_seen=state.images_seen,
+            seconds=state.seconds,
+            log=tr.read_log(output_dir),
+            hardware=tr.hardware(accelerator),
+            command=tr.command_line(args, num_processes),
+            versions=tr.versions(),
+        )
+        grid = sample_grid()
+        tr.log_grid(accelerator, grid, state.step)
+        temporary = tr.fresh_folder(output_dir / "tmp-pipeline")
+        with tr.averaged_weights(unet, ema):
+            pipeline.save_pretrained(temporary)
+        grid.save(temporary / "samples.png")
+        tr.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
+        hub.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
+        hub.forget_quality(output_dir)
+        tr.publish(temporary, output_dir)
+
+    def upload() -> str:
+        """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
+        repository = args.hub_model_id or "", args.hub_private_repo
+        try:
+            print(f"uploaded to {hub.push_to_hub(output_dir, *repository, args.hub_token)}")
+        except Exception as error:
+            return hub.failure(error, output_dir, *repository)
+        return ""
 
     model.train()
     progress = tqdm(
@@ -221,6 +247,11 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         state.seconds = paused - started
         if save:
             tr.save_checkpoint(accelerator, output_dir, state, record, args.checkpoints_total_limit)
+            if args.push_to_hub and args.hub_strategy == "every_save" and not last:
+                if accelerator.is_main_process:
+                    write_pipeline()
+                    print(upload() or "the training goes on")
+                accelerator.wait_for_everyone()
         if args.validation_steps and state.step % args.validation_steps == 0 and not last:
             if accelerator.is_main_process:
                 grid = sample_grid()
@@ -230,40 +261,15 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         logged_time += time.monotonic() - paused
     progress.close()
 
-    # --- The pipeline, its samples and its card ---
     if accelerator.is_main_process:
-        result = hub.TrainingResult(
-            num_images=source.num_images,
-            num_parameters=num_parameters,
-            steps=state.step,
-            images_seen=state.images_seen,
-            seconds=state.seconds,
-            log=tr.read_log(output_dir),
-            hardware=tr.hardware(accelerator),
-            command=tr.command_line(args, num_processes),
-            versions=tr.versions(),
-        )
-        grid = sample_grid()
-        tr.log_grid(accelerator, grid, state.step)
-        temporary = tr.fresh_folder(output_dir / "tmp-pipeline")
-        with tr.averaged_weights(unet, ema):
-            pipeline.save_pretrained(temporary)
-        grid.save(temporary / "samples.png")
-        tr.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
-        hub.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
-        tr.publish(temporary, output_dir)
+        write_pipeline()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")
-    if args.push_to_hub and args.hub_model_id and accelerator.is_main_process:
-        repository = args.hub_model_id, args.hub_private_repo
-        try:
-            print(f"uploaded to {hub.push_to_hub(output_dir, *repository, args.hub_token)}")
-        except Exception as error:  # whatever it is: the model is on disk, and the user needs to know how to go on
-            sys.exit(
-                f"the upload failed: {error}\nThe model is complete in {output_dir}. To upload it:\n"
-                f"{hub.push_command(output_dir, *repository)}"
-            )
+    if args.push_to_hub and accelerator.is_main_process:
+        failed = upload()
+        if failed:
+            sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a scheduler's `step` costs beside the network: `python -m diffusers_gm.benchmark`.
 
 One run, side by side: the forward pass of the demo's network on a batch of digits, and `step` of every sampler on the
-same batch. Prints medians and ratios, with machine and versions.
+same batch; then `step` of a swapped scheduler over that of `EulerAncestralDiscreteScheduler`, on latents of Stable
+Diffusion XL and a batch of CIFAR-10. Prints medians and ratios, with machine and versions.
 """
 
 import platform
@@ -11,9 +12,10 @@ from collections.abc import Callable
 
 import diffusers
 import torch
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, GaussianMixtureNoise, GMLangevinScheduler
+from diffusers_gm.schedulers.scheduling_cld_sscs import CLDSSCSScheduler
 from diffusers_gm.training import TrainingArguments, new_unet
 
 BATCH = 256
@@ -53,12 +55,22 @@ def main() -> None:
     shape = (BATCH, 1, 8, 8)
     with torch.no_grad():
         forward = median_ms(lambda: unet(torch.zeros(shape), torch.tensor(0)))
-        print(f"{platform.machine()}, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}, diffusers {diffusers.__version__}; medians of {REPEATS}, batch {shape}")  # fmt: skip
+        print(
+            f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+            f"diffusers {diffusers.__version__}; medians of {REPEATS}, batch {shape}"
+        )
         print(f"\n| | ms | share of the forward pass |\n|---|---|---|\n| network, forward | {forward:.2f} | 1 |")
         for name, scheduler in {**schedulers, "diffusers Euler ancestral": euler}.items():
             cost = step_ms(scheduler, shape)
             print(f"| {name} | {cost:.3f} | {cost / forward:.3f} |")
+
+        shapes = [(1, 4, 128, 128), (64, 3, 32, 32)]
+        print("\n| step over that of Euler ancestral | " + " | ".join(map(str, shapes)) + " |\n|---|---|---|")
+        base = [step_ms(euler, shape) for shape in shapes]
+        for cls in (AnnealedLangevinScheduler, GMLangevinScheduler, CLDSSCSScheduler):
+            swapped = cls.from_config(DDPMScheduler(clip_sample=False).config)
+            ratios = [step_ms(swapped, shape) / cost for shape, cost in zip(shapes, base, strict=True)]
+            print(f"| {cls.__name__} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
 
 
 if __name__ == "__main__":

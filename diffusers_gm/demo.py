@@ -1,9 +1,9 @@
-"""Look at a trained GM-SGM: pictures, and its quality under every sampler.
+"""Look at a model trained on the digits: pictures, and its quality under every sampler.
 
     python -m diffusers_gm.demo outputs/demo [--compare outputs/demo-k1]
 
 `make demo` runs it on the digits model it has just trained. Writes into the model's folder:
-`digits.png` (samples beside real digits), `forward_noise.png` (Gaussian and mixture noise), `quality.png`,
+`digits.png` (samples beside real digits), `forward_noise.png` (what the noise of the method does), `quality.png`,
 `quality.json` and `quality.md` (sliced W2 over the floor of held-out against training digits).
 """
 
@@ -12,111 +12,60 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
 
-from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler, GMSGMPipeline
+import diffusers_gm
+from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GaussianMixtureNoise, GMLangevinScheduler, hub
 from diffusers_gm.data import split_digits
 from diffusers_gm.evaluation import Quality, markdown_table, quality, sliced_wasserstein
+from diffusers_gm.pictures import CALLS, GRID, plot_forward_cld, plot_forward_noise, plot_quality, plot_samples
 
-CALLS = (10, 20, 50, 200)
-ALGORITHMS = ("langevin", "jump", "exponential", "ancestral", "ode")
-GRID = 10
-
-
-def show_grid(axes, images: Tensor, title: str) -> None:
-    """Draw GRID x GRID gray images `(n, 1, H, W)` in [-1, 1]."""
-    height, width = images.shape[-2:]
-    tiles = images[: GRID * GRID, 0].reshape(GRID, GRID, height, width)
-    framed = torch.nn.functional.pad(tiles, (0, 1, 0, 1), value=-1.0)
-    axes.imshow(framed.permute(0, 2, 1, 3).reshape(GRID * (height + 1), -1), cmap="gray", vmin=-1, vmax=1)
-    axes.set_title(title)
-    axes.axis("off")
-
-
-def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained")
-    show_grid(left, samples, title)
-    show_grid(right, real, "held-out digits")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+# The samplers of each scheduler for its own networks, by name: what to change in the config of the network.
+SAMPLERS: dict[type, dict[str, dict[str, Any]]] = {
+    GMLangevinScheduler: {
+        name: {"algorithm_type": name, "step_size": None, "denoise": True}
+        for name in ("langevin", "jump", "exponential", "ancestral", "ode")
+    },
+    AnnealedLangevinScheduler: {
+        "langevin": {"algorithm_type": "langevin", "num_langevin_steps": 1, "step_size": None, "denoise": True},
+        "langevin, T = 3": {"algorithm_type": "langevin", "num_langevin_steps": 3, "step_size": None, "denoise": True},
+        "consistent": {"algorithm_type": "consistent", "step_size": None, "denoise": True},
+    },
+    CLDSSCSScheduler: {
+        "sscs": {"algorithm_type": "sscs", "splitting_order": 1},
+        "sscs, order 2": {"algorithm_type": "sscs", "splitting_order": 2},
+        "euler_maruyama": {"algorithm_type": "euler_maruyama"},
+        "probability_flow": {"algorithm_type": "probability_flow"},
+    },
+}
 
 
-def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: float, path: Path) -> None:
-    """One digit under several draws of noise of equal variance, and random walks with the same increments.
-
-    Gaussian draws disturb every copy alike; mixture draws leave some nearly clean (roaming) and drown others (jumps).
-    """
-    generator = torch.Generator().manual_seed(0)
-    columns = 14
-    laws = {
-        "Gaussian": GaussianMixtureNoise([1.0], [1.0]),
-        f"this model's\nmixture (K = {len(mixture)})": mixture,
-        "stable, alpha = 1.5\n(K = 8)": GaussianMixtureNoise.from_stable(1.5, 8),
-    }
-    figure = plt.figure(figsize=(13, 9), layout="constrained")
-    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.25, 1.2)))
-    for row, (name, law) in zip(top.subplots(len(laws), columns), laws.items(), strict=True):
-        scales = law.sample_scales((columns, 1, 1, 1), generator, torch.device("cpu"), torch.float32).sort(0).values
-        noisy = image + sigma * scales * torch.randn((columns, *image.shape), generator=generator)
-        for axis, picture, scale in zip(row, noisy, scales.flatten(), strict=True):
-            axis.imshow(picture[0], cmap="gray", vmin=-1.5, vmax=1.5)
-            axis.set_title(f"c = {float(scale):.2f}", fontsize=8)
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=9)
-    top.suptitle(f"one digit, noise of equal variance (sigma = {sigma:g}), sorted by the scale c that was drawn")
-    for axis, (name, law) in zip(bottom.subplots(1, len(laws)), laws.items(), strict=True):
-        axis.plot(*law.sample((2000, 2), generator).cumsum(0).T, linewidth=0.6)
-        axis.set_title(name.replace("\n", " "), fontsize=10)
-        axis.set_aspect("equal", "datalim")
-    bottom.suptitle("2000 steps of a random walk, increments of equal variance")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def load_pipeline(folder: Path) -> Any:
+    """The pipeline in `folder`, of the class that its `model_index.json` names."""
+    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    pipeline = getattr(diffusers_gm, name if isinstance(name, str) else name[-1]).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def plot_quality(results: dict[str, list[Quality]], floor: float, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for style, (model, cells) in zip(("-o", "--s"), results.items(), strict=False):
-        axis.set_prop_cycle(None)
-        for name in dict.fromkeys(cell.sampler for cell in cells):
-            points = [(c.calls, c.distance) for c in cells if c.sampler == name and c.distance is not None]
-            axis.plot(*zip(*points, strict=True), style, label=name if len(results) == 1 else f"{model}: {name}")
-    axis.axhline(floor, color="gray", linestyle=":", label="floor: held-out digits")
-    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="sliced W2 to the training digits (pixels)")
-    axis.set_xticks(CALLS, [str(n) for n in CALLS])
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.xaxis.minorticks_off()
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def samplers(scheduler: GMLangevinScheduler) -> dict[str, GMLangevinScheduler]:
+def samplers(scheduler: Any) -> dict[str, Any]:
     """Every sampler for the network that `scheduler` describes, each with its default step size."""
-    changes = {"step_size": None, "denoise": True}
-    return {
-        name: GMLangevinScheduler.from_config(scheduler.config, algorithm_type=name, **changes) for name in ALGORITHMS
-    }
+    cls = type(scheduler)
+    return {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
 
 
 def evaluate(folder: Path, num_samples: int) -> tuple[list[Quality], float]:
     """The quality table of one digits model, printed as it grows, and the floor."""
     train, held_out = split_digits()
     floor = sliced_wasserstein(held_out[:num_samples], train)
-    pipeline = GMSGMPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(folder)
     cells = []
     for cell in quality(pipeline, samplers(pipeline.scheduler), CALLS, train, floor, num_samples):
         cells.append(cell)
         value = "no stable step" if cell.ratio is None else f"{cell.ratio:5.2f} x floor   {cell.seconds:5.1f} s"
-        print(f"  {cell.sampler:12s} {cell.calls:4d} calls  {value}", flush=True)
+        print(f"  {cell.sampler:16s} {cell.calls:4d} calls  {value}", flush=True)
     return cells, floor
 
 
@@ -137,13 +86,17 @@ def main() -> None:
         parser.error(f"--num_samples must be in [2, {len(held_out)}], the number of held-out digits")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
-    pipeline = GMSGMPipeline.from_pretrained(folder)
+    pipeline = load_pipeline(folder)
     generator = torch.Generator().manual_seed(args.seed)
     images = pipeline(GRID * GRID, generator=generator, output_type="pt").images * 2 - 1
-    algorithm = pipeline.scheduler.config.algorithm_type
-    calls = pipeline.default_num_inference_steps
-    plot_samples(images, held_out, f"GM-SGM samples, {algorithm}, {calls} network calls", folder / "digits.png")
-    plot_forward_noise(held_out[0], pipeline.scheduler.mixture, 0.5, folder / "forward_noise.png")
+    scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
+    title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
+    plot_samples(images, held_out, title, folder / "digits.png")
+    if isinstance(scheduler, CLDSSCSScheduler):
+        plot_forward_cld(held_out[0], scheduler.process, folder / "forward_noise.png")
+    else:
+        mixture = getattr(scheduler, "mixture", GaussianMixtureNoise([1.0], [1.0]))
+        plot_forward_noise(held_out[0], mixture, 0.5, folder / "forward_noise.png")
 
     results = {}
     for model in filter(None, (folder, args.compare)):
@@ -156,6 +109,7 @@ def main() -> None:
     (folder / "quality.md").write_text("\n".join(text) + "\n")
     record = {name: [asdict(cell) for cell in cells] for name, cells in results.items()}
     (folder / "quality.json").write_text(json.dumps({"floor": floor, "n": args.num_samples, **record}, indent=1))
+    hub.add_quality(folder)
     print("\n".join(text))
     print("\nLook at:")
     for name in ("digits.png", "forward_noise.png", "quality.png", "quality.md", "README.md"):

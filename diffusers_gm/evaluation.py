@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .likelihood import cld_bits_per_dimension  # noqa: F401 - offered here too
+
 
 def sliced_wasserstein(samples: Tensor, reference: Tensor, num_projections: int = 512, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance between two sets of images, in the units of one pixel.

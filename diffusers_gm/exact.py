@@ -76,5 +76,5 @@ class ExactDenoiser:
         if prediction_type == "epsilon":
             return noise
         if prediction_type == "v_prediction":
-            return alpha * (noise - sigma * denoised)
+            return (noise - sigma * denoised) / (1 + sigma**2) ** 0.5
         return noise - denoised  # flow_prediction

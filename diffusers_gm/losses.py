@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from .processes.cld import CLD, perturb, score_coefficients
 from .processes.mixture import GaussianMixtureNoise
 from .processes.noise_space import NoiseSpace
 
 Objective = Literal["denoiser", "score"]
+CLDWeighting = Literal["ell", "likelihood"]
 
 # How a scheduler reads a network that was trained with an objective.
 PREDICTION_TYPE: dict[Objective, str] = {"denoiser": "epsilon", "score": "scaled_score"}
@@ -57,3 +60,55 @@ def denoising_loss(
     output = model(space.alpha(sigma) * (images + sigma * noise), timesteps)
     error = output.to(noise.dtype) - denoising_target(noise, mixture, objective)
     return error.square().flatten(1).mean(1)
+
+
+def cld_loss(
+    model: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    times: Tensor,
+    noise: Tensor,
+    process: CLD,
+    prediction_type: str = "cld_mixed",
+    velocity: Tensor | None = None,
+    weighting: CLDWeighting = "ell",
+    num_train_timesteps: int = 1000,
+) -> Tensor:
+    """Score matching on the velocity (arXiv 2112.07068), one value per image, shape `(B,)`: mean over its elements.
+
+    Without `velocity` it is hybrid score matching (eq. 8): the initial velocity is integrated out. With it, plain
+    denoising score matching: same minimiser, more variance. The target is `grad_v log p(u | .) = -e_v / L22`.
+
+    Args:
+        model: `(cat([x, v / sqrt(M)], 1), t * num_train_timesteps) -> output`: `(B, 2C, H, W)` and `(B,)` float32 to
+            `(B, C, H, W)`.
+        images: clean images `(B, C, H, W)`, at least float32.
+        times: t, `(B,)`, uniform on [1e-5, 1] in training.
+        noise: standard normal, `(B, 2C, H, W)`.
+        process: the diffusion.
+        prediction_type: how the output becomes a score, see `score_coefficients`: `cld_mixed` (eq. 9), or
+            `scaled_velocity_score` for the same network without the mixed score.
+        velocity: v0, `(B, C, H, W)`, normal of variance `gamma M`; None for hybrid score matching.
+        weighting: `ell`: `ell^-2`, which leaves `|s_v / -ell - e_v|^2` (the default); `likelihood`: `Gamma beta(t)`.
+        num_train_timesteps: the unit of the labels.
+
+    Raises:
+        ValueError: for a time outside [0, 1], a shape that does not fit, an unknown weighting or prediction type.
+    """
+    if weighting not in ("ell", "likelihood"):
+        raise ValueError(f"unknown weighting {weighting!r}: use 'ell' or 'likelihood'")
+    x, v = perturb(process, images, times, noise, velocity)
+    output = model(torch.cat([x, v / process.velocity_scale], 1), (times * num_train_timesteps).float())
+    if output.shape != v.shape:
+        raise ValueError(f"a velocity network answers {tuple(v.shape)}, got {tuple(output.shape)}")
+
+    clock = process.clock(times)
+    marginal = process.marginal(clock)
+    deviation = (marginal if velocity is None else process.kernel(clock)).root[..., 1, 1]
+    # s_v L22 + e_v, from coefficients multiplied in float64: at t = 1e-5 the score itself is of order 1e3.
+    of_velocity, of_output = ((deviation * c).to(v) for c in score_coefficients(marginal, prediction_type))
+    per_image = (...,) + (None,) * (v.ndim - 1)
+    error = of_velocity[per_image] * v + of_output[per_image] * output.to(v.dtype) + noise.chunk(2, 1)[1]
+    loss = error.square().flatten(1).mean(1)
+    if weighting == "likelihood":
+        loss = loss * (process.friction * process.beta(times) / deviation**2).to(loss)
+    return loss

@@ -40,3 +40,20 @@ def tiny_unet() -> UNet2DModel:
             down_block_types=("DownBlock2D",),
             up_block_types=("UpBlock2D",),
         ).eval()
+
+
+@pytest.fixture
+def tiny_velocity_unet() -> UNet2DModel:
+    """An untrained velocity network for 8x8 gray images, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DModel(
+            sample_size=8,
+            in_channels=2,
+            out_channels=1,
+            block_out_channels=(8,),
+            norm_num_groups=4,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+        ).eval()

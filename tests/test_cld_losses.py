@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_gm.losses_cld import cld_loss
+from diffusers_gm.losses import cld_loss
 from diffusers_gm.processes.cld import CLD, score_coefficients
 
 PROCESS = CLD()

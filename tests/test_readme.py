@@ -49,6 +49,7 @@ def test_opens_with_the_two_commands():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+# Blocks marked `py` and `sh` need the real Hub; test_hub.py and test_swap_pipelines.py make the same calls.
 def test_python_snippets_run_in_order(digits_model, tiny_unet, tmp_path, monkeypatch):
     vp = DDPMPipeline(tiny_unet, DDPMScheduler())
     monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda name: vp)

@@ -149,6 +149,25 @@ def test_mixture_models_keep_variance_and_kurtosis_of_the_noise(name, prediction
     assert float(fourth.mean()) == pytest.approx(3 * MIXTURE.moment(4), abs=5 * float(fourth.std()) / math.sqrt(4000))
 
 
+def test_langevin_steps_follow_the_local_noise_level_of_every_component(generator):
+    """Images that start in component k are at the level c_k sigma all along: on a point mass each component follows
+    NCSNv2's own recursion of the variance, in units of its own level. The lag of 1.5 in the variance is large enough
+    to take a narrow image for a wide one, were it not accounted for."""
+    scheduler = SAMPLERS["langevin"](**SMALL, model_noise="mixture", denoise=False)
+    scheduler.set_timesteps(40)
+    expected = 1.0
+    for i, call in enumerate(scheduler._calls):
+        ratio = scheduler._calls[i - 1].sigma / call.sigma if i else 1.0
+        expected = (1 - call.step_size) ** 2 * ratio**2 * expected + 2 * call.step_size
+    c = MIXTURE.scales.float().repeat_interleave(200).view(-1, 1, 1, 1)
+    start = scheduler.init_noise_sigma * c * torch.randn(400, 1, 16, 16, generator=generator)
+    network = exact_network(scheduler, ExactDenoiser(torch.zeros(1, 1, 16, 16), noise=MIXTURE))
+    left = run(scheduler, network, 40, None, generator, sample=start) / (c * scheduler._calls[-1].sigma)
+    for component in left.split(200):
+        variance = float(component.square().mean())
+        assert variance == pytest.approx(expected, abs=5 * expected * math.sqrt(2 / component.numel()))
+
+
 def test_putting_the_score_where_the_denoiser_belongs_would_be_seen(generator):
     """The trap of section 4.2: reading a score network as a Gaussian model breaks the law of the noise."""
     scheduler = SAMPLERS["ancestral"](**SMALL, model_noise="gaussian", prediction_type="scaled_score", denoise=False)

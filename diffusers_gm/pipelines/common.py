@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from ..random import Generators, check_generators, randn
+from .loading import HubPipeline
 
 CALLBACK_TENSORS = ("latents",)
 
 
-class UnconditionalPipeline(DiffusionPipeline):
+class UnconditionalPipeline(HubPipeline):
     """Abstract: unconditional image generation with a network in pixel space and any scheduler.
 
     Follows the whole scheduler contract (`scale_model_input`, `init_noise_sigma`), so that schedulers of diffusers
@@ -23,7 +24,6 @@ class UnconditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     unet: UNet2DModel
     scheduler: Any
-    default_num_inference_steps: int
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()

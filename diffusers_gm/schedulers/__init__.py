@@ -1,2 +1,3 @@
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler as AnnealedLangevinScheduler
+from .scheduling_cld_sscs import CLDSSCSScheduler as CLDSSCSScheduler
 from .scheduling_gm_langevin import GMLangevinScheduler as GMLangevinScheduler

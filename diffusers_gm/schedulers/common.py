@@ -1,14 +1,13 @@
 """diffusers' scheduler contract around a noise space. The samplers themselves are in `scheduling_*.py`."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
+from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -102,42 +101,41 @@ def noise_space_from_config(config: Any) -> NoiseSpace:
 def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config of a scheduler of diffusers, with what that scheduler leaves unsaid added in our words.
 
-    - What describes the network counts as given also where the source left it at its default. diffusers drops such
-      values of configs in memory, and keeps those of the same configs read from disk.
-    - The grid belongs to the sampler. A `timestep_spacing` left at the source's default was no choice: samplers of
-      ours then take equal ratios of sigma (`use_exponential_sigmas`).
-    - Flow schedulers name no prediction type, `ScoreSdeVeScheduler` neither that nor its noise space.
+    - Values that the source left at its defaults count as given: they describe the network. diffusers drops them from
+      configs in memory, and keeps them in the same configs read from disk.
+    - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
+      at few calls: `grid="trailing"` takes their place, and they stay in the config for the way back.
+    - `algorithm_type` is the source's own, and left out.
+    - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
+      pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space.
 
     Raises:
         ValueError: if the config describes no noise space of ours.
     """
-    config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    name = config.get("_class_name")
+    config = {key: value for key, value in config.items() if key not in ("_use_default_values", "algorithm_type")}
     if config.get("sigma_data") is not None:
         raise ValueError(
-            f"{name}: the EDM preconditioning (sigma_data) is no noise space of ours: wrap the network as a denoiser "
-            "and use noise_space='ve' with prediction_type='sample'"
+            "the EDM preconditioning (a config with sigma_data) is no noise space of ours: wrap the network as a "
+            "denoiser and use noise_space='ve' with prediction_type='sample'"
         )
     if config.get("invert_sigmas"):
-        raise ValueError(f"{name}: networks that count flow time backwards (invert_sigmas=True) are not supported")
+        raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
+    if config.get("timestep_spacing") in ("leading", "linspace") and not any(
+        config.get(flag) for flag in SPACING_FLAGS
+    ):
+        config["grid"] = "trailing"
     if config.get("use_flow_sigmas"):
-        config = {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), **config}
-        config["prediction_type"] = "flow_prediction"
+        config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), "prediction_type": "flow_prediction"}
     elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
         if config.get("shift") is not None:
-            config = {"prediction_type": "flow_prediction", **config}
-        elif name == "ScoreSdeVeScheduler":
+            config = {"prediction_type": "flow_prediction", "timestep_spacing": "trailing", **config}
+        elif "correct_steps" in config:
             config = {"noise_space": "ve", "prediction_type": "score", "scale_input": False, **config}
-        elif not config.keys() & {"noise_space", "prediction_type", "sigma_min", "sigma_max"}:
+        elif not config.keys() & {"sigma_min", "sigma_max"}:
             raise ValueError(
-                f"no noise space can be inferred from the config of {name}: pass noise_space='vp' with beta_schedule, "
+                "no noise space can be inferred from this config: pass noise_space='vp' with beta_schedule, "
                 "noise_space='flow' with shift, or noise_space='ve' with sigma_min and sigma_max"
             )
-    source = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if source is not None and "timestep_spacing" in config and not any(config.get(flag) for flag in SPACING_FLAGS):
-        default = inspect.signature(source.__init__).parameters.get("timestep_spacing")
-        if default is not None and default.default == config["timestep_spacing"]:
-            config["use_exponential_sigmas"] = True
     return config
 
 
@@ -148,6 +146,21 @@ SPACING_FLAGS = {
     "use_lu_lambdas": "log_snr",
     "use_beta_sigmas": "beta",
 }
+
+
+class SwapConfig(FrozenDict):
+    """A config of ours, of which schedulers of diffusers take what they understand.
+
+    They leave out the fields named under `_use_default_values`, for which they have defaults of their own. Here these
+    are the ones that stand for "not given", our algorithms, and our spacings; everything else means the same to both.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key != "_use_default_values":
+            return super().get(key, default)
+        shared = self["timestep_spacing"] in ("linspace", "leading", "trailing")
+        own = {"algorithm_type"} if shared else {"algorithm_type", "timestep_spacing"}
+        return sorted(own | {name for name, value in self.items() if value is None})
 
 
 class LangevinSchedulerMixin:
@@ -167,13 +180,18 @@ class LangevinSchedulerMixin:
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`.
-
-        A config that has been ours says everything itself, also after a scheduler of diffusers had it in between.
-        """
-        if isinstance(config, dict) and "noise_space" not in config:
-            config, kwargs = from_source_config({**config, **kwargs}), {}
+        """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
+        if isinstance(config, SwapConfig):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        elif isinstance(config, dict) and "noise_space" not in {**config, **kwargs}:
+            config = from_source_config(config)
+        if "timestep_spacing" in kwargs:
+            kwargs = {"grid": None, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        super().register_to_config(**kwargs)  # type: ignore[misc]
+        self._internal_dict = SwapConfig(self.config)
 
     def _setup(self) -> None:
         """Called at the end of `__init__`, when the config is registered."""
@@ -194,19 +212,14 @@ class LangevinSchedulerMixin:
         if sum(bool(self.config[flag]) for flag in SPACING_FLAGS) > 1:
             raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
         if "_use_default_values" in self.config:
-            # diffusers drops the values named here from a config in memory. Ours mean something to any scheduler,
-            # but for those that stand for "not given" and a spacing of our own.
-            names = sorted(name for name in self.config._use_default_values if self._is_unsaid(name))
-            self.register_to_config(_use_default_values=names)
+            unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
+            self.register_to_config(_use_default_values=sorted(unsaid))
         self.num_inference_steps: int | None = None
         self.timesteps = timesteps
         self.sigmas = torch.zeros(0)
         self._calls: list[Call] = []
         self._begin_index: int | None = None
         self._step_index: int | None = None
-
-    def _is_unsaid(self, name: str) -> bool:
-        return self.config[name] is None or name == "timestep_spacing"
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -265,7 +278,7 @@ class LangevinSchedulerMixin:
     def _grid(self, num_levels: int, shift: float) -> Tensor:
         config = self.config
         flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
-        spacing = flags[0] if flags else config.timestep_spacing
+        spacing = flags[0] if flags else config.grid or config.timestep_spacing
         return level_grid(self.noise_space, num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
 
     def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
@@ -353,7 +366,7 @@ class LangevinSchedulerMixin:
     def _value(self, timestep: Tensor | float) -> float | None:
         """The value of a `timestep`; None if only waiting for the device would tell, or if there are several."""
         position = self._position(timestep)
-        if position is not None:
+        if position is not None and position < len(self._calls):
             return self._calls[position].timestep
         if isinstance(timestep, Tensor) and (timestep.ndim > 0 or timestep.device.type != "cpu"):
             return None
@@ -386,9 +399,10 @@ class LangevinSchedulerMixin:
             return sample
         if timestep is None:
             raise ValueError("scale_model_input needs the timestep in 've' noise space")
-        label = torch.as_tensor(timestep, dtype=torch.float64)
+        value = self._value(timestep)
+        label = torch.as_tensor(timestep if value is None else value, dtype=torch.float64).reshape(-1)
         alpha = self.noise_space.alpha(self.noise_space.sigma(label)).to(sample.device, sample.dtype)
-        return alpha * sample
+        return alpha.reshape(-1, *[1] * (sample.ndim - 1)) * sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The visible sample at `timesteps`: `alpha * (x0 + sigma * noise)`.
@@ -412,11 +426,14 @@ class LangevinSchedulerMixin:
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What a velocity network is trained to answer for clean `sample` and unit `noise`, both `(B, ...)`.
 
-        `alpha * noise - alpha * sigma * sample`, and in `flow` space `noise - sample`.
+        In `flow` space `noise - sample`; in the others `alpha * noise - alpha * sigma * sample`, alpha as in `vp`.
         """
         if self.noise_space.kind == "flow":
             return noise - sample
         alpha, noise_factor = self.noise_space.coefficients(timesteps)
+        if self.noise_space.kind == "ve" and not self.config.scale_input:
+            sigma = noise_factor
+            alpha, noise_factor = torch.rsqrt(1 + sigma**2), sigma * torch.rsqrt(1 + sigma**2)
         return _combine(-noise_factor, sample, alpha, noise)
 
     def initial_sample(
@@ -428,7 +445,7 @@ class LangevinSchedulerMixin:
     # --- The denoiser ---
 
     def _prediction(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """The network's output without the variance that networks of `variance_type="learned*"` add, channels last."""
+        """The network's output without the variance that `variance_type="learned*"` networks add in the second half."""
         channels = sample.shape[1] if sample.ndim > 1 else 0
         learned = (self.config.variance_type or "").startswith("learned")
         if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * channels:

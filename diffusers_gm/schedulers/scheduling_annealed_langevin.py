@@ -35,14 +35,22 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
             means `vp`, a flow config (`shift`, `flow_prediction`) `flow`, else `ve`.
         sigma_min, sigma_max: ends of the `ve` ladder, in the units of the image.
         scale_input: `ve`: whether the network is fed `y / sqrt(1 + sigma^2)` rather than `y`.
-        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: `vp`: as in diffusers.
-        shift: `flow`: resolution shift of the grid of calls.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, snr_shift_scale: `vp`: as in
+            diffusers (the last one is CogVideoX's).
+        shift, use_dynamic_shifting, time_shift_type, shift_terminal: `flow`: resolution shift of the grid of calls, as
+            in diffusers.
         prediction_type: `epsilon`, `sample`, `v_prediction` (not in `flow`), `flow_prediction` (in `flow`), `score`
             (of the density of y), `scaled_score` (`-sigma * score`).
+        variance_type: `learned` or `learned_range` if the network also answers a variance, which is left out.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on the
             denoised image, as in diffusers.
-        timestep_spacing: `log_snr` (equal ratios of sigma), `karras`, or diffusers' `linspace`, `leading`, `trailing`.
+        timestep_spacing: `log_snr` (equal ratios of sigma), `karras`, `beta`, or diffusers' `linspace`, `leading`,
+            `trailing`. Noise levels are between the ends of the trained range.
         steps_offset: as in diffusers.
+        grid: a spacing that takes the place of `timestep_spacing`. `from_config` sets `trailing` where the config of a
+            scheduler of diffusers has `leading` or `linspace`, unless it is given a `timestep_spacing`.
+        use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: as in diffusers; short for
+            `karras`, `log_snr`, `log_snr` and `beta`, and taking precedence.
         num_langevin_steps: T, Langevin steps per level.
         step_size: the paper's `eps`: level i takes steps of `eps * (sigma_i / sigma_L)^2`, L the last level of the
             run. None: Technique 4 for the levels of the run.
@@ -83,6 +91,7 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         sample_max_value: float = 1.0,
         timestep_spacing: str = "log_snr",
         steps_offset: int = 0,
+        grid: str | None = None,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
         use_lu_lambdas: bool = False,

@@ -52,14 +52,16 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps, noise_space, sigma_min, sigma_max, scale_input, beta_start, beta_end, beta_schedule,
-            trained_betas, rescale_betas_zero_snr, shift: lifted: the network's noise space, as in
+            trained_betas, rescale_betas_zero_snr, snr_shift_scale, shift, use_dynamic_shifting, time_shift_type,
+            shift_terminal, variance_type: lifted: the network's noise space and its grid, as in
             `AnnealedLangevinScheduler`. Native: only `num_train_timesteps` matters, the unit of the labels.
         prediction_type: native `velocity_score` (`grad_v log p`), `scaled_velocity_score` (`-ell` times the output) or
             `cld_mixed` (eq. 9), see `score_coefficients`; lifted as in `AnnealedLangevinScheduler`.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on D.
         timestep_spacing: `uniform` or `quadratic` in t, `log_snr` (equal ratios of `sigma_eff`); lifted also
-            `karras`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
-        steps_offset: as in diffusers.
+            `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
+        steps_offset, grid, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: lifted, as in
+            `AnnealedLangevinScheduler`.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.
         mass, gamma: M, and the variance of the initial velocity in units of M. In lifted mode no network was trained
             on them: they are the sampler's own.
@@ -106,6 +108,7 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sample_max_value: float = 1.0,
         timestep_spacing: str = "log_snr",
         steps_offset: int = 0,
+        grid: str | None = None,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
         use_lu_lambdas: bool = False,
@@ -200,7 +203,7 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         return clocks
 
     def _grid(self, num_levels: int, shift: float) -> Tensor:
-        spacing = self.config.timestep_spacing
+        spacing = self.config.grid or self.config.timestep_spacing
         if spacing not in ("uniform", "quadratic"):
             return super()._grid(num_levels, shift)
         ends = torch.tensor(self.noise_space.timestep_range[::-1], dtype=torch.float64)
@@ -292,6 +295,8 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         Args and returns as in `AnnealedLangevinScheduler.step`; for the shapes of the native mode see the class. In
         lifted mode the first step of a run draws the companion noise before its own.
         """
+        if not self.native:
+            model_output = self._prediction(model_output, sample)
         self._check(model_output, sample, generator)
         fresh = self._step_index is None
         call = self._next_call(timestep)

@@ -13,7 +13,7 @@ from ..processes.annealed import fixed_step_size, langevin_step, level_ratios, o
 from ..processes.mixture import GaussianMixtureNoise
 from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
 from ..random import Generators, randn
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, langevin_levels
+from .common import Call, LangevinSchedulerMixin, LangevinSchedulerOutput, langevin_levels
 
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
@@ -37,7 +37,9 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
     Under mixture noise an image in component k is at the local noise level `c_k sigma`, and the first three measure
     their steps in it, as NCSNv2 measures its own in sigma: the network's `w = E[c^-2 | y]` makes it `sigma / sqrt(w)`.
     Langevin dynamics with a diffusion proportional to `1 / w(y)` and no correction for its gradient target `w p`
-    instead of p: exactly the noisy data again, with the components' weights divided by `c_k^2`.
+    instead of p: exactly the noisy data again, with the components' weights divided by `c_k^2`. A network that
+    learned the score is itself misled about the component while a run lags behind the ladder: at small budgets,
+    prefer one that learned the denoiser, or `ancestral` and `ode`.
 
     Args:
         mixture_weights, mixture_scales: the mixture, K numbers each; None: one component of scale 1. With
@@ -86,6 +88,7 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sample_max_value: float = 1.0,
         timestep_spacing: str = "log_snr",
         steps_offset: int = 0,
+        grid: str | None = None,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
         use_lu_lambdas: bool = False,
@@ -114,6 +117,8 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         # The law of the noise that the network was trained with.
         self.model_mixture = self.mixture if model_noise == "mixture" else GAUSSIAN
         self._previous: tuple[Tensor, float] | None = None
+        # The noise level, in units of c_k, at which a Langevin run really is; None: at that of the call.
+        self._level: float | None = None
 
     def set_timesteps(
         self,
@@ -131,6 +136,7 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         """
         config = self.config
         self._previous = None
+        self._level = None
         one_call = config.algorithm_type in ("ancestral", "ode")
         labels = self._call_labels(
             num_inference_steps, timesteps, sigmas, mu, None if one_call else config.num_langevin_steps, config.denoise
@@ -181,7 +187,8 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         call = self._next_call(timestep)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         y = sample.to(dtype) / call.alpha
-        denoised, precision = self._denoise(model_output.to(dtype), y, call.sigma)
+        denoised, precision = self._denoise(model_output.to(dtype), y, call.sigma, self._level or call.sigma)
+        self._advance_level(call)
         y = denoised if call.last else self._update(y, denoised, precision, call, generator)
         prev_sample = (y * call.alpha_next).to(sample.dtype)
         pred_original_sample = denoised.to(sample.dtype)
@@ -189,8 +196,23 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
             return prev_sample, pred_original_sample
         return LangevinSchedulerOutput(prev_sample, pred_original_sample)
 
-    def _denoise(self, output: Tensor, y: Tensor, sigma: float) -> tuple[Tensor, Tensor | float]:
-        """The denoiser D and the factor w of the score `w (D - y) / sigma^2`."""
+    def _advance_level(self, call: Call) -> None:
+        """Langevin runs lag behind the ladder by a known factor (Proposition 3). The component of an image is told by
+        the level where the image is: at the call's own, images would seem to be in wider components than they are."""
+        a, algorithm = call.step_size, self.config.algorithm_type
+        if algorithm in ("ancestral", "ode"):
+            return
+        jumps = GAUSSIAN if algorithm == "langevin" else self.mixture
+        if algorithm == "exponential":
+            kept = float((jumps.weights * torch.exp(-2 * a * jumps.scales**2)).sum())
+            fresh = 1 - kept
+        else:
+            kept = 1 - 2 * a * jumps.moment(2) + a**2 * jumps.moment(4)
+            fresh = 2 * a * jumps.moment(2)
+        self._level = math.sqrt(kept * (self._level or call.sigma) ** 2 + fresh * call.sigma**2)
+
+    def _denoise(self, output: Tensor, y: Tensor, sigma: float, level: float) -> tuple[Tensor, Tensor | float]:
+        """The denoiser D and the factor w of the score `w (D - y) / sigma^2`, for an image at `level`."""
         prediction_type = self.config.prediction_type
         denoised = self.noise_space.denoised(output, y, sigma, prediction_type)
         mixture = self.model_mixture
@@ -198,10 +220,10 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
             return self._clip(denoised), 1.0
         if prediction_type in ("score", "scaled_score"):
             displacement = denoised - y  # of Tweedie's formula, which holds for the score alone here
-            precision = mixture.displacement_precision(displacement, sigma)
+            precision = mixture.displacement_precision(displacement, level)
             return self._clip(y + displacement / precision), precision
         denoised = self._clip(denoised)
-        return denoised, mixture.residual_precision(y - denoised, sigma)
+        return denoised, mixture.residual_precision(y - denoised, level)
 
     def _update(self, y: Tensor, denoised: Tensor, precision, call, generator: Generators) -> Tensor:
         algorithm = self.config.algorithm_type

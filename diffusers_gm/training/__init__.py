@@ -16,9 +16,12 @@ from .folder import read_log as read_log
 from .folder import save_checkpoint as save_checkpoint
 from .folder import start_output_dir as start_output_dir
 from .folder import write_json as write_json
+from .network import FIRST_TIME as FIRST_TIME
+from .network import TrainingLoss as TrainingLoss
 from .network import averaged_weights as averaged_weights
 from .network import build_ema as build_ema
 from .network import build_lr_scheduler as build_lr_scheduler
+from .network import build_objective as build_objective
 from .network import build_optimizer as build_optimizer
 from .network import build_scheduler as build_scheduler
 from .network import check_processes as check_processes
@@ -34,6 +37,7 @@ from .plan import PIPELINES as PIPELINES
 from .plan import Plan as Plan
 from .plan import command_line as command_line
 from .plan import make_plan as make_plan
+from .plan import noise_in_words as noise_in_words
 from .plan import portable as portable
 from .plan import training_record as training_record
 from .plan import versions as versions

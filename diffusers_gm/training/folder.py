@@ -130,6 +130,8 @@ FREE_ON_RESUME = {
     "mixed_precision",
     "num_train_epochs",
     "algorithm_type",
+    "timestep_spacing",
+    "splitting_order",
     "num_langevin_steps",
     "step_size",
     "step_size_criterion",
@@ -145,6 +147,7 @@ FREE_ON_RESUME = {
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "hub_strategy",
 }
 
 

@@ -2,22 +2,26 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from ..losses import PREDICTION_TYPE
-from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
-from .options import TrainingArguments
+from ..losses import PREDICTION_TYPE, cld_loss, denoising_loss
+from ..processes.cld import CLD
+from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from .options import TrainingArguments, build_mixture
 from .plan import Plan
+
+# CLD is trained on times from here to 1 (arXiv 2112.07068).
+FIRST_TIME = 1e-5
 
 
 def given_unet(args: TrainingArguments) -> UNet2DModel | None:
@@ -34,7 +38,7 @@ def given_unet(args: TrainingArguments) -> UNet2DModel | None:
 
 
 def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DModel:
-    """A network of the described shape, or of one that suits the resolution."""
+    """A network of the described shape, or of one that suits the resolution; for CLD from images and velocities."""
     small = resolution <= 16
     widths = args.block_out_channels
     if widths is None:
@@ -51,7 +55,7 @@ def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DM
     head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution,
-        in_channels=channels,
+        in_channels=2 * channels if args.method == "cld" else channels,
         out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -63,14 +67,22 @@ def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DM
     )
 
 
-def native_shape(unet: UNet2DModel | None) -> tuple[int | None, int | None]:
-    """Side and channels of the images that a network is for; None where nothing says so."""
+def native_shape(unet: UNet2DModel | None, method: str) -> tuple[int | None, int | None]:
+    """Side and channels of the images that a network is for; None where nothing says so.
+
+    Raises:
+        ValueError: for a network whose channels do not suit the method.
+    """
     if unet is None:
         return None, None
-    size, channels = unet.config["sample_size"], {unet.config["in_channels"], unet.config["out_channels"]}
-    if channels not in ({1}, {3}):
-        raise ValueError(f"the network must have 1 or 3 channels in and out, it has {sorted(channels)}")
-    return (size if isinstance(size, int) else None), channels.pop()
+    size, entering, channels = (unet.config[name] for name in ("sample_size", "in_channels", "out_channels"))
+    times = 2 if method == "cld" else 1
+    if channels not in (1, 3) or entering != times * channels:
+        raise ValueError(
+            f"--method {method} needs a network from {times} or {3 * times} channels to 1 or 3, "
+            f"this one goes from {entering} to {channels}"
+        )
+    return (size if isinstance(size, int) else None), channels
 
 
 def fit_unet(unet: UNet2DModel, args: TrainingArguments, resolution: int) -> UNet2DModel:
@@ -105,8 +117,25 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
     Raises:
         ValueError: if the sampler cannot run with `plan.validation_inference_steps` network calls.
     """
-    config: dict[str, Any] = {
-        "num_train_timesteps": plan.num_train_timesteps,
+    config: dict[str, Any] = {"num_train_timesteps": plan.num_train_timesteps}
+    for name in ("algorithm_type", "timestep_spacing"):
+        if getattr(args, name) is not None:
+            config[name] = getattr(args, name)
+    scheduler: Any
+    if args.method == "cld":
+        scheduler = CLDSSCSScheduler(
+            **config,
+            prediction_type="cld_mixed" if args.cld_mixed_score else "scaled_velocity_score",
+            beta_0=args.beta_0,
+            beta_1=args.beta_1,
+            mass=args.mass,
+            gamma=args.gamma,
+            splitting_order=args.splitting_order,
+            data_variance=plan.data_variance,
+        )
+        scheduler.set_timesteps(plan.validation_inference_steps)
+        return scheduler
+    config |= {
         "noise_space": "ve",
         "sigma_min": args.sigma_min,
         "sigma_max": plan.sigma_max,
@@ -115,9 +144,6 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
         "step_size": args.step_size,
         "step_size_criterion": args.step_size_criterion,
     }
-    if args.algorithm_type is not None:
-        config["algorithm_type"] = args.algorithm_type
-    scheduler: Any
     if args.method == "ncsnv2":
         scheduler = AnnealedLangevinScheduler(**config, prediction_type="epsilon")
     else:
@@ -131,6 +157,42 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
         )
     scheduler.set_timesteps(plan.validation_inference_steps)
     return scheduler
+
+
+TrainingLoss = Callable[[Callable[..., Any], Tensor], Tensor]
+
+
+def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any) -> TrainingLoss:
+    """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
+
+    It draws times and noise from the global generator of the images' device.
+    """
+
+    def mixture_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
+        timesteps = torch.randint(0, plan.num_train_timesteps, (len(images),), device=images.device)
+        noise = mixture.sample(images.shape, device=images.device)
+        space, objective = scheduler.noise_space, cast(Any, args.objective)
+        return denoising_loss(lambda x, t: network(x, t).sample, images, timesteps, noise, space, mixture, objective)
+
+    def cld_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
+        process: CLD = scheduler.process
+        uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+        x, v = torch.randn((2, *images.shape), device=images.device)
+        initial = torch.randn_like(images) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
+        return cld_loss(
+            lambda u, t: network(u, t).sample,
+            images,
+            FIRST_TIME + (1 - FIRST_TIME) * uniform,
+            torch.cat([x, v], 1),
+            process,
+            scheduler.config["prediction_type"],
+            initial,
+            cast(Any, args.cld_weighting),
+            plan.num_train_timesteps,
+        )
+
+    mixture = build_mixture(args)
+    return cld_objective if args.method == "cld" else mixture_objective
 
 
 def build_optimizer(args: TrainingArguments, plan: Plan, unet: nn.Module) -> torch.optim.Optimizer:

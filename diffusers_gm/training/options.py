@@ -1,12 +1,13 @@
 """The options of `train_gm_sgm.py`, and the noise law that they describe."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from accelerate.tracking import get_available_trackers
 from huggingface_hub.utils import validate_repo_id
 
+from ..processes.cld import CLD
 from ..processes.mixture import GaussianMixtureNoise
 
 
@@ -19,7 +20,9 @@ class TrainingArguments:
     """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them."""
 
     # What is trained
-    method: Literal["gm-sgm", "ncsnv2"] = option("gm-sgm", "Gaussian-mixture noise, or NCSNv2's Gaussian noise.")
+    method: Literal["gm-sgm", "ncsnv2", "cld"] = option(
+        "gm-sgm", "Gaussian-mixture noise, NCSNv2's Gaussian noise, or critically-damped Langevin diffusion."
+    )
     objective: Literal["denoiser", "score"] = option(
         "denoiser", "What the network learns under mixture noise; for ncsnv2 the two are the same."
     )
@@ -27,6 +30,11 @@ class TrainingArguments:
         "sigma", "Whether the network is told the noise level; 'none' is Technique 3 of NCSNv2."
     )
     scale_input: bool = option(True, "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y.")
+    cld_loss: Literal["hsm", "dsm"] = option(
+        "hsm", "cld: hybrid score matching, or denoising score matching with the initial velocity drawn."
+    )
+    cld_mixed_score: bool = option(True, "cld: the network corrects the score of a velocity that knows no image.")
+    cld_weighting: Literal["ell", "likelihood"] = option("ell", "cld: weights of the times, for quality or likelihood.")
 
     # Data
     dataset_name: str | None = option(
@@ -70,8 +78,16 @@ class TrainingArguments:
     sigma_max: str = option("auto", "Largest noise level; 'auto' measures the data (Technique 1 of NCSNv2).")
     num_train_timesteps: str = option("1000", "Noise levels of the ladder; 'auto' is Technique 2 of NCSNv2.")
 
+    # Critically-damped Langevin diffusion
+    beta_0: float = option(4.0, "cld: beta(t) = beta_0 + beta_1 t on [0, 1].")
+    beta_1: float = option(0.0, "cld: see --beta_0.")
+    mass: float = option(0.25, "cld: mass M; the damping is critical, Gamma = 2 sqrt(M).")
+    gamma: float = option(0.04, "cld: variance of the initial velocity in units of M.")
+
     # Sampler, as saved with the model
     algorithm_type: str | None = option(None, "Sampler of the saved scheduler; default that of its class.")
+    timestep_spacing: str | None = option(None, "Grid of its network calls; default that of its class.")
+    splitting_order: int = option(1, "cld: 2 for the second-order splitting.")
     num_langevin_steps: int = option(1, "Langevin steps per noise level.")
     step_size: float | None = option(None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.")
     step_size_criterion: Literal["fixed_point", "prop3"] = option(
@@ -127,6 +143,9 @@ class TrainingArguments:
     push_to_hub: bool = option(False, "Upload the finished pipeline.")
     hub_model_id: str | None = option(None, "Repository to upload to, <user>/<name>.")
     hub_private_repo: bool = option(False, "Upload to a private repository.")
+    hub_strategy: Literal["end", "every_save"] = option(
+        "end", "When to upload: once, or also the pipeline as it is at every checkpoint."
+    )
     hub_token: str | None = option(None, "Access token, never saved; default the one of `hf auth login`.")
 
     def __post_init__(self) -> None:
@@ -142,6 +161,7 @@ class TrainingArguments:
                 raise ValueError(f"{given} describe a new network: leave them out, the model has its own")
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "digits"
+        self._check_method()
         self._check_ranges()
         number_or_auto("sigma_max", self.sigma_max, float)
         number_or_auto("num_train_timesteps", self.num_train_timesteps, int)
@@ -155,6 +175,17 @@ class TrainingArguments:
             if self.hub_model_id is None or self.hub_model_id.count("/") != 1:
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
+
+    def _check_method(self) -> None:
+        given = [
+            f"--{f.name}" for f in fields(self) if f.name in NOT_FOR[self.method] and f.default != getattr(self, f.name)
+        ]
+        if given:
+            raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
+        if self.method == "cld":
+            if self.num_train_timesteps == "auto":
+                raise ValueError("--num_train_timesteps auto is for ladders of noise levels: cld needs a number")
+            CLD(self.beta_0, self.beta_1, self.mass, self.gamma)
 
     def _check_ranges(self) -> None:
         for name, least in LEAST.items():
@@ -173,6 +204,22 @@ class TrainingArguments:
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
 
+
+_CLD = {
+    *("cld_loss", "cld_mixed_score", "cld_weighting", "beta_0", "beta_1", "mass", "gamma", "splitting_order"),
+    "data_variance",
+}
+_MIXTURE = {
+    *("mixture_weights", "mixture_scales", "stable_alpha", "power_alpha", "power_base", "num_components"),
+    "mixture_per_element",
+}
+_LADDER = {
+    *("objective", "conditioning", "scale_input", "sigma_min", "sigma_max"),
+    *("num_langevin_steps", "step_size", "step_size_criterion"),
+}
+
+# Options, and fields of a `Plan`, that say nothing about a method. NCSNv2 is a mixture of one component.
+NOT_FOR = {"gm-sgm": _CLD, "ncsnv2": _CLD, "cld": _MIXTURE | _LADDER}
 
 # The smallest value that makes sense.
 LEAST = {
@@ -214,12 +261,14 @@ def number_or_auto(name: str, value: str, number: type) -> Any:
 
 
 def build_mixture(args: TrainingArguments) -> GaussianMixtureNoise:
-    """The noise law that the options describe, with `E[c^2] = 1`; one component for NCSNv2."""
+    """The noise law that the options describe, with `E[c^2] = 1`; one component where the method has no mixture."""
     explicit = {"mixture_weights": args.mixture_weights, "mixture_scales": args.mixture_scales}
     stable = {"stable_alpha": args.stable_alpha}
     power = {"power_alpha": args.power_alpha, "power_base": args.power_base}
     kinds = [kind for kind in (explicit, stable, power) if any(v is not None for v in kind.values())]
     given = [f"--{name}" for kind in kinds for name, value in kind.items() if value is not None]
+    if args.method == "cld":
+        return GaussianMixtureNoise([1.0], [1.0])
     if args.num_components is not None and (explicit in kinds or args.method == "ncsnv2"):
         given.append("--num_components")
     if args.method == "ncsnv2":

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Examination
-from ..pipelines import GMSGMPipeline, NCSNv2Pipeline
+from ..pipelines import CLDPipeline, GMSGMPipeline, NCSNv2Pipeline
 from ..processes.annealed import ladder_length, max_pairwise_distance
 from ..version import __version__
-from .options import TrainingArguments, build_mixture, number_or_auto
+from .options import NOT_FOR, TrainingArguments, build_mixture, number_or_auto
 
-PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline}
+PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Plan:
     mixture_scales: list[float]
     sigma_max: float
     num_train_timesteps: int
+    data_variance: float
     validation_inference_steps: int
     max_train_steps: int
     learning_rate: float
@@ -51,7 +52,7 @@ def make_plan(
     sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
     if sigma_max is None:
         sigma_max = round(max_pairwise_distance(examination.images), 4)
-    if not args.sigma_min < sigma_max:
+    if args.method != "cld" and not args.sigma_min < sigma_max:
         raise ValueError(
             f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
             + (" (measured: are all images the same?)" if args.sigma_max == "auto" else "")
@@ -81,6 +82,7 @@ def make_plan(
         mixture_scales=mixture.scales.tolist(),
         sigma_max=sigma_max,
         num_train_timesteps=num_levels,
+        data_variance=round(float(examination.images.var(0).mean()), 4),
         validation_inference_steps=args.validation_inference_steps
         or PIPELINES[args.method].default_num_inference_steps,
         max_train_steps=steps,
@@ -89,9 +91,17 @@ def make_plan(
     )
 
 
+def noise_in_words(args: TrainingArguments, plan: Plan) -> str:
+    """What the images are disturbed by."""
+    if args.method == "cld":
+        return f"CLD, beta(t) = {args.beta_0:g} + {args.beta_1:g} t, mass {args.mass:g}, gamma {args.gamma:g}"
+    levels = f"{plan.num_train_timesteps} levels from {args.sigma_min:g} to {plan.sigma_max:g}"
+    return f"{build_mixture(args)}, {levels}"
+
+
 def training_record(args: TrainingArguments, plan: Plan) -> dict[str, Any]:
-    """All options as resolved, JSON-safe, without tokens and places on this host."""
-    record = asdict(args) | asdict(plan)
+    """All options as resolved, JSON-safe, without tokens and places on this host; None where the method has none."""
+    record = asdict(args) | asdict(plan) | dict.fromkeys(NOT_FOR[args.method])
     for name in PATHS:
         record[name] = portable(record[name])
     return {name: value for name, value in record.items() if name not in PRIVATE}

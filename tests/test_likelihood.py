@@ -1,0 +1,119 @@
+"""The likelihood bound of CLD, against densities that are known."""
+
+import math
+
+import pytest
+import torch
+
+from diffusers_gm import CLDPipeline, CLDSSCSScheduler
+from diffusers_gm.likelihood import bits_per_dimension, cld_bits_per_dimension, cld_nll, dequantized, normal_log_prob
+from diffusers_gm.processes.cld import CLD, score_coefficients
+
+
+def exact_network(process, variances, prediction_type="cld_mixed"):
+    """The perfect network for pixels that are independent normals, `variances` of shape `(C, H, W)`."""
+
+    def network(model_input, labels):
+        x, v = model_input.chunk(2, 1)
+        v = v * process.velocity_scale
+        marginal = process.marginal(process.clock(labels[0].double() / 1000))
+        m = marginal.transition[:, 0]
+        covariance = marginal.covariance + variances[..., None, None].double() * torch.outer(m, m)
+        row = torch.linalg.inv(covariance)[..., 1, :].to(x)
+        of_velocity, of_output = score_coefficients(marginal, prediction_type)
+        return (-row[..., 0] * x - row[..., 1] * v - of_velocity.to(x) * v) / of_output.to(x)
+
+    return network
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction_type"),
+    [
+        (CLD(), "cld_mixed"),
+        (CLD(), "velocity_score"),
+        (CLD(beta_0=6.0, beta_1=4.0, mass=1.0, gamma=0.25), "scaled_velocity_score"),
+    ],
+)
+def test_exact_on_gaussian_data(process, prediction_type, generator):
+    """In nats per dimension to 3 decimals, for every image: image and velocity are independent, the bound is tight."""
+    variances = torch.tensor([0.05, 0.25, 1.0, 2.0], dtype=torch.float64).view(1, 2, 2)
+    images = variances.sqrt() * torch.randn(16, 1, 2, 2, generator=generator, dtype=torch.float64)
+    exact = -(-0.5 * (images**2 / variances + (2 * math.pi * variances).log())).sum((1, 2, 3))
+    bound = cld_nll(
+        exact_network(process, variances, prediction_type), images, process, prediction_type, 100, 1, generator
+    )
+    assert (bound - exact).abs().max() / 4 < 5e-4
+
+
+def test_a_wrong_model_is_bounded_from_above(generator):
+    """The network that takes pixels for N(0, 1) gives its own density's value on average, not the data's."""
+    process = CLD()
+    images = 0.5 * torch.randn(256, 1, 2, 2, generator=generator, dtype=torch.float64)
+    wrong = exact_network(process, torch.ones(1, 2, 2, dtype=torch.float64))
+    bound = cld_nll(wrong, images, process, generator=generator)
+    assert torch.allclose(bound, -normal_log_prob(images, 1.0), atol=5e-3)
+    assert bound.mean() > -normal_log_prob(images, 0.25).mean()
+
+
+def test_the_probe_is_unbiased(generator):
+    """Pixels that depend on each other: `d output / dv` is no diagonal, and probes differ; their mean does not.
+
+    Two pixels are rotated, independent normals. The exact bound is in the basis in which they are independent.
+    """
+    process, n = CLD(), 4000
+    rotation = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    variances = torch.tensor([0.05, 1.0], dtype=torch.float64).view(1, 1, 2)
+    network = exact_network(process, variances)
+
+    def rotated(model_input, labels):
+        back = model_input @ rotation
+        return network(back, labels) @ rotation.T
+
+    image = torch.tensor([0.3, -0.5], dtype=torch.float64).view(1, 1, 1, 2)
+    bound = cld_nll(rotated, image.expand(n, -1, -1, -1), process, num_steps=25, generator=generator)
+    plain = cld_nll(network, image @ rotation, process, num_steps=25, generator=generator)
+    assert bound.std() > 1e-3
+    assert abs(bound.mean() - plain) < 5 * bound.std() / n**0.5 + 1e-3
+
+
+def test_bits_of_uniform_noise_are_those_of_its_levels():
+    """A density of 1/2 on [-1, 1], dequantised: every level of 2^b has about b bits."""
+    nats = torch.tensor([10 * math.log(2.0)])
+    assert bits_per_dimension(nats, 10, 257).item() == pytest.approx(8)
+
+
+def test_dequantised_images_stay_in_their_bins(generator):
+    images = torch.randint(0, 17, (8, 1, 8, 8), generator=generator) / 8 - 1
+    noisy = dequantized(images, 17, generator)
+    assert torch.equal((((noisy + 1) * 8).round()) / 8 - 1, images)
+    # Uniform on [-1/16, 1/16]: variance (1/8)^2 / 12, its square estimated from 512 draws.
+    difference = noisy - images
+    assert difference.var() == pytest.approx(1 / 768, rel=5 * (0.8 / 512) ** 0.5)
+
+
+def test_of_a_pipeline(tiny_velocity_unet, generator):
+    scheduler = CLDSSCSScheduler(prediction_type="cld_mixed")
+    pipeline = CLDPipeline(tiny_velocity_unet, scheduler)
+    images = torch.randint(0, 17, (5, 1, 8, 8), generator=generator) / 8 - 1
+    state = generator.get_state()
+    bits = cld_bits_per_dimension(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2)
+    assert bits.shape == (5,)
+    assert bits.isfinite().all()
+    assert all(p.grad is None for p in tiny_velocity_unet.parameters())
+    generator.set_state(state)
+    assert torch.equal(
+        cld_bits_per_dimension(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2), bits
+    )
+
+
+def test_bad_input(tiny_unet):
+    images = torch.zeros(2, 1, 2, 2)
+    network = exact_network(CLD(), torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match="num_steps"):
+        cld_nll(network, images, CLD(), num_steps=0)
+    with pytest.raises(ValueError, match="finite"):
+        cld_nll(network, images * math.nan, CLD())
+    with pytest.raises(ValueError, match="prediction_type"):
+        cld_nll(network, images, CLD(), "epsilon")
+    with pytest.raises(ValueError, match="needs a velocity network.*'epsilon'"):
+        cld_bits_per_dimension(CLDPipeline(tiny_unet, CLDSSCSScheduler()), images)

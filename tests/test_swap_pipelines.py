@@ -1,0 +1,315 @@
+"""The real pipelines of diffusers, around tiny untrained networks, with each of our schedulers swapped in."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from test_contract import every_scheduler
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def build(make, *args, **kwargs):
+    """A module with weights that are always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(*args, **kwargs).eval()
+
+
+def vae(channels=4):
+    return build(
+        AutoencoderKL,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        **({"shift_factor": 0.0, "scaling_factor": 1.0} if channels == 16 else {}),
+    )
+
+
+def unet(in_channels=4, **config):
+    return build(
+        UNet2DConditionModel,
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        **({"cross_attention_dim": 8} | config),
+    )
+
+
+def tokenizer():
+    letters = [chr(c) for c in range(97, 123)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+
+
+def text_encoder(cls=CLIPTextModel):
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=8,
+        intermediate_size=8,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    return build(cls, config)
+
+
+def stable_diffusion(cls, **extra):
+    return cls(
+        **({"unet": unet()} | extra),
+        vae=vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        scheduler=DDIMScheduler(**SD, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(cls):
+    network = unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
+        cross_attention_dim=16,
+    )
+    return cls(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=network,
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+
+
+def swapped(pipeline, cls, **arguments):
+    pipeline.scheduler = cls.from_config(pipeline.scheduler.config, **arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check(pipeline, count=2, **arguments):
+    """Finite, decided by the seed, and different for another one; returns the first result."""
+    results = []
+    for seed in (0, 0, 1):
+        with torch.random.fork_rng():  # pipelines that pass no generator
+            torch.manual_seed(seed)
+            results.append(pipeline(**arguments, generator=torch.Generator().manual_seed(seed))[0])
+    results = [torch.as_tensor(result) for result in results]
+    assert torch.isfinite(results[0]).all()
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert len(results[0]) == count
+    return results[0]
+
+
+IMAGE = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+TEXT = {"prompt": ["a cat", "dogs"], "output_type": "pt", "num_inference_steps": 5, "guidance_scale": 4.0}
+
+
+@every_scheduler
+def test_ddpm(cls, tiny_unet):
+    pipeline = swapped(diffusers.DDPMPipeline(tiny_unet, DDPMScheduler()), cls)
+    check(pipeline, batch_size=2, num_inference_steps=5, output_type="np")
+    # DDIMPipeline hands arguments of its own scheduler to step: use its parts in a DDPMPipeline.
+    ddim = swapped(diffusers.DDIMPipeline(tiny_unet, DDIMScheduler()), cls)
+    with pytest.raises(TypeError, match="eta"):
+        ddim(num_inference_steps=5, generator=torch.Generator())
+    ddpm = swapped(diffusers.DDPMPipeline(**ddim.components), cls)
+    check(ddpm, count=1, num_inference_steps=5, output_type="np")
+
+
+@every_scheduler
+def test_stable_diffusion_text_to_image(cls):
+    pipeline = swapped(stable_diffusion(diffusers.StableDiffusionPipeline), cls)
+    whole = check(pipeline, **TEXT, height=16, width=16)
+    # A list of generators decides each image, and a callback that changes nothing changes nothing.
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    kept = {"callback_on_step_end": lambda *a: a[3]}
+    both = pipeline(**TEXT, height=16, width=16, generator=generators, **kept).images
+    one = {**TEXT, "prompt": "dogs"}
+    second = pipeline(**one, height=16, width=16, generator=[torch.Generator().manual_seed(6)]).images
+    torch.testing.assert_close(both[1:], second, rtol=1e-3, atol=1e-3)
+    custom = pipeline(
+        **{**TEXT, "num_inference_steps": None}, timesteps=[990, 500, 100, 5], height=16, width=16, generator=generators
+    )
+    assert custom.images.shape == whole.shape
+    assert pipeline.scheduler.timesteps.tolist() == [990, 500, 100, 5]
+
+
+@every_scheduler
+def test_stable_diffusion_with_v_prediction_and_zero_terminal_snr(cls):
+    pipeline = stable_diffusion(diffusers.StableDiffusionPipeline)
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    check(swapped(pipeline, cls, **config), **TEXT, guidance_rescale=0.7, height=16, width=16)
+
+
+@every_scheduler
+def test_stable_diffusion_image_to_image(cls):
+    pipeline = swapped(stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline), cls)
+    check(pipeline, **TEXT, image=IMAGE, strength=0.6)
+
+
+@every_scheduler
+@pytest.mark.parametrize("in_channels", [4, 9])
+def test_stable_diffusion_inpainting(cls, in_channels):
+    pipeline = stable_diffusion(diffusers.StableDiffusionInpaintPipeline, unet=unet(in_channels))
+    mask = torch.zeros(2, 1, 16, 16)
+    mask[..., 8:] = 1
+    arguments = {"image": IMAGE, "mask_image": mask, "strength": 0.6, "height": 16, "width": 16}
+    check(swapped(pipeline, cls), **TEXT, **arguments)
+
+
+@every_scheduler
+def test_controlnet(cls):
+    network = unet()
+    controlnet = build(diffusers.ControlNetModel.from_unet, network, conditioning_embedding_out_channels=(4, 8))
+    pipeline = stable_diffusion(diffusers.StableDiffusionControlNetPipeline, unet=network, controlnet=controlnet)
+    check(swapped(pipeline, cls), **TEXT, image=IMAGE)
+
+
+@every_scheduler
+def test_sdxl_in_two_parts(cls):
+    base = swapped(sdxl(diffusers.StableDiffusionXLPipeline), cls)
+    check(base, **TEXT, height=16, width=16)
+    arguments = {**TEXT, "num_inference_steps": 10}
+    latents = check(base, **{**arguments, "output_type": "latent"}, denoising_end=0.6, height=16, width=16)
+    taken = base.scheduler.step_index
+    assert 0 < taken < 10
+    refiner = swapped(sdxl(diffusers.StableDiffusionXLImg2ImgPipeline), cls)
+    check(refiner, **arguments, image=latents, denoising_start=0.6)
+    assert refiner.scheduler.begin_index == taken, "the second part starts where the first ended"
+    assert refiner.scheduler.step_index == 10
+
+
+@every_scheduler
+def test_dit_with_a_learned_variance(cls):
+    transformer = build(
+        diffusers.DiTTransformer2DModel,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        norm_num_groups=4,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+    )
+    pipeline = diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**SD))
+    check(swapped(pipeline, cls), class_labels=[1, 2], num_inference_steps=5, output_type="np")
+
+
+def sd3(cls):
+    transformer = build(
+        diffusers.SD3Transformer2DModel,
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+        out_channels=16,
+    )
+    nothing = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(16), **nothing)
+
+
+def embeddings(sequence, pooled):
+    g = torch.Generator().manual_seed(2)
+    return {
+        "prompt_embeds": torch.randn(sequence, generator=g),
+        "pooled_prompt_embeds": torch.randn(pooled, generator=g),
+    }
+
+
+@every_scheduler
+def test_stable_diffusion_3(cls):
+    texts = embeddings((2, 4, 8), (2, 8))
+    texts |= {f"negative_{key}": -value for key, value in texts.items()}
+    arguments = {"num_inference_steps": 5, "output_type": "pt", "height": 16, "width": 16, **texts}
+    check(swapped(sd3(diffusers.StableDiffusion3Pipeline), cls), **arguments)
+    check(swapped(sd3(diffusers.StableDiffusion3Img2ImgPipeline), cls), **arguments, image=IMAGE, strength=0.6)
+
+
+@every_scheduler
+def test_flux_with_dynamic_shifting(cls):
+    transformer = build(
+        diffusers.FluxTransformer2DModel,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    nothing = dict.fromkeys(["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"])
+    pipeline = diffusers.FluxPipeline(scheduler=scheduler, vae=vae(4), transformer=transformer, **nothing)
+    texts = embeddings((2, 4, 8), (2, 8))
+    check(swapped(pipeline, cls), num_inference_steps=5, output_type="latent", height=16, width=16, **texts)
+
+
+@every_scheduler
+def test_audio(cls):
+    """Dance Diffusion: samples `(B, C, length)`."""
+    network = build(
+        diffusers.UNet1DModel,
+        block_out_channels=(32, 32),
+        extra_in_channels=64,
+        sample_size=64,
+        sample_rate=64,
+        in_channels=2,
+        out_channels=2,
+        use_timestep_embedding=False,
+        time_embedding_type="fourier",
+        flip_sin_to_cos=True,
+        mid_block_type="UNetMidBlock1D",
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
+        up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
+    )
+    pipeline = swapped(diffusers.DanceDiffusionPipeline(network, DDPMScheduler()), cls)
+    assert check(pipeline, num_inference_steps=5, batch_size=2).shape == (2, 2, 64)
+
+
+@every_scheduler
+def test_video(cls):
+    """AnimateDiff: samples `(B, C, frames, H, W)`."""
+    adapter = build(
+        diffusers.MotionAdapter, block_out_channels=(8, 8), motion_layers_per_block=1, motion_norm_num_groups=4,
+        motion_num_attention_heads=2,
+    )  # fmt: skip
+    parts = (vae(), text_encoder(), tokenizer(), unet(), adapter, DDIMScheduler(**SD, timestep_spacing="linspace"))
+    with torch.random.fork_rng():  # the pipeline builds a network of its own from these
+        pipeline = diffusers.AnimateDiffPipeline(*parts)
+    check(swapped(pipeline, cls), **TEXT, num_frames=2, height=16, width=16)
