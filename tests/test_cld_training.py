@@ -105,6 +105,11 @@ def test_options_of_other_methods_are_refused(options, said):
         arguments(**options)
 
 
+def test_the_default_grid_is_the_best_for_trained_networks():
+    args = arguments(method="cld")
+    assert tr.build_scheduler(args, plan_for(args)).config["timestep_spacing"] == "quadratic"
+
+
 def test_samplers_that_cannot_run_fail_before_the_training():
     for options, said in (
         ({"algorithm_type": "langevin"}, "unknown algorithm_type 'langevin'"),
@@ -184,6 +189,13 @@ def test_critical_damping_is_the_fastest():
     clocks = torch.tensor([3.0, 4.0], dtype=torch.float64)
     distances = {d: studies.distance_to_equilibrium(CLD(damping=d), clocks)[-1] for d in (0.25, 0.5, 1.0, 2.0, 4.0)}
     assert min(distances, key=distances.get) == 1.0
+
+
+@pytest.mark.parametrize("mass", [1 / 16, 1.0])
+def test_mass_acts_through_beta_over_its_root_alone(mass):
+    times = torch.linspace(0.01, 1, 5, dtype=torch.float64)
+    scaled, default = CLD(beta_0=8 * mass**0.5, mass=mass), CLD()
+    torch.testing.assert_close(scaled.sigma(scaled.clock(times)), default.sigma(default.clock(times)))
 
 
 def test_vp_states_keep_the_variance_of_unit_data(generator):

