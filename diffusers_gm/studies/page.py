@@ -1,0 +1,56 @@
+"""The results page, made of the reports of the studies: `python -m diffusers_gm.studies.page`.
+
+Every study writes its tables, pictures and verdict into a folder; this puts them on one page, typed by nobody.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from .report import Report
+
+INTRODUCTION = """\
+# Results
+
+Made by `python -m diffusers_gm.studies.page` of the reports in `{reports}`; nothing here is typed by hand. Each section
+gives the command that measured it, its conditions, and a verdict that the command worked out. Where a result goes
+against us, it says so.
+"""
+
+
+def page(reports: Path, output: Path) -> str:
+    """The page as Markdown, with links relative to `output`.
+
+    Raises:
+        ValueError: if there are no reports in the folder.
+    """
+    paths = sorted(reports.glob("*.json"))
+    if not paths:
+        raise ValueError(f"no reports (*.json) in {reports}: run a study with --output {reports}")
+    folder = Path(os.path.relpath(reports, output.parent)).as_posix()
+    studies = [Report.read(path) for path in paths]
+    contents = "\n".join(f"- [{s.title}](#{anchor(s.title)}): {s.question}" for s in studies)
+    sections = "\n\n".join(s.markdown(folder) for s in studies)
+    return f"{INTRODUCTION.format(reports=folder)}\n{contents}\n\n{sections}\n"
+
+
+def anchor(title: str) -> str:
+    """The link to a heading that Markdown viewers make of it."""
+    return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--reports", type=Path, default=Path("model_cards/results"), help="folder of the reports")
+    parser.add_argument("--output", type=Path, default=Path("model_cards/results.md"), help="the page")
+    args = parser.parse_args(arguments)
+    try:
+        text = page(args.reports, args.output)
+    except ValueError as error:
+        parser.error(str(error))
+    args.output.write_text(text, encoding="utf-8")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
