@@ -33,8 +33,10 @@ class ExactDenoiser:
 
     def _posterior(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Posterior of centre and component `(B, n, K)`, and the variances `width^2 + (c_k sigma)^2`, `(K,)`."""
-        flat, centres = y.flatten(1), self.points.to(y).flatten(1)
-        distances = torch.cdist(flat, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        flat, centres = y.flatten(1).double(), self.points.to(y).flatten(1).double()
+        # |y - x|^2 through a matrix product: in float64 nothing is lost down to sigma = 1e-4.
+        squares = flat.square().sum(1)[:, None] + centres.square().sum(1)
+        distances = (squares - 2 * flat @ centres.mT).to(y)
         variances = self.width**2 + (self.noise.scales.to(y) * sigma) ** 2
         log_joint = (
             self.noise.weights.log().to(y)
@@ -59,6 +61,10 @@ class ExactDenoiser:
         centres = self.points.to(y).flatten(1)
         score = precise.sum(2) @ centres - precise.sum((1, 2))[:, None] * y.flatten(1)
         return score.view(y.shape)
+
+    def components(self, y: Tensor, sigma: float) -> Tensor:
+        """Posterior probabilities of the noise's components given y, `(B, K)`."""
+        return self._posterior(y, sigma)[0].sum(1)
 
     def network_output(self, sample: Tensor, timestep: Tensor, space: NoiseSpace, prediction_type: str) -> Tensor:
         """What a perfect network answers to its input `alpha * y` at a label, in any prediction type."""

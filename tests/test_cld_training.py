@@ -2,6 +2,7 @@
 # ruff: noqa: F401, F811 - fixtures of the other file
 
 import json
+import math
 import re
 from dataclasses import fields
 from types import SimpleNamespace
@@ -15,12 +16,15 @@ from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_b
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler, data, demo, hub
 from diffusers_gm import training as tr
 from diffusers_gm.processes.cld import CLD
-from diffusers_gm.studies import cld as studies
+from diffusers_gm.studies import cld, cld_common, cld_likelihood, cld_target, cld_training
+from diffusers_gm.studies.report import Report
 
 FOUR_STEPS = f"{SMALL} --method cld --max_train_steps 4 --checkpointing_steps 2 --validation_steps 0 --logging_steps 1"
 
 
-@pytest.mark.parametrize("options", ["--dropout 0.1 --random_flip", "--cld_loss dsm --no_cld_mixed_score"])
+@pytest.mark.parametrize(
+    "options", ["--dropout 0.1 --random_flip --dequantize 17", "--cld_loss dsm --no_cld_mixed_score"]
+)
 def test_resumed_equals_uninterrupted(options, train, tmp_path):
     train(FOUR_STEPS, options, "--output_dir", tmp_path / "whole")
     checkpoint = tmp_path / "whole" / "checkpoint-2"
@@ -47,8 +51,6 @@ def test_the_saved_pipeline_says_what_was_trained(digits_model):
     assert (pipeline.unet.config["in_channels"], pipeline.unet.config["out_channels"]) == (2, 1)
     assert (config["prediction_type"], config["mass"], config["beta_0"]) == ("cld_mixed", 1.0, 8.0)
     assert (config["splitting_order"], config["timestep_spacing"]) == (2, "quadratic")
-    train, _ = data.split_digits()
-    assert config["data_variance"] == pytest.approx(train.var(0).mean().item(), abs=1e-4)
     grid = tr.image_grid(tr.sample_images(pipeline, 4, batch_size=3, num_inference_steps=4, seed=0))
     assert grid.tobytes() == Image.open(digits_model / "samples.png").tobytes()
 
@@ -60,6 +62,8 @@ def test_the_saved_pipeline_says_what_was_trained(digits_model):
         assert f"`{name}`" not in card.text
     assert "CLDPipeline.from_pretrained" in card.text
     assert "critically-damped" in card.text
+    assert "the mass M is 1 and gamma 0.04, so variances 0.04 and 1." in card.text
+    assert "`cat([x, v], 1)`" in card.text
     assert "$" not in card.text
 
 
@@ -113,7 +117,7 @@ def test_the_default_grid_is_the_best_for_trained_networks():
 def test_samplers_that_cannot_run_fail_before_the_training():
     for options, said in (
         ({"algorithm_type": "langevin"}, "unknown algorithm_type 'langevin'"),
-        ({"splitting_order": 3}, "splitting_order must be 1 or 2"),
+        ({"splitting_order": 3}, "splitting_order must be 1, 2 or None"),
         ({"timestep_spacing": "karras"}, "'uniform', 'quadratic' or 'log_snr'"),
     ):
         args = arguments(method="cld", **options)
@@ -141,7 +145,8 @@ def test_networks_need_twice_the_channels():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cld_loss": "dsm"}, {"cld_mixed_score": False}, {"cld_weighting": "likelihood"}]
+    "options",
+    [{}, {"cld_loss": "dsm"}, {"cld_mixed_score": False}, {"cld_weighting": "likelihood"}, {"dequantize": 17}],
 )
 def test_the_objective_takes_times_of_the_whole_interval(options):
     args = arguments(method="cld", **options)
@@ -164,6 +169,35 @@ def test_the_objective_takes_times_of_the_whole_interval(options):
     assert abs(labels.mean() - 500) < 5 * 1000 / (12 * len(images)) ** 0.5
 
 
+@pytest.mark.parametrize("method", ["cld", "gm-sgm", "ncsnv2"])
+def test_dequantised_training_sees_the_images_with_noise_of_a_level(method, monkeypatch):
+    args = arguments(method=method, dequantize=17)
+    images = data.split_digits()[0]
+    seen = []
+    for name in ("cld_loss", "denoising_loss"):
+        monkeypatch.setattr(tr.network, name, lambda network, images, *_: seen.append(images))
+    plan = plan_for(args)
+    objective = tr.build_objective(args, plan, tr.build_scheduler(args, plan))
+    for seed in (0, 0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            objective(lambda *_: None, images)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    # Uniform on [-1/16, 1/16): five standard errors of mean and mean square.
+    noise, n = (seen[0] - images) * 16, images.numel()
+    assert -1.001 <= noise.min() < -0.999 < 0.999 < noise.max() <= 1.001
+    assert abs(noise.mean()) < 5 * (1 / 3 / n) ** 0.5
+    assert abs(noise.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
+
+
+def test_only_images_of_the_levels_are_dequantised():
+    for levels, said in ((16, "--dequantize 16: the images hold .* none of 16 equal levels"), (1, "at least 2")):
+        with pytest.raises(ValueError, match=said):
+            plan_for(arguments(dequantize=levels))
+    plan_for(arguments(dequantize=33))  # every second level
+
+
 def test_hub_knows_the_method():
     assert "cld" in hub.METHOD_NAMES
 
@@ -182,12 +216,12 @@ def test_hub_knows_the_method():
 )
 def test_terminal_variance_of_the_study(algorithm, spacing, expected):
     scheduler = CLDSSCSScheduler(prediction_type="velocity_score", algorithm_type=algorithm, timestep_spacing=spacing)
-    assert studies.terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
+    assert cld.terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
 
 
 def test_critical_damping_is_the_fastest():
     clocks = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    distances = {d: studies.distance_to_equilibrium(CLD(damping=d), clocks)[-1] for d in (0.25, 0.5, 1.0, 2.0, 4.0)}
+    distances = {d: cld.distance_to_equilibrium(CLD(damping=d), clocks)[-1] for d in (0.25, 0.5, 1.0, 2.0, 4.0)}
     assert min(distances, key=distances.get) == 1.0
 
 
@@ -201,7 +235,7 @@ def test_mass_acts_through_beta_over_its_root_alone(mass):
 def test_vp_states_keep_the_variance_of_unit_data(generator):
     times = torch.rand(64, generator=generator, dtype=torch.float64)
     zero, one = torch.zeros(64, 1, 1, 1), torch.ones(64, 1, 1, 1)
-    (alpha, s), (noise, _) = studies.vp_state(one, times, zero), studies.vp_state(zero, times, one)
+    (alpha, s), (noise, _) = cld_target.vp_state(one, times, zero), cld_target.vp_state(zero, times, one)
     torch.testing.assert_close(alpha**2 + s**2, one)
     assert torch.equal(noise, s)
 
@@ -209,15 +243,60 @@ def test_vp_states_keep_the_variance_of_unit_data(generator):
 def test_jacobian_norm_of_a_linear_map(generator):
     """`E |A^T e|^2 = |A|^2`, to five standard errors."""
     matrix = torch.randn(3, 6, generator=generator)
-    squares = studies.jacobian_norm(lambda x: x @ matrix.T, torch.zeros(4000, 6), generator) ** 2
+    squares = cld_target.jacobian_norm(lambda x: x @ matrix.T, torch.zeros(4000, 6), generator) ** 2
     assert abs(squares.mean() - matrix.square().sum() / 3) < 5 * squares.std() / 4000**0.5
 
 
-@pytest.mark.parametrize("study", list(studies.STUDIES))
-def test_studies_run_and_leave_a_picture(study, tmp_path, capsys):
+@pytest.mark.parametrize("study", list(cld.STUDIES))
+def test_studies_leave_a_report_with_a_picture_and_a_verdict(study, tmp_path, capsys):
     tiny = ["--steps", "2", "--batch", "8", "--num_samples", "4", "--calls", "5", "--grids", "log_snr"]
-    studies.main([study, *tiny, "--output", str(tmp_path)])
+    cld.main([study, *tiny, "--solver_steps", "2", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(rf"{study}: .* torch {re.escape(torch.__version__)}", printed)
-    assert "|---|" in printed
-    assert Image.open(tmp_path / f"cld_{study}.png").width > 300
+    report = Report.read(tmp_path / f"cld_{study}.json")
+    assert report.verdict in printed
+    assert all(len(row) == len(t.header) for t in report.tables for row in t.rows)
+    (picture,) = report.pictures
+    assert Image.open(tmp_path / picture).width > 250
+
+
+def test_a_study_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
+    tiny = ["--steps", "2", "--batch", "8", "--num_samples", "4", "--calls", "5", "--output", str(tmp_path)]
+    measured, ratios = [], cld_common.ratios_to_floor
+
+    def interrupted(*args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(args)
+        return ratios(*args)
+
+    monkeypatch.setattr(cld_training, "ratios_to_floor", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cld.main(["losses", *tiny])
+    assert capsys.readouterr().out.count("trained cld") == 3
+    assert not (tmp_path / "cld_losses.json").exists()
+    monkeypatch.setattr(cld_training, "ratios_to_floor", ratios)
+    cld.main(["losses", *tiny])
+    assert capsys.readouterr().out.count("trained cld") == 1
+
+
+def test_verdicts_follow_the_figures():
+    errors = {"a": [1.0, 2.0, 1.0], "b": [2.0, 1.0, 1.1]}
+    said = cld_common.against("a", "b", errors, [5, 10, 20])
+    assert said == "b over a: 2.00 at 5, 0.50 at 10, 1.10 at 20; a is better at 5 calls and worse at 10 calls."
+    assert "no difference" in cld_common.against("a", "a", errors, [5, 10, 20])
+    ratios = torch.full((1, 3, 3), 1.5)
+    assert "does not matter" in cld_training.verdict_on_robustness(ratios, [10])
+    ratios[0, 2, 0] = 3.0
+    said = cld_training.verdict_on_robustness(ratios, [10])
+    assert "to 3.00 (gamma 1, mass 0.0625)" in said
+    assert "still matters" in said
+
+
+def test_independent_pixels_know_what_they_have_seen():
+    """17 images, all levels once: (1 + 1) / 34 each is uniform. One level only: 18 / 34 for it."""
+    levels = torch.linspace(-1, 1, 17).view(17, 1, 1, 1)
+    bits = cld_likelihood.independent_pixels(levels, levels)
+    torch.testing.assert_close(bits, torch.full((17,), math.log2(17), dtype=torch.float64))
+    same = cld_likelihood.independent_pixels(levels[:1].expand(17, 1, 1, 1), levels[:1])
+    assert float(same) == pytest.approx(-math.log2(18 / 34))

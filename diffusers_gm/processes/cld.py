@@ -78,6 +78,11 @@ class CLD:
         """The matrix of the forward drift per unit of B, `(2, 2)`."""
         return torch.tensor([[0, 1 / self.mass], [-1, -self.friction / self.mass]], dtype=torch.float64)
 
+    def probability_flow(self, x: Tensor, v: Tensor, velocity_score: Tensor) -> tuple[Tensor, Tensor]:
+        """`d(x, v)/dB` of the probability flow, `drift u - Gamma (0, s_v)`: all `(B, ...)`."""
+        (_, of_v), (of_x, friction) = self.drift.tolist()
+        return of_v * v, of_x * x + friction * v - self.friction * velocity_score
+
     # --- Time and clock ---
 
     def beta(self, time: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Samplers of critically-damped Langevin diffusion, for velocity networks and, through the lift, for any network."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,9 +13,10 @@ from ..processes.cld_dynamics import (
     Step,
     denoising_step,
     euler_maruyama_step,
-    linear_length,
+    look_ahead,
     probability_flow_step,
     sscs_loop_step,
+    sscs_second_order_step,
     sscs_step,
 )
 from ..random import Generators, check_generators, randn
@@ -46,7 +46,7 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     | `algorithm_type` | | order |
     |---|---|---|
-    | `sscs` | exact half-steps around a step along the score, stochastic | 1; see `splitting_order` |
+    | `sscs` | exact half-steps around a step along the score, stochastic | weak 1 or 2: `splitting_order` |
     | `euler_maruyama` | on the reverse diffusion | weak 1 |
     | `probability_flow` | exponential two-step method, deterministic given the start | 2 |
 
@@ -66,9 +66,9 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         mass, gamma: M, and the variance of the initial velocity in units of M. In lifted mode no network was trained
             on them: they are the sampler's own.
         algorithm_type: see above.
-        splitting_order: of `sscs`. 2 evaluates the score in the middle of its interval and solves its linear part
-            exactly, taking data for Gaussian with `data_variance`: second order if they are, else still first.
-        data_variance: variance of a pixel, for `splitting_order=2`.
+        splitting_order: of `sscs`. 1 is the published one, with an explicit step along the score at its start. 2 solves
+            that step exactly in the middle of its interval, with D extrapolated there from two calls. None: 1 in
+            native mode, 2 in lifted mode, but 1 where `network_at` is given.
         network_at: of `sscs` with `splitting_order=1`: whether the network sees the state at the start of a step, a
             marginal of the process (`step_start`, None in lifted mode), or between the half-steps (`half_step`, the
             published order, None in native mode). In both it is labelled with the start. Sliced W2 of lifted runs
@@ -118,27 +118,24 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         mass: float = 0.25,
         gamma: float = 0.04,
         algorithm_type: Literal["sscs", "euler_maruyama", "probability_flow"] = "sscs",
-        splitting_order: int = 1,
-        data_variance: float = 0.25,
+        splitting_order: int | None = None,
         network_at: Literal["step_start", "half_step"] | None = None,
     ):
         if algorithm_type not in ("sscs", "euler_maruyama", "probability_flow"):
             raise ValueError(
                 f"unknown algorithm_type {algorithm_type!r}: use 'sscs', 'euler_maruyama' or 'probability_flow'"
             )
-        if splitting_order not in (1, 2):
-            raise ValueError(f"splitting_order must be 1 or 2, got {splitting_order!r}")
+        if splitting_order not in (1, 2, None):
+            raise ValueError(f"splitting_order must be 1, 2 or None, got {splitting_order!r}")
         if network_at not in ("step_start", "half_step", None):
             raise ValueError(f"unknown network_at {network_at!r}: use 'step_start', 'half_step' or None")
-        if not data_variance > 0:
-            raise ValueError(f"data_variance must be positive, got {data_variance}")
         self.process = CLD(beta_0, beta_1, mass, gamma)
         if self.native:
             self._setup_run(torch.linspace(1, LAST_TIME, num_train_timesteps) * num_train_timesteps)
         else:
             self._setup()
         self._companion: Tensor | None = None
-        self._previous: tuple[Tensor, float] | None = None
+        self._previous: Tensor | None = None
 
     @property
     def native(self) -> bool:
@@ -161,6 +158,7 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: see the class.
         """
+        config = self.config
         self._companion = None
         self._previous = None
         if self.native:
@@ -175,9 +173,11 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         marginal = self.process.marginal(clocks)
         self._lifts = lift(marginal)
         if self.native:
-            self._score_coefficients = torch.stack(score_coefficients(marginal, self.config.prediction_type), -1)
-        self._updates = self._in_coordinates(self._steps(clocks, fresh=False), clocks)
-        self._first_updates = self._in_coordinates(self._steps(clocks, fresh=True), clocks)
+            self._score_coefficients = torch.stack(score_coefficients(marginal, config.prediction_type), -1)
+        self._updates = self._in_coordinates(self._steps(clocks), clocks)
+        two_step = config.algorithm_type == "probability_flow" or self._order == 2
+        ahead = look_ahead(self._lifts.sigma, damped=config.algorithm_type == "sscs")
+        self._ahead = ahead.tolist() if two_step else [0.0] * len(ahead)
 
     def _set_native_calls(self, num_calls: int, device: Any) -> Tensor:
         spacing = self.config.timestep_spacing
@@ -214,8 +214,16 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
 
     # --- The coefficients ---
 
-    def _steps(self, clocks: Tensor, fresh: bool) -> Step:
-        """The steps between neighbouring clocks, on `(x, v)` and D; `fresh`: for a run that begins at that step."""
+    @property
+    def _order(self) -> int:
+        """The splitting that is used, 0 for other samplers than `sscs`."""
+        config = self.config
+        if config.algorithm_type != "sscs":
+            return 0
+        return config.splitting_order or (1 if self.native or config.network_at else 2)
+
+    def _steps(self, clocks: Tensor) -> Step:
+        """The steps between neighbouring clocks, on `(x, v)` and D."""
         config, process = self.config, self.process
         start, end = clocks[:-1], clocks[1:]
         length = start - end
@@ -224,12 +232,8 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         if config.algorithm_type == "probability_flow":
             flow = probability_flow_step(process, start, end)
             return flow.in_states(lift(process.marginal(start)), lift(process.marginal(end)))
-        if config.splitting_order == 2:
-            # Calls are in the middle of their kicks, but for the first and the last, which reach the ends.
-            before = torch.zeros_like(length) if fresh else torch.cat([length.new_zeros(1), length[:-1] / 2])
-            after = torch.cat([length[:-1] / 2, length[-1:]])
-            kick = linear_length(process, start, before + after, config.data_variance)
-            return sscs_loop_step(process, start, kick, length)
+        if self._order == 2:
+            return sscs_second_order_step(process, start, end)
         if config.network_at == "half_step" or (config.network_at is None and self.native):
             middles = torch.cat([(start + end) / 2, end[-1:]])
             return sscs_loop_step(process, start, length, middles[:-1] - middles[1:])
@@ -298,11 +302,10 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         if not self.native:
             model_output = self._prediction(model_output, sample)
         self._check(model_output, sample, generator)
-        fresh = self._step_index is None
         call = self._next_call(timestep)
         assert self._step_index is not None
         index = self._step_index - 1
-        update = (self._first_updates if fresh else self._updates)[index]
+        update = self._updates[index]
         dtype = torch.promote_types(sample.dtype, torch.float32)
         output, state = model_output.to(dtype), sample.to(dtype)
         if self.native:
@@ -311,11 +314,11 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
             score = of_velocity * b + of_output * output
             plain = self._lifts[index].denoised(a, b, score)
             denoised = self._clip(plain)
-            answer = score + self._lifts[index].score_gain * (self._extrapolated(denoised, call) - plain)
+            answer = score + self._lifts[index].score_gain * (self._extrapolated(denoised, index) - plain)
         else:
             a, b = state / call.alpha, self._companion_noise(sample, generator, dtype)
             denoised = self._clip(self.noise_space.denoised(output, a, call.sigma, self.config.prediction_type))
-            answer = self._extrapolated(denoised, call)
+            answer = self._extrapolated(denoised, index)
 
         if call.last or self.config.algorithm_type == "probability_flow":
             a, b = update(a, b, answer)
@@ -354,15 +357,12 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
             return randn(sample.shape, generator, sample.device, dtype)
         return c.to(dtype)
 
-    def _extrapolated(self, denoised: Tensor, call: Call) -> Tensor:
-        """D in the middle of a step of the probability flow, linear in log sigma; D itself in the other samplers."""
-        if self.config.algorithm_type != "probability_flow" or call.last:
+    def _extrapolated(self, denoised: Tensor, index: int) -> Tensor:
+        """D in the middle of the step, for samplers that look ahead; D itself at the first call of a run."""
+        previous, self._previous = self._previous, denoised
+        if not self._ahead[index] or previous is None or previous.shape != denoised.shape:
             return denoised
-        previous, self._previous = self._previous, (denoised, call.sigma)
-        if previous is None or previous[0].shape != denoised.shape or previous[1] == call.sigma:
-            return denoised
-        ahead = 0.5 * math.log(call.sigma / call.sigma_next) / math.log(previous[1] / call.sigma)
-        return denoised + ahead * (denoised - previous[0])
+        return denoised + self._ahead[index] * (denoised - previous.to(denoised))
 
 
 def time_grid(high: float, low: float, num_points: int, spacing: str) -> Tensor:

@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
+from ..likelihood import dequantized
 from ..losses import PREDICTION_TYPE, cld_loss, denoising_loss
 from ..processes.cld import CLD
 from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
@@ -132,7 +133,6 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
             mass=args.mass,
             gamma=args.gamma,
             splitting_order=args.splitting_order,
-            data_variance=plan.data_variance,
         )
         scheduler.set_timesteps(plan.validation_inference_steps)
         return scheduler
@@ -166,7 +166,7 @@ TrainingLoss = Callable[[Callable[..., Any], Tensor], Tensor]
 def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any) -> TrainingLoss:
     """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
 
-    It draws times and noise from the global generator of the images' device.
+    It draws times and noise, that of `--dequantize` included, from the global generator of the images' device.
     """
 
     def mixture_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
@@ -192,8 +192,12 @@ def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any) -> Trai
             plan.num_train_timesteps,
         )
 
+    def dequantized_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
+        return objective(network, dequantized(images, cast(int, args.dequantize)))
+
     mixture = build_mixture(args)
-    return cld_objective if args.method == "cld" else mixture_objective
+    objective = cld_objective if args.method == "cld" else mixture_objective
+    return objective if args.dequantize is None else dequantized_objective
 
 
 def build_optimizer(args: TrainingArguments, plan: Plan, unet: nn.Module) -> torch.optim.Optimizer:

@@ -47,6 +47,9 @@ class TrainingArguments:
     resolution: int | None = option(None, "Side of the training images; default that of the data.")
     center_crop: bool = option(False, "Crop images that are not square at the centre rather than at random.")
     random_flip: bool = option(False, "Flip images horizontally at random.")
+    dequantize: int | None = option(
+        None, "Add uniform noise of the width of a level to images of this many levels: 256 for 8 bits, 17 for digits."
+    )
     max_train_samples: int | None = option(None, "Train on this many images only, chosen by --seed.")
     dataloader_num_workers: int = option(0, "Processes that load the data; 0 loads them in the main process.")
 
@@ -207,10 +210,7 @@ class TrainingArguments:
         return self.train_data_dir is None and self.dataset_name == "digits"
 
 
-_CLD = {
-    *("cld_loss", "cld_mixed_score", "cld_weighting", "beta_0", "beta_1", "mass", "gamma", "splitting_order"),
-    "data_variance",
-}
+_CLD = {"cld_loss", "cld_mixed_score", "cld_weighting", "beta_0", "beta_1", "mass", "gamma", "splitting_order"}
 _MIXTURE = {
     *("mixture_weights", "mixture_scales", "stable_alpha", "power_alpha", "power_base", "num_components"),
     "mixture_per_element",
@@ -226,6 +226,7 @@ NOT_FOR = {"gm-sgm": _CLD, "ncsnv2": _CLD, "cld": _MIXTURE | _LADDER}
 # The smallest value that makes sense.
 LEAST = {
     "resolution": 1,
+    "dequantize": 2,
     "max_train_samples": 2,
     "dataloader_num_workers": 0,
     "layers_per_block": 1,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Examination
+from ..likelihood import check_levels
 from ..pipelines import CLDPipeline, GMSGMPipeline, NCSNv2Pipeline
 from ..processes.annealed import ladder_length, max_pairwise_distance
 from ..version import __version__
@@ -25,7 +26,6 @@ class Plan:
     mixture_scales: list[float]
     sigma_max: float
     num_train_timesteps: int
-    data_variance: float
     validation_inference_steps: int
     max_train_steps: int
     learning_rate: float
@@ -49,6 +49,11 @@ def make_plan(
             f"--train_batch_size {args.train_batch_size} times {num_processes} process(es) is more than the "
             f"{num_images} training images"
         )
+    if args.dequantize is not None:
+        try:
+            check_levels(examination.images, args.dequantize)
+        except ValueError as error:
+            raise ValueError(f"--dequantize {args.dequantize}: {error}") from error
     sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
     if sigma_max is None:
         sigma_max = round(max_pairwise_distance(examination.images), 4)
@@ -82,7 +87,6 @@ def make_plan(
         mixture_scales=mixture.scales.tolist(),
         sigma_max=sigma_max,
         num_train_timesteps=num_levels,
-        data_variance=round(float(examination.images.var(0).mean()), 4),
         validation_inference_steps=args.validation_inference_steps
         or PIPELINES[args.method].default_num_inference_steps,
         max_train_steps=steps,
