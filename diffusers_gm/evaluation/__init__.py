@@ -1,0 +1,23 @@
+"""Sample quality, always beside the floor that real data set. Needs the `evaluation` extra.
+
+Functions of tensors, to be called from anywhere; `python -m diffusers_gm.evaluation --help` measures a pipeline, or
+images that someone else made, against real data.
+"""
+
+from ..likelihood import cld_bits_per_dimension as cld_bits_per_dimension
+from .distances import frechet_distance as frechet_distance
+from .distances import kernel_distance as kernel_distance
+from .distances import precision_recall_density_coverage as precision_recall_density_coverage
+from .distances import sliced_wasserstein as sliced_wasserstein
+from .exact_errors import mode_weights_error as mode_weights_error
+from .exact_errors import moment_errors as moment_errors
+from .features import Extractor as Extractor
+from .features import features_of as features_of
+from .features import inception as inception
+from .features import lite0 as lite0
+from .sampling import num_steps_for as num_steps_for
+from .scoring import Reference as Reference
+from .scoring import score as score
+from .table import Quality as Quality
+from .table import markdown_table as markdown_table
+from .table import quality as quality

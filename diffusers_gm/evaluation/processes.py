@@ -1,0 +1,30 @@
+"""Work shared by the processes that `accelerate launch` started."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+def process_state() -> PartialState:
+    """Which of the processes this is. `PartialState` alone does not look whether it is told to use CPUs."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int, description: str) -> list:
+    """`[work(batch), ...]` for the batches of `items`, in order, each done by one process and given to all.
+
+    The batches are the same whatever the number of processes, and so is what comes out of them.
+    """
+    state = process_state()
+    with state.split_between_processes(list(items.split(batch_size))) as mine:
+        bar = tqdm(mine, desc=description, unit="batch", leave=False, disable=not state.is_main_process)
+        return gather_object([work(batch) for batch in bar])
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """What `make` returns on the main process, which alone calls it, given to all."""
+    return broadcast_object_list([make() if process_state().is_main_process else None])[0]

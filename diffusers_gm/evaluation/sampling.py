@@ -1,0 +1,177 @@
+"""Samples of any unconditional pipeline, with any scheduler, at a given number of network calls."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from torch import Tensor
+
+import diffusers_gm
+
+from ..data import SAMPLES, generator_for
+from ..pipelines.common import UnconditionalPipeline
+from ..schedulers.common import LangevinSchedulerMixin
+from .processes import over_processes
+
+
+def load_pipeline(name_or_path: str, device: torch.device) -> Any:
+    """The pipeline in a folder or on the Hub, of the class that its `model_index.json` names.
+
+    A network and a scheduler alone are put into our sampling loop, which follows the whole contract of schedulers:
+    that of `DDPMPipeline` fits few.
+
+    Raises:
+        OSError: if there is no such pipeline.
+        ValueError: if neither diffusers nor this package knows its class.
+    """
+    name = DiffusionPipeline.load_config(name_or_path)["_class_name"]
+    name = name if isinstance(name, str) else name[-1]
+    cls = getattr(diffusers_gm, name, None) or getattr(diffusers, name, None)
+    if cls is None:
+        raise ValueError(f"{name_or_path} is a {name}, which neither diffusers nor diffusers_gm knows")
+    pipeline = cls.from_pretrained(name_or_path)
+    components = pipeline.components
+    if not isinstance(pipeline, UnconditionalPipeline) and set(components) == {"unet", "scheduler"}:
+        if not isinstance(pipeline.unet, UNet2DModel) or not hasattr(pipeline.scheduler, "step"):
+            raise ValueError(f"{name_or_path} is a {name}: only unconditional pipelines of images can be measured")
+        pipeline = UnconditionalPipeline(pipeline.unet, pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def network_of(pipeline: Any) -> torch.nn.Module:
+    """What is called once a step."""
+    network = pipeline.components.get("unet") or pipeline.components.get("transformer")
+    if network is None:
+        raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose calls could be counted")
+    return network
+
+
+def image_shape(pipeline: Any) -> tuple[int, int, int]:
+    """`(C, H, W)` of the images that it makes."""
+    if isinstance(pipeline, UnconditionalPipeline):
+        _, height, width = pipeline._image_shape()
+        return pipeline.unet.config["out_channels"], height, width
+    images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
+    return tuple(images.shape[1:])  # type: ignore[return-value]
+
+
+def describe_model(pipeline: Any) -> str:
+    """A hash of all weights and of the scheduler's config."""
+    content = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            for key, value in sorted(component.state_dict().items()):
+                content.update(f"{name}.{key}{tuple(value.shape)}".encode())
+                content.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
+    """A scheduler in place of a pipeline's own, made of its config, and what to call it.
+
+    Args:
+        own: the pipeline's scheduler.
+        words: the name of a class of diffusers or of this package, and `option=value` for what is to differ from the
+            config; values are JSON or else strings.
+
+    Raises:
+        ValueError: for a class or an option that does not exist, a value that it refuses, or a class that reads the
+            network as something else than its own scheduler does.
+    """
+    name, *changes = words
+    cls = getattr(diffusers_gm, name, None) or getattr(diffusers, name, None)
+    if not (inspect.isclass(cls) and hasattr(cls, "from_config") and hasattr(cls, "set_timesteps")):
+        raise ValueError(f"--scheduler {name!r} is no scheduler of diffusers or diffusers_gm")
+    offered = inspect.signature(cls.__init__).parameters
+    options: dict[str, Any] = {}
+    for change in changes:
+        option, separator, value = change.partition("=")
+        if not separator or option not in offered:
+            raise ValueError(
+                f"--scheduler {name}: {change!r} must be option=value, the option one of {list(offered)[1:]}"
+            )
+        try:
+            options[option] = json.loads(value)
+        except json.JSONDecodeError:
+            options[option] = value
+    scheduler = cls.from_config(own.config, **options)
+    # Schedulers of diffusers take any config, and make noise of a network that knows no beta schedule.
+    if _reads_vp(own) != _reads_vp(scheduler):
+        raise ValueError(
+            f"--scheduler {name} does not suit this network: one of {name} and {type(own).__name__} goes by a beta "
+            "schedule, and the other does not, so that the samples would be noise"
+        )
+    return " ".join(words), scheduler
+
+
+def _reads_vp(scheduler: Any) -> bool:
+    """Whether it takes the network for one that was trained with a beta schedule."""
+    if isinstance(scheduler, LangevinSchedulerMixin):
+        return scheduler.noise_space.kind == "vp"
+    return hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas")
+
+
+class NoGridError(ValueError):
+    """A scheduler cannot do with so many network calls."""
+
+
+def num_steps_for(scheduler: Any, num_calls: int) -> int:
+    """The largest `num_inference_steps` that costs at most `num_calls` network calls.
+
+    Second-order schedulers of diffusers (Heun, KDPM2) call the network twice a step but for the last.
+
+    Raises:
+        NoGridError: if there is none; with the scheduler's own reason, where it has one.
+    """
+    for num_steps in range(num_calls, 0, -1):
+        try:
+            scheduler.set_timesteps(num_steps)
+        except ValueError as error:
+            raise NoGridError(str(error)) from error
+        if len(scheduler.timesteps) <= num_calls:
+            return num_steps
+    raise NoGridError(f"{type(scheduler).__name__} has no grid of {num_calls} network calls or fewer")
+
+
+def _images(pipeline: Any, num_images: int, num_steps: int, generators: list[torch.Generator]) -> Tensor:
+    """`(n, C, H, W)` float32 in [-1, 1] on the CPU."""
+    images = pipeline(
+        batch_size=num_images, num_inference_steps=num_steps, generator=generators, output_type="np"
+    ).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() * 2 - 1
+
+
+def sample(
+    pipeline: Any, scheduler: Any, num_steps: int, num_images: int, seed: int, batch_size: int
+) -> tuple[Tensor, int]:
+    """Images `(n, C, H, W)` in [-1, 1] and the number of network calls that each batch of them took.
+
+    Image i is drawn by a generator of its own, seeded by `(seed, i)`: neither the batch size nor the number of
+    processes change it, but for rounding. The scheduler of the pipeline is put back at the end.
+    """
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def draw(indices: Tensor) -> tuple[Tensor, int]:
+        nonlocal calls
+        calls = 0
+        generators = [generator_for(seed, SAMPLES, i) for i in indices.tolist()]
+        return _images(pipeline, len(generators), num_steps, generators), calls
+
+    own, pipeline.scheduler = pipeline.scheduler, scheduler
+    hook = network_of(pipeline).register_forward_pre_hook(count)
+    try:
+        batches = over_processes(draw, torch.arange(num_images), batch_size, f"{num_steps} steps, seed {seed}")
+    finally:
+        hook.remove()
+        pipeline.scheduler = own
+    return torch.cat([images for images, _ in batches]), max(n for _, n in batches)

@@ -1,0 +1,126 @@
+"""Where images come from: samples that someone else made, and real ones."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..data import ImageSource, examine, open_source, split_digits
+from .processes import process_state
+
+# Real images to compare with, where there are as many.
+NUM_REFERENCE = 10_000
+
+
+def read_samples(path: Path, num_samples: int | None = None, cache_dir: str | None = None) -> Tensor:
+    """Images `(n, C, H, W)` in [-1, 1].
+
+    Args:
+        path: a folder of images; or a .npy file `(n, H, W)` or `(n, H, W, C)`, or a .safetensors file with one tensor
+            `(n, C, H, W)`, of uint8 or of floating point numbers in [0, 1], as pipelines return them.
+        num_samples: of the images, the first; None for all.
+        cache_dir: where the loader of image folders keeps its files.
+
+    Raises:
+        ValueError: if there are no such images, or fewer.
+    """
+    if path.is_dir():
+        source = open_source(None, train_data_dir=str(path), cache_dir=cache_dir)
+        images = _stack([source.read(i) for i in range(source.num_images)[:num_samples]], path)
+    elif path.suffix == ".npy" and path.is_file():
+        array = torch.from_numpy(np.load(path))
+        array = array[..., None] if array.dim() == 3 else array
+        images = _in_range(array.movedim(-1, 1) if array.dim() == 4 else array, path)
+    elif path.suffix == ".safetensors" and path.is_file():
+        tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ValueError(f"{path} must hold one tensor, it has {sorted(tensors)}")
+        images = _in_range(next(iter(tensors.values())), path)
+    else:
+        raise ValueError(f"--samples {path} must be a folder of images, a .npy or a .safetensors file")
+    if num_samples is not None and len(images) < num_samples:
+        raise ValueError(f"--num_samples {num_samples}: {path} holds {len(images)} images")
+    return images[:num_samples]
+
+
+def _stack(images: list[Tensor], path: Path) -> Tensor:
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise ValueError(f"--samples {path} holds images of different shapes: {shapes[:5]}")
+    return torch.stack(images)
+
+
+def _in_range(images: Tensor, path: Path) -> Tensor:
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        layout = "(n, H, W), (n, H, W, 1) or (n, H, W, 3)" if path.suffix == ".npy" else "(n, 1 or 3, H, W)"
+        raise ValueError(f"{path} must hold images {layout}, it has images {tuple(images.shape[1:])} (C, H, W)")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise ValueError(f"{path} must hold uint8 or floating point numbers, it has {images.dtype}")
+    finite = images[torch.isfinite(images)]
+    if len(finite) and not (finite.min() >= 0 and finite.max() <= 1):
+        raise ValueError(
+            f"{path} must hold numbers in [0, 1], it has {float(finite.min()):.3g} ... {float(finite.max()):.3g}"
+        )
+    return images.float() * 2 - 1
+
+
+def real_images(
+    args: argparse.Namespace, shape: tuple[int, int, int], num_samples: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """What the options of the real data describe: a reference, and draws of as many other images as there are samples.
+
+    The draws, one for each seed if there are enough images, are the floor: of the held-out digits, or else of the
+    same data as the reference.
+
+    Args:
+        args: the options.
+        shape: `(C, H, W)` of the samples. Gray and colour are converted; sizes only with `--resolution`.
+        num_samples: images in a draw; None: 1000, or as many as there are.
+
+    Returns:
+        the reference `(m, C, H, W)` and the draws, one after another, `(draws * n, C, H, W)`, in [-1, 1], in an order
+        of chance that is always the same; and n.
+
+    Raises:
+        ValueError: if there are too few real images, or they have another size than the samples.
+    """
+    channels, height, width = shape
+    if height != width:
+        raise ValueError(f"the samples are {height}x{width}: only square images can be measured")
+    with process_state().main_process_first():
+        source = open_source(
+            args.dataset_name, args.dataset_config_name, args.train_data_dir, args.image_column, args.cache_dir
+        )
+
+    def read(of: ImageSource, num_images: int) -> Tensor:
+        images = examine(of, 0, args.resolution, channels, num_images).images
+        if images.shape[-1] != height:
+            raise ValueError(
+                f"the samples are {height}x{width}, the real images {images.shape[-2]}x{images.shape[-1]}: resize "
+                f"these with --resolution {height}, or give others"
+            )
+        return images
+
+    if args.dataset_name == "digits":
+        held_out = split_digits()[1]
+        n = num_samples or len(held_out)
+        floor = read(ImageSource(held_out.__getitem__, len(held_out)), n * len(args.seeds))
+        reference = read(source, max(n, args.num_reference))
+        num_draws, most = len(floor) // n, len(held_out)
+    else:
+        n = num_samples or min(1000, source.num_images // 2)
+        num_reference = max(n, args.num_reference)
+        images = read(source, n * len(args.seeds) + num_reference)
+        num_draws, most = max(1, min(len(args.seeds), (len(images) - num_reference) // n)), len(images) // 2
+        floor, reference = images[: num_draws * n], images[num_draws * n :][:num_reference]
+    if not (1 <= n <= min(len(floor), len(reference))):
+        raise ValueError(
+            f"{n} samples need as many real images for the reference, and as many others for the floor: these data "
+            f"have enough for {most}, set --num_samples"
+        )
+    return reference, floor[: num_draws * n], n

@@ -1,0 +1,310 @@
+"""`python -m diffusers_gm.evaluation`: what it samples, compares, keeps, goes on with and refuses."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    PNDMScheduler,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusers_gm import CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler, GMSGMPipeline
+from diffusers_gm.data import SAMPLES, generator_for, split_digits
+from diffusers_gm.evaluation import command, num_steps_for
+from diffusers_gm.evaluation.report import markdown, plot
+from diffusers_gm.evaluation.results import Cell, Results
+from diffusers_gm.evaluation.sampling import NoGridError, build_scheduler, image_shape, load_pipeline, sample
+from diffusers_gm.evaluation.sources import read_samples
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ddpm(tiny_unet, tmp_path):
+    """A folder with a DDPMPipeline."""
+    folder = tmp_path / "ddpm"
+    DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """The command in this process, on the digits; the results and what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, data="--dataset_name digits"):
+        command.main([*map(str, words), *data.split(), "--features_cache", "cache", "--output_dir", "out"])
+        return json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+QUICK = ["--metrics", "sw", "--num_samples", "20", "--num_reference", "60", "--batch_size", "10"]
+
+
+# --- Samples ---
+
+
+def test_budgets_are_network_calls():
+    for cls, calls, steps in [
+        (DDIMScheduler, 10, 10),
+        (HeunDiscreteScheduler, 10, 5),
+        (HeunDiscreteScheduler, 11, 6),
+        (KDPM2AncestralDiscreteScheduler, 10, 5),
+        (CLDSSCSScheduler, 10, 10),
+        (GMLangevinScheduler, 7, 7),
+    ]:
+        scheduler = cls()
+        assert num_steps_for(scheduler, calls) == steps
+        assert calls - 1 <= len(scheduler.timesteps) <= calls
+    scheduler = PNDMScheduler()  # starts with Runge-Kutta steps of four calls each
+    num_steps_for(scheduler, 20)
+    assert len(scheduler.timesteps) <= 20
+    with pytest.raises(NoGridError, match="no solution"):
+        num_steps_for(
+            GMLangevinScheduler(algorithm_type="jump", mixture_weights=[0.99, 0.01], mixture_scales=[0.5, 8.0]), 5
+        )
+
+
+def test_images_depend_on_seed_and_index_alone(ddpm):
+    pipeline = load_pipeline(ddpm, CPU)
+    for scheduler in (pipeline.scheduler, build_scheduler(pipeline.scheduler, ["CLDSSCSScheduler"])[1]):
+        images, calls = sample(pipeline, scheduler, 5, 7, seed=3, batch_size=7)
+        again, _ = sample(pipeline, scheduler, 5, 7, seed=3, batch_size=2)
+        assert calls == 5
+        torch.testing.assert_close(images, again, atol=1e-5, rtol=0)
+        other, _ = sample(pipeline, scheduler, 5, 7, seed=4, batch_size=7)
+        assert (images - other).abs().max() > 0.1
+    assert isinstance(pipeline.scheduler, DDPMScheduler)
+
+
+def test_our_loop_does_what_ddpm_pipeline_does(ddpm):
+    """In whose stead it stands, as that one cannot run schedulers with a scaled input, or without a generator."""
+    pipeline = load_pipeline(ddpm, CPU)
+    images, _ = sample(pipeline, pipeline.scheduler, 5, 3, seed=0, batch_size=3)
+    theirs = DDPMPipeline.from_pretrained(ddpm)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(3, [generator_for(0, SAMPLES, i) for i in range(3)], 5, output_type="np").images
+    torch.testing.assert_close(images, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1)
+    heun = build_scheduler(pipeline.scheduler, ["HeunDiscreteScheduler"])[1]
+    images, calls = sample(pipeline, heun, num_steps_for(heun, 8), 3, seed=0, batch_size=3)
+    assert calls == 7
+    assert torch.isfinite(images).all()
+
+
+def test_native_cld_makes_images_not_states(tiny_velocity_unet, tmp_path):
+    CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed")).save_pretrained(tmp_path)
+    pipeline = load_pipeline(str(tmp_path), CPU)
+    assert image_shape(pipeline) == (1, 8, 8)
+    assert sample(pipeline, pipeline.scheduler, 4, 2, seed=0, batch_size=2)[0].shape == (2, 1, 8, 8)
+
+
+def test_schedulers_by_name():
+    own = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    name, scheduler = build_scheduler(own, ["CLDSSCSScheduler", "splitting_order=2", "algorithm_type=sscs"])
+    assert name == "CLDSSCSScheduler splitting_order=2 algorithm_type=sscs"
+    assert scheduler.config.splitting_order == 2
+    assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    for words, message in [
+        (["NoScheduler"], "'NoScheduler' is no scheduler"),
+        (["DDPMPipeline"], "'DDPMPipeline' is no scheduler"),
+        (["DDIMScheduler", "eta=1"], "'eta=1' must be option=value, the option one of"),
+        (["DDIMScheduler", "clip_sample"], "'clip_sample' must be"),
+        (["CLDSSCSScheduler", "algorithm_type=no"], "'no'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build_scheduler(own, words)
+    for trained_with, other in [(GMLangevinScheduler(), "DDIMScheduler"), (own, "FlowMatchEulerDiscreteScheduler")]:
+        with pytest.raises(ValueError, match=f"{other} does not suit this network"):
+            build_scheduler(trained_with, [other])
+    assert build_scheduler(GMLangevinScheduler(noise_space="vp", beta_schedule="linear"), ["DDIMScheduler"])
+
+
+# --- Samples of others ---
+
+
+def test_samples_in_every_form(tmp_path, generator):
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = pixels.float() / 127.5 - 1
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "pictures" / f"{i}.png")
+    np.save(tmp_path / "bytes.npy", pixels.permute(0, 2, 3, 1).numpy())
+    np.save(tmp_path / "gray.npy", pixels[:, 0].double().numpy() / 255)
+    save_file({"images": pixels.float() / 255}, tmp_path / "floats.safetensors")
+    for name in ("pictures", "bytes.npy", "floats.safetensors"):
+        read = read_samples(tmp_path / name, cache_dir=str(tmp_path / "cache"))
+        torch.testing.assert_close(read, images, msg=name)
+    torch.testing.assert_close(read_samples(tmp_path / "gray.npy", 4), images[:4, :1])
+
+
+def test_samples_that_cannot_be_read(tmp_path):
+    np.save(tmp_path / "channels_first.npy", np.zeros((4, 3, 8, 8)))
+    np.save(tmp_path / "range.npy", np.full((4, 8, 8), -1.0))
+    np.save(tmp_path / "integers.npy", np.zeros((4, 8, 8), dtype=np.int64))
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "two.safetensors")
+    for name, message in [
+        ("channels_first.npy", r"must hold images \(n, H, W\).* it has images \(8, 3, 8\)"),
+        ("range.npy", r"in \[0, 1\], it has -1 ... -1"),
+        ("integers.npy", "uint8 or floating point numbers, it has torch.int64"),
+        ("two.safetensors", r"one tensor, it has \['a', 'b'\]"),
+        ("nowhere", "must be a folder of images"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_samples(tmp_path / name)
+    np.save(tmp_path / "few.npy", np.zeros((4, 8, 8)))
+    with pytest.raises(ValueError, match="--num_samples 5: .* holds 4"):
+        read_samples(tmp_path / "few.npy", 5)
+
+
+def test_real_digits_are_as_good_as_the_floor(evaluate, tmp_path):
+    """All metrics, on held-out digits in place of samples; the second run finds everything there."""
+    np.save(tmp_path / "real.npy", (split_digits()[1][:120, 0].numpy() + 1) / 2)
+    words = ["--samples", "real.npy", "--num_reference", 130]
+    record, printed = evaluate(*words)
+    (cell,) = record["cells"]
+    # The floor is a draw of 120 from the same 360 digits.
+    for name in ("FD-Lite0", "sliced W2", "precision", "recall", "coverage"):
+        assert cell["scores"][name] == pytest.approx(record["floor"][0][name], rel=0.3), name
+    assert abs(cell["scores"]["KID-Lite0"]) < 0.05
+    assert f"scored in {cell['scoring_seconds']:.1f} s" in printed
+    assert "| real.npy |  | " in printed
+    assert not (tmp_path / "out" / "results.png").exists()
+    assert evaluate(*words)[0] == record
+
+
+# --- The whole ---
+
+
+def test_runs_are_resumed(ddpm, evaluate, monkeypatch, tmp_path):
+    drawn = []
+
+    def interrupted(pipeline, scheduler, num_steps, num_images, seed, batch_size):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append((type(scheduler).__name__, num_steps, seed))
+        return sample(pipeline, scheduler, num_steps, num_images, seed, batch_size)
+
+    words = [ddpm, *QUICK, "--calls", 3, 6, "--seeds", 0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_gm.evaluation.subject.sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(*words)
+    assert drawn == [("DDPMScheduler", 3, 0), ("DDPMScheduler", 3, 1)]
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(cell["calls"], cell["seed"]) for cell in first["cells"]] == [(3, 0), (3, 1)]
+
+    record, printed = evaluate(*words, "--scheduler", "DDPMScheduler", "--scheduler", "HeunDiscreteScheduler")
+    assert record["cells"][:2] == first["cells"]
+    assert record["floor"] == first["floor"]
+    assert len(record["floor"]) == 2
+    made = {(cell["scheduler"], cell["calls"], cell["network_calls"]) for cell in record["cells"]}
+    assert made == {
+        ("DDPMScheduler", 3, 3),
+        ("DDPMScheduler", 6, 6),
+        ("HeunDiscreteScheduler", 3, 3),
+        ("HeunDiscreteScheduler", 6, 5),
+    }
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert table in printed
+    assert "| HeunDiscreteScheduler | 5 | " in table
+    assert "0 of 40" in table
+    with Image.open(tmp_path / "out" / "results.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+
+    with pytest.raises(SystemExit):  # the same folder, for something else
+        evaluate(*words, "--num_samples", 21)
+
+
+def test_nan_is_counted_and_never_averaged_away(tiny_unet, evaluate, tmp_path):
+    with torch.no_grad():
+        tiny_unet.conv_out.weight.fill_(math.nan)
+    GMSGMPipeline(tiny_unet, GMLangevinScheduler()).save_pretrained(tmp_path / "broken")
+    record, printed = evaluate("broken", *QUICK, "--calls", 2)
+    assert record["cells"][0]["scores"] == {"num_nan": 20}
+    assert "| GMLangevinScheduler | 2 | - | 20 of 20 |" in printed
+
+    results = Results(tmp_path / "none.json", {**record["conditions"], "num_samples": 10})
+    results.floor = [{"num_nan": 0, "FD-Lite0": 2.0, "KID-Lite0": -1e-3}]
+    good = {"num_nan": 0, "FD-Lite0": 4.0, "KID-Lite0": 0.1}
+    worse = {**good, "FD-Lite0": 8.0}
+    results.cells = [
+        Cell("A", 10, 0, good, 10, 1.0, 1.0),
+        Cell("A", 10, 1, {"num_nan": 3}, 10, 1.0, 1.0),
+        Cell("B", 10, 0, good, 9, 1.0, 3.0),
+        Cell("B", 10, 1, worse, 9, 2.0, 1.0),
+        Cell("B", 5, 0, reason="no stable step"),
+    ]
+    lines = markdown(results).splitlines()
+    assert "| A | 10 | - | - | 3 of 20 | 1.0 | 1.0 |" in lines
+    assert "| B | 9 | 6 ± 2.8 (3.00x) | 0.1 ± 0 | 0 of 20 | 1.5 | 2.0 |" in lines
+    assert "| B | 5 | - | - | - | - | 0.0 |" in lines
+    assert lines[-1] == "- B, 5 calls: no stable step"
+    plot(results, tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "give a model or --samples"),
+        ("{ddpm} --samples x.npy", "give a model or --samples"),
+        ("{ddpm} --train_data_dir x", "--dataset_name or --train_data_dir"),
+        ("--samples x.npy --scheduler DDIMScheduler", "--scheduler means nothing for --samples"),
+        ("{ddpm} --calls 0", "--calls must be at least 1"),
+        ("{ddpm} --seeds -1", "--seeds must not be negative"),
+        ("{ddpm} --scheduler Nothing", "no scheduler"),
+        ("{ddpm} --resolution 16", "the samples are 8x8, the real images 16x16: resize these with --resolution 8"),
+        ("{ddpm} --num_samples 361", "have enough for 360, set --num_samples"),
+        ("{ddpm} --num_samples 100", "FD-Lite0 needs more than 112 images"),
+        ("{ddpm} --features inception", "pip install torch-fidelity"),
+        ("nowhere", "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_sampled(words, message, ddpm, evaluate, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers_gm.evaluation.subject.sample", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(*words.format(ddpm=ddpm).split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text('{"floor": 1}')
+    with pytest.raises(ValueError, match="does not hold results"):
+        Results(tmp_path / "results.json", {})
+
+
+def test_two_processes_give_the_figures_of_one(ddpm, evaluate, tmp_path):
+    """In real processes: `accelerate launch --num_processes 2`, all metrics, batches that do not come out even."""
+    words = [ddpm, "--calls", 3, "--num_samples", 120, "--num_reference", 130, "--batch_size", 50]
+    words += ["--scheduler", "CLDSSCSScheduler"]
+    record, _ = evaluate(*words)
+    launcher = "accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 29617 -m"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "diffusers_gm.evaluation", *map(str, words),
+         *("--dataset_name", "digits", "--output_dir", "two", "--features_cache", "another")],
+        check=True,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )  # fmt: skip
+    assert done.stdout.count("wrote two/results.json") == 1, "each process was on its own"
+    theirs = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert theirs["conditions"] == record["conditions"]
+    assert theirs["floor"] == record["floor"]
+    assert [cell["scores"] for cell in theirs["cells"]] == [cell["scores"] for cell in record["cells"]]
+    assert record["cells"][0]["scores"]["FD-Lite0"] > record["floor"][0]["FD-Lite0"]
