@@ -200,7 +200,12 @@ def forget_quality(folder: Path) -> None:
 def _method(options: dict[str, Any], num_parameters: int) -> dict[str, Any]:
     """What the templates of the methods may say."""
     if options["method"] == "cld":
-        return {"parameters": f"{num_parameters:,}"}
+        return {
+            "parameters": f"{num_parameters:,}",
+            "mass": f"{options['mass']:g}",
+            "gamma": f"{options['gamma']:g}",
+            "initial": f"{options['gamma'] * options['mass']:g}",
+        }
     told = (
         "is not told the noise level (Technique 3)"
         if options.get("conditioning") == "none"

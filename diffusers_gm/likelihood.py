@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .processes.cld import CLD, score_coefficients
-from .random import Generators, randn
+from .random import Generators, rand, randn
 
 # The smallest time of the training: earlier ones would be new to the network.
 FIRST_TIME = 1e-5
@@ -64,7 +64,6 @@ def cld_nll(
     times = process.time(clocks).clamp(min=FIRST_TIME)
     marginal = process.marginal(process.clock(times))
     coefficients = torch.stack(score_coefficients(marginal, prediction_type), -1).tolist()
-    drift, friction = process.drift.tolist(), process.friction
     per_pixel = images[0].numel()
 
     def flow(x: Tensor, v: Tensor, probe: Tensor, point: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,11 +77,8 @@ def cld_nll(
         of_velocity, of_output = coefficients[point]
         score = of_velocity * v + of_output * output.detach()
         trace = of_velocity * per_pixel + of_output * (slope * probe).flatten(1).sum(1)
-        return (
-            drift[0][1] * v,
-            drift[1][0] * x + drift[1][1] * v - friction * score,
-            drift[1][1] * per_pixel - friction * trace,
-        )
+        divergence = float(process.drift[1, 1]) * per_pixel - process.friction * trace
+        return *process.probability_flow(x, v, score), divergence
 
     def log_joint(x: Tensor, v: Tensor, probe: Tensor) -> Tensor:
         """`log p(x, v)` at time 0, `(B,)`."""
@@ -114,13 +110,35 @@ def normal_log_prob(x: Tensor, variance: float) -> Tensor:
 
 
 def dequantized(images: Tensor, num_levels: int, generator: Generators = None) -> Tensor:
-    """Images of `num_levels` equal steps from -1 to 1 with uniform noise of the width of a step; same shape."""
-    uniform = torch.special.ndtr(randn(images.shape, generator, images.device, torch.float64))
-    return images + ((uniform - 0.5) * 2 / (num_levels - 1)).to(images)
+    """Images of `num_levels` equal levels from -1 to 1 with uniform noise of the width of a level; same shape.
+
+    The noise is in `[-w/2, w/2)` with `w = 2 / (num_levels - 1)`: rounding to the nearest level takes it away again.
+    """
+    uniform = rand(images.shape, generator, images.device, images.dtype)
+    return images + (uniform - 0.5) * 2 / (num_levels - 1)
+
+
+def check_levels(images: Tensor, num_levels: int) -> None:
+    """Raise a ValueError unless every value of the images is one of `num_levels` equal levels from -1 to 1."""
+    number = (images.double() + 1) * (num_levels - 1) / 2
+    away = (number - number.round().clamp(0, num_levels - 1)).abs()
+    if not (away < 1e-3).all():
+        raise ValueError(
+            f"the images hold {float(images.flatten()[away.argmax()]):.4g}, which is none of {num_levels} equal levels "
+            "from -1 to 1: give the number of levels of the data (256 for 8 bits, 17 for the digits), and no images "
+            "that were resized"
+        )
 
 
 def bits_per_dimension(nats: Tensor, num_elements: int, num_levels: int) -> Tensor:
-    """Bits per element of images of `num_levels` equal steps from -1 to 1, given `-log p` of the dequantised ones."""
+    """Bits per element of images of `num_levels` equal levels from -1 to 1, given `-log p` of the dequantised ones.
+
+    A model of density p gives the discrete image k, of d elements, the probability `P(k) = int p(k + u) du` over the
+    cube of side `w = 2 / (num_levels - 1)`. By Jensen, for u uniform on that cube,
+    `-log P(k) <= E_u[-log p(k + u)] - d log w`. The last term is the Jacobian of the unit in which images are
+    measured; an upper bound on `-log p` thus gives one on `-log P(k)`:
+    `bits = nats / (d log 2) + log2((num_levels - 1) / 2)`.
+    """
     return nats / (num_elements * math.log(2)) + math.log2((num_levels - 1) / 2)
 
 
@@ -133,17 +151,20 @@ def cld_bits_per_dimension(
     generator: torch.Generator | None = None,
     batch_size: int = 128,
 ) -> Tensor:
-    """The bound of `cld_nll` for a native `CLDPipeline`, in bits per dimension, one value per image, `(N,)`.
+    """An upper bound on `-log2 P` of discrete images for a native `CLDPipeline`, per dimension, `(N,)`.
+
+    `cld_nll` of the dequantised images, in the unit of `bits_per_dimension`. A network that was trained on images
+    without noise (`--dequantize`) has learned points and not their surroundings, and the bound is far off.
 
     Args:
         pipeline: a `CLDPipeline` with a velocity network.
-        images: `(N, C, H, W)` in [-1, 1], of `num_levels` equal steps; they are dequantised here.
+        images: `(N, C, H, W)` of `num_levels` equal levels from -1 to 1; they are dequantised here.
         num_levels: 256 for ordinary images, 17 for the digits of scikit-learn.
         num_steps, num_velocities, generator: see `cld_nll`.
         batch_size: images at once.
 
     Raises:
-        ValueError: for a pipeline whose scheduler does not describe a velocity network.
+        ValueError: for a pipeline whose scheduler does not describe a velocity network, or images of other levels.
     """
     scheduler = pipeline.scheduler
     if not getattr(scheduler, "native", False):
@@ -151,6 +172,7 @@ def cld_bits_per_dimension(
             f"the likelihood needs a velocity network, and a {type(scheduler).__name__} of prediction_type "
             f"{scheduler.config.get('prediction_type')!r} does not describe one"
         )
+    check_levels(images, num_levels)
     unet, config = pipeline.unet, scheduler.config
     nats = [
         cld_nll(

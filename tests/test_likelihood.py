@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.likelihood import bits_per_dimension, cld_bits_per_dimension, cld_nll, dequantized, normal_log_prob
+from diffusers_gm.likelihood import (
+    bits_per_dimension,
+    check_levels,
+    cld_bits_per_dimension,
+    cld_nll,
+    dequantized,
+    normal_log_prob,
+)
 from diffusers_gm.processes.cld import CLD, score_coefficients
 
 
@@ -80,6 +87,31 @@ def test_bits_of_uniform_noise_are_those_of_its_levels():
     """A density of 1/2 on [-1, 1], dequantised: every level of 2^b has about b bits."""
     nats = torch.tensor([10 * math.log(2.0)])
     assert bits_per_dimension(nats, 10, 257).item() == pytest.approx(8)
+
+
+def test_the_bound_is_one_on_the_probability_of_levels(generator):
+    """Pixels N(0, s^2): the mean over dequantisations is above `-log2 P`, P the mass of a level's bin, and near it."""
+    levels, deviation, n = 17, 0.5, 20000
+    images = (torch.arange(levels) / 8 - 1).view(levels, 1, 1, 1)
+    density = torch.distributions.Normal(0, torch.tensor(deviation, dtype=torch.float64))
+    mass = density.cdf(images.flatten() + 1 / 16) - density.cdf(images.flatten() - 1 / 16)
+    noisy = dequantized(images.double().expand(-1, n, 1, 1), levels, generator)
+    bits = bits_per_dimension(-density.log_prob(noisy), 1, levels).view(levels, n)
+    mean, error = bits.mean(1), bits.std(1) / n**0.5
+    assert (mean + mass.log2() > -5 * error).all()
+    # The gap is half the variance of log p in a bin, (u x / s^2)^2 / 2 at most.
+    assert (mean + mass.log2() < 0.06).all()
+
+
+def test_images_of_other_levels_are_refused(tiny_velocity_unet):
+    check_levels(torch.arange(256) / 127.5 - 1, 256)
+    with pytest.raises(ValueError, match="the images hold -0.992.*none of 17 equal levels"):
+        check_levels(torch.tensor([-1.0, 1 / 127.5 - 1]), 17)
+    with pytest.raises(ValueError, match="hold 1.125"):
+        check_levels(torch.tensor([0.0, 1.125]), 17)
+    pipeline = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed"))
+    with pytest.raises(ValueError, match="none of 256 equal levels"):
+        cld_bits_per_dimension(pipeline, torch.full((1, 1, 8, 8), 0.125))
 
 
 def test_dequantised_images_stay_in_their_bins(generator):

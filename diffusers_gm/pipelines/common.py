@@ -68,17 +68,10 @@ class UnconditionalPipeline(HubPipeline):
         Raises:
             ValueError: for any argument out of range, before the first network call.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np' or 'pt'")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in CALLBACK_TENSORS]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs {unknown} must be among {list(CALLBACK_TENSORS)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        check_generators(generator, batch_size)
-        shape = (batch_size, *self._image_shape())
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        shape = self._checked_shape(batch_size, generator, latents, output_type)
 
         device = self._execution_device
         scheduler = self.scheduler
@@ -100,10 +93,29 @@ class UnconditionalPipeline(HubPipeline):
                 changed = callback_on_step_end(self, i, t, {"latents": sample})
                 sample = changed.pop("latents", sample)
 
-        images: Any = (self._image(sample) / 2 + 0.5).clamp(0, 1)
+        images = self._finished(self._image(sample), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _checked_shape(
+        self, batch_size: int, generator: Generators, latents: Tensor | None, output_type: str
+    ) -> tuple[int, ...]:
+        """The shape of the sample; a ValueError for arguments that no run can serve."""
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np' or 'pt'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_generators(generator, batch_size)
+        shape = (batch_size, *self._image_shape())
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        return shape
+
+    def _finished(self, image: Tensor, output_type: str) -> Any:
+        """Images in [-1, 1] as the user wants them; the end of a call."""
+        images: Any = (image / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return images
