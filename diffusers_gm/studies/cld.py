@@ -1,19 +1,19 @@
-"""Critically-damped Langevin diffusion, measured: each command prints a table and writes a picture.
+"""Critically-damped Langevin diffusion, measured: each command leaves a report with a picture and a verdict.
 
     python -m diffusers_gm.studies.cld terminal       variance of samples of a known Gaussian, SSCS and Euler-Maruyama
     python -m diffusers_gm.studies.cld damping        distance to equilibrium, under-, critically and over-damped
     python -m diffusers_gm.studies.cld samplers       SSCS and Euler-Maruyama on the digits, exact and trained
     python -m diffusers_gm.studies.cld target         is the velocity's score easier to learn? loss and Jacobian
-    python -m diffusers_gm.studies.cld robustness     other masses and initial velocities, trained for a while
+    python -m diffusers_gm.studies.cld robustness     nine masses and initial velocities
+    python -m diffusers_gm.studies.cld losses         hybrid or denoising score matching, mixed score or not
+    python -m diffusers_gm.studies.cld likelihood     bits per dimension: plain, dequantised, likelihood weights
 
-Options: `--steps` and `--batch` of the trainings, `--num_samples`, `--model` (samplers: a trained pipeline in place of
-a training), `--output` (folder of the pictures).
+Trained networks are kept in `.parts` beside the reports: a study that was interrupted goes on, and studies share the
+trainings that they have in common.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -22,23 +22,16 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import CLDPipeline, CLDSSCSScheduler
-from .. import training as tr
-from ..data import split_digits
-from ..evaluation import sliced_wasserstein
-from ..exact import ExactDenoiser
-from ..losses import cld_loss
-from ..processes.cld import CLD, lift, perturb
-from .common import Network, draw, machine, plan_for_digits, table, train_on_digits
+from .. import CLDSSCSScheduler
+from ..processes.cld import CLD
+from .cld_common import GRIDS, SAMPLERS, against
+from .cld_likelihood import likelihood
+from .cld_target import target
+from .cld_training import losses, robustness, samplers
+from .common import machine, save_picture
+from .report import Report, Table
 
 CALLS = (10, 20, 50, 100, 200)
-GRIDS = ("uniform", "quadratic", "log_snr")
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "sscs": {},
-    "sscs, order 2": {"splitting_order": 2},
-    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
-}
-
 
 # --- Terminal variance ---
 
@@ -46,7 +39,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 def terminal_variance(scheduler: CLDSSCSScheduler, num_calls: int, data_variance: float = 0.25) -> float:
     """Variance of x after a run with the exact score of `N(0, data_variance)`: no sampling, the matrices of the steps.
 
-    A step is `u' = matrix u + gain s_v + noise`, and the score `s_v` is linear in the state.
+    A run is linear in what it draws: the rows of `state` say how (x, v) depends on each draw so far.
     """
     process = scheduler.process
     scheduler.set_timesteps(num_calls)
@@ -54,30 +47,57 @@ def terminal_variance(scheduler: CLDSSCSScheduler, num_calls: int, data_variance
     marginal = process.marginal(clocks)
     m = marginal.transition[..., 0]
     exact = marginal.covariance + data_variance * m[..., :, None] * m[..., None, :]
-    rows = -torch.linalg.inv(exact)[:, 1]
-    covariance = torch.diag(torch.tensor([1.0, process.mass], dtype=torch.float64))
-    for i, row in enumerate(rows):
-        update = scheduler._first_updates[i] if i == 0 else scheduler._updates[i]
-        matrix = update.matrix + update.gain[:, None] * row
-        covariance = matrix @ covariance @ matrix.T
-        if i < len(rows) - 1 and scheduler.config["algorithm_type"] != "probability_flow":
-            covariance = covariance + update.covariance
-    return float(covariance[0, 0])
+    scores = -torch.linalg.inv(exact)[:, 1]
+    state = torch.diag(torch.tensor([1.0, process.velocity_scale], dtype=torch.float64))
+    previous = torch.zeros(2, dtype=torch.float64)
+    for i, row in enumerate(scores):
+        at, update = scheduler._lifts[i], scheduler._updates[i]
+        score = state @ row
+        denoised = at.denoised(state[:, 0], state[:, 1], score)
+        answer = score + at.score_gain * scheduler._ahead[i] * (denoised - previous)
+        state = state @ update.matrix.T + answer[:, None] * update.gain
+        previous = denoised
+        if i < len(scores) - 1 and scheduler.config["algorithm_type"] != "probability_flow":
+            state = torch.cat([state, update.root.T])
+            previous = torch.nn.functional.pad(previous, (0, 2))
+    return float(state[:, 0].square().sum())
 
 
-def terminal(args: argparse.Namespace) -> None:
+def terminal(args: argparse.Namespace) -> Report:
+    """The error of the variance of every sampler on every grid."""
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    rows = []
-    for name, config in SAMPLERS.items():
-        for spacing in GRIDS:
+    rows, on_quadratic = [], {}
+    for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
+        for spacing, style in zip(GRIDS, (":^", "-o", "--s"), strict=True):
             scheduler = CLDSSCSScheduler(prediction_type="velocity_score", timestep_spacing=spacing, **config)
-            values = [terminal_variance(scheduler, n) for n in CALLS]
-            rows.append([f"{name}, {spacing}", *(f"{value:.4f}" for value in values)])
-            axis.loglog(CALLS, [abs(value - 0.25) for value in values], "-o", label=f"{name}, {spacing}", markersize=3)
-    print(table(["Var(x), the data have 0.25", *(f"{n} calls" for n in CALLS)], rows))
+            values = [terminal_variance(scheduler, n) for n in args.calls]
+            rows.append([f"{name}, {spacing}", *values])
+            errors = [abs(value - 0.25) for value in values]
+            if spacing == "quadratic":
+                on_quadratic[name] = errors
+            axis.loglog(args.calls, errors, style, color=color, label=rows[-1][0], markersize=3)
     axis.set(xlabel="network calls", ylabel="|Var(x) - 0.25|", title="Gaussian data, exact score")
+    axis.set_xticks(args.calls, [str(n) for n in args.calls])
+    axis.minorticks_off()
     axis.legend(fontsize=7)
-    save(figure, args.output / "cld_terminal.png")
+    sentences = [against(name, "euler_maruyama", on_quadratic, args.calls) for name in ("sscs", "sscs, order 2")]
+    accidents = [
+        f"{name} at {calls}"
+        for name, errors in on_quadratic.items()
+        for calls, error, following in zip(args.calls, errors, errors[1:], strict=False)
+        if error < following
+    ]
+    if accidents:
+        sentences.append(f"Small by accident, the next number of calls is worse: {', '.join(accidents)}.")
+    return Report(
+        name="cld_terminal",
+        title="CLD: variance of samples of a Gaussian",
+        question="With the exact score of N(0, 0.25), what variance do samples have after n calls?",
+        verdict="Error of the variance, all on the quadratic grid. " + " ".join(sentences),
+        tables=[Table("Var(x); the data have 0.25.", ["", *(f"{n} calls" for n in args.calls)], rows)],
+        pictures=[save_picture(figure, args.output / "cld_terminal.png")],
+        conditions="Exact: the product of the matrices of the steps, no sampling.",
+    )
 
 
 # --- Damping ---
@@ -95,9 +115,10 @@ def distance_to_equilibrium(process: CLD, clocks: Tensor, x0: float = 1.0) -> Te
     return (mean.square().sum(-1) + (values.sqrt() - 1).square().sum(-1)).sqrt()
 
 
-def damping(args: argparse.Namespace) -> None:
+def damping(args: argparse.Namespace) -> Report:
+    """How long diffusions of different friction take to equilibrium."""
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    times, rows = torch.linspace(1e-4, 1, 2000, dtype=torch.float64), []
+    times, rows, last = torch.linspace(1e-4, 1, 2000, dtype=torch.float64), [], {}
     for ratio in (0.25, 0.5, 1.0, 2.0, 4.0):
         process = CLD(damping=ratio)
         distances = distance_to_equilibrium(process, process.clock(times))
@@ -108,234 +129,26 @@ def damping(args: argparse.Namespace) -> None:
         # The last time the distance is above: under-damped diffusions come back.
         reached = [float(times[distances > level].max()) for level in (0.1, 0.01)]
         words = ["not by t = 1" if t > 0.999 else f"{t:.3f}" for t in reached]
-        rows.append([f"{ratio:g} ({kind})", *words, float(distances[-1])])
-    print(table(["Gamma / (2 sqrt(M))", "t until W2 < 0.1", "t until W2 < 0.01", "W2 at t = 1"], rows))
+        last[ratio] = float(distances[-1])
+        rows.append([f"{ratio:g} ({kind})", *words, last[ratio]])
     axis.set(xlabel="t", ylabel="W2 to equilibrium", title="from x0 = 1, M = 1/4, beta = 4")
     axis.legend(fontsize=8)
-    save(figure, args.output / "cld_damping.png")
-
-
-# --- Samplers on the digits ---
-
-
-def exact_network(process: CLD, points: Tensor) -> Network:
-    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
-    denoiser = ExactDenoiser(points)
-
-    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
-        x, v = model_input.chunk(2, 1)
-        v = v * process.velocity_scale
-        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
-        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
-
-    return network
-
-
-def cld_arguments(args: argparse.Namespace, **options: Any) -> tr.TrainingArguments:
-    return tr.TrainingArguments(method="cld", max_train_steps=args.steps, train_batch_size=args.batch, **options)
-
-
-def train_cld(args: argparse.Namespace, name: str, **options: Any) -> tuple[Any, CLDSSCSScheduler]:
-    """A velocity network on the digits, and the scheduler that describes it."""
-    arguments = cld_arguments(args, **options)
-    plan = plan_for_digits(arguments)
-    scheduler = tr.build_scheduler(arguments, plan)
-    return train_on_digits(arguments, tr.build_objective(arguments, plan, scheduler), name), scheduler
-
-
-def as_network(unet: Any) -> Network:
-    return lambda model_input, timestep: unet(model_input, timestep).sample
-
-
-def ratio_to_floor(network: Network, scheduler: CLDSSCSScheduler, num_calls: int, args: argparse.Namespace) -> float:
-    """Sliced W2 of samples, clipped as in the pipeline, to the training digits, over that of held-out digits."""
-    train, held_out = split_digits()
-    samples = draw(network, scheduler, (args.num_samples, 2, 8, 8), num_calls)
-    if not args.unclipped:
-        samples = samples.clamp(-1, 1)
-    return sliced_wasserstein(samples, train) / sliced_wasserstein(held_out[: args.num_samples], train)
-
-
-def samplers(args: argparse.Namespace) -> None:
-    if args.model:
-        pipeline = CLDPipeline.from_pretrained(args.model)
-        unet, described = pipeline.unet, pipeline.scheduler
-    else:
-        unet, described = train_cld(args, "CLD")
-    exact = CLDSSCSScheduler.from_config(described.config, prediction_type="velocity_score")
-    models: dict[str, tuple[Network, CLDSSCSScheduler]] = {
-        "exact denoiser": (exact_network(exact.process, split_digits()[0]), exact),
-        "trained network": (as_network(unet), described),
-    }
-    print(
-        f"sliced W2 to the training digits over the floor of held-out ones, n = {args.num_samples}"
-        + (", samples not clipped" if args.unclipped else "")
+    fastest = min(last, key=lambda ratio: last[ratio])
+    return Report(
+        name="cld_damping",
+        title="CLD: why critical damping",
+        question="Which friction Gamma takes data to equilibrium fastest?",
+        verdict=f"Gamma = {fastest:g} x 2 sqrt(M) is nearest to equilibrium at t = 1, W2 {last[fastest]:.4f}; critical "
+        f"damping is at {last[1.0]:.4f}, half of its friction at {last[0.5]:.4f}, twice at {last[2.0]:.4f}.",
+        tables=[
+            Table("From x0 = 1.", ["Gamma / (2 sqrt(M))", "t until W2 < 0.1", "t until W2 < 0.01", "W2 at t = 1"], rows)
+        ],
+        pictures=[save_picture(figure, args.output / "cld_damping.png")],
+        conditions="Exact: W2 between the Gaussians (x, v / sqrt(M)) given x0 = 1 and N(0, I); M = 1/4, beta = 4.",
     )
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for axis, (model, (network, scheduler)) in zip(axes, models.items(), strict=True):
-        rows: list[list[Any]] = []
-        best: dict[str, list[float]] = {}
-        for name, config in SAMPLERS.items():
-            for spacing in args.grids:
-                changed = CLDSSCSScheduler.from_config(
-                    scheduler.config, timestep_spacing=spacing, **({"algorithm_type": "sscs"} | config)
-                )
-                ratios = [ratio_to_floor(network, changed, n, args) for n in args.calls]
-                rows.append([f"{name}, {spacing}", *ratios])
-                print(f"  {model}, {rows[-1][0]}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
-                best[name] = [min(pair) for pair in zip(best.get(name, ratios), ratios, strict=True)]
-                axis.loglog(args.calls, ratios, "-o", label=rows[-1][0], markersize=3)
-        for name in ("sscs", "sscs, order 2"):
-            gain = [em / ours for em, ours in zip(best["euler_maruyama"], best[name], strict=True)]
-            rows.append([f"**Euler-Maruyama / {name}**, each at its best grid", *gain])
-        print(table([model, *(f"{n} calls" for n in args.calls)], rows))
-        axis.set(title=model, xlabel="network calls")
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("sliced W2 over the floor")
-    save(figure, args.output / "cld_samplers.png")
 
 
-# --- Is the target easier? ---
-
-TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-
-
-def vp_state(images: Tensor, times: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """`alpha x0 + s noise` and s, `(B, C, H, W)` and `(B, 1, 1, 1)`: the VP diffusion, beta from 0.1 to 20."""
-    log_alpha = (-0.25 * times**2 * 19.9 - 0.05 * times).to(images)[:, None, None, None]
-    deviation = (-torch.expm1(2 * log_alpha)).sqrt()
-    return log_alpha.exp() * images + deviation * noise, deviation
-
-
-def vp_loss(network: Callable[..., Any], images: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-    """Noise prediction with the mixed score `-y - output / s`, as CLD has it for the velocity: `(B,)`."""
-    state, deviation = vp_state(images, times, noise)
-    output = network(state, (1000 * times).float()).sample
-    return (deviation * state + output - noise).square().flatten(1).mean(1)
-
-
-def jacobian_norm(network: Callable[[Tensor], Tensor], inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Frobenius norm of `d output / d input` over the square root of the number of outputs, one per image, `(B,)`.
-
-    From one probe e per image: `E |J^T e|^2 = |J|^2`; inputs are of unit size, so it is the gain of a small change.
-    """
-    leaf = inputs.detach().requires_grad_()
-    output = network(leaf)
-    probe = torch.randn(output.shape, generator=generator)
-    (slope,) = torch.autograd.grad(output, leaf, probe)
-    return (slope.square().flatten(1).sum(1) / output[0].numel()).sqrt()
-
-
-def target(args: argparse.Namespace) -> None:
-    unet, scheduler = train_cld(args, "CLD")
-    process = scheduler.process
-
-    def vp_training(network: Callable[..., Any], images: Tensor) -> Tensor:
-        times = tr.FIRST_TIME + (1 - tr.FIRST_TIME) * torch.rand(len(images), dtype=torch.float64)
-        return vp_loss(network, images, times, torch.randn_like(images))
-
-    # The same network for one image in place of image and velocity, and the same training.
-    arguments = tr.TrainingArguments(max_train_steps=args.steps, train_batch_size=args.batch)
-    vp = train_on_digits(arguments, vp_training, "VP")
-
-    images, _ = split_digits()
-    generator = torch.Generator().manual_seed(1)
-    images = images[: args.num_samples]
-    rows = []
-    denoiser = ExactDenoiser(split_digits()[0])
-    for t in TIMES:
-        times = torch.full((len(images),), t, dtype=torch.float64)
-        labels = (1000 * times).float()
-        noise = torch.randn((len(images), 2, 8, 8), generator=generator)
-        x, v = perturb(process, images, times, noise)
-        state = torch.cat([x, v / process.velocity_scale], 1)
-        at = lift(process.marginal(process.clock(torch.tensor(t))))
-        kernel = process.marginal(process.clock(torch.tensor(t)))
-        best_score = at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
-        best_cld = float((best_score * float(kernel.root[1, 1]) + noise[:, 1:]).square().mean())
-        vp_images, deviation = vp_state(images, times, noise[:, 1:])
-        sigma = float((deviation[0] / (1 - deviation[0] ** 2).sqrt()).squeeze())
-        alpha = (1 + sigma**2) ** -0.5
-        best_vp = float(
-            ((vp_images / alpha - denoiser(vp_images / alpha, sigma)) / sigma - noise[:, 1:]).square().mean()
-        )
-        with torch.no_grad():
-            loss_cld = float(cld_loss(lambda u, s: unet(u, s).sample, images, times, noise, process).mean())
-            loss_vp = float(vp_loss(vp, images, times, noise[:, 1:]).mean())
-        norms = [
-            float(jacobian_norm(lambda u, f=f, s=labels: f(u, s).sample, u, generator).mean())  # type: ignore[misc]
-            for f, u in ((unet, state), (vp, vp_images))
-        ]
-        rows.append([t, float(at.sigma), sigma, loss_cld, best_cld, loss_vp, best_vp, *norms])
-    header = [
-        "t",
-        "noise level CLD",
-        "noise level VP",
-        "loss CLD",
-        "least",
-        "loss VP",
-        "least",
-        "Jacobian CLD",
-        "Jacobian VP",
-    ]
-    print(table(header, rows))
-    columns = list(zip(*rows, strict=True))
-    mean = [sum(columns[i]) / len(rows) for i in range(3, 9)]
-    print(
-        f"mean over these times (CLD / VP): loss {mean[0]:.4f} / {mean[2]:.4f}, Jacobian {mean[4]:.3f} / {mean[5]:.3f}"
-    )
-    print(f"over the least possible loss: {mean[0] - mean[1]:.4f} / {mean[2] - mean[3]:.4f}")
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for column, (label, at_cld, at_vp) in enumerate((("t", 0, 0), ("noise level of the equivalent image", 1, 2))):
-        for row, (quantity, of_cld, of_vp) in enumerate((("loss", 3, 5), ("Jacobian norm of the network", 7, 8))):
-            axis = axes[row][column]
-            axis.plot(columns[at_cld], columns[of_cld], "-o", label="CLD")
-            axis.plot(columns[at_vp], columns[of_vp], "--s", label="VP")
-            if quantity == "loss":
-                axis.plot(columns[at_cld], columns[4], ":", color="C0", label="CLD, least possible")
-                axis.plot(columns[at_vp], columns[6], ":", color="C1", label="VP, least possible")
-            axis.set(xlabel=label, ylabel=quantity, yscale="log", xscale="log" if column else "linear")
-            if quantity == "loss":
-                axis.set_ylim(1e-5, 2)  # the least possible loss goes on down: the digits are points
-            axis.legend(fontsize=8)
-    save(figure, args.output / "cld_target.png")
-
-
-# --- Robustness ---
-
-
-def robustness(args: argparse.Namespace) -> None:
-    """Other gamma and mass at the same beta.
-
-    Mass and beta act through beta / sqrt(M) alone (the rest is the unit of velocity): a light mass gets further towards
-    equilibrium by t = 1, a heavy one less far.
-    """
-    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    settings = [(gamma, mass) for gamma in (0.04, 0.25, 1.0) for mass in (1 / 16, 1 / 4, 1.0)]
-    if not args.full:
-        settings = [(gamma, mass) for gamma, mass in settings if gamma == 0.04 or mass == 1 / 4]
-    rows = []
-    for gamma, mass in settings:
-        name = f"gamma {gamma:g}, mass {mass:g}"
-        unet, scheduler = train_cld(args, name, gamma=gamma, mass=mass)
-        ratios = [ratio_to_floor(as_network(unet), scheduler, n, args) for n in args.calls]
-        rows.append([f"{gamma:g}", f"{mass:g}", *ratios])
-        axis.plot(args.calls, ratios, "-o", label=name)
-    print(f"sliced W2 over the floor of held-out digits, n = {args.num_samples}, beta = 4, sscs")
-    print(table(["gamma", "mass", *(f"{n} calls" for n in args.calls)], rows))
-    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor", xscale="log")
-    axis.legend(fontsize=8)
-    save(figure, args.output / "cld_robustness.png")
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    print(f"wrote {path}")
-
-
-STUDIES = {f.__name__: f for f in (terminal, damping, samplers, target, robustness)}
+STUDIES = {f.__name__: f for f in (terminal, damping, samplers, target, robustness, losses, likelihood)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -350,13 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--grids", nargs="+", default=["quadratic", "log_snr"], choices=GRIDS, help="samplers: the grids"
     )
+    parser.add_argument("--solver_steps", type=int, default=50, help="likelihood: steps of the solver, four calls each")
     parser.add_argument("--model", type=Path, help="samplers: a trained CLD pipeline, in place of a training")
-    parser.add_argument("--unclipped", action="store_true", help="compare samples as they are, not clipped to [-1, 1]")
-    parser.add_argument("--full", action="store_true", help="robustness: all nine settings in place of five")
-    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the pictures")
+    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     args = parser.parse_args(arguments)
-    print(f"{args.study}: {machine()}")
-    STUDIES[args.study](args)
+    print(f"{args.study}: {machine()}", flush=True)
+    STUDIES[args.study](args).write(args.output)
 
 
 if __name__ == "__main__":

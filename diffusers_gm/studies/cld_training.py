@@ -1,0 +1,235 @@
+"""Trained CLD models: which masses and initial velocities, which loss, which sampler."""
+
+import argparse
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from .. import CLDPipeline, CLDSSCSScheduler
+from ..data import split_digits
+from ..exact import ExactDenoiser
+from ..losses import cld_loss
+from ..processes.cld import CLD, lift
+from .cld_common import (
+    SAMPLERS,
+    TIE,
+    against,
+    as_network,
+    digits_conditions,
+    ratio_to_floor,
+    ratios_to_floor,
+    train_cld,
+)
+from .common import Network, save_picture
+from .report import Report, Table
+
+# --- Robustness ---
+
+GAMMAS = (0.04, 0.25, 1.0)
+MASSES = (1 / 16, 1 / 4, 1.0)
+
+
+def robustness(args: argparse.Namespace) -> Report:
+    """Other gamma and mass at the same beta.
+
+    Mass and beta act through beta / sqrt(M) alone (the rest is the unit of velocity): a light mass gets further towards
+    equilibrium by t = 1, a heavy one less far.
+    """
+    settings = [(gamma, mass) for gamma in GAMMAS for mass in MASSES]
+    rows = []
+    for gamma, mass in settings:
+        unet, scheduler = train_cld(args, gamma=gamma, mass=mass)
+        rows.append(ratios_to_floor(unet, scheduler, args, f"gamma {gamma:g}, mass {mass:g}"))
+    ratios = torch.tensor(rows).T.reshape(len(args.calls), len(GAMMAS), len(MASSES))
+
+    figure, axes = plt.subplots(
+        1, len(args.calls), figsize=(3 * len(args.calls), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, calls, grid in zip(axes[0], args.calls, ratios, strict=True):
+        axis.imshow(grid.log(), cmap="YlOrRd", vmin=0, vmax=1.5)
+        for i, row in enumerate(grid.tolist()):
+            for j, ratio in enumerate(row):
+                axis.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=12)
+        axis.set(title=f"{calls} calls", xlabel="mass M", ylabel="gamma")
+        axis.set_xticks(range(len(MASSES)), [f"{mass:g}" for mass in MASSES])
+        axis.set_yticks(range(len(GAMMAS)), [f"{gamma:g}" for gamma in GAMMAS])
+    figure.suptitle("sliced W2 over the floor of held-out digits (1 is as good as real)")
+    return Report(
+        name="cld_robustness",
+        title="CLD: masses and initial velocities",
+        question="Does sample quality depend on the mass M and on gamma, the variance of the initial velocity?",
+        verdict=verdict_on_robustness(ratios, args.calls),
+        tables=[
+            Table(
+                "Sliced W2 over the floor.",
+                ["gamma", "mass", *(f"{n} calls" for n in args.calls)],
+                [[f"{gamma:g}", f"{mass:g}", *row] for (gamma, mass), row in zip(settings, rows, strict=True)],
+            )
+        ],
+        pictures=[save_picture(figure, args.output / "cld_robustness.png")],
+        conditions=digits_conditions(args) + " HSM, mixed score, beta = 4, sscs on the quadratic grid.",
+    )
+
+
+def verdict_on_robustness(ratios: Tensor, calls: list[int]) -> str:
+    """Of ratios `(calls, gammas, masses)`."""
+    sentences = []
+    for n, grid in zip(calls, ratios, strict=True):
+        best, worst = (divmod(int(k), grid.shape[1]) for k in (grid.argmin(), grid.argmax()))
+        names = [f"gamma {GAMMAS[i]:g}, mass {MASSES[j]:g}" for i, j in (best, worst)]
+        of_gamma, of_mass = (float((grid.amax(k) / grid.amin(k)).max()) for k in (0, 1))
+        sentences.append(
+            f"At {n} calls from {grid.min():.2f} ({names[0]}) to {grid.max():.2f} ({names[1]}); the worst over the "
+            f"best gamma of a mass is at most {of_gamma:.2f}, the worst over the best mass of a gamma {of_mass:.2f}."
+        )
+    spread = float(ratios[-1].max() / ratios[-1].min())
+    robust = "does not matter" if spread < 1 + TIE else "still matters"
+    return " ".join(sentences) + f" With the most calls the choice {robust}."
+
+
+# --- Losses ---
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "HSM, mixed score": {},
+    "HSM, plain score": {"cld_mixed_score": False},
+    "DSM, mixed score": {"cld_loss": "dsm"},
+    "DSM, plain score": {"cld_loss": "dsm", "cld_mixed_score": False},
+}
+TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+
+def score_errors(unet: Any, scheduler: CLDSSCSScheduler, num_images: int, hybrid: bool) -> list[float]:
+    """The mean loss of a network on held-out digits at every time; of hybrid or denoising score matching."""
+    images, generator = split_digits()[1][:num_images], torch.Generator().manual_seed(1)
+    process = scheduler.process
+    noise = torch.randn((len(images), 3, 8, 8), generator=generator)
+    velocity = None if hybrid else noise[:, 2:] * (process.gamma * process.mass) ** 0.5
+    kind, errors = scheduler.config["prediction_type"], []
+    for t in TIMES:
+        times = torch.full((len(images),), t, dtype=torch.float64)
+        with torch.no_grad():
+            loss = cld_loss(as_network(unet), images, times, noise[:, :2], process, kind, velocity)
+        errors.append(float(loss.mean()))
+    return errors
+
+
+def losses(args: argparse.Namespace) -> Report:
+    """Hybrid against denoising score matching, with the mixed score and without: the same network, steps and seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    ratios, errors, own = {}, {}, {}
+    for (name, options), color in zip(LOSSES.items(), ("C0", "C1", "C0", "C1"), strict=True):
+        unet, scheduler = train_cld(args, **options)
+        hybrid = "cld_loss" not in options
+        ratios[name] = ratios_to_floor(unet, scheduler, args, name)
+        errors[name] = score_errors(unet, scheduler, args.num_samples, True)
+        own[name] = errors[name] if hybrid else score_errors(unet, scheduler, args.num_samples, False)
+        style: dict[str, Any] = {"color": color, "linestyle": "-" if hybrid else "--", "marker": "o", "label": name}
+        left.semilogx(args.calls, ratios[name], **style)
+        right.semilogy(TIMES, errors[name], **style)
+    left.set(xlabel="network calls", ylabel="sliced W2 over the floor", title="samples")
+    right.set(xlabel="t", ylabel="HSM loss, held-out digits", title="error of the score")
+    left.legend(fontsize=8)
+    left.set_xticks(args.calls, [str(n) for n in args.calls])
+    left.minorticks_off()
+    return Report(
+        name="cld_losses",
+        title="CLD: hybrid score matching and the mixed score",
+        question="What do hybrid score matching (HSM in place of DSM) and the mixed score add, all else equal?",
+        verdict=verdict_on_losses(ratios, errors, args.calls),
+        tables=[
+            Table(
+                "Sliced W2 over the floor.",
+                ["", *(f"{n} calls" for n in args.calls)],
+                [[k, *v] for k, v in ratios.items()],
+            ),
+            Table(
+                "Error of the score: the HSM loss (weight ell^-2) on the held-out digits, the same noise for all.",
+                ["", *(f"t = {t:g}" for t in TIMES), "mean"],
+                [[k, *v, sum(v) / len(v)] for k, v in errors.items()],
+            ),
+            Table(
+                "The loss that each was trained on, there. That of DSM holds the variance of its own target.",
+                ["", *(f"t = {t:g}" for t in TIMES), "mean"],
+                [[k, *v, sum(v) / len(v)] for k, v in own.items()],
+            ),
+        ],
+        pictures=[save_picture(figure, args.output / "cld_losses.png")],
+        conditions=digits_conditions(args) + " beta = 4, mass 1/4, gamma 0.04, sscs on the quadratic grid.",
+    )
+
+
+def verdict_on_losses(ratios: dict[str, list[float]], errors: dict[str, list[float]], calls: list[int]) -> str:
+    mean = {name: sum(values) / len(values) for name, values in errors.items()}
+    pairs = [(f"HSM, {score}", f"DSM, {score}") for score in ("mixed score", "plain score")]
+    pairs += [(f"{loss}, mixed score", f"{loss}, plain score") for loss in ("HSM", "DSM")]
+    sentences = ["Sliced W2:"] + [against(ours, theirs, ratios, calls) for ours, theirs in pairs]
+    sentences.append(
+        "Error of the score, mean over the times: "
+        + ", ".join(f"{theirs} over {ours} {mean[theirs] / mean[ours]:.2f}" for ours, theirs in pairs)
+        + "."
+    )
+    return " ".join(sentences)
+
+
+# --- Samplers ---
+
+
+def exact_network(process: CLD, points: Tensor) -> Network:
+    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
+    denoiser = ExactDenoiser(points)
+
+    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
+        x, v = model_input.chunk(2, 1)
+        v = v * process.velocity_scale
+        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
+        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
+
+    return network
+
+
+def samplers(args: argparse.Namespace) -> Report:
+    """Every sampler on every grid, with the exact denoiser of the digits and with a trained network."""
+    if args.model:
+        pipeline = CLDPipeline.from_pretrained(args.model)
+        unet, described = pipeline.unet, pipeline.scheduler
+    else:
+        unet, described = train_cld(args)
+    exact = CLDSSCSScheduler.from_config(described.config, prediction_type="velocity_score")
+    models: dict[str, tuple[Network, CLDSSCSScheduler]] = {
+        "exact denoiser": (exact_network(exact.process, split_digits()[0]), exact),
+        "trained network": (as_network(unet), described),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    tables, sentences = [], []
+    for axis, (model, (network, scheduler)) in zip(axes, models.items(), strict=True):
+        rows: list[list[Any]] = []
+        best: dict[str, list[float]] = {}
+        for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
+            for spacing, style in zip(args.grids, ("-o", "--s", ":^"), strict=False):
+                changed = CLDSSCSScheduler.from_config(
+                    scheduler.config, timestep_spacing=spacing, **({"algorithm_type": "sscs"} | config)
+                )
+                ratios = [ratio_to_floor(network, changed, n, args) for n in args.calls]
+                rows.append([f"{name}, {spacing}", *ratios])
+                print(f"{model}, {rows[-1][0]}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
+                best[name] = [min(pair) for pair in zip(best.get(name, ratios), ratios, strict=True)]
+                axis.loglog(args.calls, ratios, style, color=color, label=rows[-1][0], markersize=3)
+        tables.append(Table(f"Sliced W2 over the floor, {model}.", ["", *(f"{n} calls" for n in args.calls)], rows))
+        sentences += [f"With the {model}:"]
+        sentences += [against(name, "euler_maruyama", best, args.calls) for name in ("sscs", "sscs, order 2")]
+        axis.set(title=model, xlabel="network calls")
+        axis.set_xticks(args.calls, [str(n) for n in args.calls])
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("sliced W2 over the floor")
+    return Report(
+        name="cld_samplers",
+        title="CLD: SSCS and Euler-Maruyama on the digits",
+        question="Does the splitting sampler reach better samples than Euler-Maruyama at the same number of calls?",
+        verdict="Errors, each sampler at its best grid (picked on the same samples). " + " ".join(sentences),
+        tables=tables,
+        pictures=[save_picture(figure, args.output / "cld_samplers.png")],
+        conditions=digits_conditions(args),
+    )

@@ -1,0 +1,321 @@
+"""GM-SGM's claims, measured: each command writes a table, a picture and a verdict.
+
+    python -m diffusers_gm.studies.gm_sgm claim        mixture noise against Gaussian noise, at equal training and calls
+    python -m diffusers_gm.studies.gm_sgm lag          why the Langevin samplers differ: who knows where the chain is
+    python -m diffusers_gm.studies.gm_sgm switching    large jumps and small roaming along a run
+    python -m diffusers_gm.studies.gm_sgm increments   tails of mixture noise against the alpha-stable law
+    python -m diffusers_gm.studies.gm_sgm rare_modes   rare and far modes, heavy-tailed data, with exact scores
+
+Finished trainings and measurements are kept in the folder `.parts` of `--output`: a second run takes up where the first
+ended.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from .. import GMLangevinScheduler, GMSGMPipeline
+from .. import training as tr
+from ..processes.annealed import langevin_step, level_variance
+from .common import (
+    Cells,
+    all_or_none,
+    in_words,
+    mean_and_spread,
+    over_floor,
+    parts_of,
+    quality_of,
+    save_picture,
+    trained,
+)
+from .increments import increments
+from .ncsnv2_trained import arguments as k1_arguments
+from .ncsnv2_trained import conditions, verdict_of
+from .rare_modes import rare_modes
+from .report import Report, Table
+from .switching import switching
+
+SAMPLERS = ("langevin", "jump", "exponential", "ancestral", "ode")
+
+# Mixture noises, as options of the training; the first is the one of `make demo`.
+MODELS: dict[str, dict[str, Any]] = {
+    "power law 1.5, K = 2": {},
+    "the same, score": {"objective": "score"},
+    "power law 1.2, K = 3": {"power_alpha": 1.2, "num_components": 3},
+    "power law 1.8, K = 2": {"power_alpha": 1.8},
+    "stable 1.8, K = 2": {"stable_alpha": 1.8, "num_components": 2},
+}
+GAUSSIAN = "K = 1"
+
+# Quality by model, sampler and number of calls: one value per seed, or None where there is no stable step.
+Found = dict[tuple[str, str, int], list[float] | None]
+
+
+def model(args: argparse.Namespace, name: str, seed: int, parts: Path) -> tuple[Any, Any]:
+    """A trained digits network and a `GMLangevinScheduler` that describes it."""
+    if name == GAUSSIAN:
+        unet, scheduler = trained(k1_arguments(args, seed), parts)
+        return unet, GMLangevinScheduler.from_config(scheduler.config, algorithm_type="langevin")
+    return trained(tr.TrainingArguments(max_train_steps=args.steps, seed=seed, **MODELS[name]), parts)
+
+
+# --- Is a mixture better? ---
+
+
+def claim(args: argparse.Namespace) -> Report:
+    budgets = args.calls or [10, 20, 50, 200]
+    names = args.models or list(MODELS)
+    parts = parts_of(args.output)
+    cells = Cells(parts / f"claim steps={args.steps} n={args.num_samples}.json")
+
+    def measure(name: str, sampler: str, calls: int, seed: int) -> float | None:
+        unet, scheduler = model(args, name, seed, parts)
+        changed = GMLangevinScheduler.from_config(scheduler.config, algorithm_type=sampler)
+        return quality_of(GMSGMPipeline(unet, changed), calls, args.num_samples, seed)
+
+    values: dict[tuple[str, str, int], list[float | None]] = {}
+    for seed in range(args.seeds):
+        for name in (GAUSSIAN, *names):
+            for sampler in SAMPLERS:
+                for calls in budgets:
+                    # With one component, jumps are Langevin steps, to the bit.
+                    same = "langevin" if name == GAUSSIAN and sampler == "jump" else sampler
+                    cell = f"{name}, {same}, {calls} calls, seed {seed}"
+                    value = cells(cell, partial(measure, name, same, calls, seed))
+                    values.setdefault((name, sampler, calls), []).append(value)
+    found: Found = {key: all_or_none(seeds) for key, seeds in values.items()}
+
+    def ratios(name: str, sampler: str, calls: int) -> list[float] | None:
+        ours, base = found[name, sampler, calls], found[GAUSSIAN, sampler, calls]
+        return None if ours is None or base is None else [a / b for a, b in zip(ours, base, strict=True)]
+
+    def best(name: str, calls: int) -> list[float]:
+        """The best sampler of a model in the mean of the seeds."""
+        return min((v for s in SAMPLERS if (v := found[name, s, calls])), key=sum)
+
+    rows: list[list[Any]] = []
+    counts = dict.fromkeys(("better", "worse", "no difference", "mixed"), 0)
+    per_sampler: dict[str, list[float]] = {}
+    for sampler in SAMPLERS:
+        for calls in budgets:
+            row: list[Any] = [sampler, calls, in_words(found[GAUSSIAN, sampler, calls])]
+            for name in names:
+                seeds = ratios(name, sampler, calls)
+                row.append(in_words(seeds))
+                if seeds is not None:
+                    mean, spread = mean_and_spread(seeds)
+                    counts[verdict_of([mean], [spread])] += 1
+                    per_sampler.setdefault(sampler, []).append(mean)
+            rows.append(row)
+    at_best = {
+        calls: [mean_and_spread([a / b for a, b in zip(best(n, calls), best(GAUSSIAN, calls), strict=True)])[0]
+                for n in names] for calls in budgets
+    }  # fmt: skip
+    for calls in budgets:
+        rows.append(["**best sampler of each**", calls, in_words(best(GAUSSIAN, calls)), *at_best[calls]])
+
+    picture = plot_claim(args, budgets, names, found, at_best)
+    total = sum(counts.values())
+    everywhere = counts["better"] == total
+    typical = {s: math.exp(sum(map(math.log, v)) / len(v)) for s, v in per_sampler.items()}
+    wins = [s for s, v in typical.items() if v < 0.95]
+    losses = [s for s, v in typical.items() if v > 1.05]
+    return Report(
+        "gm_sgm_claim",
+        "GM-SGM: mixture noise against Gaussian noise",
+        "Is a model of Gaussian-mixture noise better than the ordinary model (K = 1) of the same network and training, "
+        "across numbers of sampling iterations?",
+        f"{'Confirmed' if everywhere else 'Not across the board'}: of {total} cells (mixture, sampler, calls) the "
+        f"mixture is better in {counts['better']}, worse in {counts['worse']}, no different in "
+        f"{counts['no difference']}. Geometric mean of the ratio by sampler: "
+        + ", ".join(f"{s} {v:.2f}" for s, v in typical.items())
+        + f". Mixtures gain with {', '.join(wins) or 'no sampler'}, and lose with {', '.join(losses) or 'none'}. "
+        "With the best sampler of each model, the ratios are "
+        + ", ".join(f"{span(at_best[c])} at {c} calls" for c in budgets)
+        + ": what a user who picks the best sampler gets from a mixture.",
+        [Table("Sliced W2 over the floor of held-out digits for K = 1, and the ratio of each mixture to it (below 1 "
+               "the mixture is better); `-` where there is no stable step.",
+               ["sampler", "calls", "K = 1, over the floor", *(f"{n}: ratio" for n in names)], rows)],
+        [picture],
+        conditions(args) + " Mixtures learn the denoiser unless it says score. With one component, "
+        "`jump` is `langevin`.",
+    )  # fmt: skip
+
+
+def span(values: Sequence[float]) -> str:
+    low, high = (f"{value:.2f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def plot_claim(
+    args: argparse.Namespace,
+    budgets: Sequence[int],
+    names: Sequence[str],
+    found: Found,
+    at_best: dict[int, list[float]],
+) -> str:
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained", sharex=True)
+    for axis, sampler in zip(axes.flat, SAMPLERS, strict=False):
+        for name in (GAUSSIAN, *names):
+            points = [(c, mean_and_spread(v)) for c in budgets if (v := found[name, sampler, c])]
+            if points:
+                calls, values = zip(*points, strict=True)
+                means, spreads = zip(*values, strict=True)
+                width = 2.5 if name == GAUSSIAN else 1
+                axis.errorbar(calls, means, spreads, marker="o", markersize=3, linewidth=width, label=name)
+        axis.set(title=sampler, xscale="log", yscale="log", ylabel="sliced W2 over the floor")
+        axis.axhline(1, color="gray", linewidth=0.8, linestyle=":")
+        axis.set_ylim(0.95, 1.1 * max(max(v) for v in found.values() if v))
+        axis.set_yticks([1, 1.2, 1.5, 2, 3, 5, 10], ["1", "1.2", "1.5", "2", "3", "5", "10"])
+        axis.yaxis.minorticks_off()
+    last = axes.flat[-1]
+    last.axhline(1, color="C0", linewidth=2.5, label=GAUSSIAN)
+    for i, name in enumerate(names):
+        last.semilogx(budgets, [at_best[c][i] for c in budgets], "-o", color=f"C{i + 1}", markersize=3, label=name)
+    last.set(title="best sampler of each", ylabel="ratio to K = 1")
+    last.legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("network calls")
+        axis.set_xticks(budgets, [str(c) for c in budgets])
+        axis.xaxis.minorticks_off()
+    return save_picture(figure, args.output / "gm_sgm_claim.png")
+
+
+# --- Why do the Langevin samplers differ? ---
+
+
+class Unaware(GMLangevinScheduler):
+    """The component of an image is told at the level of the call, as if the chain were there."""
+
+    def _advance_level(self, call: Any) -> None:
+        self._level = None
+
+
+@torch.no_grad()
+def told_where_it_is(unet: Any, scheduler: Any, num_samples: int, num_calls: int, seed: int) -> Tensor:
+    """Annealed Langevin dynamics of a network that is fed the noise level at which the chain really is.
+
+    The chain lags behind the ladder by a known factor (`level_variance`, the recursion of Technique 4); everywhere else
+    the network is told the level of the call.
+    """
+    space = scheduler.noise_space
+    generator = torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(num_calls)
+    y = scheduler.initial_sample((num_samples, 1, 8, 8), generator, torch.device("cpu"), torch.float32)
+    level = torch.tensor(scheduler._calls[0].sigma, dtype=torch.float64)
+    for call in scheduler._calls:
+        label = space.timestep(level)
+        sigma = space.sigma(label)
+        output = unet(float(space.alpha(sigma)) * y, label.float()).sample
+        denoised, precision = scheduler._denoise(output, y, float(sigma), float(sigma))
+        if call.last:
+            return denoised
+        noise = torch.randn(y.shape, generator=generator)
+        y = langevin_step(y, denoised, call.sigma / precision**0.5, call.step_size, noise)
+        level = call.sigma * level_variance(torch.tensor(call.step_size).double(), level / call.sigma, 1).sqrt()
+    return y
+
+
+def lag(args: argparse.Namespace) -> Report:
+    budgets = args.calls or [10, 20, 50, 200]
+    parts = parts_of(args.output)
+    cells = Cells(parts / f"lag steps={args.steps} n={args.num_samples}.json")
+    mixture = next(iter(MODELS))
+    plain, ours, blind, unaware = "K = 1", "mixture", "K = 1, not told any level", "mixture, unaware of the lag"
+    told, ours_told = f"{plain}, told where the chain is", f"{ours}, told where the chain is"
+    names = (plain, told, blind, ours, ours_told, unaware)
+
+    def measure(name: str, calls: int, seed: int) -> float | None:
+        if name == blind:
+            unet, source = trained(k1_arguments(args, seed, conditioning="none"), parts)
+        else:
+            unet, source = model(args, mixture if name.startswith("mixture") else GAUSSIAN, seed, parts)
+        kind = Unaware if name == unaware else GMLangevinScheduler
+        scheduler = kind.from_config(source.config, algorithm_type="langevin")
+        if name in (told, ours_told):
+            return over_floor(told_where_it_is(unet, scheduler, args.num_samples, calls, seed))
+        return quality_of(GMSGMPipeline(unet, scheduler), calls, args.num_samples, seed)
+
+    found = {
+        (name, calls): all_or_none([cells(f"{name}, {calls} calls, seed {s}", partial(measure, name, calls, s))
+                                    for s in range(args.seeds)])
+        for name in names for calls in budgets
+    }  # fmt: skip
+    rows = [[name, *(in_words(found[name, calls]) for calls in budgets)] for name in names]
+    mean = {key: mean_and_spread(values)[0] if values else math.nan for key, values in found.items()}
+    # Where the mixture is clearly ahead of K = 1, how much of that the label alone makes up for.
+    gap = {c: (mean[plain, c] - mean[told, c]) / (mean[plain, c] - mean[ours, c])
+           for c in budgets if mean[ours, c] < 0.95 * mean[plain, c]}  # fmt: skip
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name in names:
+        axis.loglog(
+            budgets,
+            [mean[name, c] for c in budgets],
+            "--s" if name in (told, ours_told) else "-o",
+            label=name,
+            markersize=4,
+        )
+    axis.axhline(1, color="gray", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor", title="annealed Langevin dynamics, T = 1")
+    axis.set_xticks(budgets, [str(c) for c in budgets])
+    axis.xaxis.minorticks_off()
+    axis.legend(fontsize=8)
+    picture = save_picture(figure, args.output / "gm_sgm_lag.png")
+    if not gap:
+        answer = "There is no gain to explain: the mixture is nowhere 5% ahead of K = 1."
+    else:
+        most = min(gap.values()) > 0.5
+        answer = (
+            f"{'Largely the lag' if most else 'Only in part the lag'}. Told where the chain is, K = 1 closes "
+            + ", ".join(f"{share:.0%} of the gap at {c} calls" for c, share in gap.items())
+            + ("; more than 100% means that it is then ahead of the mixture" if max(gap.values()) > 1 else "")
+            + "."
+        )
+    return Report(
+        "gm_sgm_lag",
+        "GM-SGM: why Langevin sampling gains at few calls",
+        "A Langevin chain lags behind its ladder of noise levels. Does a mixture model gain because it tells the level "
+        "of an image from the image, and would an ordinary model gain as much if it were told where the chain is?",
+        answer + " A K = 1 network that is told no level at all, and so must see it in the image, is at "
+        + ", ".join(f"{mean[blind, c]:.2f} at {c}" for c in budgets)
+        + " calls; the mixture, if its component is told at the call's level instead of where the chain is, at "
+        + ", ".join(f"{mean[unaware, c]:.2f} at {c}" for c in budgets)
+        + ". With both networks told where the chain is, the mixture's distance over that of K = 1 is "
+        + ", ".join(f"{mean[ours_told, c] / mean[told, c]:.2f} at {c}" for c in budgets) + " calls.",
+        [Table("Sliced W2 over the floor of held-out digits.", ["", *(f"{c} calls" for c in budgets)], rows)],
+        [picture],
+        conditions(args) + f" The mixture: {mixture}, denoiser.",
+    )  # fmt: skip
+
+
+STUDIES = {f.__name__: f for f in (claim, lag, switching, increments, rare_modes)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.studies.gm_sgm"
+    )
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each training")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings, or runs, of each kind")
+    parser.add_argument("--num_samples", type=int, default=256, help="images per figure, at most 360")
+    parser.add_argument("--calls", type=int, nargs="+", help="numbers of network calls")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="claim: some of the mixtures")
+    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
+    args = parser.parse_args(argv)
+    STUDIES[args.study](args).write(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""NCSNv2's claims (arXiv 2006.09011), measured: each command writes a table, a picture and a verdict.
+
+    python -m diffusers_gm.studies.ncsnv2 diversity      Technique 1: a largest noise level that joins the modes
+    python -m diffusers_gm.studies.ncsnv2 noise_scales   Techniques 1, 2 and 4 against the published settings
+    python -m diffusers_gm.studies.ncsnv2 denoise        with and without the final denoising
+    python -m diffusers_gm.studies.ncsnv2 techniques     Techniques 1 to 5 switched off one at a time, trained
+
+Finished trainings and measurements are kept in the folder `.parts` of `--output`: a second run takes up where the first
+ended.
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from .. import AnnealedLangevinScheduler
+from ..data import split_digits
+from ..exact import ExactDenoiser
+from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
+from .common import Cells, Network, mean_and_spread, parts_of, run, save_picture, show_rows
+from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
+from .report import Report, Table
+
+
+def exact_network(denoiser: ExactDenoiser, scheduler: Any) -> Network:
+    """What a perfect network for these data answers to the scheduler's inputs."""
+    space, prediction_type = scheduler.noise_space, scheduler.config["prediction_type"]
+    return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)
+
+
+# --- Technique 1: diversity ---
+
+
+def mean_pairwise_distance(samples: Tensor) -> float:
+    """Mean Euclidean distance of two different samples of `(n, ...)`, n >= 2."""
+    return float(torch.pdist(samples.flatten(1)).mean())
+
+
+def coverage(samples: Tensor, modes: Tensor) -> float:
+    """Distinct nearest modes of samples `(n, ...)` over the number that independent draws have on average.
+
+    `modes` are `(m, ...)`, equally likely: n draws hit `m (1 - (1 - 1/m)^n)` of them.
+    """
+    nearest = torch.cdist(samples.flatten(1), modes.flatten(1)).argmin(1)
+    m = len(modes)
+    return len(nearest.unique()) / (m * (1 - (1 - 1 / m) ** len(samples)))
+
+
+def diversity(args: argparse.Namespace) -> Report:
+    train, _ = split_digits()
+    width, calls, n = 0.1, args.calls or 200, args.num_samples
+    technique_1 = max_pairwise_distance(train)
+    denoiser = ExactDenoiser(train, width)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((n, *train.shape[1:]), generator=generator) * 2 - 1
+    starts = {"one point": noise[:1].expand_as(noise), "noise": noise}
+
+    def samples(sigma_max: float, start: str, seed: int) -> Tensor:
+        scheduler = AnnealedLangevinScheduler(
+            num_train_timesteps=1000, noise_space="ve", sigma_min=SIGMA_MIN, sigma_max=sigma_max, num_langevin_steps=5
+        )
+        scheduler.set_timesteps(calls)
+        draws = torch.Generator().manual_seed(seed)
+        return run(exact_network(denoiser, scheduler), scheduler, starts[start], draws)
+
+    def measure(factor: float, start: str, seed: int) -> list[float]:
+        drawn = samples(factor * technique_1, start, seed)
+        return [mean_pairwise_distance(drawn), coverage(drawn, train)]
+
+    real = train[torch.randint(len(train), (n,), generator=generator)]
+    real = real + width * torch.randn(real.shape, generator=generator)
+    cells = Cells(parts_of(args.output) / f"diversity n={n} calls={calls}.json")
+    factors = [TOO_SMALL, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+    table: dict[tuple[float, str], list[list[float]]] = {}
+    for factor in factors:
+        for start in starts:
+            table[factor, start] = [
+                cells(f"{factor:g} x Technique 1, from {start}, seed {s}", partial(measure, factor, start, s))
+                for s in range(args.seeds)
+            ]
+    of_data = [mean_pairwise_distance(real), coverage(real, train)]
+
+    def means(factor: float, start: str) -> tuple[float, float]:
+        first, second = zip(*table[factor, start], strict=True)
+        return mean_and_spread(first)[0], mean_and_spread(second)[0]
+
+    rows: list[list[Any]] = [
+        [f"{factor * technique_1:.3g}", f"{factor:g}", start, *means(factor, start)] for factor, start in table
+    ]
+    rows.append(["exact draws", "", "", *of_data])
+
+    figure = plt.figure(figsize=(11, 6), layout="constrained")
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.9)))
+    show_rows(
+        top.subplots(),
+        {
+            "exact draws": real,
+            f"sigma_1 = {TOO_SMALL * technique_1:.2f}, one start": samples(TOO_SMALL * technique_1, "one point", 0),
+            f"sigma_1 = {TOO_SMALL * technique_1:.2f}, noise": samples(TOO_SMALL * technique_1, "noise", 0),
+            f"sigma_1 = {technique_1:.2f}, one start": samples(technique_1, "one point", 0),
+        },
+    )
+    for column, (axis, name) in enumerate(
+        zip(bottom.subplots(1, 2), ("mean pairwise distance", "mode coverage"), strict=True)
+    ):
+        for start in starts:
+            axis.semilogx([f * technique_1 for f in factors], [means(f, start)[column] for f in factors], "-o",
+                          label=f"from {start}")  # fmt: skip
+        axis.axhline(of_data[column], color="gray", linestyle=":", label="exact draws")
+        axis.axvline(technique_1, color="C3", linewidth=0.8, label="Technique 1")
+        axis.set(xlabel="largest noise level sigma_1", ylabel=name, ylim=(0, None))
+        axis.legend(fontsize=8)
+    picture = save_picture(figure, args.output / "ncsnv2_diversity.png")
+
+    small, large = ([means(f, start)[i] / of_data[i] for start in starts for i in (0, 1)] for f in (TOO_SMALL, 1.0))
+    enough = min(f for f in factors if all(v > 0.95 * r for v, r in zip(means(f, "one point"), of_data, strict=True)))
+    agrees = large[0] > 0.9 and large[1] > 0.9 and small[0] < 0.5
+    return Report(
+        "ncsnv2_diversity",
+        "NCSNv2, Technique 1: the largest noise level decides the diversity",
+        "Does annealed Langevin dynamics forget where it started, with the exact score of a mixture of Gaussians "
+        "centred at images, when the largest noise level is the largest distance in the data, and not when it is the "
+        "1 of NCSN?",
+        f"{'Confirmed' if agrees else 'Not confirmed'}. From one point, the samples' mean pairwise distance is "
+        f"{small[0]:.2f} of the data's and their mode coverage {small[1]:.2f} of exact draws' with the small level, "
+        f"{large[0]:.2f} and {large[1]:.2f} with Technique 1's. From independent noise they are {small[2]:.2f} and "
+        f"{small[3]:.2f} with the small level, {large[2]:.2f} and {large[3]:.2f} with Technique 1's: a start that is "
+        f"itself diverse {'hides much' if small[2] > 0.75 else 'does not make up for much'} of the loss in distance, "
+        f"and {'hides' if small[3] > 0.75 else 'does not hide'} the loss in modes. Technique 1 is on the safe side: "
+        f"with these data {enough:g} of it is enough for 95% of both, from one point.",
+        [Table(f"{n} chains of {calls} calls, T = 5, step by Technique 4; means of {args.seeds} seeds.",
+               ["sigma_1", "over Technique 1", "start", "mean pairwise distance", "mode coverage"], rows)],
+        [picture],
+        f"Data: the {len(train)} training digits in [-1, 1], each a Gaussian of width {width:g}. Technique 1 gives "
+        f"{technique_1:.3g} (CIFAR-10 in [0, 1]: 50); NCSN's 1 is {TOO_SMALL:g} of that, here "
+        f"{TOO_SMALL * technique_1:.3g}. Starts are uniform in the pixel range. Both ladders have the same number of "
+        "levels and calls; the final denoising is on.",
+    )  # fmt: skip
+
+
+# --- Techniques 1, 2, 4: the published settings ---
+
+# Elements of one image, and Langevin steps, of the published models (arXiv 2006.09011, appendix B).
+PUBLISHED = {
+    "CIFAR-10": ("ncsnv2-cifar10", 32),
+    "CelebA 64": ("ncsnv2-celeba", 64),
+    "LSUN bedroom, tower 128": ("ncsnv2-lsun", 128),
+    "FFHQ 256": ("ncsnv2-ffhq", 256),
+}
+
+
+def published_rows() -> list[list[Any]]:
+    """One row per published model: its settings, and what the library's functions give for them.
+
+    Columns: name, d, sigma_1, published L, L at overlap 0.5, overlap that the published L has, T, published eps, eps
+    of Technique 4 on the published ladder.
+    """
+    rows: list[list[Any]] = []
+    for name, (preset, side) in PUBLISHED.items():
+        p, dim = PRESETS[preset], 3 * side**2
+        ratio = (p.sigma_max / p.sigma_min) ** (1 / (p.num_levels - 1))
+        step = optimal_step_size(torch.tensor([ratio]), p.num_langevin_steps, "prop3")
+        rows.append([
+            name, dim, p.sigma_max, p.num_levels, ladder_length(p.sigma_max, p.sigma_min, dim), overlap_of(ratio, dim),
+            p.num_langevin_steps, p.step_size, float(step[0]) * p.sigma_min**2,
+        ])  # fmt: skip
+    return rows
+
+
+def overlap_of(ratio: float, dim: int) -> float:
+    """The overlap of neighbouring levels (Technique 2) of a ladder of this ratio, the inverse of `ladder_ratio`."""
+    low, high = 1e-6, 0.989
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if ladder_ratio(dim, middle) < ratio else (middle, high)
+    return (low + high) / 2
+
+
+def noise_scales(args: argparse.Namespace) -> Report:
+    rows = published_rows()
+    header = ["data", "d", "sigma_1", "L, published", "L, Technique 2", "overlap of the published L", "T",
+              "eps, published", "eps, Technique 4"]  # fmt: skip
+    train, _ = split_digits()
+    measured = max_pairwise_distance(train) / 2
+    digits = [measured, ladder_length(measured, SIGMA_MIN, train[0].numel())]
+
+    sides = [8, 16, 32, 64, 128, 256]
+    # sigma_1 of the published models against the side, as a power law.
+    points = [(math.log(side), math.log(PRESETS[preset].sigma_max)) for preset, side in PUBLISHED.values()]
+    mx, my = (sum(c) / len(points) for c in zip(*points, strict=True))
+    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)
+    sigma_1 = {side: math.exp(my + slope * (math.log(side) - mx)) for side in sides}
+    lengths = {side: ladder_length(sigma_1[side], SIGMA_MIN, 3 * side**2) for side in sides}
+    growth = [[side, sigma_1[side], lengths[side], lengths[side] / side, ladder_ratio(3 * side**2)] for side in sides]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    left.loglog(sides, list(lengths.values()), "-o", label=f"Technique 2, sigma_1 ~ side^{slope:.2f}")
+    left.loglog(
+        sides, [ladder_length(50, SIGMA_MIN, 3 * s**2) for s in sides], "--s", label="Technique 2, sigma_1 = 50"
+    )
+    left.loglog([s for _, s in PUBLISHED.values()], [r[3] for r in rows], "kx", markersize=9, label="published L")
+    left.axhline(PRESETS["ncsn"].num_levels, color="gray", linestyle=":", label="NCSN: L = 10")
+    left.set(xlabel="side of the image", ylabel="noise levels L", title="levels against resolution (colour images)")
+    left.set_xticks(sides, [str(s) for s in sides])
+    left.legend(fontsize=8)
+    right.loglog([r[7] for r in rows], [r[8] for r in rows], "o")
+    ends = [min(r[7] for r in rows) / 1.3, max(r[7] for r in rows) * 1.3]
+    right.loglog(ends, ends, ":", color="gray")
+    for row in rows:
+        right.annotate(row[0], (row[7], row[8]), xytext=(6, -10), textcoords="offset points", fontsize=8)
+    right.set(xlabel="published eps", ylabel="eps of Technique 4", title="step size", xlim=(ends[0], 2 * ends[1]))
+    picture = save_picture(figure, args.output / "ncsnv2_noise_scales.png")
+
+    errors = [abs(row[8] / row[7] - 1) for row in rows]
+    short = [row[4] / row[3] for row in rows]
+    overlaps = [row[5] for row in rows]
+    exponent = math.log(lengths[256] / lengths[32]) / math.log(8)
+    return Report(
+        "ncsnv2_noise_scales",
+        "NCSNv2, Techniques 1, 2 and 4: the published noise scales and step sizes",
+        "Do the formulas of the paper give the settings that it published, and how do they grow with the resolution?",
+        f"Step sizes: {'confirmed' if max(errors) < 0.02 else 'not confirmed'}, Technique 4 is within "
+        f"{max(errors):.1%} of every published eps, which has two digits. Levels: not to the letter. An overlap of 0.5 "
+        f"gives {min(short):.1%} to {max(short):.1%} of the published L; the published ladders overlap by "
+        f"{min(overlaps):.3f} to {max(overlaps):.3f}, all alike. L grows as side^{exponent:.2f} between 32 and 256 "
+        "pixels: the logarithm of sigma_1 grows slowly, and neighbouring levels must be closer as 1 / sqrt(d). sigma_1 "
+        "itself is the paper's measurement of its data, and is taken from it.",
+        [
+            Table("Images in [0, 1], sigma_L = 0.01.", header, rows),
+            Table(f"Technique 2 against the resolution; sigma_1 by a power law through the published values, "
+                  f"side^{slope:.2f}.", ["side", "sigma_1", "L", "L / side", "ratio of levels"], growth),
+            Table("The digits, measured (Technique 1) in units of [0, 1], sigma_L = 0.01.", ["sigma_1", "L"], [digits]),
+        ],
+        [picture],
+        "Published values: those of the library's presets, appendix B of the paper. No data were used but for the "
+        "digits.",
+    )  # fmt: skip
+
+
+STUDIES = {f.__name__: f for f in (diversity, noise_scales, denoise, techniques)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.studies.ncsnv2"
+    )
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each training")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings, or runs, of each kind")
+    parser.add_argument("--num_samples", type=int, default=256, help="images per figure, at most 360")
+    parser.add_argument("--calls", type=int, help="one number of network calls, in place of several")
+    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
+    args = parser.parse_args(argv)
+    STUDIES[args.study](args).write(args.output)
+
+
+if __name__ == "__main__":
+    main()

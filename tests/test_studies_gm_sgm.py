@@ -1,0 +1,196 @@
+"""The studies of GM-SGM's claims."""
+
+import math
+
+import pytest
+import torch
+
+from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
+from diffusers_gm.exact import ExactDenoiser
+from diffusers_gm.studies import gm_sgm, rare_modes
+from diffusers_gm.studies.increments import median, survival, tail_exponent
+from diffusers_gm.studies.report import Report
+from diffusers_gm.studies.switching import states, switches
+
+
+class Answer:
+    def __init__(self, sample):
+        self.sample = sample
+
+
+# --- increments ---
+
+
+def test_the_tail_of_one_component_is_gaussian():
+    t = torch.tensor([0.0, 1, 2, 5, 14], dtype=torch.float64)
+    expected = torch.special.erfc(t / 2**0.5)
+    assert torch.allclose(survival(GaussianMixtureNoise([1.0], [1.0]), t), expected, rtol=1e-10, atol=0)
+    assert median(GaussianMixtureNoise([1.0], [2.0])) == pytest.approx(2 * 0.6744897501960817)
+
+
+def test_survival_is_the_share_of_draws_beyond(generator):
+    mixture = GaussianMixtureNoise.from_stable(1.5, 3, per_element=True)
+    draws = mixture.sample((400_000, 1), generator).abs()
+    for t in (0.1, 1.0, 3.0, 20.0):
+        p = float(survival(mixture, torch.tensor(t)))
+        error = (p * (1 - p) / len(draws)) ** 0.5
+        assert abs(float((draws > t).double().mean()) - p) < 5 * error
+
+
+def test_the_exponent_of_a_power_law():
+    t = torch.linspace(2, 20, 30)
+    assert tail_exponent(t, 3 * t**-1.7) == pytest.approx(1.7, abs=1e-5)
+
+
+def test_more_components_come_closer_to_the_stable_law():
+    from scipy.stats import levy_stable
+
+    t = torch.logspace(math.log10(2), math.log10(20), 8, dtype=torch.float64)
+    law = torch.from_numpy(2 * levy_stable.sf(t.numpy(), 1.5, 0))
+    half = levy_stable.ppf(0.75, 1.5, 0)
+    off = []
+    for count in (2, 3, 5):
+        mixture = GaussianMixtureNoise.from_stable(1.5, count)
+        off.append(float((survival(mixture, t * median(mixture) / half) / law).log().abs().max()))
+    assert off[0] > off[1] > off[2]
+    assert off[2] < math.log(1.25)
+
+
+# --- rare modes ---
+
+
+def test_exact_draws_have_no_total_variation_error(generator):
+    points, weights = rare_modes.far_modes()
+    n = 20_000
+    draws = rare_modes.exact_draws(points, weights, n, generator, rare_modes.WIDTH)
+    # Each share has a standard error of sqrt(w (1 - w) / n).
+    bound = 0.5 * float(5 * (weights * (1 - weights) / n).sqrt().sum())
+    assert rare_modes.total_variation(draws, points, weights) < bound
+    assert rare_modes.total_variation(points[:1], points, weights) == pytest.approx(0.5)
+
+
+def test_far_modes_are_equally_far():
+    points, weights = rare_modes.far_modes()
+    assert torch.allclose(torch.pdist(points.flatten(1)), torch.tensor(rare_modes.DISTANCE))
+    assert float(weights.sum()) == pytest.approx(1)
+
+
+def test_distance_of_radii():
+    x = rare_modes.heavy_tailed_points()
+    assert rare_modes.radius_distance(x, x.flip(0)) == 0
+    assert rare_modes.radius_distance(math.e * x, x) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_heavy_tailed_points_have_the_tail_of_their_law():
+    """The radius of a Student law in 4 dimensions is the root of 4 F(4, nu): compare its quantiles."""
+    from scipy.stats import f
+
+    x = rare_modes.heavy_tailed_points(20_000).flatten(1).norm(dim=1)
+    for q in (0.1, 0.5, 0.9, 0.99):
+        share = float((x < (4 * f.ppf(q, 4, 1.5)) ** 0.5).double().mean())
+        assert abs(share - q) < 5 * (q * (1 - q) / len(x)) ** 0.5
+
+
+def test_comparison_needs_two_standard_errors():
+    found = {
+        ("a", "l", 1): (1.0, 0.1),
+        (rare_modes.GAUSSIAN_LANGEVIN, "l", 1): (1.5, 0.1),
+        ("a", "l", 2): (1.6, 0.1),
+        (rare_modes.GAUSSIAN_LANGEVIN, "l", 2): (1.5, 0.1),
+        ("a", "l", 3): (1.9, 0.1),
+        (rare_modes.GAUSSIAN_LANGEVIN, "l", 3): (1.5, 0.1),
+        ("a", "l", 4): None,
+    }
+    better, worse = rare_modes.compare(found, "a", [("l", c) for c in (1, 2, 3, 4)])
+    assert better == ["l, 1 calls (1.500 to 1.000)"]
+    assert worse == ["l, 3 calls (1.500 to 1.900)"]
+    found = {(rare_modes.JUMP, *key[1:]): value for key, value in found.items() if key[0] == "a"} | found
+    words = rare_modes.summary(found, [("l", c) for c in (1, 2, 3, 4)])
+    assert words == f"{rare_modes.JUMP}: 1 better, most at l, 1 calls (1.500 to 1.000), 1 worse, of 3"
+
+
+# --- switching ---
+
+
+def test_switches_are_changes_of_the_likeliest_component():
+    large = torch.tensor([[0.9, 0.1], [0.8, 0.9], [0.2, 0.6], [0.7, 0.1]])
+    found = torch.stack([1 - large, large], -1)
+    assert switches(found).tolist() == [2, 2]
+
+
+def test_components_of_a_run_are_those_of_its_noise():
+    """With black images the sample is the noise: the residual and the exact posterior tell the same, at every level."""
+    mixture = GaussianMixtureNoise([0.7, 0.3], [0.5, 1.6])
+    scheduler = GMLangevinScheduler(
+        noise_space="ve",
+        sigma_min=0.1,
+        sigma_max=5.0,
+        mixture_weights=[0.7, 0.3],
+        mixture_scales=[0.5, 1.6],
+        model_noise="mixture",
+    )
+    denoiser = ExactDenoiser(torch.zeros(1, 1, 8, 8), noise=mixture)
+    found = states(lambda x, t: denoiser.network_output(x, t, scheduler.noise_space, "epsilon"), scheduler, 2000, 6)
+    assert [sigma for _, _, sigma in found] == scheduler.sigmas[:5].tolist()
+    for y, denoised, sigma in found:
+        exact = denoiser.components(y, sigma)
+        assert torch.allclose(mixture.responsibilities(y - denoised, sigma), exact, atol=1e-4)
+        # The ancestral sampler keeps the law of the noise.
+        assert abs(float(exact[:, 1].mean()) - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+# --- lag ---
+
+
+def test_the_told_level_is_where_the_chain_is():
+    scheduler = GMLangevinScheduler(noise_space="ve", sigma_min=0.1, sigma_max=5.0, algorithm_type="langevin")
+    space, seen = scheduler.noise_space, []
+
+    def black(x, label):
+        sigma = float(space.sigma(label))
+        y = x / float(space.alpha(torch.tensor(sigma)))
+        seen.append((sigma, float(y.square().mean().sqrt())))
+        return Answer(y / sigma)
+
+    n = 200
+    last = gm_sgm.told_where_it_is(black, scheduler, n, 12, seed=0)
+    assert float(last.abs().max()) < 1e-4
+    assert len(seen) == 12
+    # The level after the first call would be above the first level, which the network is told at most.
+    for sigma, deviation in seen[3:]:
+        assert abs(deviation / sigma - 1) < 5 * (1 / (2 * n * 64)) ** 0.5
+    lagging = [sigma / call.sigma for (sigma, _), call in zip(seen, scheduler._calls, strict=True)]
+    assert min(lagging[3:]) > 1.05
+
+
+def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
+    config = {"noise_space": "ve", "algorithm_type": "langevin", "mixture_weights": [0.7, 0.3]}
+    config |= {"mixture_scales": [0.5, 1.6], "model_noise": "mixture"}
+    for kind, aware in ((GMLangevinScheduler, True), (gm_sgm.Unaware, False)):
+        scheduler = kind(**config)
+        scheduler.set_timesteps(20)
+        sample = torch.ones(2, 1, 8, 8)
+        scheduler.step(sample, scheduler.timesteps[0], sample, generator=torch.Generator().manual_seed(0))
+        assert (scheduler._level is not None) == aware
+
+
+# --- The commands, in small ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["claim", "--seeds", "1", "--calls", "4", "12", "--models", "the same, score"],
+        ["lag", "--seeds", "1", "--calls", "6"],
+        ["switching", "--calls", "5"],
+        ["increments"],
+        ["rare_modes", "--calls", "12"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_gm_sgm_commands(words, tmp_path):
+    gm_sgm.main([*words, "--num_samples", "4", "--steps", "1", "--output", str(tmp_path)])
+    report = Report.read(tmp_path / f"gm_sgm_{words[0]}.json")
+    assert (tmp_path / report.pictures[0]).stat().st_size < 150_000
+    assert "nan" not in report.verdict
+    assert all(len(row) == len(table.header) for table in report.tables for row in table.rows)
