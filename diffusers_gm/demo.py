@@ -27,9 +27,17 @@ SAMPLERS: dict[type, dict[str, dict[str, Any]]] = {
     GMLangevinScheduler: {
         name: {"algorithm_type": name, "step_size": None, "denoise": True}
         for name in ("langevin", "jump", "exponential", "ancestral", "ode")
-    },
+    }
+    | {"langevin, chain": {"algorithm_type": "langevin", "step_size": None, "denoise": True, "network_level": "chain"}},
     AnnealedLangevinScheduler: {
         "langevin": {"algorithm_type": "langevin", "num_langevin_steps": 1, "step_size": None, "denoise": True},
+        "langevin, chain": {
+            "algorithm_type": "langevin",
+            "num_langevin_steps": 1,
+            "step_size": None,
+            "denoise": True,
+            "network_level": "chain",
+        },
         "langevin, T = 3": {"algorithm_type": "langevin", "num_langevin_steps": 3, "step_size": None, "denoise": True},
         "consistent": {"algorithm_type": "consistent", "step_size": None, "denoise": True},
     },

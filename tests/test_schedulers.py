@@ -497,3 +497,46 @@ def test_thresholding_and_clipping_act_on_the_denoised_image(generator):
         scheduler.set_timesteps(10)
         denoised = scheduler.step(x, scheduler.timesteps[0], x, generator=generator).pred_original_sample
         assert float(denoised.abs().max()) == pytest.approx(bound)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        AnnealedLangevinScheduler(network_level="chain"),
+        AnnealedLangevinScheduler(network_level="chain", num_langevin_steps=3, beta_schedule="linear"),
+        GMLangevinScheduler(network_level="chain", algorithm_type="langevin"),
+        GMLangevinScheduler(
+            network_level="chain",
+            algorithm_type="exponential",
+            mixture_weights=[0.8, 0.2],
+            mixture_scales=[0.75, 1.62],
+        ),
+    ],
+    ids=["annealed", "three steps, vp", "gm", "jumps"],
+)
+def test_the_network_is_told_where_the_chain_is(scheduler, generator):
+    """One known image: the noise in y at every call has the level of that call's label, within five standard errors.
+
+    The first step overshoots the ladder: the network is told no more than its largest level.
+    """
+    scheduler.set_timesteps(12)
+    point = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64)
+    denoiser, space = ExactDenoiser(point), scheduler.noise_space
+    kind, top = scheduler.config.prediction_type, scheduler._calls[0].sigma
+    y = scheduler.initial_sample((20_000, 1, 1, 1), generator, torch.device("cpu"), torch.float64)
+    for call, t in zip(scheduler._calls, scheduler.timesteps, strict=True):
+        level = float(space.sigma(t.double()))
+        assert level == pytest.approx(call.sigma, rel=1e-4)
+        noise = y / call.alpha - point
+        kurtosis = float((noise**4).mean() / (noise**2).mean() ** 2)
+        error = 5 * math.sqrt((kurtosis - 1) / 20_000) / 2
+        assert min(float(noise.square().mean().sqrt()), top) == pytest.approx(level, rel=error + 1e-3)
+        output = denoiser.network_output(y / call.alpha * float(space.alpha(space.sigma(t.double()))), t, space, kind)
+        y = scheduler.step(output, t, y, generator).prev_sample
+    assert float((y - point).abs().max()) < 1e-6
+
+
+def test_unknown_network_level():
+    for cls in (AnnealedLangevinScheduler, GMLangevinScheduler):
+        with pytest.raises(ValueError, match="network_level 'level': use 'ladder' or 'chain'"):
+            cls(network_level="level")

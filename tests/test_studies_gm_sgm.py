@@ -142,27 +142,6 @@ def test_components_of_a_run_are_those_of_its_noise():
 # --- lag ---
 
 
-def test_the_told_level_is_where_the_chain_is():
-    scheduler = GMLangevinScheduler(noise_space="ve", sigma_min=0.1, sigma_max=5.0, algorithm_type="langevin")
-    space, seen = scheduler.noise_space, []
-
-    def black(x, label):
-        sigma = float(space.sigma(label))
-        y = x / float(space.alpha(torch.tensor(sigma)))
-        seen.append((sigma, float(y.square().mean().sqrt())))
-        return Answer(y / sigma)
-
-    n = 200
-    last = gm_sgm.told_where_it_is(black, scheduler, n, 12, seed=0)
-    assert float(last.abs().max()) < 1e-4
-    assert len(seen) == 12
-    # The level after the first call would be above the first level, which the network is told at most.
-    for sigma, deviation in seen[3:]:
-        assert abs(deviation / sigma - 1) < 5 * (1 / (2 * n * 64)) ** 0.5
-    lagging = [sigma / call.sigma for (sigma, _), call in zip(seen, scheduler._calls, strict=True)]
-    assert min(lagging[3:]) > 1.05
-
-
 def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
     config = {"noise_space": "ve", "algorithm_type": "langevin", "mixture_weights": [0.7, 0.3]}
     config |= {"mixture_scales": [0.5, 1.6], "model_noise": "mixture"}

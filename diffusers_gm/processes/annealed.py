@@ -88,6 +88,18 @@ def chain_variance(a: Tensor, ratio: Tensor | float, num_steps: Tensor | float, 
     return torch.where(q * ratio**2 < 1, noise * (1 - q) / (1 - q * ratio**2), math.inf)
 
 
+def chain_levels(levels: Tensor, kept: Tensor, fresh: Tensor) -> Tensor:
+    """The noise level at which a chain really is at each of its calls, `(n,)`: it lags behind the ladder `levels`.
+
+    Proposition 3 step by step, for a chain that starts at the first level: `s_{i+1}^2 = kept_i s_i^2 + fresh_i
+    sigma_i^2`. A Langevin step of size a keeps `(1 - a)^2` of the variance and adds `2 a sigma^2`.
+    """
+    chain = [float(levels[0]) ** 2]
+    for level, old, new in zip(levels[:-1].tolist(), kept[:-1].tolist(), fresh[:-1].tolist(), strict=True):
+        chain.append(old * chain[-1] + new * level**2)
+    return torch.tensor(chain, dtype=torch.float64).sqrt()
+
+
 def _moments(a: Tensor, fourth_moment: float) -> tuple[Tensor, Tensor]:
     contraction = 1 - 2 * a + a**2 * fourth_moment
     return contraction, 2 * a / (1 - contraction)

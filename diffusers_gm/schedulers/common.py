@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from ..processes.annealed import chain_levels
 from ..processes.noise_space import NoiseSpace, level_grid, shift_flow
 from ..random import Generators, check_generators, randn
 from .config import SPACING_FLAGS, SwapConfig, betas_from_config, from_source_config, noise_space_from_config
@@ -38,6 +39,8 @@ class Call:
         sigma_next, alpha_next: those of the next call; of the returned image (0, 1) after the last.
         step_size: dimensionless step of the update, where the sampler has one.
         last: whether this call ends the run by returning `D`.
+        target: the noise level of the ladder that a Langevin step is drawn to, `sigma` unless the network is told
+            where a lagging chain is.
     """
 
     timestep: float
@@ -47,6 +50,7 @@ class Call:
     alpha_next: float
     step_size: float
     last: bool
+    target: float
 
 
 class LangevinSchedulerMixin:
@@ -178,8 +182,16 @@ class LangevinSchedulerMixin:
             raise ValueError(f"custom sigmas {sigmas.tolist()} must be in [{low:.4g}, {high:.4g}]")
         return self.noise_space.timestep(sigmas)
 
-    def _set_calls(self, labels: Tensor, step_sizes: Sequence[float], denoise: bool, device: Any) -> None:
-        """Fill the table of calls; both arguments have one entry per network call."""
+    def _chain_labels(self, labels: Tensor, kept: Tensor, fresh: Tensor) -> Tensor:
+        """Labels of the levels at which a Langevin chain really is, within the ladder's ends; see `chain_levels`."""
+        levels = self.noise_space.sigma(labels)
+        chain = chain_levels(levels, kept, fresh).clamp(levels[-1], levels[0])
+        return torch.cat([labels[:1], self.noise_space.timestep(chain[1:])])
+
+    def _set_calls(
+        self, labels: Tensor, step_sizes: Sequence[float], denoise: bool, device: Any, targets: Tensor | None = None
+    ) -> None:
+        """Fill the table of calls; all arguments have one entry per network call."""
         levels = self.noise_space.sigma(labels)
         sigmas = levels.tolist()
         visible = [1.0] * len(sigmas) if self.noise_space.kind == "ve" else self.noise_space.alpha(levels).tolist()
@@ -188,7 +200,8 @@ class LangevinSchedulerMixin:
         next_sigmas = [*sigmas[1:], 0.0 if denoise else sigmas[-1] * ratio]
         next_visible = [*visible[1:], 1.0]
         last = [False] * (len(sigmas) - 1) + [denoise]
-        columns = (labels.tolist(), sigmas, visible, next_sigmas, next_visible, step_sizes, last)
+        aims = sigmas if targets is None else targets.tolist()
+        columns = (labels.tolist(), sigmas, visible, next_sigmas, next_visible, step_sizes, last, aims)
         integral = bool((labels == labels.round()).all())
         timesteps = labels.to(device=device, dtype=torch.int64 if integral else torch.float32)
         self._begin_run([Call(*row) for row in zip(*columns, strict=True)], timesteps)
@@ -373,6 +386,11 @@ def langevin_levels(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(distinct) < 2:
         raise ValueError("annealed Langevin dynamics needs at least two noise levels: give timesteps that differ")
     return distinct, counts, index
+
+
+def check_network_level(value: str) -> None:
+    if value not in ("ladder", "chain"):
+        raise ValueError(f"unknown network_level {value!r}: use 'ladder' or 'chain'")
 
 
 def check_num_calls(num_calls: Any, at_least: int) -> None:

@@ -17,7 +17,7 @@ from ..processes.annealed import (
     optimal_step_size,
 )
 from ..random import Generators, randn
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, langevin_levels
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_network_level, langevin_levels
 
 
 class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -58,6 +58,8 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         algorithm_type: `langevin`, or `consistent` annealed sampling (arXiv 2009.05475): one step per level, so more
             levels for the same calls; `num_langevin_steps` is not used, and `step_size=None` is the ancestral step.
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
+        network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
+            where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls.
 
     Raises:
         ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few
@@ -101,9 +103,11 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
         algorithm_type: Literal["langevin", "consistent"] = "langevin",
         denoise: bool = True,
+        network_level: Literal["ladder", "chain"] = "ladder",
     ):
         if algorithm_type not in ("langevin", "consistent"):
             raise ValueError(f"unknown algorithm_type {algorithm_type!r}: use 'langevin' or 'consistent'")
+        check_network_level(network_level)
         self._setup()
 
     def set_timesteps(
@@ -139,7 +143,10 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         )
         levels = self.noise_space.sigma(labels)
         sizes = self._consistent_sizes(levels) if consistent else self._langevin_sizes(levels)
-        self._set_calls(labels, sizes, config.denoise, device)
+        if config.network_level == "chain" and not consistent:
+            a = torch.tensor(sizes, dtype=torch.float64)
+            labels = self._chain_labels(labels, (1 - a) ** 2, 2 * a)
+        self._set_calls(labels, sizes, config.denoise, device, levels)
         for call in self._calls:
             if consistent and not call.last:
                 check_consistent_step(call.step_size, call.sigma, call.sigma_next)
@@ -193,7 +200,7 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
             if self.config.algorithm_type == "consistent":
                 y = consistent_step(y, denoised, call.sigma, call.sigma_next, call.step_size, noise)
             else:
-                y = langevin_step(y, denoised, call.sigma, call.step_size, noise)
+                y = langevin_step(y, denoised, call.target, call.step_size, noise)
         prev_sample = (y * call.alpha_next).to(sample.dtype)
         pred_original_sample = denoised.to(sample.dtype)
         if not return_dict:

@@ -198,7 +198,9 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         labels = times * self.config.num_train_timesteps
         levels = [*self.process.sigma(clocks).tolist(), 0.0]
         rows = zip(labels.tolist(), levels[:-1], levels[1:], strict=True)
-        calls = [Call(label, sigma, 1.0, below, 1.0, 0.0, last=below == 0) for label, sigma, below in rows]
+        calls = [
+            Call(label, sigma, 1.0, below, 1.0, 0.0, last=below == 0, target=sigma) for label, sigma, below in rows
+        ]
         self._begin_run(calls, labels.to(device=device, dtype=torch.float32))
         return clocks
 

@@ -13,7 +13,7 @@ from ..processes.annealed import fixed_step_size, langevin_step, level_ratios, o
 from ..processes.mixture import GaussianMixtureNoise
 from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
 from ..random import Generators, randn
-from .common import Call, LangevinSchedulerMixin, LangevinSchedulerOutput, langevin_levels
+from .common import Call, LangevinSchedulerMixin, LangevinSchedulerOutput, check_network_level, langevin_levels
 
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
@@ -102,12 +102,14 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
         algorithm_type: Literal["langevin", "jump", "exponential", "ancestral", "ode"] = "ancestral",
         denoise: bool = True,
+        network_level: Literal["ladder", "chain"] = "ladder",
     ):
         if algorithm_type not in ("langevin", "jump", "exponential", "ancestral", "ode"):
             raise ValueError(
                 f"unknown algorithm_type {algorithm_type!r}: use 'langevin', 'jump', 'exponential', 'ancestral' or "
                 "'ode'"
             )
+        check_network_level(network_level)
         if model_noise not in ("gaussian", "mixture"):
             raise ValueError(f"unknown model_noise {model_noise!r}: use 'gaussian' or 'mixture'")
         if (mixture_weights is None) != (mixture_scales is None):
@@ -141,13 +143,17 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         labels = self._call_labels(
             num_inference_steps, timesteps, sigmas, mu, None if one_call else config.num_langevin_steps, config.denoise
         )
+        levels = self.noise_space.sigma(labels)
         if one_call:
-            sizes = [0.0] * len(labels)
+            sizes = torch.zeros_like(levels)
         else:
-            levels = self.noise_space.sigma(labels)
             distinct, counts, index = langevin_levels(levels[:-1] if config.denoise else levels)
-            sizes = self._step_sizes(distinct, counts)[index].tolist() + [0.0] * config.denoise
-        self._set_calls(labels, sizes, config.denoise, device)
+            sizes = torch.nn.functional.pad(self._step_sizes(distinct, counts)[index], (0, int(config.denoise)))
+        kept, fresh = self._carried(sizes)
+        self._variances = list(zip(kept.tolist(), fresh.tolist(), strict=True))
+        if config.network_level == "chain" and not one_call:
+            labels = self._chain_labels(labels, kept, fresh)
+        self._set_calls(labels, sizes.tolist(), config.denoise, device, levels)
 
     def _step_sizes(self, levels: Tensor, counts: Tensor) -> Tensor:
         """The dimensionless step of each level `(L,)`, before jumps multiply it by `c_k^2`."""
@@ -196,20 +202,23 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
             return prev_sample, pred_original_sample
         return LangevinSchedulerOutput(prev_sample, pred_original_sample)
 
+    def _carried(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What a Langevin step of size a keeps of the variance of the noise, and adds in units of its level's."""
+        jumps = GAUSSIAN if self.config.algorithm_type == "langevin" else self.mixture
+        if self.config.algorithm_type == "exponential":
+            kept = torch.exp(-2 * a[:, None] * jumps.scales**2) @ jumps.weights
+            return kept, 1 - kept
+        fresh = 2 * a * jumps.moment(2)
+        return 1 - fresh + a**2 * jumps.moment(4), fresh
+
     def _advance_level(self, call: Call) -> None:
         """Langevin runs lag behind the ladder by a known factor (Proposition 3). The component of an image is told by
         the level where the image is: at the call's own, images would seem to be in wider components than they are."""
-        a, algorithm = call.step_size, self.config.algorithm_type
-        if algorithm in ("ancestral", "ode"):
+        if self.config.algorithm_type in ("ancestral", "ode"):
             return
-        jumps = GAUSSIAN if algorithm == "langevin" else self.mixture
-        if algorithm == "exponential":
-            kept = float((jumps.weights * torch.exp(-2 * a * jumps.scales**2)).sum())
-            fresh = 1 - kept
-        else:
-            kept = 1 - 2 * a * jumps.moment(2) + a**2 * jumps.moment(4)
-            fresh = 2 * a * jumps.moment(2)
-        self._level = math.sqrt(kept * (self._level or call.sigma) ** 2 + fresh * call.sigma**2)
+        assert self._step_index is not None
+        kept, fresh = self._variances[self._step_index - 1]
+        self._level = math.sqrt(kept * (self._level or call.sigma) ** 2 + fresh * call.target**2)
 
     def _denoise(self, output: Tensor, y: Tensor, sigma: float, level: float) -> tuple[Tensor, Tensor | float]:
         """The denoiser D and the factor w of the score `w (D - y) / sigma^2`, for an image at `level`."""
@@ -241,4 +250,4 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         if algorithm in ("jump", "exponential"):
             a = a * (self.mixture.sample_scales(*draw) ** 2 if len(self.mixture) > 1 else self.mixture.moment(2))
         update = exponential_step if algorithm == "exponential" else langevin_step
-        return update(y, denoised, call.sigma / precision**0.5, a, randn(*draw))
+        return update(y, denoised, call.target / precision**0.5, a, randn(*draw))

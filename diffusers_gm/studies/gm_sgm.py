@@ -21,18 +21,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
-from torch import Tensor
-
 from .. import GMLangevinScheduler, GMSGMPipeline
 from .. import training as tr
-from ..processes.annealed import langevin_step, level_variance
 from .common import (
     Cells,
     all_or_none,
     in_words,
     mean_and_spread,
-    over_floor,
     parts_of,
     quality_of,
     save_picture,
@@ -201,31 +196,6 @@ class Unaware(GMLangevinScheduler):
         self._level = None
 
 
-@torch.no_grad()
-def told_where_it_is(unet: Any, scheduler: Any, num_samples: int, num_calls: int, seed: int) -> Tensor:
-    """Annealed Langevin dynamics of a network that is fed the noise level at which the chain really is.
-
-    The chain lags behind the ladder by a known factor (`level_variance`, the recursion of Technique 4); everywhere else
-    the network is told the level of the call.
-    """
-    space = scheduler.noise_space
-    generator = torch.Generator().manual_seed(seed)
-    scheduler.set_timesteps(num_calls)
-    y = scheduler.initial_sample((num_samples, 1, 8, 8), generator, torch.device("cpu"), torch.float32)
-    level = torch.tensor(scheduler._calls[0].sigma, dtype=torch.float64)
-    for call in scheduler._calls:
-        label = space.timestep(level)
-        sigma = space.sigma(label)
-        output = unet(float(space.alpha(sigma)) * y, label.float()).sample
-        denoised, precision = scheduler._denoise(output, y, float(sigma), float(sigma))
-        if call.last:
-            return denoised
-        noise = torch.randn(y.shape, generator=generator)
-        y = langevin_step(y, denoised, call.sigma / precision**0.5, call.step_size, noise)
-        level = call.sigma * level_variance(torch.tensor(call.step_size).double(), level / call.sigma, 1).sqrt()
-    return y
-
-
 def lag(args: argparse.Namespace) -> Report:
     budgets = args.calls or [10, 20, 50, 200]
     parts = parts_of(args.output)
@@ -241,9 +211,8 @@ def lag(args: argparse.Namespace) -> Report:
         else:
             unet, source = model(args, mixture if name.startswith("mixture") else GAUSSIAN, seed, parts)
         kind = Unaware if name == unaware else GMLangevinScheduler
-        scheduler = kind.from_config(source.config, algorithm_type="langevin")
-        if name in (told, ours_told):
-            return over_floor(told_where_it_is(unet, scheduler, args.num_samples, calls, seed))
+        level = "chain" if name in (told, ours_told) else "ladder"
+        scheduler = kind.from_config(source.config, algorithm_type="langevin", network_level=level)
         return quality_of(GMSGMPipeline(unet, scheduler), calls, args.num_samples, seed)
 
     found = {
@@ -286,7 +255,8 @@ def lag(args: argparse.Namespace) -> Report:
         "gm_sgm_lag",
         "GM-SGM: why Langevin sampling gains at few calls",
         "A Langevin chain lags behind its ladder of noise levels. Does a mixture model gain because it tells the level "
-        "of an image from the image, and would an ordinary model gain as much if it were told where the chain is?",
+        "of an image from the image, and would an ordinary model gain as much if it were told where the chain is "
+        "(`network_level='chain'`)?",
         answer + " A K = 1 network that is told no level at all, and so must see it in the image, is at "
         + ", ".join(f"{mean[blind, c]:.2f} at {c}" for c in budgets)
         + " calls; the mixture, if its component is told at the call's level instead of where the chain is, at "

@@ -23,7 +23,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:
-    """The checkpoint to resume from, if any.
+    """The checkpoint to resume from, if any; 'latest' is none where no training has written one yet.
 
     Raises:
         ValueError: if there is none where the option says.
@@ -32,8 +32,8 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     if resume is None:
         return None
     available = list_checkpoints(Path(args.output_dir))
-    if resume == "latest" and available:
-        return available[-1]
+    if resume == "latest":
+        return available[-1] if available else None
     for path in (Path(resume), Path(args.output_dir, resume)):
         if (path / STATE_FILE).is_file():
             return path
@@ -129,6 +129,7 @@ FREE_ON_RESUME = {
     "gradient_checkpointing",
     "mixed_precision",
     "num_train_epochs",
+    "max_train_minutes",
     "algorithm_type",
     "timestep_spacing",
     "splitting_order",

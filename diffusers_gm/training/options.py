@@ -104,6 +104,9 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
     num_train_epochs: int | None = option(None, "Length of the training in passes over the data (100).")
     max_train_steps: int | None = option(None, "Length in optimizer steps, which goes first; 1500 for digits.")
+    max_train_minutes: float | None = option(
+        None, "Write a checkpoint and end after so many minutes of training; --resume_from_checkpoint latest goes on."
+    )
     learning_rate: float | None = option(None, "Peak learning rate; default 2e-3 up to 16 pixels, else 2e-4.")
     lr_scheduler: Literal[
         "one_cycle",
@@ -134,7 +137,9 @@ class TrainingArguments:
     overwrite_output_dir: bool = option(False, "Start anew in a folder that holds other files or checkpoints.")
     checkpointing_steps: int = option(500, "Steps between checkpoints; 0 for none.")
     checkpoints_total_limit: int | None = option(None, "Keep only the newest checkpoints.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' of --output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, or 'latest' of --output_dir, if there is one."
+    )
     validation_steps: int = option(500, "Steps between grids of samples; 0 for one at the end only.")
     num_validation_images: int = option(16, "Images in a grid.")
     validation_inference_steps: int | None = option(None, "Network calls per image; default that of the pipeline.")
@@ -197,7 +202,7 @@ class TrainingArguments:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        for name in ("sigma_min", "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"--{name} must be positive, got {value}")
@@ -222,6 +227,8 @@ _LADDER = {
 
 # Options, and fields of a `Plan`, that say nothing about a method. NCSNv2 is a mixture of one component.
 NOT_FOR = {"gm-sgm": _CLD, "ncsnv2": _CLD, "cld": _MIXTURE | _LADDER}
+
+POSITIVE = ("sigma_min", "max_train_minutes", "learning_rate", "max_grad_norm", "ema_inv_gamma", "ema_power")
 
 # The smallest value that makes sense.
 LEAST = {
