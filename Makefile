@@ -1,5 +1,6 @@
 # Everything runs in the project's own .venv, made on first use.
 #   make demo       train on real handwritten digits, sample, look
+#   make cifar10    train on CIFAR-10, a slice of MINUTES a call, and measure when it is complete
 #   make test       format, lint, types, tests
 #   make test-oldest  the tests of what depends on diffusers' versions, with the oldest supported one
 # For CUDA: make demo CONSTRAINTS=/dev/null (the pins of .constraints.txt take torch's CPU build where there is one).
@@ -10,14 +11,15 @@ CONSTRAINTS ?= .constraints.txt
 OLDEST ?= .venv-oldest
 OLDEST_PATH = $(abspath $(OLDEST))
 OLDEST_TESTS ?= $(addprefix tests/test_,hub.py pipelines.py schedulers.py contract.py swap.py swap_pipelines.py)
-OUTPUT ?= outputs/demo
 METHOD ?= gm-sgm
-STEPS ?= 1200
+demo compare: OUTPUT ?= outputs/demo
+demo compare: STEPS ?= 1200
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRAIN := $(BIN)/accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train_gm_sgm.py
 
-.PHONY: demo compare test test-oldest test-slow lint format benchmark clean-env
+.PHONY: demo compare cifar10 test test-oldest test-slow lint format benchmark clean-env
 
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
@@ -25,16 +27,47 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train_gm_sgm.py \
-		--dataset_name digits --method $(METHOD) --max_train_steps $(STEPS) --output_dir $(OUTPUT) --overwrite_output_dir
+	$(TRAIN) --dataset_name digits --method $(METHOD) --max_train_steps $(STEPS) --output_dir $(OUTPUT) --overwrite_output_dir
 	$(BIN)/python -m diffusers_gm.demo $(OUTPUT)
 
 # The same with one component (K = 1, NCSNv2's noise), and both in one table.
 compare: demo
-	$(BIN)/accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train_gm_sgm.py \
-		--dataset_name digits --method $(METHOD) --mixture_weights 1 --mixture_scales 1 --max_train_steps $(STEPS) \
+	$(TRAIN) --dataset_name digits --method $(METHOD) --mixture_weights 1 --mixture_scales 1 --max_train_steps $(STEPS) \
 		--output_dir $(OUTPUT)-k1 --overwrite_output_dir
 	$(BIN)/python -m diffusers_gm.demo $(OUTPUT) --compare $(OUTPUT)-k1
+
+# CIFAR-10, from the Hub or a folder of parquet files or images. Everything but METHOD is the same for the three methods.
+# gpu: network, batch, dropout, flips, learning rate and averaging of DDPM, at a quarter of its 800,000 steps.
+# cpu: a network of a thirtieth of the size, to see the recipe work.
+SCALE ?= gpu
+DATA ?= uoft-cs/cifar10
+MINUTES ?= 9
+CALLS ?= 10 20 50 200
+cifar10: OUTPUT ?= outputs/cifar10-$(METHOD)-$(SCALE)
+cifar10: STEPS ?= $(STEPS_$(SCALE))
+cifar10: EVALUATION ?= $(EVALUATION_$(SCALE))
+
+STEPS_gpu := 200000
+EVALUATION_gpu := --num_samples 2000
+RECIPE_gpu := --block_out_channels 128 256 256 256 --layers_per_block 2 --attention_resolutions 16 --dropout 0.1 \
+	--train_batch_size 128 --mixed_precision bf16 --dataloader_num_workers 4 \
+	--learning_rate 2e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 5000 --ema_decay 0.9999 \
+	--checkpointing_steps 5000 --validation_steps 20000 --logging_steps 100
+
+STEPS_cpu := 3000
+EVALUATION_cpu := --num_samples 500 --num_reference 2000
+RECIPE_cpu := --block_out_channels 32 64 64 --layers_per_block 1 --attention_resolutions 8 \
+	--train_batch_size 64 --learning_rate 1e-3 --lr_scheduler one_cycle --ema_decay 0.999 \
+	--checkpointing_steps 500 --validation_steps 1000 --logging_steps 10
+
+DATA_IN = $(if $(wildcard $(DATA)),--train_data_dir,--dataset_name) $(DATA)
+
+# One slice of the training a call. The folder holds a pipeline when the training is complete, and not before.
+cifar10: $(STAMP)
+	$(TRAIN) $(DATA_IN) --method $(METHOD) --random_flip $(RECIPE_$(SCALE)) --max_train_steps $(STEPS) \
+		--max_train_minutes $(MINUTES) --resume_from_checkpoint latest --checkpoints_total_limit 2 --output_dir $(OUTPUT)
+	test ! -f $(OUTPUT)/model_index.json || $(BIN)/python -m diffusers_gm.evaluation $(OUTPUT) $(DATA_IN) \
+		--calls $(CALLS) $(EVALUATION) --output_dir $(OUTPUT)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -19,7 +19,8 @@ A folder of images (or of parquet files, or `--dataset_name` of the Hub) on two 
 
 Several processes on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`.
 What a training would do, without doing it: add `--dry_run`. After an interruption, add
-`--resume_from_checkpoint latest`: it ends with the same weights as if nothing had happened. All options:
+`--resume_from_checkpoint latest`: it ends with the same weights as if nothing had happened. With
+`--max_train_minutes 9` beside it, the same command, again and again, trains in slices of nine minutes. All options:
 `python train_gm_sgm.py --help`.
 """
 
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -156,6 +157,12 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
             )
         return tr.image_grid(images)
 
+    def time_is_up() -> bool:
+        """Decided by the main process for all: one that ended alone would leave the others waiting for it."""
+        decision = [time.monotonic() >= deadline]
+        broadcast_object_list(decision)
+        return decision[0]
+
     def write_pipeline():
         """The pipeline, its samples and its card."""
         result = hub.TrainingResult(
@@ -198,9 +205,11 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         unit="step",
     )
     started = time.monotonic() - state.seconds
+    deadline = time.monotonic() + 60 * (args.max_train_minutes or math.inf)
+    out_of_time = False
     losses = torch.zeros((), device=device)
     logged_step, logged_time = state.step, time.monotonic()
-    while state.step < plan.max_train_steps:
+    while state.step < plan.max_train_steps and not out_of_time:
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(model):
                 loss = loss_of_next_batch()
@@ -217,7 +226,10 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         state.step += 1
         progress.update()
         last = state.step == plan.max_train_steps
-        save = args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0)
+        out_of_time = args.max_train_minutes is not None and not last and time_is_up()
+        save = out_of_time or (
+            args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0)
+        )
 
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
         if last or save or state.step % args.logging_steps == 0:
@@ -260,6 +272,14 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused
     progress.close()
+    if out_of_time:
+        accelerator.end_training()
+        option = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
+        accelerator.print(
+            f"--max_train_minutes {args.max_train_minutes:g} are over after {state.step} of {plan.max_train_steps} "
+            f"steps: run the same command again{option} to go on"
+        )
+        return
 
     if accelerator.is_main_process:
         write_pipeline()

@@ -21,6 +21,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from .. import GMLangevinScheduler, GMSGMPipeline
 from .. import training as tr
 from .common import (
