@@ -13,7 +13,8 @@ OLDEST_PATH = $(abspath $(OLDEST))
 OLDEST_TESTS ?= $(addprefix tests/test_,hub.py pipelines.py schedulers.py contract.py swap.py swap_pipelines.py)
 METHOD ?= gm-sgm
 demo compare: OUTPUT ?= outputs/demo
-demo compare: STEPS ?= 1200
+demo compare benchmark: STEPS ?= 1200
+RESULTS ?= outputs/benchmark
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -43,6 +44,9 @@ SCALE ?= gpu
 DATA ?= uoft-cs/cifar10
 MINUTES ?= 9
 CALLS ?= 10 20 50 200
+ifeq ($(filter cpu gpu,$(SCALE)),)
+$(error SCALE must be cpu or gpu, got '$(SCALE)')
+endif
 cifar10: OUTPUT ?= outputs/cifar10-$(METHOD)-$(SCALE)
 cifar10: STEPS ?= $(STEPS_$(SCALE))
 cifar10: EVALUATION ?= $(EVALUATION_$(SCALE))
@@ -94,7 +98,17 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Quality and wall time of every sampler at equal network calls, ours and diffusers'; then what `step` costs. It goes on
+# where it was interrupted. QUICK=1: minutes, the exact denoiser alone.
 benchmark: $(STAMP)
+ifdef QUICK
+	$(BIN)/python -m diffusers_gm.benchmark_samplers --calls 5 10 20 --num_samples 250 --seeds 1 --output $(RESULTS)
+else
+	$(BIN)/python -m diffusers_gm.benchmark_samplers --models exact --calls 5 10 20 50 200 1000 --output $(RESULTS)
+	$(BIN)/python -m diffusers_gm.benchmark_samplers --models ddpm ncsnv2 gm-sgm cld --num_samples 256 \
+		--calls 5 10 20 50 200 1000 --steps $(STEPS) --output $(RESULTS)
+endif
+	$(BIN)/python -m diffusers_gm.studies.page --reports $(RESULTS) --output $(RESULTS)/results.md
 	$(BIN)/python -m diffusers_gm.benchmark
 
 clean-env:

@@ -32,6 +32,7 @@ from diffusers_gm import training as tr
 from diffusers_gm.data import split_digits
 from diffusers_gm.demo import SAMPLERS
 from diffusers_gm.evaluation import sliced_wasserstein
+from diffusers_gm.evaluation.sampling import num_steps_for
 from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.noise_space import NoiseSpace
 from diffusers_gm.studies.common import Cells, floor_of_digits, parts_of, save_picture, trained, trained_ddpm
@@ -131,15 +132,12 @@ def compatible(source: Any) -> Samplers:
 
 
 def budget(scheduler: Any, num_calls: int) -> bool:
-    """Set as many steps as `num_calls` network calls allow; whether there is such a number.
-
-    Heun and KDPM2 call the network twice a step but for the last.
-    """
+    """Set as many steps as `num_calls` network calls pay for; whether they use all of them, or all but one."""
     try:
-        scheduler.set_timesteps((num_calls + 1) // 2 if scheduler.order == 2 else num_calls)
+        scheduler.set_timesteps(num_steps_for(scheduler, num_calls))
     except ValueError:
-        return False  # no stable step
-    return num_calls - 1 <= len(scheduler.timesteps) <= num_calls
+        return False  # no stable step, say
+    return len(scheduler.timesteps) >= num_calls - 1
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+"""The sampler benchmark: what counts as a network call, the best grid, resuming, the sentence of the verdict."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
+
+from diffusers_gm import benchmark_samplers as bench
+from diffusers_gm.studies.common import Cells
+from diffusers_gm.studies.report import Report
+
+
+@pytest.mark.parametrize(
+    "cls", [DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler]
+)
+def test_a_budget_is_network_calls(cls):
+    """Counted, not believed: second-order schedulers call the network twice a step."""
+    scheduler = cls.from_config(bench.SOURCE.config)
+    calls = 0
+
+    def network(x, t):
+        nonlocal calls
+        calls += 1
+        return torch.zeros_like(x)
+
+    assert bench.budget(scheduler, 9)
+    bench.sample(network, scheduler, (1, 1, 8, 8), seed=0)
+    assert calls == 9
+
+
+def test_every_scheduler_has_a_run_on_some_grid():
+    for name, by_grid in bench.compatible(bench.SOURCE).items():
+        assert any(bench.budget(scheduler, 21) for scheduler in by_grid.values()), name
+        assert "default" in by_grid
+
+
+def test_best_grid_by_the_median_and_nothing_is_measured_twice(tmp_path):
+    asked = []
+
+    def sample(scheduler, calls, seed):
+        asked.append((scheduler, seed))
+        return torch.tensor([float(seed), 3.0, 3.0, 3.0] if scheduler == "a" else [2.0, 2.0, 9.0, 2.0])
+
+    model = bench.Model("it", {"s": {"a": "a", "b": "b", "none": "none"}}, sample, lambda x: float(x.median()), "")
+    model.samplers["s"].pop("none")
+    cells = Cells(tmp_path / "cells.json")
+    best = bench.best_of(model, "s", 5, 3, cells, None)
+    assert (best.grid, best.ratios, best.median) == ("b", [2.0, 2.0, 2.0], 2.0)
+    assert str(best) == "2.00 ± 0.00 b"
+    again = bench.best_of(model, "s", 5, 3, Cells(tmp_path / "cells.json"), None)
+    assert again == best
+    assert len(asked) == 6
+    assert bench.best_of(model, "s", 5, 3, cells, "a").grid == "a"
+
+
+def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
+    answers = {"nan": torch.tensor([float("nan")]), "none": None}
+    model = bench.Model("it", {"s": {k: k for k in answers}}, lambda s, *_: answers[s], float, "")
+    assert bench.best_of(model, "s", 5, 1, Cells(tmp_path / "cells.json"), None) is None
+    assert set(json.loads((tmp_path / "cells.json").read_text()).values()) == {None}
+
+
+def test_the_command_in_small(tmp_path, monkeypatch):
+    kept = ("CLD, sscs", "DDPM", "Euler ancestral", "SDE-DPM-Solver++(2M)", "UniPC")
+    every = bench.compatible
+    monkeypatch.setattr(bench, "compatible", lambda s: {k: v for k, v in every(s).items() if k in kept})
+    monkeypatch.setattr(bench, "STOCHASTIC", {k: v for k, v in bench.STOCHASTIC.items() if k in kept})
+    monkeypatch.setattr(bench, "PEERS", {k: v for k, v in bench.PEERS.items() if k in kept})
+    bench.main(["--models", "exact", "--num_samples", "40", "--seeds", "1", "--calls", "5", "--output", str(tmp_path)])
+    report = Report.read(tmp_path / "samplers_exact.json")
+    assert [row[0] for row in report.tables[0].rows][:2] == ["**CLD, sscs**", "DDPM"]
+    assert "At 5 calls SSCS has" in report.verdict
+    assert (tmp_path / "samplers_exact.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--calls", "2"], "--calls must be at least 3"),
+        (["--seeds", "0"], "--seeds 0 is too small"),
+        (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
+    ],
+)
+def test_arguments_out_of_range(words, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(words)
+    assert message in capsys.readouterr().err
