@@ -5,12 +5,13 @@ call and z standard normal. The coefficients are float64 and broadcast over step
 once per run. A step goes from clock `start` down to `end`; `Lift`s say when the network looked and at what.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cld import CLD, Lift, cholesky, lift, transform
+from .cld import CLD, Lift, cholesky, lift
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,18 @@ class Step:
 
     def __call__(self, a: Tensor, b: Tensor, answer: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The step of a pair of images a, b and the network's answer, `(B, ...)` each; noise `(B, 2, ...)`."""
-        new_a, new_b = transform(self.matrix, a, b)
-        new_a, new_b = new_a + self.gain[0] * answer, new_b + self.gain[1] * answer
-        if noise is not None:
-            drawn_a, drawn_b = transform(self.root, *noise.unbind(1))
-            new_a, new_b = new_a + drawn_a, new_b + drawn_b
-        return new_a, new_b
+        images = [a, b, answer] if noise is None else [a, b, answer, *noise.unbind(1)]
+        first, second = torch.cat([self.matrix, self.gain[:, None], self.root], 1).tolist()
+        return _combine(first, images), _combine(second, images)
+
+
+def _combine(coefficients: Sequence[float], images: Sequence[Tensor]) -> Tensor:
+    """The sum of images `(B, ...)`, each times its coefficient; coefficients beyond the images are left out."""
+    total = coefficients[0] * images[0]
+    for coefficient, image in zip(coefficients[1:], images[1:], strict=False):
+        if coefficient:
+            total.add_(image, alpha=coefficient)
+    return total
 
 
 # --- The splitting: A is solved exactly, S carries the score ---------------------------------------------------------
