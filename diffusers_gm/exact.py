@@ -6,6 +6,9 @@ from torch import Tensor
 from .processes.mixture import GaussianMixtureNoise
 from .processes.noise_space import NoiseSpace
 
+# Images at a time: what fits into the cache.
+CHUNK = 256
+
 
 class ExactDenoiser:
     """`E[x0 | y]` and the score for data that are a mixture of equal Gaussians `N(points_i, width^2 I)`.
@@ -36,30 +39,29 @@ class ExactDenoiser:
         flat, centres = y.flatten(1).double(), self.points.to(y).flatten(1).double()
         # |y - x|^2 through a matrix product: in float64 nothing is lost down to sigma = 1e-4.
         squares = flat.square().sum(1)[:, None] + centres.square().sum(1)
-        distances = (squares - 2 * flat @ centres.mT).to(y)
+        distances = squares.addmm_(flat, centres.mT, alpha=-2).to(y)
         variances = self.width**2 + (self.noise.scales.to(y) * sigma) ** 2
-        log_joint = (
-            self.noise.weights.log().to(y)
-            - 0.5 * flat.shape[1] * variances.log()
-            - distances[..., None] / (2 * variances)
-            + self.log_weights.to(y)[:, None]
-        )
+        log_weights = self.noise.weights.log().to(y) - 0.5 * flat.shape[1] * variances.log()
+        log_joint = distances[..., None] * (-0.5 / variances) + log_weights + self.log_weights.to(y)[:, None]
         return torch.softmax(log_joint.flatten(1), 1).view(log_joint.shape), variances
 
     def __call__(self, y: Tensor, sigma: float) -> Tensor:
         """`E[x0 | y]` for `y = x0 + sigma * eta`, `(B, C, H, W)`."""
+        return torch.cat([self._denoised(part, sigma) for part in y.split(CHUNK)])
+
+    def _denoised(self, y: Tensor, sigma: float) -> Tensor:
         posterior, variances = self._posterior(y, sigma)
         kept = self.width**2 / variances
         centres = self.points.to(y).flatten(1)
-        mean = (posterior * (1 - kept)).sum(2) @ centres + (posterior * kept).sum((1, 2))[:, None] * y.flatten(1)
+        mean = (posterior @ (1 - kept)) @ centres + (posterior.sum(1) @ kept)[:, None] * y.flatten(1)
         return mean.view(y.shape)
 
     def score(self, y: Tensor, sigma: float) -> Tensor:
         """`grad log p(y)`, `(B, C, H, W)`."""
         posterior, variances = self._posterior(y, sigma)
-        precise = posterior / variances
+        precise = posterior @ (1 / variances)
         centres = self.points.to(y).flatten(1)
-        score = precise.sum(2) @ centres - precise.sum((1, 2))[:, None] * y.flatten(1)
+        score = precise @ centres - precise.sum(1)[:, None] * y.flatten(1)
         return score.view(y.shape)
 
     def components(self, y: Tensor, sigma: float) -> Tensor:

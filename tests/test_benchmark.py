@@ -61,23 +61,21 @@ def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
     assert set(json.loads((tmp_path / "cells.json").read_text()).values()) == {None}
 
 
-def test_the_command_in_small(tmp_path, monkeypatch):
-    kept = ("CLD, sscs", "DDPM", "Euler ancestral", "SDE-DPM-Solver++(2M)", "UniPC")
-    every = bench.compatible
-    monkeypatch.setattr(bench, "compatible", lambda s: {k: v for k, v in every(s).items() if k in kept})
-    monkeypatch.setattr(bench, "STOCHASTIC", {k: v for k, v in bench.STOCHASTIC.items() if k in kept})
-    monkeypatch.setattr(bench, "PEERS", {k: v for k, v in bench.PEERS.items() if k in kept})
-    bench.main(["--models", "exact", "--num_samples", "40", "--seeds", "1", "--calls", "5", "--output", str(tmp_path)])
-    report = Report.read(tmp_path / "samplers_exact.json")
-    assert [row[0] for row in report.tables[0].rows][:2] == ["**CLD, sscs**", "DDPM"]
+def test_the_command_in_small(tmp_path):
+    samplers = ["CLD, sscs", "DDPM", "Euler ancestral", "UniPC"]
+    words = ["--num_samples", "40", "--seeds", "1", "--calls", "5", "--output", str(tmp_path), "--samplers", *samplers]
+    bench.main(words)
+    report = Report.read(tmp_path / "samplers_exact_n40.json")
+    assert [row[0] for row in report.tables[0].rows] == ["**CLD, sscs**", *samplers[1:]]
     assert "At 5 calls SSCS has" in report.verdict
-    assert (tmp_path / "samplers_exact.png").stat().st_size < 150_000
+    assert (tmp_path / report.pictures[0]).stat().st_size < 150_000
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--calls", "2"], "--calls must be at least 3"),
+        (["--samplers", "SSCS"], "exact has CLD, sscs,"),
         (["--seeds", "0"], "--seeds 0 is too small"),
         (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
     ],
