@@ -227,9 +227,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         progress.update()
         last = state.step == plan.max_train_steps
         out_of_time = args.max_train_minutes is not None and not last and time_is_up()
-        save = out_of_time or (
-            args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0)
-        )
+        save = out_of_time or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
 
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
         if last or save or state.step % args.logging_steps == 0:

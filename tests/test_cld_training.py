@@ -291,6 +291,13 @@ def test_verdicts_follow_the_figures():
     said = cld_training.verdict_on_robustness(ratios, [10])
     assert "to 3.00 (gamma 1, mass 0.0625)" in said
     assert "still matters" in said
+    row = [0.5, 1.0, 1.0, 0.30, 0.1, 0.35, 0.1, 1.0, 1.1]
+    said = cld_target.verdict_on_target([row, row])
+    assert "as smooth, and closer to the best" in said
+    bits = {"plain": (2.0, 0.1), "other": (2.35, 0.1), "third": (3.0, 0.1)}
+    said = cld_likelihood.verdict_on_likelihood(bits, {"line": 2.5}, dict.fromkeys(bits, 1.0))
+    assert "2.000 +- 0.100 bits, better than line" in said
+    assert said.count("not shown to be better than line") == 2
 
 
 def test_independent_pixels_know_what_they_have_seen():

@@ -1,11 +1,13 @@
 """`python -m diffusers_gm.evaluation`: what it samples, compares, keeps, goes on with and refuses."""
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     PNDMScheduler,
@@ -20,7 +23,13 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusers_gm import CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler, GMSGMPipeline
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CLDPipeline,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+    GMSGMPipeline,
+)
 from diffusers_gm.data import SAMPLES, generator_for, split_digits
 from diffusers_gm.evaluation import command, num_steps_for
 from diffusers_gm.evaluation.report import markdown, plot
@@ -123,13 +132,51 @@ def test_schedulers_by_name():
         (["DDIMScheduler", "eta=1"], "'eta=1' must be option=value, the option one of"),
         (["DDIMScheduler", "clip_sample"], "'clip_sample' must be"),
         (["CLDSSCSScheduler", "algorithm_type=no"], "'no'"),
+        (
+            ["DDIMScheduler", "beta_schedule=no"],
+            "beta_schedule=no cannot be made of this config: no is not implemented",
+        ),
+        (["FlowMatchEulerDiscreteScheduler"], "does not suit .* vp noise: it would take it for one of flow"),
     ]:
         with pytest.raises(ValueError, match=message):
             build_scheduler(own, words)
-    for trained_with, other in [(GMLangevinScheduler(), "DDIMScheduler"), (own, "FlowMatchEulerDiscreteScheduler")]:
-        with pytest.raises(ValueError, match=f"{other} does not suit this network"):
-            build_scheduler(trained_with, [other])
-    assert build_scheduler(GMLangevinScheduler(noise_space="vp", beta_schedule="linear"), ["DDIMScheduler"])
+    vp = GMLangevinScheduler(noise_space="vp", beta_schedule="linear")
+    assert build_scheduler(vp, ["DDIMScheduler"])
+    flow = CLDSSCSScheduler(noise_space="flow", prediction_type="flow_prediction")
+    for other in ("FlowMatchEulerDiscreteScheduler", "CLDSSCSScheduler"):
+        assert build_scheduler(flow, [other])
+    native = CLDSSCSScheduler(prediction_type="cld_mixed")
+    assert build_scheduler(native, ["CLDSSCSScheduler", "algorithm_type=euler_maruyama"])[1].native
+    with pytest.raises(ValueError, match="DDIMScheduler does not suit .* velocity noise.* Use CLDSSCSScheduler"):
+        build_scheduler(native, ["DDIMScheduler"])
+
+
+OF_DIFFUSERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
+
+
+@pytest.mark.parametrize(
+    ("own", "suits"),
+    [
+        (AnnealedLangevinScheduler(sigma_min=0.01, sigma_max=50.0), "AnnealedLangevinScheduler"),
+        (GMLangevinScheduler(), "GMLangevinScheduler"),
+        (CLDSSCSScheduler(prediction_type="cld_mixed"), "CLDSSCSScheduler"),
+        (DDPMScheduler(), "DDIMScheduler"),
+        (FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler"),
+    ],
+    ids=["ve", "mixture", "velocity", "vp", "flow"],
+)
+def test_no_scheduler_of_diffusers_is_given_noise_that_it_cannot_read(own, suits):
+    """Every scheduler there is: they would all take the config, and most of them answer with noise, not an error."""
+    accepted = set()
+    for name in OF_DIFFUSERS:
+        with contextlib.suppress(ValueError, ImportError):
+            accepted.add(type(build_scheduler(own, [name])[1]))
+    if own.config.get("noise_space") == "ve" or getattr(own, "native", False):
+        assert not accepted
+    else:
+        by_betas = {hasattr(cls(), "alphas_cumprod") and not cls().config.get("use_flow_sigmas") for cls in accepted}
+        assert by_betas == {isinstance(own, DDPMScheduler)}
+    assert build_scheduler(own, [suits])
 
 
 # --- Samples of others ---
@@ -155,15 +202,25 @@ def test_samples_that_cannot_be_read(tmp_path):
     np.save(tmp_path / "range.npy", np.full((4, 8, 8), -1.0))
     np.save(tmp_path / "integers.npy", np.zeros((4, 8, 8), dtype=np.int64))
     save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "two.safetensors")
+    np.save(tmp_path / "none.npy", np.zeros((0, 8, 8)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.npy").touch()
+    for name in ("broken.npy", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"something else")
     for name, message in [
         ("channels_first.npy", r"must hold images \(n, H, W\).* it has images \(8, 3, 8\)"),
-        ("range.npy", r"in \[0, 1\], it has -1 ... -1"),
+        ("range.npy", r"range.npy cannot be read: it must hold numbers in \[0, 1\], it has -1 ... -1"),
+        ("empty.npy", "--samples .*empty.npy cannot be read"),
+        ("broken.npy", "--samples .*broken.npy cannot be read"),
+        ("broken.safetensors", "--samples .*broken.safetensors cannot be read"),
+        ("none.npy", "none.npy holds no images"),
+        ("folder", "--samples .*folder cannot be read: .* doesn't contain any data files"),
         ("integers.npy", "uint8 or floating point numbers, it has torch.int64"),
         ("two.safetensors", r"one tensor, it has \['a', 'b'\]"),
         ("nowhere", "must be a folder of images"),
     ]:
         with pytest.raises(ValueError, match=message):
-            read_samples(tmp_path / name)
+            read_samples(tmp_path / name, cache_dir=str(tmp_path / "cache"))
     np.save(tmp_path / "few.npy", np.zeros((4, 8, 8)))
     with pytest.raises(ValueError, match="--num_samples 5: .* holds 4"):
         read_samples(tmp_path / "few.npy", 5)
@@ -264,6 +321,8 @@ def test_nan_is_counted_and_never_averaged_away(tiny_unet, evaluate, tmp_path):
         ("--samples x.npy --scheduler DDIMScheduler", "--scheduler means nothing for --samples"),
         ("{ddpm} --calls 0", "--calls must be at least 1"),
         ("{ddpm} --seeds -1", "--seeds must not be negative"),
+        ("{ddpm} --seeds 1 2 1", "--seeds must differ"),
+        ("{ddpm} --calls 5 5", "--calls must differ"),
         ("{ddpm} --scheduler Nothing", "no scheduler"),
         ("{ddpm} --resolution 16", "the samples are 8x8, the real images 16x16: resize these with --resolution 8"),
         ("{ddpm} --num_samples 361", "have enough for 360, set --num_samples"),
@@ -281,9 +340,12 @@ def test_bad_input_is_refused_before_anything_is_sampled(words, message, ddpm, e
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text('{"floor": 1}')
-    with pytest.raises(ValueError, match="does not hold results"):
-        Results(tmp_path / "results.json", {})
+    for text in ('{"floor": 1}', "[1]", "{", '{"conditions": 1, "floor": [], "cells": []}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="does not hold results"):
+            Results(tmp_path / "results.json", {})
+    with pytest.raises(OSError, match="Not a directory"):
+        Results(tmp_path / "results.json" / "folder" / "results.json", {})
 
 
 def test_two_processes_give_the_figures_of_one(ddpm, evaluate, tmp_path):

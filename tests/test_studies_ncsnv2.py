@@ -7,17 +7,21 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffusers_gm import training as tr
+from diffusers_gm.data import split_digits
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.studies import lifted, ncsnv2
 from diffusers_gm.studies.common import (
     Cells,
     all_or_none,
     ddpm_loss,
+    floor_of_digits,
     in_words,
     kept_unet,
     mean_and_spread,
     name_of,
+    over_floor,
     parts_of,
+    tie,
     trained,
 )
 from diffusers_gm.studies.ncsnv2_trained import last_call, verdict_of
@@ -42,6 +46,30 @@ def test_cells_measure_once_and_survive_in_their_file(tmp_path):
     assert calls == [1]
     assert cells("nothing stable", lambda: None) is None
     assert Cells(path).values == {"a": 2.5, "nothing stable": None}
+
+
+def test_cells_are_not_mixed_between_settings(tmp_path):
+    path = tmp_path / "cells.json"
+    Cells(path, {"power law": {"alpha": 1.5}})("power law, 5 calls", lambda: 2.5)
+    assert Cells(path, {"stable": {"alpha": 1.8}})("power law, 5 calls", lambda: None) == 2.5
+    with pytest.raises(ValueError, match=r"cells.json was made with other settings \(power law = .*1.5}, now .*1.2}"):
+        Cells(path, {"power law": {"alpha": 1.2}})
+
+
+def test_a_network_of_other_options_is_not_taken_for_this_one(tmp_path, tiny_unet):
+    kept_unet(tmp_path / "net", lambda: tiny_unet, {"learning_rate": 1e-3})
+    kept_unet(tmp_path / "net", lambda: None, {"learning_rate": 1e-3, "new option": "its default"})
+    with pytest.raises(ValueError, match=r"net was made with other settings \(learning_rate = 0.001, now 0.002\)"):
+        kept_unet(tmp_path / "net", lambda: None, {"learning_rate": 2e-3})
+
+
+def test_two_studies_that_train_the_same_network_do_not_disturb_each_other(tmp_path, tiny_unet):
+    def meanwhile():
+        kept_unet(tmp_path / "net", lambda: tiny_unet)
+        return tiny_unet
+
+    kept_unet(tmp_path / "net", meanwhile)
+    assert (tmp_path / "net" / "config.json").is_file()
 
 
 def test_a_network_is_trained_once_and_kept(tmp_path, tiny_unet):
@@ -70,6 +98,12 @@ def test_networks_are_named_after_their_options():
     args = tr.TrainingArguments(method="ncsnv2", max_train_steps=7, seed=1, conditioning="none")
     assert name_of(args) == "ncsnv2 conditioning=none max_train_steps=7 seed=1"
     assert name_of(tr.TrainingArguments()) == "gm-sgm"
+
+
+def test_a_floor_is_of_as_many_images_as_there_are_samples():
+    assert over_floor(split_digits()[1][:40]) == 1
+    with pytest.raises(ValueError, match="num_samples 361: there are 360 held-out digits"):
+        floor_of_digits(361)
 
 
 def test_parts_are_ignored_by_git(tmp_path):
@@ -129,12 +163,17 @@ def test_overlap_is_the_inverse_of_the_ladder_ratio():
         assert ncsnv2.overlap_of(ladder_ratio(dim, 0.4), dim) == pytest.approx(0.4, abs=1e-6)
 
 
-def test_verdicts_need_five_per_cent_and_more_than_the_spread():
-    assert verdict_of([1.04, 0.96], [0, 0]) == "no difference"
-    assert verdict_of([1.5, 1.0], [0.1, 0]) == "worse"
-    assert verdict_of([1.5, 1.0], [0.6, 0]) == "no difference"
-    assert verdict_of([0.5, 0.9], [0, 0]) == "better"
-    assert verdict_of([0.5, 1.9], [0, 0]) == "mixed"
+def test_verdicts_need_more_than_the_spread_of_sampling_and_of_the_seeds():
+    for ratios, spreads, least, word in [
+        ([1.04, 0.96], [0, 0], 0.05, "no difference"),
+        ([1.1, 0.9], [0, 0], tie(1), "no difference"),
+        ([1.1, 1.0], [0, 0], tie(4), "worse"),
+        ([1.5, 1.0], [0.1, 0], 0.05, "worse"),
+        ([1.5, 1.0], [0.6, 0], 0.05, "no difference"),
+        ([0.5, 0.9], [0, 0], 0.05, "better"),
+        ([0.5, 1.9], [0, 0], 0.05, "mixed"),
+    ]:
+        assert verdict_of(ratios, spreads, least) == word
 
 
 def test_the_last_call_removes_what_technique_4_says_is_left(tiny_unet):

@@ -240,6 +240,16 @@ def test_two_processes_do_what_one_does_with_accumulated_gradients(tmp_path):
     )
     assert same_state(load(tmp_path / "two" / WEIGHTS), load(tmp_path / "resumed" / WEIGHTS))
 
+    for minutes, finished in ((1e-9, False), (60, True)):
+        launch(
+            *(options, "--output_dir", tmp_path / "sliced"),
+            *("--resume_from_checkpoint latest --max_train_minutes", minutes),
+            launcher=two,
+            env={"ACCELERATE_USE_CPU": "true"},
+        )
+        assert (tmp_path / "sliced" / WEIGHTS).exists() == finished
+    assert same_state(load(tmp_path / "two" / WEIGHTS), load(tmp_path / "sliced" / WEIGHTS))
+
 
 def test_training_learns(train, tmp_path):
     options = "--block_out_channels 16 32 --train_batch_size 64 --max_train_steps 60 --validation_steps 0"
@@ -287,6 +297,40 @@ def test_a_training_killed_while_it_saves_keeps_its_last_checkpoint(train, tmp_p
     assert not list((tmp_path / "killed").glob("tmp-*"))
 
 
+@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2", "cld"])
+def test_slices_of_a_training_give_what_one_run_does(train, tmp_path, capsys, method):
+    """One command from the first step to the last, here a step at a time, on colour images in parquet files."""
+    parquet, _ = save_parquet(tmp_path)
+    options = (
+        f"{SMALL} --method {method} --train_data_dir {parquet} --dropout 0.1 --random_flip --max_train_steps 4 "
+        "--checkpointing_steps 3 --checkpoints_total_limit 1 --validation_steps 0"
+    )
+    whole, sliced = tmp_path / "whole", tmp_path / "sliced"
+    train(options, "--output_dir", whole)
+    for step in (1, 2, 3):
+        train(options, "--output_dir", sliced, "--max_train_minutes 1e-9 --resume_from_checkpoint latest")
+        assert f"are over after {step} of 4 steps: run the same command again to go on" in capsys.readouterr().out
+        names = {path.name for path in sliced.iterdir()}
+        assert names == {f"checkpoint-{step}", "samples", "training_args.json", "training_log.jsonl"}, "not finished"
+    train(options, "--output_dir", sliced, "--max_train_minutes 60 --resume_from_checkpoint latest")
+    assert "are over" not in capsys.readouterr().out
+    saved = [WEIGHTS, *(f"checkpoint-4/{name}" for name in ("model.safetensors", "optimizer.bin"))]
+    for name in [*saved, *(f"checkpoint-4/custom_checkpoint_{i}.pkl" for i in range(2))]:
+        assert same_state(load(whole / name), load(sliced / name)), name
+    assert (whole / "samples.png").read_bytes() == (sliced / "samples.png").read_bytes()
+
+
+def test_a_first_slice_says_how_to_go_on(train, tmp_path, capsys):
+    options = TINY, "--max_train_minutes 1e-9 --output_dir", tmp_path / "out"
+    train(*options)
+    said = "after 1 of 2 steps: run the same command again with --resume_from_checkpoint latest to go on"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a training up to checkpoint-1: continue with --resume_from_checkpoint"):
+        train(*options)
+    train(*options, "--resume_from_checkpoint latest")
+    assert (tmp_path / "out" / "model_index.json").exists(), "the last step ends the training, however late it is"
+
+
 def test_what_may_not_change_on_resume(train, trained, tmp_path):
     checkpoint = trained[0] / "checkpoint-4"
     same = EIGHT_STEPS, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", checkpoint
@@ -304,7 +348,9 @@ def test_what_may_not_change_on_resume(train, trained, tmp_path):
 
 
 def test_where_there_is_no_checkpoint(tmp_path):
-    for resume in ("latest", str(tmp_path), "checkpoint-7"):
+    latest = arguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint="latest")
+    assert tr.find_checkpoint(latest) is None, "so that one command starts a training and goes on with it"
+    for resume in (str(tmp_path), "checkpoint-7"):
         args = arguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint=resume)
         with pytest.raises(ValueError, match=r"--resume_from_checkpoint .* no complete checkpoint"):
             tr.find_checkpoint(args)
@@ -391,6 +437,8 @@ def test_a_cut_line_of_the_log_is_dropped(tmp_path):
         ({"train_batch_size": 0}, "--train_batch_size must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"learning_rate": math.nan}, "--learning_rate must be positive, got nan"),
+        ({"max_train_minutes": 0.0}, "--max_train_minutes must be positive, got 0"),
+        ({"max_train_minutes": -1.0}, "--max_train_minutes must be positive, got -1"),
         ({"ema_decay": 1.5}, r"--ema_decay must be in \[0, 1\), got 1.5"),
         ({"sigma_max": "large"}, "--sigma_max must be a positive float or 'auto', got 'large'"),
         ({"num_train_timesteps": "1.5"}, "--num_train_timesteps must be a positive int or 'auto', got '1.5'"),

@@ -54,3 +54,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if min(args.seeds) < 0:
         raise ValueError(f"--seeds must not be negative, got {args.seeds}")
+    for name in ("calls", "seeds"):
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} must differ, got {values}: the same images twice would count as two draws")

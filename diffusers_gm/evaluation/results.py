@@ -39,6 +39,7 @@ class Results:
 
     Raises:
         ValueError: if the file holds something else, or results under other conditions.
+        OSError: if its folder cannot be made.
     """
 
     def __init__(self, path: Path, conditions: dict[str, Any]):
@@ -51,18 +52,19 @@ class Results:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 theirs, self.floor = found["conditions"], found["floor"]
                 self.cells = [Cell(**cell) for cell in found["cells"]]
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                different = [
+                    f"{name} {theirs.get(name)!r}, now {conditions.get(name)!r}"
+                    for name in dict.fromkeys([*theirs, *conditions])
+                    if theirs.get(name) != conditions.get(name)
+                ]
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise ValueError(f"{path} does not hold results of diffusers_gm.evaluation: {error!r}") from error
-            different = [
-                f"{name} {theirs.get(name)!r}, now {conditions.get(name)!r}"
-                for name in dict.fromkeys([*theirs, *conditions])
-                if theirs.get(name) != conditions.get(name)
-            ]
             if different:
                 raise ValueError(
                     f"{path} holds results under other conditions ({'; '.join(different)}): take another "
                     "--output_dir, or remove the file"
                 )
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def find(self, scheduler: str, calls: int | None, seed: int | None) -> Cell | None:
         """The finished cell, or None."""
@@ -71,7 +73,6 @@ class Results:
 
     def save(self) -> None:
         """Write the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"conditions": self.conditions, "floor": self.floor, "cells": [asdict(c) for c in self.cells]}
         unfinished = self.path.with_suffix(".json.part")
         unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -56,7 +56,8 @@ def image_shape(pipeline: Any) -> tuple[int, int, int]:
     """`(C, H, W)` of the images that it makes."""
     if isinstance(pipeline, UnconditionalPipeline):
         _, height, width = pipeline._image_shape()
-        return pipeline.unet.config["out_channels"], height, width
+        # A velocity network has more channels going in, one that learned its variance more coming out.
+        return min(pipeline.unet.config["in_channels"], pipeline.unet.config["out_channels"]), height, width
     images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
     return tuple(images.shape[1:])  # type: ignore[return-value]
 
@@ -85,8 +86,9 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
             network as something else than its own scheduler does.
     """
     name, *changes = words
-    cls = getattr(diffusers_gm, name, None) or getattr(diffusers, name, None)
-    if not (inspect.isclass(cls) and hasattr(cls, "from_config") and hasattr(cls, "set_timesteps")):
+    cls: Any = getattr(diffusers_gm, name, None) or getattr(diffusers, name, None)
+    is_scheduler = inspect.isclass(cls) and all(hasattr(cls, m) for m in ("from_config", "set_timesteps", "step"))
+    if not is_scheduler:
         raise ValueError(f"--scheduler {name!r} is no scheduler of diffusers or diffusers_gm")
     offered = inspect.signature(cls.__init__).parameters
     options: dict[str, Any] = {}
@@ -100,21 +102,43 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
             options[option] = json.loads(value)
         except json.JSONDecodeError:
             options[option] = value
-    scheduler = cls.from_config(own.config, **options)
-    # Schedulers of diffusers take any config, and make noise of a network that knows no beta schedule.
-    if _reads_vp(own) != _reads_vp(scheduler):
+    try:
+        scheduler = cls.from_config(own.config, **options)
+    except (TypeError, NotImplementedError, AssertionError) as error:  # as schedulers of diffusers refuse values
+        raise ValueError(f"--scheduler {' '.join(words)} cannot be made of this config: {error}") from error
+    # Schedulers of diffusers take any config, and make noise of a network that was trained with other noise.
+    trained, taken = _noise_of(own), _noise_of(scheduler)
+    if trained != taken:
         raise ValueError(
-            f"--scheduler {name} does not suit this network: one of {name} and {type(own).__name__} goes by a beta "
-            "schedule, and the other does not, so that the samples would be noise"
+            f"--scheduler {name} does not suit this network, which was trained with {trained} noise: it would take it "
+            f"for one of {taken}, and make noise of it. Use {SUITABLE.get(trained, type(own).__name__)}"
+        )
+    if hasattr(scheduler, "noise_sampler"):
+        raise ValueError(
+            f"--scheduler {name} draws noise that --seeds does not decide: its figures could not be repeated"
         )
     return " ".join(words), scheduler
 
 
-def _reads_vp(scheduler: Any) -> bool:
-    """Whether it takes the network for one that was trained with a beta schedule."""
+# What samples a network that was trained with this noise.
+SUITABLE = {
+    "vp": "one that goes by a beta schedule, as DDIMScheduler does, or one of diffusers_gm",
+    "ve": "AnnealedLangevinScheduler, GMLangevinScheduler or CLDSSCSScheduler",
+    "flow": "FlowMatchEulerDiscreteScheduler, or one of diffusers_gm",
+    "velocity": "CLDSSCSScheduler",
+}
+
+
+def _noise_of(scheduler: Any) -> str:
+    """The noise that it takes the network to be trained with: a noise space of ours, or else the scheduler's own."""
     if isinstance(scheduler, LangevinSchedulerMixin):
-        return scheduler.noise_space.kind == "vp"
-    return hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas")
+        return scheduler.noise_space.kind if scheduler.noise_space else "velocity"
+    name = type(scheduler).__name__
+    if name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
+        return "flow"
+    if name.startswith("EDM"):
+        return "EDM"
+    return "vp" if hasattr(scheduler, "alphas_cumprod") else name
 
 
 class NoGridError(ValueError):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,46 +26,53 @@ def read_samples(path: Path, num_samples: int | None = None, cache_dir: str | No
         cache_dir: where the loader of image folders keeps its files.
 
     Raises:
-        ValueError: if there are no such images, or fewer.
+        ValueError: if there are no such images, or fewer, or they cannot be read or differ in shape.
     """
-    if path.is_dir():
-        source = open_source(None, train_data_dir=str(path), cache_dir=cache_dir)
-        images = _stack([source.read(i) for i in range(source.num_images)[:num_samples]], path)
-    elif path.suffix == ".npy" and path.is_file():
-        array = torch.from_numpy(np.load(path))
-        array = array[..., None] if array.dim() == 3 else array
-        images = _in_range(array.movedim(-1, 1) if array.dim() == 4 else array, path)
-    elif path.suffix == ".safetensors" and path.is_file():
-        tensors = load_file(path)
-        if len(tensors) != 1:
-            raise ValueError(f"{path} must hold one tensor, it has {sorted(tensors)}")
-        images = _in_range(next(iter(tensors.values())), path)
-    else:
+    if not path.is_dir() and not (path.is_file() and path.suffix in (".npy", ".safetensors")):
         raise ValueError(f"--samples {path} must be a folder of images, a .npy or a .safetensors file")
+    try:
+        images = _read(path, num_samples, cache_dir)
+    except (ValueError, OSError, EOFError, SafetensorError) as error:  # each kind of file has its own
+        raise ValueError(f"--samples {path} cannot be read: {error}") from error
+    if len(images) == 0:
+        raise ValueError(f"--samples {path} holds no images")
     if num_samples is not None and len(images) < num_samples:
         raise ValueError(f"--num_samples {num_samples}: {path} holds {len(images)} images")
     return images[:num_samples]
 
 
-def _stack(images: list[Tensor], path: Path) -> Tensor:
+def _read(path: Path, num_samples: int | None, cache_dir: str | None) -> Tensor:
+    if path.is_dir():
+        source = open_source(None, train_data_dir=str(path), cache_dir=cache_dir)
+        return _stack([source.read(i) for i in range(source.num_images)[:num_samples]])
+    if path.suffix == ".npy":
+        array = torch.from_numpy(np.load(path))
+        array = array[..., None] if array.dim() == 3 else array
+        return _in_range(array.movedim(-1, 1) if array.dim() == 4 else array, "(n, H, W), (n, H, W, 1) or (n, H, W, 3)")
+    tensors = load_file(path)
+    if len(tensors) != 1:
+        raise ValueError(f"it must hold one tensor, it has {sorted(tensors)}")
+    return _in_range(next(iter(tensors.values())), "(n, 1 or 3, H, W)")
+
+
+def _stack(images: list[Tensor]) -> Tensor:
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
-        raise ValueError(f"--samples {path} holds images of different shapes: {shapes[:5]}")
+        raise ValueError(f"it holds images of different shapes: {shapes[:5]}")
     return torch.stack(images)
 
 
-def _in_range(images: Tensor, path: Path) -> Tensor:
+def _in_range(images: Tensor, layout: str) -> Tensor:
     if images.dim() != 4 or images.shape[1] not in (1, 3):
-        layout = "(n, H, W), (n, H, W, 1) or (n, H, W, 3)" if path.suffix == ".npy" else "(n, 1 or 3, H, W)"
-        raise ValueError(f"{path} must hold images {layout}, it has images {tuple(images.shape[1:])} (C, H, W)")
+        raise ValueError(f"it must hold images {layout}, it has images {tuple(images.shape[1:])} (C, H, W)")
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     if not images.is_floating_point():
-        raise ValueError(f"{path} must hold uint8 or floating point numbers, it has {images.dtype}")
+        raise ValueError(f"it must hold uint8 or floating point numbers, it has {images.dtype}")
     finite = images[torch.isfinite(images)]
     if len(finite) and not (finite.min() >= 0 and finite.max() <= 1):
         raise ValueError(
-            f"{path} must hold numbers in [0, 1], it has {float(finite.min()):.3g} ... {float(finite.max()):.3g}"
+            f"it must hold numbers in [0, 1], it has {float(finite.min()):.3g} ... {float(finite.max()):.3g}"
         )
     return images.float() * 2 - 1
 

@@ -92,8 +92,10 @@ def verdict_on_likelihood(
 ) -> str:
     sentences = []
     for name, (mean, error) in bits.items():
+        # An upper bound that is above says nothing about the model itself.
         places = ", ".join(
-            f"{'worse' if mean > value else 'better'} than {line} ({value:.2f})" for line, value in lines.items()
+            f"{'better' if mean + 2 * error < value else 'not shown to be better'} than {line} ({value:.2f})"
+            for line, value in lines.items()
         )
         sentences.append(f"{name}: at most {mean:.3f} +- {error:.3f} bits, {places}.")
     best = min(bits, key=lambda name: bits[name][0])
@@ -102,4 +104,4 @@ def verdict_on_likelihood(
     words = (
         f"worse than plain by more than the spread of seeds: {', '.join(worse)}" if worse else "none worse than plain"
     )
-    return " ".join(sentences) + f" Fewest bits: {best}. Sliced W2 over the floor: {quality}; {words}."
+    return " ".join(sentences) + f" Lowest bound: {best}. Sliced W2 over the floor: {quality}; {words}."

@@ -13,7 +13,7 @@ from ..data import split_digits
 from ..exact import ExactDenoiser
 from ..losses import cld_loss
 from ..processes.cld import CLD, lift, perturb
-from .cld_common import as_network, train_cld
+from .cld_common import TIE, as_network, train_cld
 from .common import kept_unet, parts_of, save_picture, train_on_digits
 from .report import Report, Table
 
@@ -125,11 +125,15 @@ def verdict_on_target(rows: list[list[float]]) -> str:
         sum(row[i] for row in rows) / len(rows) for i in range(3, 9)
     )
     excess_cld, excess_vp = loss_cld - least_cld, loss_vp - least_vp
-    smoother = "smoother" if norm_cld < norm_vp else "less smooth"
-    closer = "closer to" if excess_cld < excess_vp else "further from"
+
+    def compared(cld: float, vp: float, less: str, more: str, equal: str) -> str:
+        return less if cld * (1 + TIE) < vp else more if cld > vp * (1 + TIE) else equal
+
+    smoother = compared(norm_cld, norm_vp, "smoother", "less smooth", "as smooth")
+    closer = compared(excess_cld, excess_vp, "closer to", "further from", "as far from")
     return (
         f"Mean over the times, CLD and VP: Jacobian norm {norm_cld:.3f} and {norm_vp:.3f}, loss {loss_cld:.4f} and "
         f"{loss_vp:.4f}, loss above the least possible {excess_cld:.4f} and {excess_vp:.4f}. The CLD network is "
-        f"{smoother}, and {closer} the best that can be learned. At equal t the two see different noise levels: the "
-        "right-hand panels compare at equal ones."
+        f"{smoother}, and {closer} the best that can be learned (within {TIE:.0%} is called equal). At equal t they "
+        "see different noise levels: the right-hand panels compare at equal ones."
     )

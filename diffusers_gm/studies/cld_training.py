@@ -84,7 +84,8 @@ def verdict_on_robustness(ratios: Tensor, calls: list[int]) -> str:
             f"At {n} calls from {grid.min():.2f} ({names[0]}) to {grid.max():.2f} ({names[1]}); the worst over the "
             f"best gamma of a mass is at most {of_gamma:.2f}, the worst over the best mass of a gamma {of_mass:.2f}."
         )
-    spread = float(ratios[-1].max() / ratios[-1].min())
+    last = ratios[calls.index(max(calls))]
+    spread = float(last.max() / last.min())
     robust = "does not matter" if spread < 1 + TIE else "still matters"
     return " ".join(sentences) + f" With the most calls the choice {robust}."
 

@@ -26,16 +26,9 @@ from .. import AnnealedLangevinScheduler
 from ..data import split_digits
 from ..exact import ExactDenoiser
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
-from .common import Cells, Network, mean_and_spread, parts_of, run, save_picture, show_rows
+from .common import Cells, exact_network, mean_and_spread, parts_of, run, save_picture, show_rows
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
 from .report import Report, Table
-
-
-def exact_network(denoiser: ExactDenoiser, scheduler: Any) -> Network:
-    """What a perfect network for these data answers to the scheduler's inputs."""
-    space, prediction_type = scheduler.noise_space, scheduler.config["prediction_type"]
-    return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)
-
 
 # --- Technique 1: diversity ---
 

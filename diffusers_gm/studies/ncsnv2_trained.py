@@ -35,6 +35,7 @@ from .common import (
     run,
     save_picture,
     show_rows,
+    tie,
     trained,
 )
 from .report import Report, Table
@@ -190,9 +191,12 @@ def technique_rows() -> dict[str, tuple[dict[str, Any], Callable[[int], dict[str
     }
 
 
-def verdict_of(ratios: Sequence[float], spreads: Sequence[float]) -> str:
-    """Words for distances over the baseline's at several budgets, with half-ranges over seeds."""
-    sure = [abs(r - 1) > max(0.05, s) for r, s in zip(ratios, spreads, strict=True)]
+def verdict_of(ratios: Sequence[float], spreads: Sequence[float], least: float) -> str:
+    """Words for distances over the baseline's at several budgets, with half-ranges over seeds.
+
+    A difference is more than `least` and more than the half-range.
+    """
+    sure = [abs(r - 1) > max(least, s) for r, s in zip(ratios, spreads, strict=True)]
     worse = [r > 1 for r, s in zip(ratios, sure, strict=True) if s]
     if not worse:
         return "no difference"
@@ -202,9 +206,10 @@ def verdict_of(ratios: Sequence[float], spreads: Sequence[float]) -> str:
 def techniques(args: argparse.Namespace) -> Report:
     budgets = [args.calls] if args.calls else [10, 20, 50, 200]
     parts = parts_of(args.output)
-    cells = Cells(parts / f"techniques steps={args.steps} n={args.num_samples}.json")
-    values: dict[tuple[str, int], list[float | None]] = {}
     rows_of = technique_rows()
+    settings = {name: [options, config(100)] for name, (options, config) in rows_of.items()}
+    cells = Cells(parts / f"techniques steps={args.steps} n={args.num_samples}.json", settings)
+    values: dict[tuple[str, int], list[float | None]] = {}
 
     def measure(name: str, calls: int, seed: int) -> float | None:
         options, config = rows_of[name]
@@ -219,13 +224,16 @@ def techniques(args: argparse.Namespace) -> Report:
                 values.setdefault((name, calls), []).append(value)
     found = {key: all_or_none(seeds) for key, seeds in values.items()}
 
+    least = tie(args.seeds)
     base = {calls: found[BASE, calls] or [math.nan] * args.seeds for calls in budgets}
     rows, words = [], []
     for name in rows_of:
         # By number of calls, the ratios to the defaults, one per seed.
         ratios = {c: [v / b for v, b in zip(seeds, base[c], strict=True)] for c in budgets if (seeds := found[name, c])}
         means = {c: mean_and_spread(r) for c, r in ratios.items()}
-        word = verdict_of(*zip(*means.values(), strict=True)) if means else "no stable step"
+        word = "no stable step"
+        if means:
+            word = verdict_of([mean for mean, _ in means.values()], [s for _, s in means.values()], least)
         rows.append([name, *(in_words(found[name, c]) for c in budgets), "" if name == BASE else word])
         if name != BASE:
             at = ", ".join(f"{mean:.2f} at {c}" for c, (mean, _) in means.items())
@@ -262,6 +270,6 @@ def techniques(args: argparse.Namespace) -> Report:
                ["", *(f"{c} calls" for c in budgets), "against the defaults"], rows)],
         [picture],
         conditions(args) + " The defaults are Techniques 1, 4 (for the whole chain) and 5, one Langevin step a level, "
-        "and a network that is told the level (Technique 3 is not on). A difference counts from 5% and from the "
-        "half-range of the ratio over the seeds.",
+        "and a network that is told the level (Technique 3 is not on). A difference counts from "
+        f"{least:.0%}, the spread of sampling, and from the half-range of the ratio over the seeds.",
     )  # fmt: skip

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import GaussianMixtureNoise, GMLangevinScheduler
+from ..evaluation import mode_weights_error as total_variation
 from ..exact import ExactDenoiser
-from .common import Cells, parts_of, run, save_picture
+from ..likelihood import mean_and_error
+from .common import Cells, exact_network, parts_of, run, save_picture
 from .report import Report, Table
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 3)
@@ -61,13 +63,6 @@ def heavy_tailed_points(count: int = 400, degrees: float = 1.5) -> Tensor:
     return (normal * scale[:, None]).view(-1, 1, 2, 2)
 
 
-def total_variation(samples: Tensor, points: Tensor, weights: Tensor) -> float:
-    """Total-variation distance of the shares of samples nearest to each point from the weights."""
-    nearest = torch.cdist(samples.flatten(1), points.flatten(1)).argmin(1)
-    shares = torch.bincount(nearest, minlength=len(points)) / len(samples)
-    return 0.5 * float((shares - weights).abs().sum())
-
-
 def radius_distance(samples: Tensor, reference: Tensor) -> float:
     """W1 distance of the logarithms of the norms of as many samples and reference draws, `(n, ...)` each."""
     a, b = (x.flatten(1).norm(dim=1).log().sort().values for x in (samples, reference))
@@ -106,14 +101,7 @@ def sample(
     denoiser = ExactDenoiser(points, width, MIXTURE if mixture else None, weights)
     generator = torch.Generator().manual_seed(seed)
     first = start + scheduler.initial_sample((count, *points.shape[1:]), generator, torch.device("cpu"), torch.float32)
-    space, kind = scheduler.noise_space, scheduler.config["prediction_type"]
-    return run(lambda x, t: denoiser.network_output(x, t, space, kind), scheduler, first, generator)
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error over seeds."""
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.mean()), float(found.std() / len(found) ** 0.5)
+    return run(exact_network(denoiser, scheduler), scheduler, first, generator)
 
 
 Found = dict[tuple, tuple[float, float] | None]
@@ -179,7 +167,12 @@ def rare_modes(args: argparse.Namespace) -> Report:
     even = torch.full((len(heavy),), 1 / len(heavy))
     distances = torch.pdist(heavy.flatten(1))
     levels = {"Technique 1": float(distances.max()), "median distance": float(distances.median())}
-    cells = Cells(parts_of(args.output) / f"rare_modes n={count}.json")
+    settings_of_all = {
+        "modes": [WEIGHTS, DISTANCE, WIDTH, SIGMA_MIN],
+        "mixture": [MIXTURE.weights.tolist(), MIXTURE.scales.tolist()],
+        **SAMPLERS,
+    }
+    cells = Cells(parts_of(args.output) / f"rare_modes n={count}.json", settings_of_all)
 
     def modes(sampler: str, factor: float, steps: int, calls: int, seed: int) -> float | None:
         data = (points, weights, WIDTH)
@@ -210,6 +203,11 @@ def rare_modes(args: argparse.Namespace) -> Report:
         for s in range(seeds)
     ]
 
+    from scipy.stats import t as student
+
+    # That two means over seeds of one law differ by more than two standard errors.
+    by_chance = 2 * float(student.sf(2, 2 * seeds - 2))
+
     def words(key: tuple) -> str:
         value = found.get(key)
         return "-" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"
@@ -234,7 +232,8 @@ def rare_modes(args: argparse.Namespace) -> Report:
         "Started in the largest of six far modes, with exact scores, do jumps or mixture noise find the rare modes "
         "better than Langevin dynamics with Gaussian noise? And do they get the tails of heavy-tailed data?",
         f"Jumps on the ordinary score help {'in places' if better else 'nowhere'}: they are better than Langevin "
-        f"steps in {len(better)} and worse in {len(worse)} of {len(settings)} settings (two standard errors). "
+        f"steps in {len(better)} and worse in {len(worse)} of {len(settings)} settings (two standard "
+        f"errors, which {by_chance:.0%} of comparisons of equals exceed by chance). "
         f"Where steps are integrated exactly, jumps change the error by a factor {typical:.2f} (geometric mean, "
         f"exponential with over without jumps). All samplers against Gaussian Langevin: {summary(found, settings)}. "
         f"On the heavy-tailed data: {summary(found, tail_keys)}. The best sampler of the modes is most often "

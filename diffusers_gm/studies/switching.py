@@ -14,7 +14,7 @@ from .. import GaussianMixtureNoise, GMLangevinScheduler
 from .. import training as tr
 from ..data import split_digits
 from ..exact import ExactDenoiser
-from .common import Network, parts_of, save_picture, trained
+from .common import Network, exact_network, parts_of, save_picture, trained
 from .report import Report, Table
 
 WIDTH = 0.1
@@ -54,8 +54,7 @@ def switching(args: argparse.Namespace) -> Report:
         return scheduler, ExactDenoiser(train, WIDTH, mixture)
 
     def exact_run(scheduler: Any, denoiser: ExactDenoiser) -> list[tuple[Tensor, Tensor, float]]:
-        space = scheduler.noise_space
-        return states(lambda x, t: denoiser.network_output(x, t, space, "epsilon"), scheduler, n, calls)
+        return states(exact_network(denoiser, scheduler), scheduler, n, calls)
 
     def by_residual(run: list[tuple[Tensor, Tensor, float]], mixture: GaussianMixtureNoise) -> Tensor:
         """What the sampler draws its jumps from, `(calls - 1, n, K)`."""

@@ -1,0 +1,60 @@
+"""`make cifar10`: one recipe for three methods."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from diffusers_gm import training as tr
+from diffusers_gm.evaluation.options import build_parser, check_options
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def commands(**variables):
+    """The options of training and evaluation that `make cifar10` would run with."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
+    command = ["make", "-n", "cifar10", *(f"{name}={value}" for name, value in variables.items())]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    lines = printed.replace("\\\n", " ").splitlines()
+    training = next(line for line in lines if "train_gm_sgm.py" in line).partition("train_gm_sgm.py")[2]
+    evaluation = next(line for line in lines if "evaluation" in line).partition("-m diffusers_gm.evaluation")[2]
+    parsed = HfArgumentParser(tr.TrainingArguments).parse_args_into_dataclasses(shlex.split(training))[0]
+    return parsed, build_parser("").parse_args(shlex.split(evaluation))
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_three_methods_differ_in_nothing_else(scale):
+    options = {method: asdict(commands(METHOD=method, SCALE=scale)[0]) for method in ("gm-sgm", "ncsnv2", "cld")}
+    for method, given in options.items():
+        different = {name for name, value in given.items() if value != options["gm-sgm"][name]}
+        assert different == ({"method", "output_dir"} if method != "gm-sgm" else set())
+        assert given["output_dir"] == f"outputs/cifar10-{method}-{scale}"
+
+
+@pytest.mark.parametrize(("scale", "parameters"), [("cpu", 1_113_955), ("gpu", 35_746_307)])
+def test_the_network_has_the_size_that_is_said(scale, parameters):
+    args, _ = commands(SCALE=scale)
+    with torch.device("meta"):
+        assert tr.new_unet(args, 32, 3).num_parameters() == parameters
+
+
+def test_a_slice_goes_on_by_itself_and_the_evaluation_is_of_the_same_model_and_data(tmp_path):
+    training, evaluation = commands(DATA=tmp_path, MINUTES=4, STEPS=150, CALLS="20 50")
+    assert (training.max_train_minutes, training.resume_from_checkpoint) == (4, "latest")
+    assert (training.max_train_steps, evaluation.calls) == (150, [20, 50])
+    assert (training.train_data_dir, training.dataset_name) == (str(tmp_path), None)
+    assert (evaluation.train_data_dir, evaluation.model) == (str(tmp_path), training.output_dir)
+    check_options(evaluation)
+
+    training, evaluation = commands()
+    assert training.dataset_name == evaluation.dataset_name == "uoft-cs/cifar10"
+    assert evaluation.calls == [10, 20, 50, 200]
