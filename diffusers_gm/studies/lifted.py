@@ -63,7 +63,7 @@ def lifted(args: argparse.Namespace) -> Report:
     def pipeline(name: str, seed: int) -> DDPMPipeline:
         unet, source = trained_ddpm(args.steps, seed, parts)
         kind, config = schedulers[name]
-        return DDPMPipeline(unet, kind.from_config(source.config, **config))
+        return DDPMPipeline(unet, kind.from_config(source.config, clip_sample=False, **config))
 
     def measure(name: str, calls: int, seed: int) -> float | None:
         return quality_of(pipeline(name, seed), calls, args.num_samples, seed)
