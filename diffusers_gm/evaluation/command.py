@@ -112,7 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = run(args)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
-    if not process_state().is_main_process:
+    state = process_state()
+    # All leave together: a process that goes first takes the store of the others with it, and they abort.
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    if not state.is_main_process:
         return
     table = report.markdown(results)
     (args.output_dir / "results.md").write_text(table, encoding="utf-8")
