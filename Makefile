@@ -61,7 +61,7 @@ RECIPE_gpu := --block_out_channels 128 256 256 256 --layers_per_block 2 --attent
 STEPS_cpu := 3000
 EVALUATION_cpu := --num_samples 500 --num_reference 2000
 RECIPE_cpu := --block_out_channels 32 64 64 --layers_per_block 1 --attention_resolutions 8 \
-	--train_batch_size 64 --learning_rate 1e-3 --lr_scheduler one_cycle --ema_decay 0.999 \
+	--train_batch_size 32 --learning_rate 1e-3 --lr_scheduler one_cycle --ema_decay 0.999 \
 	--checkpointing_steps 500 --validation_steps 1000 --logging_steps 10
 
 DATA_IN = $(if $(wildcard $(DATA)),--train_data_dir,--dataset_name) $(DATA)
