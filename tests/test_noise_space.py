@@ -58,6 +58,18 @@ def test_vp_agrees_with_diffusers_forward_process(generator):
     torch.testing.assert_close(ours.add_noise(x0, noise, timesteps), theirs.add_noise(x0, noise, timesteps))
 
 
+@pytest.mark.parametrize("name", ["vp", "vp-cosine", "ve"])
+def test_betas_are_those_of_the_ddpm_network_that_it_is(name):
+    space = SPACES[name]
+    abar = (1 - space.betas()).cumprod(0)
+    torch.testing.assert_close(abar, 1 / (1 + (2 * space.log_sigmas).exp()), rtol=1e-9, atol=0)
+    if name == "vp":
+        torch.testing.assert_close(space.betas().float(), DDPMScheduler().betas, rtol=1e-3, atol=0)  # float32 there
+    for other in ("flow", "ve-unscaled"):
+        with pytest.raises(ValueError, match="scale_input=True"):
+            SPACES[other].betas()
+
+
 def test_flow_agrees_with_diffusers_forward_process_and_grid(generator):
     ours = AnnealedLangevinScheduler(shift=1.0, prediction_type="flow_prediction", timestep_spacing="linspace")
     theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, ScoreSdeVeScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+    UniPCMultistepScheduler,
+)
 from test_contract import every_scheduler
 
+from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.noise_space import PREDICTION_TYPES
 
@@ -93,3 +101,43 @@ def test_defaults_reach_the_floor_at_200_calls(cls):
         samples = run(scheduler, ExactDenoiser(train, 0.1), start, scheduler.timesteps, generator)
         distances.append(sliced_wasserstein(samples, reference))
     assert sum(distances) / seeds < 1.2 * floor, (distances, floor)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("theirs", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_schedulers_of_diffusers_sample_our_ve_networks(theirs, prediction_type, generator):
+    """The way back: `diffusers_config` makes a beta schedule of a geometric ladder, and the law comes out exact."""
+    own = AnnealedLangevinScheduler(sigma_max=20.0, prediction_type=prediction_type)
+    scheduler = theirs.from_config(own.diffusers_config(), clip_sample=False)
+    denoiser = ExactDenoiser(POINTS.double(), width=0.5, weights=WEIGHTS)
+    n = 4000
+    scheduler.set_timesteps(200)
+    sample = scheduler.init_noise_sigma * torch.randn(n, 1, 1, 2, generator=generator, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        output = denoiser.network_output(
+            scheduler.scale_model_input(sample, t), t.double(), own.noise_space, prediction_type
+        )
+        sample = scheduler.step(output, t, sample).prev_sample
+    points, weights = POINTS.flatten(1).double(), WEIGHTS.double()
+    mean = weights @ points
+    variance = weights @ (points - mean) ** 2 + 0.5**2
+    samples = sample.flatten(1)
+    assert ((samples.mean(0) - mean).abs() < 5 * (variance / n).sqrt()).all()
+    # The variance of a variance is at most that of a Gaussian here; 1% for the solver.
+    assert ((samples.var(0) / variance - 1).abs() < 5 * (2 / n) ** 0.5 + 0.01).all()
+
+
+def test_networks_that_diffusers_cannot_read_are_refused():
+    mixture = {"mixture_weights": [0.5, 0.5], "mixture_scales": [0.5, 1.5]}
+    for own, message in [
+        (GMLangevinScheduler(model_noise="mixture", **mixture), "mixture noise"),
+        (CLDSSCSScheduler(prediction_type="cld_mixed"), "velocity"),
+        (AnnealedLangevinScheduler(prediction_type="score"), "answers a score"),
+        (AnnealedLangevinScheduler(scale_input=False), "scale_input=True"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            own.diffusers_config()
+    # Mixture jumps on an ordinary network leave it what it is; and `vp` configs need no translation.
+    assert "trained_betas" in GMLangevinScheduler(model_noise="gaussian", **mixture).diffusers_config()
+    ours = AnnealedLangevinScheduler.from_config(DDPMScheduler(beta_end=0.01).config)
+    assert DDIMScheduler.from_config(ours.diffusers_config()).config.beta_end == 0.01

@@ -102,13 +102,19 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
             options[option] = json.loads(value)
         except json.JSONDecodeError:
             options[option] = value
+    config = own.config
+    if isinstance(own, LangevinSchedulerMixin) and not issubclass(cls, LangevinSchedulerMixin):
+        try:
+            config = own.diffusers_config()
+        except ValueError as error:
+            raise ValueError(f"--scheduler {name} does not suit this network: {error}") from error
     try:
-        scheduler = cls.from_config(own.config, **options)
+        scheduler = cls.from_config(config, **options)
     except (TypeError, NotImplementedError, AssertionError) as error:  # as schedulers of diffusers refuse values
         raise ValueError(f"--scheduler {' '.join(words)} cannot be made of this config: {error}") from error
     # Schedulers of diffusers take any config, and make noise of a network that was trained with other noise.
     trained, taken = _noise_of(own), _noise_of(scheduler)
-    if trained != taken:
+    if trained != taken and (trained, taken) != ("ve", "vp"):  # which `diffusers_config` makes of it
         raise ValueError(
             f"--scheduler {name} does not suit this network, which was trained with {trained} noise: it would take it "
             f"for one of {taken}, and make noise of it. Use {SUITABLE.get(trained, type(own).__name__)}"
@@ -123,7 +129,7 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
 # What samples a network that was trained with this noise.
 SUITABLE = {
     "vp": "one that goes by a beta schedule, as DDIMScheduler does, or one of diffusers_gm",
-    "ve": "AnnealedLangevinScheduler, GMLangevinScheduler or CLDSSCSScheduler",
+    "ve": "AnnealedLangevinScheduler, GMLangevinScheduler, CLDSSCSScheduler, or one that goes by a beta schedule",
     "flow": "FlowMatchEulerDiscreteScheduler, or one of diffusers_gm",
     "velocity": "CLDSSCSScheduler",
 }

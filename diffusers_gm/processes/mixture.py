@@ -54,6 +54,11 @@ class GaussianMixtureNoise:
         """The number of components K."""
         return len(self.weights)
 
+    @property
+    def is_standard_gaussian(self) -> bool:
+        """Whether this is unit Gaussian noise: one component of scale 1."""
+        return len(self) == 1 and float(self.scales[0]) == 1.0
+
     # --- Constructors ---
 
     @classmethod

@@ -72,6 +72,19 @@ class NoiseSpace:
         """The space of a rectified-flow network, `x_s = (1 - s) * x0 + s * n`."""
         return cls("flow", num_train_timesteps)
 
+    def betas(self) -> Tensor:
+        """The betas of the DDPM network that a network fed `y / sqrt(1 + sigma^2)` is: `(N,)` float64 in (0, 1).
+
+        `abar = 1 / (1 + sigma^2)`, so that `beta_t = (sigma_t^2 - sigma_(t-1)^2) / (1 + sigma_t^2)`.
+
+        Raises:
+            ValueError: in `flow` space, and in `ve` space without input scaling.
+        """
+        if self.log_sigmas is None or not self.scale_input:
+            raise ValueError("only a network that is fed y / sqrt(1 + sigma^2) has betas: noise space vp, or ve with scale_input=True")  # fmt: skip # noqa: E501
+        variances = (2 * self.log_sigmas).exp()
+        return variances.diff(prepend=torch.zeros(1, dtype=torch.float64)) / (1 + variances)
+
     @property
     def timestep_range(self) -> tuple[float, float]:
         """The smallest and largest timestep label at which the network was trained."""

@@ -98,6 +98,31 @@ def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+# What our configs and those of diffusers' schedulers call the same.
+SHARED = (
+    "num_train_timesteps",
+    "prediction_type",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+)
+
+
+def config_for_diffusers(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
+    """See `LangevinSchedulerMixin.diffusers_config`; `space` is None where the network sees a velocity."""
+    if space is None:
+        raise ValueError("no scheduler of diffusers reads a network that sees a velocity: use CLDSSCSScheduler")
+    if config.prediction_type in ("score", "scaled_score"):
+        raise ValueError(f"no scheduler of diffusers reads a network that answers a {config.prediction_type}")
+    if space.kind != "ve":
+        return config
+    shared = {name: config[name] for name in SHARED if config[name] is not None}
+    return shared | {"trained_betas": space.betas().tolist(), "timestep_spacing": "trailing"}
+
+
 # Flags of diffusers' schedulers that replace their timestep_spacing, and the spacing that we call it.
 SPACING_FLAGS = {
     "use_karras_sigmas": "karras",

@@ -17,7 +17,8 @@ from ..processes.annealed import (
     optimal_step_size,
 )
 from ..random import Generators, randn
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput, check_network_level, langevin_levels
+from .calls import check_network_level, langevin_levels
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
 
 
 class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):

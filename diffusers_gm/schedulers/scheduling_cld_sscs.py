@@ -20,7 +20,8 @@ from ..processes.cld_dynamics import (
     sscs_step,
 )
 from ..random import Generators, check_generators, randn
-from .common import Call, LangevinSchedulerMixin, LangevinSchedulerOutput, check_num_calls
+from .calls import Call, check_num_calls
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
 
 # A native run ends at this time and leaves the rest to the denoising call (arXiv 2112.07068, appendix B).
 LAST_TIME = 1e-3

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -13,7 +13,8 @@ from ..processes.annealed import fixed_step_size, langevin_step, level_ratios, o
 from ..processes.mixture import GaussianMixtureNoise
 from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
 from ..random import Generators, randn
-from .common import Call, LangevinSchedulerMixin, LangevinSchedulerOutput, check_network_level, langevin_levels
+from .calls import Call, check_network_level, langevin_levels
+from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
 
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
@@ -171,6 +172,12 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         sizes = optimal_step_size(ratios, counts, config.step_size_criterion, fourth_moment, max_step * variance)
         return sizes / variance
 
+    def diffusers_config(self) -> dict[str, Any]:
+        """See `LangevinSchedulerMixin.diffusers_config`."""
+        if not self.model_mixture.is_standard_gaussian:
+            raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
+        return super().diffusers_config()
+
     def initial_sample(self, shape, generator, device, dtype) -> Tensor:
         """The sample a run starts from: noise of the law that the network was trained with."""
         return self.model_mixture.sample(shape, generator, device, dtype, sigma=self.init_noise_sigma)
@@ -225,7 +232,7 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         prediction_type = self.config.prediction_type
         denoised = self.noise_space.denoised(output, y, sigma, prediction_type)
         mixture = self.model_mixture
-        if len(mixture) == 1 and float(mixture.scales[0]) == 1.0:
+        if mixture.is_standard_gaussian:
             return self._clip(denoised), 1.0
         if prediction_type in ("score", "scaled_score"):
             displacement = denoised - y  # of Tweedie's formula, which holds for the score alone here
