@@ -2,16 +2,17 @@
 
 Every scheduler of diffusers that fits, and ours, each at the best of its grids, on
 
-- `exact`: the exact denoiser of the 8 x 8 digits (each a Gaussian of width 0.1), a perfectly trained DDPM network;
+- `exact`: the exact denoiser of images (each a Gaussian of width 0.1), a perfectly trained DDPM network; of the 8 x 8
+  digits, or of other images with --dataset_name or --train_data_dir;
 - `ddpm`: a DDPM network of the digits, trained with diffusers' own objective at the budget of `make demo`;
-- `ncsnv2`, `gm-sgm`, `cld`: our own digits networks of the same budget, under the samplers made for each.
+- `ncsnv2`, `gm-sgm`, `cld`: our own digits networks of the same budget, under the samplers made for each; that of
+  `ncsnv2` under those of diffusers too (`diffusers_config`).
 
 Quality is sliced W2 over the floor, what as many real images have; medians over seeds, and wall time beside them. Every
 finished cell is kept in `OUTPUT/.parts`: an interrupted benchmark goes on where it was.
 """
 
 import argparse
-import inspect
 import logging
 import statistics
 import time
@@ -19,226 +20,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import diffusers
 import matplotlib
 import torch
-from diffusers import DDPMScheduler
-from torch import Tensor
 
-from diffusers_gm import AnnealedLangevinScheduler, CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler, GMSGMPipeline
-from diffusers_gm import training as tr
-from diffusers_gm.data import split_digits
-from diffusers_gm.demo import SAMPLERS
-from diffusers_gm.evaluation import sliced_wasserstein
-from diffusers_gm.evaluation.sampling import num_steps_for
-from diffusers_gm.exact import ExactDenoiser
-from diffusers_gm.processes.noise_space import NoiseSpace
-from diffusers_gm.studies.common import Cells, floor_of_digits, parts_of, save_picture, trained, trained_ddpm
-from diffusers_gm.studies.report import Report, Table
+from .benchmark_models import PEERS, STOCHASTIC, Model, ddpm_model, exact_model, own_model
+from .data import examine, open_source, split_digits
+from .studies.common import Cells, parts_of, save_picture
+from .studies.report import Report, Table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WIDTH = 0.1
-SOURCE = DDPMScheduler(clip_sample=False)
+ModelName = Literal["exact", "ddpm", "ncsnv2", "gm-sgm", "cld"]
+
 # Above this number of calls only the grid that was best at the number below is run.
 ALL_GRIDS_UP_TO = 20
-
-STOCHASTIC: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDPM": ("DDPMScheduler", {}),
-    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "KDPM2 ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "SDE-DPM-Solver++(2M)": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-}
-# Deterministic given the start.
-DETERMINISTIC: dict[str, tuple[str, dict[str, Any]]] = {
-    "DDIM": ("DDIMScheduler", {}),
-    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "KDPM2": ("KDPM2DiscreteScheduler", {}),
-    "LMS": ("LMSDiscreteScheduler", {}),
-    "DEIS": ("DEISMultistepScheduler", {}),
-    "DPM-Solver++(2M)": ("DPMSolverMultistepScheduler", {}),
-    "DPM-Solver++ singlestep": ("DPMSolverSinglestepScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-}
-PEERS = STOCHASTIC | DETERMINISTIC
-OURS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "CLD, sscs": (CLDSSCSScheduler, {}),
-    "CLD, sscs, order 1": (CLDSSCSScheduler, {"splitting_order": 1}),
-    "CLD, probability flow": (CLDSSCSScheduler, {"algorithm_type": "probability_flow"}),
-    "annealed Langevin": (AnnealedLangevinScheduler, {}),
-    "annealed, consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
-    "GM, ancestral": (GMLangevinScheduler, {}),
-    "GM, ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
-}
-GRIDS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "leading": {"timestep_spacing": "leading"},
-    "trailing": {"timestep_spacing": "trailing"},
-    "Karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "lu lambdas": {"use_lu_lambdas": True},
-}
-OWN_GRIDS: dict[type, tuple[str, ...]] = {
-    AnnealedLangevinScheduler: ("log_snr", "karras"),
-    GMLangevinScheduler: ("log_snr", "karras"),
-    CLDSSCSScheduler: ("quadratic", "log_snr"),
-}
-
-Samplers = dict[str, dict[str, Any]]  # schedulers by sampler, then by grid
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is sampled.
-
-    Attributes:
-        title: in words.
-        samplers: schedulers by sampler and grid.
-        sample: `(scheduler, number of calls, seed)` to samples `(n, 1, 8, 8)`, or None where the scheduler has no run
-            of that many calls.
-        ratio: quality of samples.
-        conditions: in words.
-    """
-
-    title: str
-    samplers: Samplers
-    sample: Callable[[Any, int, int], Tensor | None]
-    ratio: Callable[[Tensor], float]
-    conditions: str
-
-
-def grids(cls: Any, arguments: dict[str, Any], source: Any = SOURCE) -> dict[str, Any]:
-    """The scheduler on each grid that it offers, for the network that `source` describes."""
-    offered = inspect.signature(cls.__init__).parameters
-    flags = dict(GRIDS)
-    if cls is CLDSSCSScheduler:
-        flags["quadratic"] = {"timestep_spacing": "quadratic"}
-    return {
-        name: cls.from_config(source.config, **arguments, **changes)
-        for name, changes in flags.items()
-        if changes.keys() <= offered.keys()
-    }
-
-
-def compatible(source: Any) -> Samplers:
-    """Everything that samples an ordinary `vp` network."""
-    ours = {name: grids(cls, arguments, source) for name, (cls, arguments) in OURS.items()}
-    return ours | {name: grids(getattr(diffusers, cls), arguments, source) for name, (cls, arguments) in PEERS.items()}
-
-
-def budget(scheduler: Any, num_calls: int) -> bool:
-    """Set as many steps as `num_calls` network calls pay for; whether they use all of them, or all but one."""
-    try:
-        scheduler.set_timesteps(num_steps_for(scheduler, num_calls))
-    except ValueError:
-        return False  # no stable step, say
-    return len(scheduler.timesteps) >= num_calls - 1
-
-
-@torch.no_grad()
-def sample(network: Callable[[Tensor, Tensor], Tensor], scheduler: Any, shape: Sequence[int], seed: int) -> Tensor:
-    """Samples in DDPMPipeline's loop, and the scaling that other schedulers need besides."""
-    generator = torch.Generator().manual_seed(seed)
-    x = scheduler.init_noise_sigma * torch.randn(*shape, generator=generator)
-    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
-        x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, **draws).prev_sample
-    return x
-
-
-# --- The models ---
-
-
-def exact_model(num_samples: int) -> Model:
-    train, _ = split_digits()
-    denoiser, space = ExactDenoiser(train, WIDTH), NoiseSpace.vp(SOURCE.alphas_cumprod)
-    generator = torch.Generator().manual_seed(1)
-
-    def data(n: int) -> Tensor:
-        chosen = train[torch.randint(len(train), (n,), generator=generator)]
-        return chosen + WIDTH * torch.randn(chosen.shape, generator=generator)
-
-    reference = data(5_000)
-
-    def distance(samples: Tensor) -> float:
-        return sliced_wasserstein(samples, reference, num_projections=256)
-
-    floor = statistics.mean(distance(data(num_samples)) for _ in range(8))
-
-    def draw(scheduler: Any, calls: int, seed: int) -> Tensor | None:
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            return denoiser.network_output(x, t, space, "epsilon")
-
-        return sample(network, scheduler, (num_samples, 1, 8, 8), seed) if budget(scheduler, calls) else None
-
-    return Model(
-        "the exact denoiser of the digits",
-        compatible(SOURCE),
-        draw,
-        lambda samples: distance(samples) / floor,
-        f"Each of the 1437 training digits is a Gaussian of width {WIDTH}; reference 5000 draws, floor {floor:.4f} of "
-        f"{num_samples} draws.",
-    )
-
-
-def ddpm_model(num_samples: int, steps: int, parts: Path) -> Model:
-    unet, source = trained_ddpm(steps, 0, parts)
-
-    def draw(scheduler: Any, calls: int, seed: int) -> Tensor | None:
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            return unet(x, t).sample
-
-        return sample(network, scheduler, (num_samples, 1, 8, 8), seed) if budget(scheduler, calls) else None
-
-    return Model(
-        "a DDPM network of the digits",
-        compatible(DDPMScheduler.from_config(source.config, clip_sample=False)),
-        draw,
-        partial(over_floor, num_samples=num_samples),
-        f"Trained with diffusers' objective for {steps} steps.",
-    )
-
-
-def own_model(method: Literal["gm-sgm", "ncsnv2", "cld"], num_samples: int, steps: int, parts: Path) -> Model:
-    unet, described = trained(tr.TrainingArguments(method=method, max_train_steps=steps), parts)
-    pipeline: Any = (CLDPipeline if method == "cld" else GMSGMPipeline)(unet, described)
-    pipeline.set_progress_bar_config(disable=True)
-    cls = type(described)
-    samplers: Samplers = {
-        name: {grid: cls.from_config(described.config, timestep_spacing=grid, **changes) for grid in OWN_GRIDS[cls]}
-        for name, changes in SAMPLERS[cls].items()
-    }
-    if method == "ncsnv2":
-        samplers["CLD, sscs"] = {
-            grid: CLDSSCSScheduler.from_config(described.config, algorithm_type="sscs", timestep_spacing=grid)
-            for grid in ("log_snr", "karras", "quadratic")
-        }
-
-    def draw(scheduler: Any, calls: int, seed: int) -> Tensor | None:
-        if not budget(scheduler, calls):
-            return None
-        pipeline.scheduler = scheduler
-        generator = torch.Generator().manual_seed(seed)
-        return pipeline(num_samples, calls, generator, output_type="pt").images * 2 - 1
-
-    return Model(
-        f"our {method} network of the digits",
-        samplers,
-        draw,
-        partial(over_floor, num_samples=num_samples),
-        f"`train_gm_sgm.py --method {method} --dataset_name digits --max_train_steps {steps}`.",
-    )
-
-
-def over_floor(samples: Tensor, num_samples: int) -> float:
-    """Sliced W2 to the training digits, over that of as many held-out digits."""
-    return sliced_wasserstein(samples.clamp(-1, 1), split_digits()[0]) / floor_of_digits(num_samples)
-
 
 # --- The benchmark ---
 
@@ -358,44 +156,75 @@ def against_peers(
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.benchmark_samplers"
     )
-    models = ("exact", "ddpm", "ncsnv2", "gm-sgm", "cld")
-    parser.add_argument("--models", nargs="+", choices=models, default=["exact"])
-    parser.add_argument("--calls", type=int, nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images per cell; trained networks: at most 360")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each cell")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of the trained networks")
-    parser.add_argument("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
-    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
-    args = parser.parse_args(arguments)
-    held_out = len(split_digits()[1])
-    for name in ("num_samples", "seeds", "steps"):
-        if getattr(args, name) < (2 if name == "num_samples" else 1):
-            parser.error(f"--{name} {getattr(args, name)} is too small")
+    add = parser.add_argument
+    add("--models", nargs="+", choices=get_args(ModelName), default=["exact"])
+    add("--calls", type=int, nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
+    add("--num_samples", type=int, default=1000, help="images per cell; trained networks: at most 360")
+    add("--seeds", type=int, default=3, help="runs of each cell")
+    add("--steps", type=int, default=1200, help="optimizer steps of the trained networks")
+    add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
+    add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
+    add("--train_data_dir", help="exact: a folder of images or of parquet files")
+    add("--resolution", type=int, help="exact: side to which its images are resized; default: their own")
+    add("--num_images", type=int, default=2000, help="exact: images that it is made of, at most")
+    add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a ValueError for what is out of range."""
+    for name, least in {"num_samples": 2, "seeds": 1, "steps": 1, "num_images": 2, "resolution": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} is too small: at least {least}")
     if min(args.calls) < 3:
-        parser.error(f"--calls must be at least 3, got {min(args.calls)}")
+        raise ValueError(f"--calls must be at least 3, got {min(args.calls)}")
+    held_out = len(split_digits()[1])
     if args.models != ["exact"] and args.num_samples > held_out:
-        parser.error(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
+        raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
+    if "exact" not in args.models and (args.train_data_dir or args.dataset_name != "digits" or args.resolution):
+        raise ValueError("--dataset_name, --train_data_dir and --resolution say what model 'exact' is made of: add it")
+
+
+def model_of(name: ModelName, args: argparse.Namespace, parts: Path) -> tuple[str, Model]:
+    """The model called `name`, and the stem of its files."""
+    if name == "ddpm":
+        return name, ddpm_model(args.num_samples, args.steps, parts)
+    if name != "exact":
+        return name, own_model(name, args.num_samples, args.steps, parts)
+    if args.train_data_dir is None and args.dataset_name == "digits" and args.resolution is None:
+        return name, exact_model(split_digits()[0], "the digits", args.num_samples)
+    source = open_source(args.dataset_name, train_data_dir=args.train_data_dir)
+    points = examine(source, 0, args.resolution, num_images=args.num_images).images
+    data = Path(args.train_data_dir).resolve().name if args.train_data_dir else args.dataset_name.rpartition("/")[2]
+    size = "x".join(map(str, points.shape[1:]))
+    stem = f"{name}_{data}_{size}_{len(points)}"
+    return stem, exact_model(points, f"{len(points)} images of {data}, {size}", args.num_samples)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
     args.calls.sort()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     parts = parts_of(args.output)
-    for name in args.models:
-        if name == "exact":
-            model = exact_model(args.num_samples)
-        elif name == "ddpm":
-            model = ddpm_model(args.num_samples, args.steps, parts)
-        else:
-            model = own_model(name, args.num_samples, args.steps, parts)
-        if args.samplers:
-            unknown = [sampler for sampler in args.samplers if sampler not in model.samplers]
-            if unknown:
-                parser.error(f"--samplers {unknown}: {name} has {', '.join(model.samplers)}")
-            model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
-        cells = Cells(parts / f"samplers {name} n={args.num_samples} steps={args.steps}.json")
-        benchmark(name, model, args, cells).write(args.output)
+    try:
+        check_options(args)
+        for name in args.models:
+            stem, model = model_of(name, args, parts)
+            if args.samplers:
+                unknown = [sampler for sampler in args.samplers if sampler not in model.samplers]
+                if unknown:
+                    raise ValueError(f"--samplers {unknown}: {name} has {', '.join(model.samplers)}")
+                model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
+            cells = Cells(parts / f"samplers {stem} n={args.num_samples} steps={args.steps}.json")
+            benchmark(stem, model, args, cells).write(args.output)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

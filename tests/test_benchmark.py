@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
+from PIL import Image
 
+from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
+from diffusers_gm import benchmark_models as models
 from diffusers_gm import benchmark_samplers as bench
 from diffusers_gm.studies.common import Cells
 from diffusers_gm.studies.report import Report
@@ -16,7 +19,7 @@ from diffusers_gm.studies.report import Report
 )
 def test_a_budget_is_network_calls(cls):
     """Counted, not believed: second-order schedulers call the network twice a step."""
-    scheduler = cls.from_config(bench.SOURCE.config)
+    scheduler = cls.from_config(models.SOURCE.config)
     calls = 0
 
     def network(x, t):
@@ -24,15 +27,25 @@ def test_a_budget_is_network_calls(cls):
         calls += 1
         return torch.zeros_like(x)
 
-    assert bench.budget(scheduler, 9)
-    bench.sample(network, scheduler, (1, 1, 8, 8), seed=0)
+    assert models.budget(scheduler, 9) == (9 if scheduler.order == 1 else 5)
+    models.sample(network, scheduler, (1, 1, 8, 8), seed=0)
     assert calls == 9
 
 
 def test_every_scheduler_has_a_run_on_some_grid():
-    for name, by_grid in bench.compatible(bench.SOURCE).items():
-        assert any(bench.budget(scheduler, 21) for scheduler in by_grid.values()), name
+    for name, by_grid in models.compatible(models.SOURCE.config).items():
+        assert any(models.budget(scheduler, 21) for scheduler in by_grid.values()), name
         assert "default" in by_grid
+
+
+def test_own_networks_are_given_to_diffusers_where_it_can_read_them():
+    described = AnnealedLangevinScheduler(noise_space="ve", sigma_max=9.0)
+    samplers = models.own_samplers(described)
+    assert {"langevin", "CLD, sscs", "DDPM", "UniPC"} <= set(samplers)
+    for scheduler in samplers["UniPC"].values():
+        assert float(1 / scheduler.alphas_cumprod[-1]) == pytest.approx(1 + 9.0**2, rel=1e-4)
+    mixture = {"mixture_weights": [0.5, 0.5], "mixture_scales": [0.5, 1.5], "model_noise": "mixture"}
+    assert "UniPC" not in models.own_samplers(GMLangevinScheduler(**mixture))
 
 
 def test_best_grid_by_the_median_and_nothing_is_measured_twice(tmp_path):
@@ -71,6 +84,20 @@ def test_the_command_in_small(tmp_path):
     assert (tmp_path / report.pictures[0]).stat().st_size < 150_000
 
 
+def test_the_exact_denoiser_of_any_images(tmp_path, generator):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, image in enumerate(torch.randint(0, 256, (12, 6, 6, 3), generator=generator, dtype=torch.uint8)):
+        Image.fromarray(image.numpy()).save(pictures / f"{i}.png")
+    words = ["--train_data_dir", str(pictures), "--resolution", "4", "--num_images", "10", "--num_samples", "20"]
+    words += ["--seeds", "1", "--calls", "30", "--samplers", "CLD, sscs", "DDPM", "--output", str(tmp_path)]
+    bench.main(words)
+    report = Report.read(tmp_path / "samplers_exact_pictures_3x4x4_10_n20.json")
+    assert report.title == "Samplers at equal network calls: the exact denoiser of 10 images of pictures, 3x4x4"
+    # Good samples are near the floor: of the data, not of the digits.
+    assert all(float(row[1].split()[0]) < 2 for row in report.tables[0].rows)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -78,6 +105,8 @@ def test_the_command_in_small(tmp_path):
         (["--samplers", "SSCS"], "exact has CLD, sscs,"),
         (["--seeds", "0"], "--seeds 0 is too small"),
         (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
+        (["--models", "cld", "--num_samples", "40", "--resolution", "8"], "say what model 'exact' is made of"),
+        (["--train_data_dir", "nowhere"], "nowhere"),
     ],
 )
 def test_arguments_out_of_range(words, message, capsys):
