@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_gm import hub
+from diffusers_gm import cards, hub
 from diffusers_gm import training as tr
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
 
@@ -165,7 +165,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
 
     def write_pipeline():
         """The pipeline, its samples and its card."""
-        result = hub.TrainingResult(
+        result = cards.TrainingResult(
             num_images=source.num_images,
             num_parameters=num_parameters,
             steps=state.step,
@@ -183,8 +183,8 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
             pipeline.save_pretrained(temporary)
         grid.save(temporary / "samples.png")
         tr.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
-        hub.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
-        hub.forget_quality(output_dir)
+        cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
+        cards.forget_quality(output_dir)
         tr.publish(temporary, output_dir)
 
     def upload() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import diffusers_gm
-from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GaussianMixtureNoise, GMLangevinScheduler, hub
+from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GaussianMixtureNoise, GMLangevinScheduler, cards
 from diffusers_gm.data import split_digits
 from diffusers_gm.evaluation import Quality, markdown_table, quality, sliced_wasserstein
 from diffusers_gm.pictures import CALLS, GRID, plot_forward_cld, plot_forward_noise, plot_quality, plot_samples
@@ -117,7 +117,7 @@ def main() -> None:
     (folder / "quality.md").write_text("\n".join(text) + "\n")
     record = {name: [asdict(cell) for cell in cells] for name, cells in results.items()}
     (folder / "quality.json").write_text(json.dumps({"floor": floor, "n": args.num_samples, **record}, indent=1))
-    hub.add_quality(folder)
+    cards.add_quality(folder)
     print("\n".join(text))
     print("\nLook at:")
     for name in ("digits.png", "forward_noise.png", "quality.png", "quality.md", "README.md"):

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, plan_for, same_state, train
 
-from diffusers_gm import CLDPipeline, CLDSSCSScheduler, data, demo, hub
+from diffusers_gm import CLDPipeline, CLDSSCSScheduler, cards, data, demo
 from diffusers_gm import training as tr
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_common, cld_likelihood, cld_target, cld_training
@@ -199,7 +199,7 @@ def test_only_images_of_the_levels_are_dequantised():
 
 
 def test_hub_knows_the_method():
-    assert "cld" in hub.METHOD_NAMES
+    assert "cld" in cards.METHOD_NAMES
 
 
 # --- Studies ---

@@ -25,6 +25,7 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
     NCSNv2Pipeline,
+    cards,
     hub,
 )
 
@@ -532,19 +533,19 @@ def test_from_a_training_to_the_snippet_on_another_computer(empty_server, tmp_pa
 def test_measurements_replace_those_of_before_and_nothing_else(tmp_path):
     text = "---\nlicense: mit\ntags: [mine]\n---\nMine.\n<!-- quality -->\nOld.\n<!-- end of quality -->\nAlso mine.\n"
     (tmp_path / "README.md").write_text(text)
-    hub.add_quality(tmp_path)
+    cards.add_quality(tmp_path)
     assert (tmp_path / "README.md").read_text() == text, "nothing was measured"
     (tmp_path / "quality.json").write_text(json.dumps(QUALITY))
-    hub.add_quality(tmp_path)
+    cards.add_quality(tmp_path)
     once = (tmp_path / "README.md").read_text()
-    hub.add_quality(tmp_path)
+    cards.add_quality(tmp_path)
     assert (tmp_path / "README.md").read_text() == once
     card = ModelCard(once)
     assert card.data.license == "mit"
     assert card.text.startswith("Mine.\n<!-- quality -->\nSliced")
     assert card.text.endswith("<!-- end of quality -->\nAlso mine.\n")
     assert "Old." not in card.text
-    hub.forget_quality(tmp_path)
+    cards.forget_quality(tmp_path)
     assert not (tmp_path / "quality.json").exists()
 
 

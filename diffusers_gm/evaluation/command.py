@@ -1,23 +1,26 @@
 """Measure a pipeline, or images that someone else made, against real data.
 
     python -m diffusers_gm.evaluation outputs/demo --dataset_name digits --calls 10 20 50 --seeds 0 1 \
-        --scheduler GMLangevinScheduler algorithm_type=ode --scheduler DPMSolverMultistepScheduler
+        --scheduler GMLangevinScheduler --scheduler GMLangevinScheduler algorithm_type=ode
 
     python -m diffusers_gm.evaluation --samples my/images --train_data_dir path/to/real/images
 
-Writes results.json, results.md and results.png to --output_dir. An interrupted run goes on where it was. Several
-processes share the work: `accelerate launch -m diffusers_gm.evaluation ...` (on CPUs:
-`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m ...`).
+Writes results.json, results.md and results.png to --output_dir, and into the card of the model if that is its folder.
+An interrupted run goes on where it was. Several processes share the work: `accelerate launch -m diffusers_gm.evaluation
+...` (on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m ...`).
 """
 
 import argparse
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import diffusers
 from torch import Tensor
 
+from .. import cards
+from ..studies.report import command_line
 from ..training.network import check_processes
 from ..version import __version__
 from . import report
@@ -29,7 +32,7 @@ from .results import Cell, Results
 from .sampling import NoGridError
 from .scoring import OF_FEATURES, Reference, check_metrics, score
 from .sources import real_images
-from .subject import Subject
+from .subject import Subject, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> Results:
         "content": subject.content,
         "shape": list(subject.shape),
         "num_samples": n,
-        "data": args.dataset_name or args.train_data_dir,
+        "data": args.dataset_name or name_of(args.train_data_dir),
         "num_reference": len(real),
         "reference": fingerprint(real),
         "floor": fingerprint(floor),
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> Results:
         "features": f"{extractor.name}: {extractor.version}" if extractor else None,
         "versions": f"diffusers_gm {__version__}, diffusers {diffusers.__version__}",
     }
-    results: Results = from_main(lambda: Results(args.output_dir / "results.json", conditions))
+    results: Results = from_main(lambda: Results(args.output_dir / "results.json", conditions, command_line()))
     missing = [key for key in subject.cells(args.calls, args.seeds) if results.find(*key) is None]
     if results.floor and not missing:
         logger.warning(f"everything is in {results.path} already")
@@ -94,6 +97,11 @@ def run(args: argparse.Namespace) -> Results:
     return results
 
 
+def subject_is_in(folder: Path, model: str | None) -> bool:
+    """Whether the model is the one in `folder`, and has a card there."""
+    return model is not None and Path(model).resolve() == folder.resolve() and (folder / "README.md").is_file()
+
+
 def line(cell: Cell) -> str:
     """A finished cell in one line."""
     where = cell.scheduler if cell.calls is None else f"{cell.scheduler}, {cell.calls} calls, seed {cell.seed}"
@@ -125,4 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(cell.calls is not None for cell in results.cells):
         report.plot(results, args.output_dir / "results.png")
         written.append("results.png")
+    if subject_is_in(args.output_dir, args.model):
+        cards.add_quality(args.output_dir)
+        written.append("README.md, the model's card")
     print("wrote", *(args.output_dir / name for name in written))

@@ -1,5 +1,6 @@
 """Results as a table and as a picture."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -85,6 +86,22 @@ def markdown(results: Results) -> str:
         *(["", *sorted(notes)] if notes else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def verdict(results: Results) -> str:
+    """The best scheduler at every number of calls by the first distance that has a floor, in words."""
+    name = next((name for name in WITH_RATIO if name in results.floor[0]), None)
+    floor = statistic(results.floor, name) if name else None
+    if name is None or floor is None:
+        return "No distance was measured."
+    best: dict[int, tuple[float, str]] = {}
+    for (scheduler, calls), cells in groups(results).items():
+        value = statistic([cell.scores for cell in cells], name)
+        if value and calls is not None:
+            best[calls] = min(best.get(calls, (math.inf, "")), (value.mean / floor.mean, scheduler))
+    several = len({scheduler for scheduler, _ in groups(results)}) > 1
+    words = [f"{ratio:.2f} at {calls}" + (f" ({who})" if several else "") for calls, (ratio, who) in best.items()]
+    return f"{name} over that of real images, by network calls{', the best scheduler' * several}: {', '.join(words)}."
 
 
 def plot(results: Results, path: Path) -> None:

@@ -36,35 +36,51 @@ class Results:
     Args:
         path: of the file; what it holds is taken over.
         conditions: all that the numbers depend on, besides what is in a `Cell`.
+        command: the last that measured something.
 
     Raises:
         ValueError: if the file holds something else, or results under other conditions.
         OSError: if its folder cannot be made.
     """
 
-    def __init__(self, path: Path, conditions: dict[str, Any]):
+    def __init__(self, path: Path, conditions: dict[str, Any], command: str = ""):
         self.path = path
+        self.command = command
         self.conditions = conditions
         self.floor: list[dict[str, float]] = []
         self.cells: list[Cell] = []
         if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                theirs, self.floor = found["conditions"], found["floor"]
-                self.cells = [Cell(**cell) for cell in found["cells"]]
-                different = [
-                    f"{name} {theirs.get(name)!r}, now {conditions.get(name)!r}"
-                    for name in dict.fromkeys([*theirs, *conditions])
-                    if theirs.get(name) != conditions.get(name)
-                ]
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise ValueError(f"{path} does not hold results of diffusers_gm.evaluation: {error!r}") from error
+            found = Results.read(path)
+            theirs, self.floor, self.cells = found.conditions, found.floor, found.cells
+            different = [
+                f"{name} {theirs.get(name)!r}, now {conditions.get(name)!r}"
+                for name in dict.fromkeys([*theirs, *conditions])
+                if theirs.get(name) != conditions.get(name)
+            ]
             if different:
                 raise ValueError(
                     f"{path} holds results under other conditions ({'; '.join(different)}): take another "
                     "--output_dir, or remove the file"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        """The results in a file.
+
+        Raises:
+            ValueError: if it holds something else.
+        """
+        results = cls.__new__(cls)
+        results.path = path
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            results.command = found.get("command", "")
+            results.conditions, results.floor = dict(found["conditions"]), list(found["floor"])
+            results.cells = [Cell(**cell) for cell in found["cells"]]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold results of diffusers_gm.evaluation: {error!r}") from error
+        return results
 
     def find(self, scheduler: str, calls: int | None, seed: int | None) -> Cell | None:
         """The finished cell, or None."""
@@ -73,7 +89,12 @@ class Results:
 
     def save(self) -> None:
         """Write the file."""
-        content = {"conditions": self.conditions, "floor": self.floor, "cells": [asdict(c) for c in self.cells]}
+        content = {
+            "command": self.command,
+            "conditions": self.conditions,
+            "floor": self.floor,
+            "cells": [asdict(cell) for cell in self.cells],
+        }
         unfinished = self.path.with_suffix(".json.part")
         unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         unfinished.replace(self.path)

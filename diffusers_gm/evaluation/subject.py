@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 from .features import fingerprint
 from .sampling import build_scheduler, describe_model, image_shape, load_pipeline, num_steps_for, sample
 from .sources import read_samples
+
+
+def name_of(path: str | Path) -> str:
+    """What a file or a folder is called, wherever it lies; names on the Hub stay whole."""
+    return Path(path).resolve().name if Path(path).exists() else str(path)
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,13 @@ class Subject:
             samples = read_samples(args.samples, args.num_samples, args.cache_dir)
             channels, height, width = samples.shape[1:]
             content = fingerprint(samples.nan_to_num())
-            return cls(str(args.samples), content, (channels, height, width), len(samples), samples=samples)
+            return cls(name_of(args.samples), content, (channels, height, width), len(samples), samples=samples)
         pipeline = load_pipeline(args.model, device)
         own = pipeline.scheduler
         given = dict(build_scheduler(own, words) for words in args.scheduler or [])
         schedulers = given or {type(own).__name__: own}
-        return cls(args.model, describe_model(pipeline), image_shape(pipeline), args.num_samples, pipeline, schedulers)
+        name, content, shape = name_of(args.model), describe_model(pipeline), image_shape(pipeline)
+        return cls(name, content, shape, args.num_samples, pipeline, schedulers)
 
     def cells(self, calls: Sequence[int], seeds: Sequence[int]) -> list[tuple[str, int | None, int | None]]:
         """Scheduler, calls and seed of everything to be measured; for images that are there, their name alone."""

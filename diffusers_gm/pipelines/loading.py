@@ -163,10 +163,10 @@ class HubPipeline(DiffusionPipeline):
         token: str | None,
         create_pr: bool,
     ) -> str:
-        from .. import hub  # here, as `hub` is a command too, which would be loaded twice
+        from .. import cards, hub  # here, as `hub` is a command too, which would be loaded twice
 
         message = message or f"Upload {type(self).__name__}"
-        card = hub.short_card(repo_id, type(self).__name__, self.default_num_inference_steps)
+        card = cards.short_card(repo_id, type(self).__name__, self.default_num_inference_steps)
         return hub.push_to_hub(Path(folder), repo_id, private, token, message, create_pr, card)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cld import CLD, Lift, cholesky, lift
+from .extrapolation import to_the_middle
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,14 @@ def frozen_length(process: CLD, clock: Tensor, length: Tensor) -> Tensor:
 def look_ahead(sigmas: Tensor, damped: bool) -> Tensor:
     """Factors a of `D + a (D - D_previous)`, D extrapolated in log sigma to the middle of the step that follows.
 
-    `sigmas`: noise levels of all calls of a run, descending, `(n,)`. With steps `h_i = log(sigma_i / sigma_{i+1})`,
-    `a_i = h_i / (2 h_{i-1})`; 0 at the first and the last call and after a step of no length. Under fresh noise the
-    difference of two D's is noise as well as trend: `damped` divides by `1 + h^4`, which leaves the order alone, is
+    `sigmas`: noise levels of all calls of a run, descending, `(n,)`. a is that of `extrapolation.to_the_middle`; 0 at
+    the first and the last call and after a step of no length. Under fresh noise the difference of two D's is noise as
+    well as trend: `damped` divides by `1 + h^4`, h the step that follows in log sigma, which leaves the order alone, is
     next to nothing below h = 0.5, and drops the extrapolation where a step spans several e-folds of sigma.
     """
     steps = (sigmas[:-1] / sigmas[1:]).log()
     before, after = steps[:-1], steps[1:]
-    factors = torch.where(before > 0, after / (2 * before), 0.0) / (1 + after**4 if damped else 1)
+    factors = torch.where(before > 0, to_the_middle(before, after), 0.0) / (1 + after**4 if damped else 1)
     return torch.nn.functional.pad(factors, (1, 1))
 
 

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .extrapolation import to_the_middle
+
 
 def exponential_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
     """Langevin dynamics over time `a` (random, for jump sizes: `a * c_k^2`), integrated exactly for frozen D.
@@ -62,10 +64,10 @@ def ode_step(
 ) -> Tensor:
     """Probability flow `dy / dsigma = (y - D) / sigma`, exact for any fixed law of the noise.
 
-    With the previous call's denoiser, D is extrapolated linearly in log sigma to the middle of the step: second
-    order, the exponential two-step method known as DPM-Solver++(2M) (arXiv 2211.01095). Without it, first order.
+    Second order with the previous call's denoiser, from which D is extrapolated to the middle of the step, see
+    `extrapolation`: DPM-Solver++(2M). Without it, first order.
     """
     if previous_denoised is not None and previous_sigma is not None:
-        half = 0.5 * math.log(sigma / sigma_next) / math.log(previous_sigma / sigma)
-        denoised = denoised + half * (denoised - previous_denoised)
+        ahead = to_the_middle(math.log(previous_sigma / sigma), math.log(sigma / sigma_next))
+        denoised = denoised + ahead * (denoised - previous_denoised)
     return denoised + (sigma_next / sigma) * (y - denoised)

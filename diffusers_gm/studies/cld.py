@@ -15,9 +15,6 @@ trainings that they have in common.
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -28,6 +25,7 @@ from .cld_common import GRIDS, SAMPLERS, against
 from .cld_likelihood import likelihood
 from .cld_target import target
 from .cld_training import losses, robustness, samplers
+from .command import at_least, parse, study_parser
 from .common import machine, save_picture
 from .report import Report, Table
 
@@ -152,21 +150,14 @@ STUDIES = {f.__name__: f for f in (terminal, damping, samplers, target, robustne
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.studies.cld"
-    )
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each training")
-    parser.add_argument("--batch", type=int, default=128, help="images per step")
-    parser.add_argument("--num_samples", type=int, default=256, help="images per figure, at most 360")
-    parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
-    parser.add_argument(
-        "--grids", nargs="+", default=["quadratic", "log_snr"], choices=GRIDS, help="samplers: the grids"
-    )
-    parser.add_argument("--solver_steps", type=int, default=50, help="likelihood: steps of the solver, four calls each")
-    parser.add_argument("--model", type=Path, help="samplers: a trained CLD pipeline, in place of a training")
-    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
-    args = parser.parse_args(arguments)
+    parser = study_parser("cld", __doc__, STUDIES, steps=600, seeds=False)
+    add = parser.add_argument
+    add("--batch", type=at_least(1), default=128, help="images per step")
+    add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
+    add("--grids", nargs="+", default=["quadratic", "log_snr"], choices=GRIDS, help="samplers: the grids")
+    add("--solver_steps", type=at_least(1), default=50, help="likelihood: steps of the solver, four calls each")
+    add("--model", type=Path, help="samplers: a trained CLD pipeline, in place of a training")
+    args = parse(parser, arguments, over_floor=("samplers", "robustness", "losses", "likelihood"))
     print(f"{args.study}: {machine()}", flush=True)
     STUDIES[args.study](args).write(args.output)
 

@@ -11,6 +11,8 @@ from .. import training as tr
 from .common import TIE, Network, draw, over_floor, parts_of, trained
 
 GRIDS = ("uniform", "quadratic", "log_snr")
+# Where losses are measured.
+TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 SAMPLERS: dict[str, dict[str, Any]] = {
     "sscs": {},
     "sscs, order 2": {"splitting_order": 2},

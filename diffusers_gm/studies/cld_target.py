@@ -13,11 +13,10 @@ from ..data import split_digits
 from ..exact import ExactDenoiser
 from ..losses import cld_loss
 from ..processes.cld import CLD, lift, perturb
-from .cld_common import TIE, as_network, train_cld
-from .common import kept_unet, parts_of, save_picture, train_on_digits
+from .cld_common import TIMES, as_network, train_cld
+from .common import TIE, kept_unet, parts_of, save_picture, train_on_digits
 from .report import Report, Table
 
-TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 HEADER = [
     *("t", "noise level CLD", "noise level VP", "loss CLD", "least", "loss VP", "least"),
     *("Jacobian CLD", "Jacobian VP"),

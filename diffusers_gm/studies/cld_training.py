@@ -14,7 +14,7 @@ from ..losses import cld_loss
 from ..processes.cld import CLD, lift
 from .cld_common import (
     SAMPLERS,
-    TIE,
+    TIMES,
     against,
     as_network,
     digits_conditions,
@@ -22,7 +22,7 @@ from .cld_common import (
     ratios_to_floor,
     train_cld,
 )
-from .common import Network, save_picture
+from .common import TIE, Network, quality_axes, save_picture
 from .report import Report, Table
 
 # --- Robustness ---
@@ -98,7 +98,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "DSM, mixed score": {"cld_loss": "dsm"},
     "DSM, plain score": {"cld_loss": "dsm", "cld_mixed_score": False},
 }
-TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
 def score_errors(unet: Any, scheduler: CLDSSCSScheduler, num_images: int, hybrid: bool) -> list[float]:
@@ -216,15 +215,14 @@ def samplers(args: argparse.Namespace) -> Report:
                 rows.append([f"{name}, {spacing}", *ratios])
                 print(f"{model}, {rows[-1][0]}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
                 best[name] = [min(pair) for pair in zip(best.get(name, ratios), ratios, strict=True)]
-                axis.loglog(args.calls, ratios, style, color=color, label=rows[-1][0], markersize=3)
+                axis.plot(args.calls, ratios, style, color=color, label=rows[-1][0], markersize=3)
         tables.append(Table(f"Sliced W2 over the floor, {model}.", ["", *(f"{n} calls" for n in args.calls)], rows))
         sentences += [f"With the {model}:"]
         sentences += [against(name, "euler_maruyama", best, args.calls) for name in ("sscs", "sscs, order 2")]
-        axis.set(title=model, xlabel="network calls")
-        axis.set_xticks(args.calls, [str(n) for n in args.calls])
-        axis.minorticks_off()
+        quality_axes(axis, args.calls)
+        axis.set_title(model)
+        axis.label_outer()
         axis.legend(fontsize=7)
-    axes[0].set_ylabel("sliced W2 over the floor")
     return Report(
         name="cld_samplers",
         title="CLD: SSCS and Euler-Maruyama on the digits",

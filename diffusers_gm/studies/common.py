@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,11 @@ class Cells:
             print(f"  {name}: {self.values[name]}", flush=True)
         return self.values[name]
 
+    def of_seeds(self, name: str, measure: Callable[[int], Any], num_seeds: int) -> Any:
+        """A list of the values called `name, seed s`, each of `measure(s)`; None if one of them is None."""
+        values = [self(f"{name}, seed {seed}", partial(measure, seed)) for seed in range(num_seeds)]
+        return None if None in values else values
+
 
 def exact_network(denoiser: ExactDenoiser, scheduler: Any) -> Network:
     """What a perfect network for these data answers to the scheduler's inputs."""
@@ -265,18 +270,24 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return sum(values) / len(values), (max(values) - min(values)) / 2
 
 
-def all_or_none(values: Sequence[float | None]) -> list[float] | None:
-    """The values of all seeds, or None if one of them has none."""
-    present = [value for value in values if value is not None]
-    return present if present and len(present) == len(values) else None
-
-
 def in_words(values: Sequence[float] | None) -> str:
     """Seeds as `mean ± half of the range`; `-` where there is no value."""
     if values is None:
         return "-"
     mean, spread = mean_and_spread(values)
     return f"{mean:.2f} ± {spread:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def quality_axes(axis: Any, calls: Sequence[int]) -> None:
+    """Axes of sliced W2 over the floor against network calls: logarithmic, ticks in plain numbers, a line at 1."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor", xscale="log", yscale="log")
+    axis.axhline(1, color="gray", linewidth=0.8, linestyle=":")
+    axis.set_xticks(calls, [str(n) for n in calls])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
 
 
 def save_picture(figure: Any, path: Path) -> str:

@@ -17,19 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .. import GMLangevinScheduler, GMSGMPipeline
 from .. import training as tr
+from .command import at_least, parse, study_parser
 from .common import (
     Cells,
-    all_or_none,
     in_words,
     mean_and_spread,
     parts_of,
+    quality_axes,
     quality_of,
     save_picture,
     tie,
@@ -81,17 +79,14 @@ def claim(args: argparse.Namespace) -> Report:
         changed = GMLangevinScheduler.from_config(scheduler.config, algorithm_type=sampler)
         return quality_of(GMSGMPipeline(unet, changed), calls, args.num_samples, seed)
 
-    values: dict[tuple[str, str, int], list[float | None]] = {}
-    for seed in range(args.seeds):
-        for name in (GAUSSIAN, *names):
-            for sampler in SAMPLERS:
-                for calls in budgets:
-                    # With one component, jumps are Langevin steps, to the bit.
-                    same = "langevin" if name == GAUSSIAN and sampler == "jump" else sampler
-                    cell = f"{name}, {same}, {calls} calls, seed {seed}"
-                    value = cells(cell, partial(measure, name, same, calls, seed))
-                    values.setdefault((name, sampler, calls), []).append(value)
-    found: Found = {key: all_or_none(seeds) for key, seeds in values.items()}
+    found: Found = {}
+    for name in (GAUSSIAN, *names):
+        for sampler in SAMPLERS:
+            # With one component, jumps are Langevin steps, to the bit.
+            same = "langevin" if name == GAUSSIAN and sampler == "jump" else sampler
+            for calls in budgets:
+                cell = f"{name}, {same}, {calls} calls"
+                found[name, sampler, calls] = cells.of_seeds(cell, partial(measure, name, same, calls), args.seeds)
 
     def ratios(name: str, sampler: str, calls: int) -> list[float] | None:
         ours, base = found[name, sampler, calls], found[GAUSSIAN, sampler, calls]
@@ -164,7 +159,7 @@ def plot_claim(
     found: Found,
     at_best: dict[int, list[float]],
 ) -> str:
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, sampler in zip(axes.flat, SAMPLERS, strict=False):
         for name in (GAUSSIAN, *names):
             points = [(c, mean_and_spread(v)) for c in budgets if (v := found[name, sampler, c])]
@@ -173,21 +168,16 @@ def plot_claim(
                 means, spreads = zip(*values, strict=True)
                 width = 2.5 if name == GAUSSIAN else 1
                 axis.errorbar(calls, means, spreads, marker="o", markersize=3, linewidth=width, label=name)
-        axis.set(title=sampler, xscale="log", yscale="log", ylabel="sliced W2 over the floor")
-        axis.axhline(1, color="gray", linewidth=0.8, linestyle=":")
-        axis.set_ylim(0.95, 1.1 * max(max(v) for v in found.values() if v))
-        axis.set_yticks([1, 1.2, 1.5, 2, 3, 5, 10], ["1", "1.2", "1.5", "2", "3", "5", "10"])
-        axis.yaxis.minorticks_off()
+        quality_axes(axis, budgets)
+        axis.set(title=sampler, ylim=(0.95, 1.1 * max(max(v) for v in found.values() if v)))
     last = axes.flat[-1]
     last.axhline(1, color="C0", linewidth=2.5, label=GAUSSIAN)
     for i, name in enumerate(names):
         last.semilogx(budgets, [at_best[c][i] for c in budgets], "-o", color=f"C{i + 1}", markersize=3, label=name)
-    last.set(title="best sampler of each", ylabel="ratio to K = 1")
+    last.set(title="best sampler of each", xlabel="network calls", ylabel="ratio to K = 1")
+    last.set_xticks(budgets, [str(c) for c in budgets])
+    last.minorticks_off()
     last.legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("network calls")
-        axis.set_xticks(budgets, [str(c) for c in budgets])
-        axis.xaxis.minorticks_off()
     return save_picture(figure, args.output / "gm_sgm_claim.png")
 
 
@@ -220,11 +210,8 @@ def lag(args: argparse.Namespace) -> Report:
         scheduler = kind.from_config(source.config, algorithm_type="langevin", network_level=level)
         return quality_of(GMSGMPipeline(unet, scheduler), calls, args.num_samples, seed)
 
-    found = {
-        (name, calls): all_or_none([cells(f"{name}, {calls} calls, seed {s}", partial(measure, name, calls, s))
-                                    for s in range(args.seeds)])
-        for name in names for calls in budgets
-    }  # fmt: skip
+    found = {(name, calls): cells.of_seeds(f"{name}, {calls} calls", partial(measure, name, calls), args.seeds)
+             for name in names for calls in budgets}  # fmt: skip
     rows = [[name, *(in_words(found[name, calls]) for calls in budgets)] for name in names]
     mean = {key: mean_and_spread(values)[0] if values else math.nan for key, values in found.items()}
     # Where the mixture is clearly ahead of K = 1, how much of that the label alone makes up for.
@@ -233,17 +220,10 @@ def lag(args: argparse.Namespace) -> Report:
 
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for name in names:
-        axis.loglog(
-            budgets,
-            [mean[name, c] for c in budgets],
-            "--s" if name in (told, ours_told) else "-o",
-            label=name,
-            markersize=4,
-        )
-    axis.axhline(1, color="gray", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor", title="annealed Langevin dynamics, T = 1")
-    axis.set_xticks(budgets, [str(c) for c in budgets])
-    axis.xaxis.minorticks_off()
+        style = "--s" if name in (told, ours_told) else "-o"
+        axis.plot(budgets, [mean[name, c] for c in budgets], style, label=name, markersize=4)
+    quality_axes(axis, budgets)
+    axis.set_title("annealed Langevin dynamics, T = 1")
     axis.legend(fontsize=8)
     picture = save_picture(figure, args.output / "gm_sgm_lag.png")
     if not gap:
@@ -278,17 +258,10 @@ STUDIES = {f.__name__: f for f in (claim, lag, switching, increments, rare_modes
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.studies.gm_sgm"
-    )
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each training")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings, or runs, of each kind")
-    parser.add_argument("--num_samples", type=int, default=256, help="images per figure, at most 360")
-    parser.add_argument("--calls", type=int, nargs="+", help="numbers of network calls")
+    parser = study_parser("gm_sgm", __doc__, STUDIES)
+    parser.add_argument("--calls", type=at_least(2), nargs="+", help="numbers of network calls")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="claim: some of the mixtures")
-    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv, over_floor=("claim", "lag"))
     STUDIES[args.study](args).write(args.output)
 
 

@@ -6,23 +6,20 @@ A DDPM of the digits, trained with diffusers' own objective, is sampled in diffu
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
 from .. import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from .command import at_least, parse, study_parser
 from .common import (
     Cells,
-    all_or_none,
     images_of,
     in_words,
     mean_and_spread,
     parts_of,
+    quality_axes,
     quality_of,
     save_picture,
     show_rows,
@@ -68,11 +65,8 @@ def lifted(args: argparse.Namespace) -> Report:
     def measure(name: str, calls: int, seed: int) -> float | None:
         return quality_of(pipeline(name, seed), calls, args.num_samples, seed)
 
-    found = {
-        (name, calls): all_or_none([cells(f"{name}, {calls} calls, seed {s}", partial(measure, name, calls, s))
-                                    for s in range(args.seeds)])
-        for name in schedulers for calls in args.calls
-    }  # fmt: skip
+    found = {(name, calls): cells.of_seeds(f"{name}, {calls} calls", partial(measure, name, calls), args.seeds)
+             for name in schedulers for calls in args.calls}  # fmt: skip
     rows = [
         [f"**{name}**" if name in OURS else name, *(in_words(found[name, c]) for c in args.calls)]
         for name in schedulers
@@ -98,11 +92,10 @@ def lifted(args: argparse.Namespace) -> Report:
     axis = top.subplots()
     for name in schedulers:
         points = [(c, mean_and_spread(v)[0]) for c in args.calls if (v := found[name, c])]
-        axis.loglog(*zip(*points, strict=True), "-o" if name in OURS else "--s", label=name, markersize=4)
-    axis.axhline(1, color="gray", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor", title="one DDPM network of the digits")
-    axis.set_xticks(args.calls, [str(c) for c in args.calls])
-    axis.xaxis.minorticks_off()
+        if points:
+            axis.plot(*zip(*points, strict=True), "-o" if name in OURS else "--s", label=name, markersize=4)
+    quality_axes(axis, args.calls)
+    axis.set_title("one DDPM network of the digits")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     shown_calls = 50 if 50 in args.calls else last
     shown = {name: images_of(pipeline(name, 0), shown_calls, 24) for name in schedulers if found[name, shown_calls]}
@@ -127,15 +120,10 @@ def lifted(args: argparse.Namespace) -> Report:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.studies.lifted"
-    )
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each training")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings")
-    parser.add_argument("--num_samples", type=int, default=256, help="images per figure, at most 360")
-    parser.add_argument("--calls", type=int, nargs="+", default=[10, 20, 50, 200], help="numbers of network calls")
-    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
-    args = parser.parse_args(argv)
+    parser = study_parser("lifted", __doc__, ["lifted"])
+    add = parser.add_argument
+    add("--calls", type=at_least(2), nargs="+", default=[10, 20, 50, 200], help="numbers of network calls")
+    args = parse(parser, argv, over_floor=["lifted"])
     lifted(args).write(args.output)
 
 

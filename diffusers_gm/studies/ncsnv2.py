@@ -12,12 +12,8 @@ ended.
 import argparse
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -26,6 +22,7 @@ from .. import AnnealedLangevinScheduler
 from ..data import split_digits
 from ..exact import ExactDenoiser
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
+from .command import at_least, parse, study_parser
 from .common import Cells, exact_network, mean_and_spread, parts_of, run, save_picture, show_rows
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
 from .report import Report, Table
@@ -76,10 +73,8 @@ def diversity(args: argparse.Namespace) -> Report:
     table: dict[tuple[float, str], list[list[float]]] = {}
     for factor in factors:
         for start in starts:
-            table[factor, start] = [
-                cells(f"{factor:g} x Technique 1, from {start}, seed {s}", partial(measure, factor, start, s))
-                for s in range(args.seeds)
-            ]
+            name = f"{factor:g} x Technique 1, from {start}"
+            table[factor, start] = cells.of_seeds(name, partial(measure, factor, start), args.seeds)
     of_data = [mean_pairwise_distance(real), coverage(real, train)]
 
     def means(factor: float, start: str) -> tuple[float, float]:
@@ -243,16 +238,9 @@ STUDIES = {f.__name__: f for f in (diversity, noise_scales, denoise, techniques)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.studies.ncsnv2"
-    )
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of each training")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings, or runs, of each kind")
-    parser.add_argument("--num_samples", type=int, default=256, help="images per figure, at most 360")
-    parser.add_argument("--calls", type=int, help="one number of network calls, in place of several")
-    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
-    args = parser.parse_args(argv)
+    parser = study_parser("ncsnv2", __doc__, STUDIES)
+    parser.add_argument("--calls", type=at_least(3), help="one number of network calls, in place of several")
+    args = parse(parser, argv, over_floor=("denoise", "techniques"))
     STUDIES[args.study](args).write(args.output)
 
 

@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -25,12 +22,12 @@ from ..processes.annealed import (
 )
 from .common import (
     Cells,
-    all_or_none,
     images_of,
     in_words,
     mean_and_spread,
     over_floor,
     parts_of,
+    quality_axes,
     quality_of,
     run,
     save_picture,
@@ -97,8 +94,7 @@ def denoise(args: argparse.Namespace) -> Report:
 
     for calls in budgets:
         for level in levels:
-            seeds = range(args.seeds)
-            found = [cells(f"{calls} calls, to {level:g}, seed {s}", partial(measure, calls, level, s)) for s in seeds]
+            found = cells.of_seeds(f"{calls} calls, to {level:g}", partial(measure, calls, level), args.seeds)
             before, after, removed = (list(values) for values in zip(*found, strict=True))
             ratio = torch.tensor([(technique_1() / level) ** (1 / (calls - 2))], dtype=torch.float64)
             predicted = level * float(chain_variance(optimal_step_size(ratio, 1), ratio, 1)) ** 0.5
@@ -209,7 +205,6 @@ def techniques(args: argparse.Namespace) -> Report:
     rows_of = technique_rows()
     settings = {name: [options, config(100)] for name, (options, config) in rows_of.items()}
     cells = Cells(parts / f"techniques steps={args.steps} n={args.num_samples}.json", settings)
-    values: dict[tuple[str, int], list[float | None]] = {}
 
     def measure(name: str, calls: int, seed: int) -> float | None:
         options, config = rows_of[name]
@@ -217,12 +212,8 @@ def techniques(args: argparse.Namespace) -> Report:
         changed = AnnealedLangevinScheduler.from_config(scheduler.config, **config(calls))
         return quality_of(NCSNv2Pipeline(unet, changed), calls, args.num_samples, seed)
 
-    for seed in range(args.seeds):
-        for name in rows_of:
-            for calls in budgets:
-                value = cells(f"{name}, {calls} calls, seed {seed}", partial(measure, name, calls, seed))
-                values.setdefault((name, calls), []).append(value)
-    found = {key: all_or_none(seeds) for key, seeds in values.items()}
+    found = {(name, calls): cells.of_seeds(f"{name}, {calls} calls", partial(measure, name, calls), args.seeds)
+             for name in rows_of for calls in budgets}  # fmt: skip
 
     least = tie(args.seeds)
     base = {calls: found[BASE, calls] or [math.nan] * args.seeds for calls in budgets}
@@ -246,11 +237,8 @@ def techniques(args: argparse.Namespace) -> Report:
         points = [(c, mean_and_spread(v)[0]) for c in budgets if (v := found[name, c])]
         if points:
             style = "-o" if name == BASE else ("--", ":", "-.")[i // 10] + "s"
-            axis.loglog(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=3 if name == BASE else 1)
-    axis.axhline(1, color="gray", linewidth=0.8)
-    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor")
-    axis.set_xticks(budgets, [str(c) for c in budgets])
-    axis.xaxis.minorticks_off()
+            axis.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=3 if name == BASE else 1)
+    quality_axes(axis, budgets)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     shown = {}
     for name, (options, config) in rows_of.items():

@@ -1,12 +1,17 @@
 """The results page, made of the reports of the studies: `python -m diffusers_gm.studies.page`.
 
-Every study writes its tables, pictures and verdict into a folder; this puts them on one page, typed by nobody.
+Every study writes its tables, pictures and verdict into a folder; this puts them on one page, typed by nobody. What
+`diffusers_gm.evaluation` measured may lie there too, its `results.json` and `results.png` under any name.
 """
 
 import argparse
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluation.report import markdown, verdict
+from ..evaluation.results import Results
 from .report import Report
 
 INTRODUCTION = """\
@@ -28,10 +33,43 @@ def page(reports: Path, output: Path) -> str:
     if not paths:
         raise ValueError(f"no reports (*.json) in {reports}: run a study with --output {reports}")
     folder = Path(os.path.relpath(reports, output.parent)).as_posix()
-    studies = [Report.read(path) for path in paths]
+    studies = [read(path) for path in paths]
     contents = "\n".join(f"- [{s.title}](#{anchor(s.title)}): {s.question}" for s in studies)
     sections = "\n\n".join(s.markdown(folder) for s in studies)
     return f"{INTRODUCTION.format(reports=folder)}\n{contents}\n\n{sections}\n"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `diffusers_gm.evaluation` measured, as a section of the page."""
+
+    results: Results
+    picture: str | None
+    question = "How far are the samples from real images, at several numbers of network calls?"
+
+    @property
+    def title(self) -> str:
+        conditions = self.results.conditions
+        return f"Evaluation: {conditions['model']} against {conditions['data']}"
+
+    def markdown(self, pictures: str = ".") -> str:
+        parts = [f"## {self.title}", self.question, f"```sh\n{self.results.command}\n```"]
+        parts += [f"![{self.title}]({pictures}/{self.picture})"] if self.picture else []
+        parts += [markdown(self.results).strip(), f"**Verdict.** {verdict(self.results)}"]
+        return "\n\n".join([*parts, f"*{self.results.conditions['versions']}.*"])
+
+
+def read(path: Path) -> Report | Evaluation:
+    """The report of a study, or the results of an evaluation.
+
+    Raises:
+        ValueError: if the file is neither.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and "cells" in content:
+        picture = path.with_suffix(".png")
+        return Evaluation(Results.read(path), picture.name if picture.is_file() else None)
+    return Report.read(path)
 
 
 def anchor(title: str) -> str:

@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -191,13 +188,13 @@ def rare_modes(args: argparse.Namespace) -> Report:
             if sampler.endswith("ancestral") and setting[1] > 1:
                 continue
             name = "{}, sigma_1 {:g} distances, T = {}, {} calls".format(sampler, *setting)
-            values = [cells(f"{name}, seed {s}", partial(modes, sampler, *setting, s)) for s in range(seeds)]
-            found[sampler, *setting] = None if None in values else mean_and_error(values)
+            values = cells.of_seeds(name, partial(modes, sampler, *setting), seeds)
+            found[sampler, *setting] = None if values is None else mean_and_error(values)
         for level in levels:
             for calls in budgets:
                 name = f"{sampler}, heavy tails, {level}, {calls} calls"
-                values = [cells(f"{name}, seed {s}", partial(tails, sampler, level, calls, s)) for s in range(seeds)]
-                found[sampler, level, calls] = None if None in values else mean_and_error(values)
+                values = cells.of_seeds(name, partial(tails, sampler, level, calls), seeds)
+                found[sampler, level, calls] = None if values is None else mean_and_error(values)
     exact = [
         total_variation(exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH), points, weights)
         for s in range(seeds)

@@ -87,8 +87,9 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
     """The command of this process, `python -m module options`, without the folder of the results."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = list(sys.argv[1:] if arguments is None else arguments)
-    while "--output" in words:
-        at = words.index("--output")
-        del words[at : at + 2]
+    for option in ("--output", "--output_dir"):
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 2]
     module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
     return shlex.join(["python", "-m", module, *words])

@@ -3,9 +3,6 @@
 import argparse
 from typing import Any, cast
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor

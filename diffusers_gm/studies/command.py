@@ -1,0 +1,68 @@
+"""The command line of the studies: the options that they share, and one check of the values before any work."""
+
+import argparse
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+from ..data import split_digits
+from .report import Report
+
+matplotlib.use("Agg")  # pictures go to files
+
+Study = Callable[[argparse.Namespace], Report]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A `type` of argparse: whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return whole_number
+
+
+def study_parser(
+    module: str, description: str | None, studies: Iterable[str], steps: int = 1200, seeds: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of a module of studies, with the options that all of them have; the module adds its own.
+
+    Args:
+        module: its name in this package.
+        description: its docstring, of which the first line is shown.
+        studies: names of its studies; where there is only one, the command does not ask which.
+        steps: the default of `--steps`.
+        seeds: whether there is an option `--seeds`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m diffusers_gm.studies.{module}", description=(description or "").split("\n", maxsplit=1)[0]
+    )
+    add, names = parser.add_argument, list(studies)
+    if len(names) > 1:
+        add("study", choices=names)
+    else:
+        parser.set_defaults(study=names[0])
+    add("--steps", type=at_least(1), default=steps, help="optimizer steps of each training")
+    if seeds:
+        add("--seeds", type=at_least(1), default=2, help="trainings, or runs, of each kind")
+    add("--num_samples", type=at_least(2), default=256, help="images per figure; at most 360 where held-out digits are the floor")  # fmt: skip # noqa: E501
+    add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, over_floor: Collection[str]
+) -> argparse.Namespace:
+    """The options of a command, `args.study` among them; studies `over_floor` need a held-out digit for every sample.
+
+    Whatever is wrong with them ends the program, status 2, as argparse does.
+    """
+    args = parser.parse_args(arguments)
+    held_out = len(split_digits()[1])
+    if args.study in over_floor and args.num_samples > held_out:
+        parser.error(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
+    return args
