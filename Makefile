@@ -39,19 +39,22 @@ compare: demo
 
 # CIFAR-10, from the Hub or a folder of parquet files or images. Everything but METHOD is the same for the three methods.
 # gpu: network, batch, dropout, flips, learning rate and averaging of DDPM, at a quarter of its 800,000 steps.
-# cpu: a network of a thirtieth of the size, to see the recipe work.
+# cpu: a network of a thirtieth of the size and 3000 steps of 32 images, half an hour, to see the recipe work.
+# At its end the model is measured under the samplers of its method and, where they can read it, diffusers' (K = 1 can).
 SCALE ?= gpu
 DATA ?= uoft-cs/cifar10
 MINUTES ?= 9
-CALLS ?= 10 20 50 200
 ifeq ($(filter cpu gpu,$(SCALE)),)
 $(error SCALE must be cpu or gpu, got '$(SCALE)')
 endif
 cifar10: OUTPUT ?= outputs/cifar10-$(METHOD)-$(SCALE)
 cifar10: STEPS ?= $(STEPS_$(SCALE))
 cifar10: EVALUATION ?= $(EVALUATION_$(SCALE))
+cifar10: CALLS ?= $(CALLS_$(SCALE))
+cifar10: SAMPLERS ?= $(SAMPLERS_$(METHOD))
 
 STEPS_gpu := 200000
+CALLS_gpu := 10 20 50 200
 EVALUATION_gpu := --num_samples 2000
 RECIPE_gpu := --block_out_channels 128 256 256 256 --layers_per_block 2 --attention_resolutions 16 --dropout 0.1 \
 	--train_batch_size 128 --mixed_precision bf16 --dataloader_num_workers 4 \
@@ -59,10 +62,20 @@ RECIPE_gpu := --block_out_channels 128 256 256 256 --layers_per_block 2 --attent
 	--checkpointing_steps 5000 --validation_steps 20000 --logging_steps 100
 
 STEPS_cpu := 3000
-EVALUATION_cpu := --num_samples 500 --num_reference 2000
+CALLS_cpu := 10 20 50
+EVALUATION_cpu := --num_samples 250 --num_reference 2000
 RECIPE_cpu := --block_out_channels 32 64 64 --layers_per_block 1 --attention_resolutions 8 \
 	--train_batch_size 32 --learning_rate 1e-3 --lr_scheduler one_cycle --ema_decay 0.999 \
 	--checkpointing_steps 500 --validation_steps 1000 --logging_steps 10
+
+SAMPLERS_gm-sgm := --scheduler GMLangevinScheduler --scheduler GMLangevinScheduler algorithm_type=ode \
+	--scheduler GMLangevinScheduler algorithm_type=langevin network_level=chain
+SAMPLERS_ncsnv2 := --scheduler AnnealedLangevinScheduler --scheduler AnnealedLangevinScheduler network_level=chain \
+	--scheduler AnnealedLangevinScheduler algorithm_type=consistent --scheduler CLDSSCSScheduler \
+	--scheduler DDPMScheduler --scheduler DPMSolverMultistepScheduler algorithm_type=sde-dpmsolver++ \
+	--scheduler UniPCMultistepScheduler
+SAMPLERS_cld := --scheduler CLDSSCSScheduler --scheduler CLDSSCSScheduler splitting_order=2 \
+	--scheduler CLDSSCSScheduler algorithm_type=probability_flow
 
 DATA_IN = $(if $(wildcard $(DATA)),--train_data_dir,--dataset_name) $(DATA)
 
@@ -71,7 +84,7 @@ cifar10: $(STAMP)
 	$(TRAIN) $(DATA_IN) --method $(METHOD) --random_flip $(RECIPE_$(SCALE)) --max_train_steps $(STEPS) \
 		--max_train_minutes $(MINUTES) --resume_from_checkpoint latest --checkpoints_total_limit 2 --output_dir $(OUTPUT)
 	test ! -f $(OUTPUT)/model_index.json || $(BIN)/python -m diffusers_gm.evaluation $(OUTPUT) $(DATA_IN) \
-		--calls $(CALLS) $(EVALUATION) --output_dir $(OUTPUT)
+		--calls $(CALLS) $(EVALUATION) $(SAMPLERS) --output_dir $(OUTPUT)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

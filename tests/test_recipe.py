@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
+from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm import training as tr
 from diffusers_gm.evaluation.options import build_parser, check_options
+from diffusers_gm.evaluation.sampling import build_scheduler
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,3 +60,18 @@ def test_a_slice_goes_on_by_itself_and_the_evaluation_is_of_the_same_model_and_d
     training, evaluation = commands()
     assert training.dataset_name == evaluation.dataset_name == "uoft-cs/cifar10"
     assert evaluation.calls == [10, 20, 50, 200]
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("gm-sgm", GMLangevinScheduler(mixture_weights=[0.7, 0.3], mixture_scales=[0.7, 1.5], model_noise="mixture")),
+        ("ncsnv2", AnnealedLangevinScheduler()),
+        ("cld", CLDSSCSScheduler(prediction_type="cld_mixed")),
+    ],
+)
+def test_the_samplers_that_a_model_is_measured_under_suit_it(method, own):
+    schedulers = [build_scheduler(own, words)[1] for words in commands(METHOD=method)[1].scheduler]
+    assert type(schedulers[0]) is type(own)
+    for scheduler in schedulers:
+        scheduler.set_timesteps(50)

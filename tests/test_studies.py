@@ -1,11 +1,163 @@
+"""What the studies share: trainings and measurements that are kept, reports, the results page, the command line."""
+
 import json
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
+from diffusers import DDPMScheduler
 
+from diffusers_gm import training as tr
+from diffusers_gm.data import split_digits
+from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
+from diffusers_gm.studies.command import parse, study_parser
+from diffusers_gm.studies.common import (
+    Cells,
+    ddpm_loss,
+    floor_of_digits,
+    in_words,
+    kept_unet,
+    mean_and_spread,
+    name_of,
+    over_floor,
+    parts_of,
+    quality_axes,
+)
 from diffusers_gm.studies.page import page
 from diffusers_gm.studies.report import Report, Table, command_line
+
+
+class Answer:
+    def __init__(self, sample):
+        self.sample = sample
+
+
+# --- Trainings and measurements ---
+
+
+def test_cells_measure_once_and_survive_in_their_file(tmp_path):
+    calls = []
+    path = tmp_path / "cells.json"
+    for _ in range(2):
+        cells = Cells(path)
+        for _ in range(2):
+            assert cells("a", lambda: calls.append(1) or 2.5) == 2.5
+    assert calls == [1]
+    assert cells("nothing stable", lambda: None) is None
+    assert Cells(path).values == {"a": 2.5, "nothing stable": None}
+
+
+def test_cells_of_seeds_are_all_there_or_none(tmp_path):
+    cells = Cells(tmp_path / "cells.json", {"known": 1})
+    assert cells.of_seeds("stable", lambda seed: seed / 2, 3) == [0, 0.5, 1]
+    assert cells.of_seeds("at times", lambda seed: None if seed else 0.0, 2) is None
+    assert cells.of_seeds("at times", lambda seed: 1 / 0, 1) == [0]
+    names = ["stable, seed 0", "stable, seed 1", "stable, seed 2", "at times, seed 0", "at times, seed 1"]
+    assert list(Cells(tmp_path / "cells.json").values) == ["settings", *names]
+
+
+def test_cells_are_not_mixed_between_settings(tmp_path):
+    path = tmp_path / "cells.json"
+    Cells(path, {"power law": {"alpha": 1.5}})("power law, 5 calls", lambda: 2.5)
+    assert Cells(path, {"stable": {"alpha": 1.8}})("power law, 5 calls", lambda: None) == 2.5
+    with pytest.raises(ValueError, match=r"cells.json was made with other settings \(power law = .*1.5}, now .*1.2}"):
+        Cells(path, {"power law": {"alpha": 1.2}})
+
+
+def test_a_network_of_other_options_is_not_taken_for_this_one(tmp_path, tiny_unet):
+    kept_unet(tmp_path / "net", lambda: tiny_unet, {"learning_rate": 1e-3})
+    kept_unet(tmp_path / "net", lambda: None, {"learning_rate": 1e-3, "new option": "its default"})
+    with pytest.raises(ValueError, match=r"net was made with other settings \(learning_rate = 0.001, now 0.002\)"):
+        kept_unet(tmp_path / "net", lambda: None, {"learning_rate": 2e-3})
+
+
+def test_two_studies_that_train_the_same_network_do_not_disturb_each_other(tmp_path, tiny_unet):
+    def meanwhile():
+        kept_unet(tmp_path / "net", lambda: tiny_unet)
+        return tiny_unet
+
+    kept_unet(tmp_path / "net", meanwhile)
+    assert (tmp_path / "net" / "config.json").is_file()
+
+
+def test_a_network_is_trained_once_and_kept(tmp_path, tiny_unet):
+    trainings = []
+
+    def train():
+        trainings.append(1)
+        return tiny_unet
+
+    for _ in range(2):
+        kept = kept_unet(tmp_path / "some name=1", train)
+    assert trainings == [1]
+    assert not any(p.requires_grad for p in kept.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), tiny_unet.parameters(), strict=True))
+
+
+def test_an_interrupted_training_leaves_nothing_that_looks_finished(tmp_path, tiny_unet):
+    (tmp_path / "net.part").mkdir()
+    (tmp_path / "net.part" / "rest").write_text("of an earlier run")
+    kept_unet(tmp_path / "net", lambda: tiny_unet)
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+    assert not (tmp_path / "net" / "rest").exists()
+
+
+def test_networks_are_named_after_their_options():
+    args = tr.TrainingArguments(method="ncsnv2", max_train_steps=7, seed=1, conditioning="none")
+    assert name_of(args) == "ncsnv2 conditioning=none max_train_steps=7 seed=1"
+    assert name_of(tr.TrainingArguments()) == "gm-sgm"
+
+
+def test_a_floor_is_of_as_many_images_as_there_are_samples():
+    assert over_floor(split_digits()[1][:40]) == 1
+    with pytest.raises(ValueError, match="num_samples 361: there are 360 held-out digits"):
+        floor_of_digits(361)
+
+
+def test_parts_are_ignored_by_git(tmp_path):
+    assert (parts_of(tmp_path) / ".gitignore").read_text() == "*\n"
+
+
+def test_seeds_in_words():
+    assert mean_and_spread([1.0, 2.0, 4.0]) == (7 / 3, 1.5)
+    assert in_words([1.0, 2.0]) == "1.50 ± 0.50"
+    assert in_words([1.234]) == "1.23"
+    assert in_words(None) == "-"
+
+
+def test_the_loss_of_a_ddpm_is_nothing_for_a_network_that_knows_the_noise():
+    scheduler = DDPMScheduler()
+    noise_of_black = lambda x, t: Answer(x / (1 - scheduler.alphas_cumprod[t]).sqrt()[:, None, None, None])
+    with torch.random.fork_rng():
+        assert float(ddpm_loss(scheduler)(noise_of_black, torch.zeros(64, 1, 8, 8)).max()) < 1e-8
+        # A network that answers nothing has the noise's own mean square, 1 with a standard error of sqrt(2 / n).
+        loss = float(ddpm_loss(scheduler)(lambda x, t: Answer(torch.zeros_like(x)), torch.zeros(64, 1, 8, 8)).mean())
+    assert abs(loss - 1) < 5 * (2 / 64**2) ** 0.5
+
+
+@pytest.mark.parametrize("highest", [1.4, 9, 40])
+def test_the_distance_is_readable_off_a_picture(highest):
+    """Plain numbers at two places or more, the calls below, a line at the floor: no powers of ten."""
+    figure, axis = plt.subplots()
+    axis.plot([10, 50], [highest, 0.9])
+    quality_axes(axis, [10, 50])
+    figure.canvas.draw()
+    low, high = axis.get_ylim()
+    shown = [
+        label.get_text()
+        for at, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        if low <= at <= high
+    ]
+    assert len(shown) >= 2
+    assert all(low <= float(text) <= high for text in shown)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["10", "50"]
+    assert list(axis.lines[-1].get_ydata()) == [1, 1]
+    plt.close(figure)
+
+
+# --- Reports and the page ---
 
 
 def report(name="one"):
@@ -64,3 +216,43 @@ def test_page_command(tmp_path):
 def test_command_line_leaves_out_the_folder():
     words = ["terminal", "--output", "a/b", "--steps", "3"]
     assert command_line(words).endswith(" terminal --steps 3")
+
+
+# --- The command line ---
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        (cld.main, ["terminal", "--steps", "0"], "--steps: must be at least 1, got 0"),
+        (cld.main, ["likelihood", "--batch", "0"], "--batch: must be at least 1, got 0"),
+        (cld.main, ["terminal", "--calls", "5", "1"], "--calls: must be at least 2, got 1"),
+        (cld.main, ["losses", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
+        (gm_sgm.main, ["claim", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (gm_sgm.main, ["lag", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
+        (ncsnv2.main, ["diversity", "--num_samples", "1"], "--num_samples: must be at least 2, got 1"),
+        (ncsnv2.main, ["denoise", "--calls", "2"], "--calls: must be at least 3, got 2"),
+        (ncsnv2.main, ["denoise", "--seeds", "1.5"], "--seeds: invalid whole_number value: '1.5'"),
+        (lifted.main, ["--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_values_end_a_study_before_any_work(command, words, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command([*words, "--output", str(tmp_path)])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_studies_over_the_floor_need_a_held_out_digit_for_every_sample():
+    parser = study_parser("x", "What it is.\n\nMore.", ["tails", "claim"])
+    args = parse(parser, ["tails", "--num_samples", "1000"], over_floor=["claim"])
+    assert (args.study, args.num_samples, args.steps, args.seeds) == ("tails", 1000, 1200, 2)
+    assert parser.description == "What it is."
+    assert parser.prog == "python -m diffusers_gm.studies.x"
+
+
+def test_the_only_study_of_a_module_needs_no_name():
+    args = parse(study_parser("x", None, ["only"], steps=7, seeds=False), [], over_floor=["only"])
+    assert (args.study, args.steps, hasattr(args, "seeds")) == ("only", 7, False)

@@ -12,12 +12,6 @@ from diffusers_gm.studies.increments import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
 from diffusers_gm.studies.switching import states, switches
 
-
-class Answer:
-    def __init__(self, sample):
-        self.sample = sample
-
-
 # --- increments ---
 
 

@@ -141,3 +141,38 @@ def test_networks_that_diffusers_cannot_read_are_refused():
     assert "trained_betas" in GMLangevinScheduler(model_noise="gaussian", **mixture).diffusers_config()
     ours = AnnealedLangevinScheduler.from_config(DDPMScheduler(beta_end=0.01).config)
     assert DDIMScheduler.from_config(ours.diffusers_config()).config.beta_end == 0.01
+
+
+def test_our_schedulers_take_each_others_configs():
+    """The sampler belongs to the class, unless both have it; a typing error is still one."""
+    annealed = AnnealedLangevinScheduler(sigma_max=9.0, algorithm_type="consistent")
+    for source in (annealed, GMLangevinScheduler(sigma_max=9.0), GMLangevinScheduler(beta_schedule="linear")):
+        for cls in (CLDSSCSScheduler, GMLangevinScheduler, AnnealedLangevinScheduler):
+            swapped = cls.from_config(source.config)
+            for timestep in (3, 500, 999):
+                assert swapped.noise_space.sigma(torch.tensor(timestep)) == source.noise_space.sigma(
+                    torch.tensor(timestep)
+                )
+            kept = type(source) is cls
+            assert swapped.config.algorithm_type == (source if kept else cls()).config.algorithm_type
+    langevin = GMLangevinScheduler(algorithm_type="langevin")
+    assert AnnealedLangevinScheduler.from_config(langevin.config).config.algorithm_type == "langevin"
+    for config in (
+        {**annealed.config, "algorithm_type": "langevn"},
+        {"noise_space": "ve", "algorithm_type": "langevn"},
+    ):
+        with pytest.raises(ValueError, match="'langevn': CLDSSCSScheduler has sscs, "):
+            CLDSSCSScheduler.from_config(config)
+    with pytest.raises(ValueError, match="unknown algorithm_type 'langevin'"):
+        CLDSSCSScheduler.from_config(annealed.config, algorithm_type="langevin")
+
+
+def test_networks_of_mixture_noise_are_kept_from_gaussian_samplers():
+    mixture = {"mixture_weights": [0.5, 0.5], "mixture_scales": [0.5, 1.5]}
+    trained = GMLangevinScheduler(model_noise="mixture", **mixture)
+    for cls in (AnnealedLangevinScheduler, CLDSSCSScheduler):
+        with pytest.raises(ValueError, match="trained with mixture noise, .* use GMLangevinScheduler"):
+            cls.from_config(trained.config)
+        one = GMLangevinScheduler(model_noise="mixture", mixture_weights=[1.0], mixture_scales=[1.0])
+        assert cls.from_config(one.config)
+        assert cls.from_config(GMLangevinScheduler(**mixture).config), "jumps on an ordinary network"

@@ -98,15 +98,18 @@ def inception() -> Extractor:
         ImportError: without torch-fidelity.
         OSError: if its weights cannot be downloaded.
     """
+    try:
+        import torch_fidelity  # noqa: F401  (it imports torchvision, and torchmetrics imports it)
+    except ImportError as error:
+        raise ImportError(
+            f"the Inception features need torch-fidelity and torchvision ({error}): pip install torch-fidelity "
+            "torchvision, or take the features of Lite0"
+        ) from error
     with evaluation_extra():
         from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:
         network = FrechetInceptionDistance(feature=2048).inception
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "the Inception features need torch-fidelity: pip install torch-fidelity, or take those of Lite0"
-        ) from error
     except OSError as error:
         raise OSError(f"the weights of Inception cannot be downloaded, take the features of Lite0: {error}") from error
     return Extractor(

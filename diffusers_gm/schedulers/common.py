@@ -15,10 +15,12 @@ from ..processes.noise_space import NoiseSpace, level_grid, shift_flow
 from ..random import Generators, check_generators, randn
 from .calls import Call, check_num_calls, spread_steps
 from .config import (
+    ALGORITHMS,
     SPACING_FLAGS,
     SwapConfig,
     betas_from_config,
     config_for_diffusers,
+    from_own_config,
     from_source_config,
     noise_space_from_config,
 )
@@ -57,7 +59,9 @@ class LangevinSchedulerMixin:
         """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
         if isinstance(config, SwapConfig):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
-        elif isinstance(config, dict) and "noise_space" not in {**config, **kwargs}:
+        if isinstance(config, dict) and "noise_space" in config:
+            config = from_own_config(config, next(c.__name__ for c in cls.__mro__ if c.__name__ in ALGORITHMS))
+        elif isinstance(config, dict) and "noise_space" not in kwargs:
             config = from_source_config(config)
         if "timestep_spacing" in kwargs:
             kwargs = {"grid": None, **kwargs}

@@ -8,6 +8,36 @@ from torch import Tensor
 
 from ..processes.noise_space import PREDICTION_TYPES, NoiseSpace
 
+# The samplers of every scheduler; the first is its default.
+ALGORITHMS = {
+    "AnnealedLangevinScheduler": ("langevin", "consistent"),
+    "GMLangevinScheduler": ("ancestral", "langevin", "jump", "exponential", "ode"),
+    "CLDSSCSScheduler": ("sscs", "euler_maruyama", "probability_flow"),
+}
+
+
+def check_algorithm(scheduler: str, algorithm_type: str) -> None:
+    """Raise a ValueError if the class called `scheduler` has no such sampler."""
+    if algorithm_type not in ALGORITHMS[scheduler]:
+        raise ValueError(
+            f"unknown algorithm_type {algorithm_type!r}: {scheduler} has {', '.join(ALGORITHMS[scheduler])}"
+        )
+
+
+def from_own_config(config: dict[str, Any], scheduler: str) -> dict[str, Any]:
+    """A config of one of our schedulers for the class called `scheduler`: a sampler of another class is left out.
+
+    Raises:
+        ValueError: if the network was trained with mixture noise and the class reads it as one of Gaussian noise.
+    """
+    algorithm = config.get("algorithm_type")
+    if algorithm not in ALGORITHMS[scheduler] and any(algorithm in names for names in ALGORITHMS.values()):
+        config = {key: value for key, value in config.items() if key != "algorithm_type"}
+    several = len(config.get("mixture_weights") or ()) > 1
+    if scheduler != "GMLangevinScheduler" and config.get("model_noise") == "mixture" and several:
+        raise ValueError(f"the network was trained with mixture noise, which {scheduler} would take for Gaussian: use GMLangevinScheduler")  # fmt: skip # noqa: E501
+    return config
+
 
 def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
     """`betas` and their `alphas_cumprod` of a `vp` config, `(N,)` float32 each: diffusers knows its own schedules."""

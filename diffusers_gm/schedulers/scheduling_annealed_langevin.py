@@ -19,6 +19,7 @@ from ..processes.annealed import (
 from ..random import Generators, randn
 from .calls import check_network_level, langevin_levels
 from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
+from .config import check_algorithm
 
 
 class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
@@ -106,8 +107,7 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
-        if algorithm_type not in ("langevin", "consistent"):
-            raise ValueError(f"unknown algorithm_type {algorithm_type!r}: use 'langevin' or 'consistent'")
+        check_algorithm("AnnealedLangevinScheduler", algorithm_type)
         check_network_level(network_level)
         self._setup()
 

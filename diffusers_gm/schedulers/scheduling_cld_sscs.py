@@ -22,6 +22,7 @@ from ..processes.cld_dynamics import (
 from ..random import Generators, check_generators, randn
 from .calls import Call, check_num_calls
 from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
+from .config import check_algorithm
 
 # A native run ends at this time and leaves the rest to the denoising call (arXiv 2112.07068, appendix B).
 LAST_TIME = 1e-3
@@ -122,10 +123,7 @@ class CLDSSCSScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         splitting_order: int | None = None,
         network_at: Literal["step_start", "half_step"] | None = None,
     ):
-        if algorithm_type not in ("sscs", "euler_maruyama", "probability_flow"):
-            raise ValueError(
-                f"unknown algorithm_type {algorithm_type!r}: use 'sscs', 'euler_maruyama' or 'probability_flow'"
-            )
+        check_algorithm("CLDSSCSScheduler", algorithm_type)
         if splitting_order not in (1, 2, None):
             raise ValueError(f"splitting_order must be 1, 2 or None, got {splitting_order!r}")
         if network_at not in ("step_start", "half_step", None):

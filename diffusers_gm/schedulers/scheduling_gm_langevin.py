@@ -15,6 +15,7 @@ from ..processes.mixture_dynamics import ancestral_step, exponential_step, expon
 from ..random import Generators, randn
 from .calls import Call, check_network_level, langevin_levels
 from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
+from .config import check_algorithm
 
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
@@ -105,11 +106,7 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
-        if algorithm_type not in ("langevin", "jump", "exponential", "ancestral", "ode"):
-            raise ValueError(
-                f"unknown algorithm_type {algorithm_type!r}: use 'langevin', 'jump', 'exponential', 'ancestral' or "
-                "'ode'"
-            )
+        check_algorithm("GMLangevinScheduler", algorithm_type)
         check_network_level(network_level)
         if model_noise not in ("gaussian", "mixture"):
             raise ValueError(f"unknown model_noise {model_noise!r}: use 'gaussian' or 'mixture'")

@@ -176,7 +176,7 @@ def verdict_on_losses(ratios: dict[str, list[float]], errors: dict[str, list[flo
 # --- Samplers ---
 
 
-def exact_network(process: CLD, points: Tensor) -> Network:
+def exact_velocity_score(process: CLD, points: Tensor) -> Network:
     """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
     denoiser = ExactDenoiser(points)
 
@@ -198,7 +198,7 @@ def samplers(args: argparse.Namespace) -> Report:
         unet, described = train_cld(args)
     exact = CLDSSCSScheduler.from_config(described.config, prediction_type="velocity_score")
     models: dict[str, tuple[Network, CLDSSCSScheduler]] = {
-        "exact denoiser": (exact_network(exact.process, split_digits()[0]), exact),
+        "exact denoiser": (exact_velocity_score(exact.process, split_digits()[0]), exact),
         "trained network": (as_network(unet), described),
     }
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
