@@ -277,7 +277,8 @@ def _method(options: dict[str, Any], num_parameters: int) -> dict[str, Any]:
         if options.get("conditioning") == "none"
         else "is told the noise level"
     )
-    learns = {"denoiser": "the noise (the denoiser)", "score": "the score of the noisy images"}
+    answers = {"epsilon": "the noise (the denoiser)", "v_prediction": "the velocity (the denoiser)"}
+    learns = answers[options.get("prediction_type", "epsilon")]
     pairs = zip(options.get("mixture_weights") or (), options.get("mixture_scales") or (), strict=True)
     return {
         "parameters": f"{num_parameters:,}",
@@ -287,7 +288,7 @@ def _method(options: dict[str, Any], num_parameters: int) -> dict[str, Any]:
         "told": told,
         "per": "element" if options.get("mixture_per_element") else "image",
         "components": ", ".join(f"{weight:.3g} of scale {scale:.3g}" for weight, scale in pairs),
-        "learns": learns.get(options["objective"], options["objective"]),
+        "learns": "the score of the noisy images" if options["objective"] == "score" else learns,
     }
 
 

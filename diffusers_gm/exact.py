@@ -78,11 +78,4 @@ class ExactDenoiser:
         if prediction_type == "scaled_score":
             return -sigma * self.score(y, sigma)
         denoised = self(y, sigma)
-        if prediction_type == "sample":
-            return denoised
-        noise = (y - denoised) / sigma
-        if prediction_type == "epsilon":
-            return noise
-        if prediction_type == "v_prediction":
-            return (noise - sigma * denoised) / (1 + sigma**2) ** 0.5
-        return noise - denoised  # flow_prediction
+        return space.output(denoised, (y - denoised) / sigma, sigma, prediction_type)

@@ -10,27 +10,37 @@ from .processes.cld import CLD, perturb, score_coefficients
 from .processes.mixture import GaussianMixtureNoise
 from .processes.noise_space import NoiseSpace
 
-Objective = Literal["denoiser", "score"]
 CLDWeighting = Literal["ell", "likelihood"]
 
-# How a scheduler reads a network that was trained with an objective.
-PREDICTION_TYPE: dict[Objective, str] = {"denoiser": "epsilon", "score": "scaled_score"}
 
+def denoising_target(
+    images: Tensor,
+    noise: Tensor,
+    sigma: Tensor | float,
+    space: NoiseSpace,
+    mixture: GaussianMixtureNoise,
+    prediction_type: str = "epsilon",
+) -> Tensor:
+    """What a network of this prediction type learns to answer, same shape as the images.
 
-def denoising_target(noise: Tensor, mixture: GaussianMixtureNoise, objective: Objective) -> Tensor:
-    """What the network learns to output, given unit-level noise `eta` of shape `(B, ...)`; same shape.
-
-    - `denoiser`: the noise itself. The minimiser is `(y - E[x0 | y]) / sigma` (empirical Bayes).
-    - `score`: `-sigma` times the score of the noise, `sum_k rho_k(eta) eta / c_k^2`. The minimiser is
+    - `epsilon`: the noise itself. The minimiser is `(y - E[x0 | y]) / sigma` (empirical Bayes).
+    - `sample`, `v_prediction`: the same denoiser in the words of `NoiseSpace.output`.
+    - `scaled_score`: `-sigma` times the score of the noise, `sum_k rho_k(eta) eta / c_k^2`. The minimiser is
       `-sigma * grad log p(y)`, with the least variance of all targets that have it (denoising score matching).
 
-    With one component of scale one both are the noise, and the loss is NCSNv2's.
+    With one component of scale one the first and the last are equal, and the loss is NCSNv2's.
+
+    Args:
+        images: clean images `(B, ...)`.
+        noise: unit-level noise `eta`, same shape.
+        sigma: noise levels that broadcast against them.
+        space: the network's noise space.
+        mixture: the law of `noise`.
+        prediction_type: see above.
     """
-    if objective == "denoiser":
-        return noise
-    if objective == "score":
+    if prediction_type == "scaled_score":
         return -mixture.score(noise)
-    raise ValueError(f"unknown objective {objective!r}: use 'denoiser' or 'score'")
+    return space.output(images, noise, sigma, prediction_type)
 
 
 def denoising_loss(
@@ -40,12 +50,12 @@ def denoising_loss(
     noise: Tensor,
     space: NoiseSpace,
     mixture: GaussianMixtureNoise,
-    objective: Objective = "denoiser",
+    prediction_type: str = "epsilon",
 ) -> Tensor:
     """Denoising score matching on Gaussian-mixture noise, one value per image, shape `(B,)`.
 
-    The squared error of `denoising_target`, averaged over the elements of an image. For one component that is
-    NCSNv2's `1/2 * sum (sigma s(y) + z)^2` (arXiv 2006.09011, eq. 2 with the weight sigma^2) times `2 / d`.
+    The squared error of `denoising_target`, averaged over the elements of an image. For one component and `epsilon`
+    that is NCSNv2's `1/2 * sum (sigma s(y) + z)^2` (arXiv 2006.09011, eq. 2 with the weight sigma^2) times `2 / d`.
 
     Args:
         model: `(alpha * y, timesteps) -> output`, both outputs and inputs `(B, C, H, W)`.
@@ -54,11 +64,11 @@ def denoising_loss(
         noise: unit-level mixture noise, `mixture.sample(images.shape)`; at least float32.
         space: the network's noise space.
         mixture: the law of `noise`.
-        objective: `denoiser` or `score`.
+        prediction_type: what the network answers, see `denoising_target`.
     """
     sigma = space.sigma(timesteps).to(images.dtype)[(...,) + (None,) * (images.ndim - 1)]
     output = model(space.alpha(sigma) * (images + sigma * noise), timesteps)
-    error = output.to(noise.dtype) - denoising_target(noise, mixture, objective)
+    error = output.to(noise.dtype) - denoising_target(images, noise, sigma, space, mixture, prediction_type)
     return error.square().flatten(1).mean(1)
 
 

@@ -1,6 +1,7 @@
 """The mathematics of Gaussian-mixture noise."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -191,12 +192,18 @@ def test_targets_have_the_minimisers_they_promise(mixture, sigma, generator):
     posterior, noise = data_posterior(points, y.detach(), sigma, mixture)
     weights = posterior.view(-1, 1, 1, 1)
 
-    score_minimiser = (weights * denoising_target(noise, mixture, "score")).sum(0)
-    torch.testing.assert_close(score_minimiser, -sigma * score)
-    denoiser_minimiser = (weights * denoising_target(noise, mixture, "denoiser")).sum(0)
-    torch.testing.assert_close(denoiser_minimiser, (y.detach() - (weights * points).sum(0)) / sigma)
+    space = NoiseSpace.ve(0.01, 10.0, 100)
+
+    def minimiser(prediction_type):
+        return (weights * denoising_target(points, noise, sigma, space, mixture, prediction_type)).sum(0)
+
+    torch.testing.assert_close(minimiser("scaled_score"), -sigma * score)
+    for prediction_type in ("epsilon", "sample", "v_prediction"):
+        denoised = space.denoised(minimiser(prediction_type), y.detach(), sigma, prediction_type)
+        torch.testing.assert_close(denoised, (weights * points).sum(0))
     if sigma == 1.0:
-        assert float((score_minimiser - denoiser_minimiser).abs().max()) > 0.1, "the two are different functions"
+        different = minimiser("scaled_score") - minimiser("epsilon")
+        assert float(different.abs().max()) > 0.1, "the two are different functions"
 
 
 @pytest.mark.parametrize("width", [0.0, 0.2])
@@ -248,23 +255,25 @@ def test_loss_of_the_exact_network_is_its_conditional_variance(generator):
     timesteps = torch.full((5000,), 70)
     images = points[torch.randint(10, (5000,), generator=generator)]
     noise = MIXTURE.sample(images.shape, generator)
-    for objective, prediction_type in (("denoiser", "epsilon"), ("score", "scaled_score")):
+    for prediction_type in ("epsilon", "v_prediction", "scaled_score"):
         exact = ExactDenoiser(points, noise=MIXTURE)
 
         def network(x, t, shift=0.0, exact=exact, prediction_type=prediction_type):
             return exact.network_output(x, t[0], space, prediction_type) + shift
 
-        best = denoising_loss(network, images, timesteps, noise, space, MIXTURE, objective)
+        best = denoising_loss(network, images, timesteps, noise, space, MIXTURE, prediction_type)
         assert best.shape == (5000,)
-        shifted = denoising_loss(lambda x, t: network(x, t, 0.1), images, timesteps, noise, space, MIXTURE, objective)
+        off = partial(network, shift=0.1)
+        shifted = denoising_loss(off, images, timesteps, noise, space, MIXTURE, prediction_type)
         difference = shifted - best
         error = 5 * float(difference.std()) / math.sqrt(5000)
         assert float(difference.mean()) == pytest.approx(0.01, abs=error)
 
 
-def test_losses_refuse_an_unknown_objective():
+def test_losses_refuse_an_unknown_prediction_type():
+    images = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="'noise'"):
-        denoising_target(torch.zeros(1, 1, 2, 2), MIXTURE, "noise")
+        denoising_target(images, images, 1.0, NoiseSpace.ve(0.01, 10.0, 100), MIXTURE, "noise")
 
 
 # --- Updates ---

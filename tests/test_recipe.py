@@ -38,7 +38,8 @@ def test_the_three_methods_differ_in_nothing_else(scale):
     options = {method: asdict(commands(METHOD=method, SCALE=scale)[0]) for method in ("gm-sgm", "ncsnv2", "cld")}
     for method, given in options.items():
         different = {name for name, value in given.items() if value != options["gm-sgm"][name]}
-        assert different == ({"method", "output_dir"} if method != "gm-sgm" else set())
+        names = {"gm-sgm": set(), "ncsnv2": {"method", "output_dir"}}
+        assert different == names.get(method, {"method", "output_dir", "prediction_type"})
         assert given["output_dir"] == f"outputs/cifar10-{method}-{scale}"
 
 

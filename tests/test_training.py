@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -563,6 +564,29 @@ def test_every_option_has_a_help_text(train, capsys):
     for field in fields(tr.TrainingArguments):
         assert f"--{field.name}" in printed
         assert field.metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2"])
+def test_velocity_networks_are_read_as_what_they_learned(train, tmp_path, method):
+    """The loss of the saved pipeline's own denoiser, not of another reading of the same numbers."""
+    words = f"--dataset_name digits --method {method} --prediction_type v_prediction --max_train_steps 1"
+    train(SMALL, words, "--output_dir", tmp_path / "out")
+    pipeline = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline}[method].from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config["prediction_type"] == "v_prediction"
+    assert "it learns the velocity" in (tmp_path / "out" / "README.md").read_text()
+    args = arguments(method=method, prediction_type="v_prediction", max_train_steps=1)
+    images, space = data.split_digits()[0][:4], pipeline.scheduler.noise_space
+
+    def perfect(model_input, t):
+        sigma = space.sigma(t).float().view(-1, 1, 1, 1)
+        y = model_input / space.alpha(sigma)
+        return SimpleNamespace(sample=space.output(images, (y - images) / sigma, sigma, "v_prediction"))
+
+    with torch.random.fork_rng():
+        loss = tr.build_objective(args, plan_for(args), pipeline.scheduler)(perfect, images)
+    assert float(loss.max()) < 1e-6
+    with pytest.raises(ValueError, match="--objective score answers a score"):
+        arguments(objective="score", prediction_type="v_prediction")
 
 
 def test_unknown_names_are_refused(train, capsys):

@@ -169,6 +169,27 @@ class NoiseSpace:
             return (y - sigma * output) / (1 + sigma)
         raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {PREDICTION_TYPES[self.kind]}")
 
+    def output(self, denoised: Tensor, noise: Tensor, sigma: Tensor | float, prediction_type: str) -> Tensor:
+        """What a network answers whose denoiser is D: the inverse of `denoised`, for all types but the scores.
+
+        Args:
+            denoised: D, any shape.
+            noise: `(y - D) / sigma`, same shape.
+            sigma: number or tensor that broadcasts against them.
+            prediction_type: `epsilon`, `sample`, `v_prediction` or `flow_prediction`.
+        """
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return denoised
+        if prediction_type == "v_prediction":
+            return (noise - sigma * denoised) / (1 + sigma**2) ** 0.5
+        if prediction_type == "flow_prediction":
+            return noise - denoised
+        raise ValueError(
+            f"unknown prediction_type {prediction_type!r}: use 'epsilon', 'sample', 'v_prediction' or 'flow_prediction'"
+        )
+
 
 def level_grid(
     space: NoiseSpace,

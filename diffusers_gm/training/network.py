@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ..likelihood import dequantized
-from ..losses import PREDICTION_TYPE, cld_loss, denoising_loss
+from ..losses import cld_loss, denoising_loss
 from ..processes.cld import CLD
 from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .options import TrainingArguments, build_mixture
@@ -146,11 +146,11 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
         "step_size_criterion": args.step_size_criterion,
     }
     if args.method == "ncsnv2":
-        scheduler = AnnealedLangevinScheduler(**config, prediction_type="epsilon")
+        scheduler = AnnealedLangevinScheduler(**config, prediction_type=args.prediction_type)
     else:
         scheduler = GMLangevinScheduler(
             **config,
-            prediction_type=PREDICTION_TYPE[args.objective],
+            prediction_type="scaled_score" if args.objective == "score" else args.prediction_type,
             mixture_weights=plan.mixture_weights,
             mixture_scales=plan.mixture_scales,
             mixture_per_element=args.mixture_per_element,
@@ -172,8 +172,8 @@ def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any) -> Trai
     def mixture_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
         timesteps = torch.randint(0, plan.num_train_timesteps, (len(images),), device=images.device)
         noise = mixture.sample(images.shape, device=images.device)
-        space, objective = scheduler.noise_space, cast(Any, args.objective)
-        return denoising_loss(lambda x, t: network(x, t).sample, images, timesteps, noise, space, mixture, objective)
+        space, kind = scheduler.noise_space, scheduler.config["prediction_type"]
+        return denoising_loss(lambda x, t: network(x, t).sample, images, timesteps, noise, space, mixture, kind)
 
     def cld_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
         process: CLD = scheduler.process

@@ -26,6 +26,9 @@ class TrainingArguments:
     objective: Literal["denoiser", "score"] = option(
         "denoiser", "What the network learns under mixture noise; for ncsnv2 the two are the same."
     )
+    prediction_type: Literal["epsilon", "v_prediction"] = option(
+        "epsilon", "What the denoiser answers: the noise, or the velocity, whose errors no noise level magnifies."
+    )
     conditioning: Literal["sigma", "none"] = option(
         "sigma", "Whether the network is told the noise level; 'none' is Technique 3 of NCSNv2."
     )
@@ -192,6 +195,8 @@ class TrainingArguments:
         ]
         if given:
             raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
+        if self.objective == "score" and self.prediction_type != "epsilon":
+            raise ValueError(f"--objective score answers a score: leave out --prediction_type {self.prediction_type}")
         if self.method == "cld":
             if self.num_train_timesteps == "auto":
                 raise ValueError("--num_train_timesteps auto is for ladders of noise levels: cld needs a number")
@@ -221,7 +226,7 @@ _MIXTURE = {
     "mixture_per_element",
 }
 _LADDER = {
-    *("objective", "conditioning", "scale_input", "sigma_min", "sigma_max"),
+    *("objective", "prediction_type", "conditioning", "scale_input", "sigma_min", "sigma_max"),
     *("num_langevin_steps", "step_size", "step_size_criterion"),
 }
 
