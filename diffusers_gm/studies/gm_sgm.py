@@ -186,7 +186,7 @@ def plot_claim(
     last.set(title="best sampler of each", xlabel="network calls", ylabel="ratio to K = 1")
     last.set_xticks(budgets, [str(c) for c in budgets])
     last.minorticks_off()
-    last.legend(fontsize=8)
+    figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return save_picture(figure, args.output / "gm_sgm_claim.png")
 
 
