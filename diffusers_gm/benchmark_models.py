@@ -69,6 +69,9 @@ OWN_GRIDS: dict[type, tuple[str, ...]] = {
     CLDSSCSScheduler: ("quadratic", "log_snr"),
 }
 
+# Schedulers of diffusers that take any timesteps.
+TAKE_TIMESTEPS = ("DDPM", "SDE-DPM-Solver++(2M)", "Euler", "DPM-Solver++(2M)")
+
 Samplers = dict[str, dict[str, Any]]  # schedulers by sampler, then by grid
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,6 +87,7 @@ class Model:
             of that many calls.
         ratio: quality of samples.
         conditions: in words.
+        points: the images of an exact denoiser.
     """
 
     title: str
@@ -91,6 +95,7 @@ class Model:
     sample: Callable[[Any, int, int], Tensor | None]
     ratio: Callable[[Tensor], float]
     conditions: str
+    points: Tensor | None = None
 
 
 # --- Schedulers ---
@@ -110,8 +115,26 @@ def grids(cls: Any, arguments: dict[str, Any], config: Any = SOURCE.config) -> d
 
 
 def peers(config: Any) -> Samplers:
-    """Every scheduler of diffusers that samples an ordinary `vp` network."""
-    return {name: grids(getattr(diffusers, cls), arguments, config) for name, (cls, arguments) in PEERS.items()}
+    """Every scheduler of diffusers that samples an ordinary `vp` network, on CLD's grid too where it takes any."""
+    samplers = {}
+    for name, (cls, arguments) in PEERS.items():
+        scheduler = getattr(diffusers, cls)
+        samplers[name] = grids(scheduler, arguments, config)
+        if name in TAKE_TIMESTEPS:
+            samplers[name]["quadratic"] = on_quadratic_grid(scheduler).from_config(config, **arguments)
+    return samplers
+
+
+def on_quadratic_grid(cls: Any) -> Any:
+    """The scheduler, on the timesteps that `CLDSSCSScheduler(timestep_spacing="quadratic")` has, rounded."""
+
+    def set_timesteps(self: Any, num_inference_steps: int, device: Any = None) -> None:
+        cld = CLDSSCSScheduler.from_config(SOURCE.config | dict(self.config), timestep_spacing="quadratic")
+        cld.set_timesteps(num_inference_steps)
+        labels = cld.timesteps.round().int().unique().flip(0).tolist()
+        cls.set_timesteps(self, timesteps=labels, device=device)
+
+    return type(cls.__name__, (cls,), {"set_timesteps": set_timesteps})
 
 
 def compatible(config: Any) -> Samplers:
@@ -192,6 +215,7 @@ def exact_model(points: Tensor, name: str, num_samples: int) -> Model:
         lambda samples: distance(samples) / floor,
         f"Each of the {len(points)} images is a Gaussian of width {WIDTH}; reference 5000 draws, floor {floor:.4f} of "
         f"{num_samples} draws.",
+        points,
     )
 
 

@@ -14,6 +14,7 @@ finished cell is kept in `OUTPUT/.parts`: an interrupted benchmark goes on where
 
 import argparse
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ import torch
 
 from .benchmark_models import PEERS, STOCHASTIC, Model, ddpm_model, exact_model, own_model
 from .data import examine, open_source, split_digits
+from .evaluation.features import fingerprint
 from .studies.common import Cells, parts_of, save_picture
 from .studies.report import Report, Table
 
@@ -105,7 +107,7 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, cells: Cells) -
     ]  # fmt: skip
 
     def winner(samplers: Sequence[str], calls: int) -> tuple[float, str]:
-        return min((b.median, s) for s in samplers if (b := results[s, calls]))
+        return min(((b.median, s) for s in samplers if (b := results[s, calls])), default=(math.inf, "none"))
 
     answers = [f"{calls} calls: {winner(list(model.samplers), calls)[1]}" for calls in args.calls]
     verdict = f"Best of all: {', '.join(answers)}."
@@ -170,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
     add("--train_data_dir", help="exact: a folder of images or of parquet files")
     add("--resolution", type=int, help="exact: side to which its images are resized; default: their own")
-    add("--num_images", type=int, default=2000, help="exact: images that it is made of, at most")
+    add("--num_images", type=int, help="exact: images that it is made of, at most; default 2000, of the digits all")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     return parser
 
@@ -186,8 +188,10 @@ def check_options(args: argparse.Namespace) -> None:
     held_out = len(split_digits()[1])
     if args.models != ["exact"] and args.num_samples > held_out:
         raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
-    if "exact" not in args.models and (args.train_data_dir or args.dataset_name != "digits" or args.resolution):
-        raise ValueError("--dataset_name, --train_data_dir and --resolution say what model 'exact' is made of: add it")
+    of_exact = ("dataset_name", "train_data_dir", "resolution", "num_images")
+    given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
+    if given and "exact" not in args.models:
+        raise ValueError(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
 
 
 def model_of(name: ModelName, args: argparse.Namespace, parts: Path) -> tuple[str, Model]:
@@ -196,10 +200,10 @@ def model_of(name: ModelName, args: argparse.Namespace, parts: Path) -> tuple[st
         return name, ddpm_model(args.num_samples, args.steps, parts)
     if name != "exact":
         return name, own_model(name, args.num_samples, args.steps, parts)
-    if args.train_data_dir is None and args.dataset_name == "digits" and args.resolution is None:
+    if args.train_data_dir is None and args.dataset_name == "digits" and not (args.resolution or args.num_images):
         return name, exact_model(split_digits()[0], "the digits", args.num_samples)
     source = open_source(args.dataset_name, train_data_dir=args.train_data_dir)
-    points = examine(source, 0, args.resolution, num_images=args.num_images).images
+    points = examine(source, 0, args.resolution, num_images=args.num_images or 2000).images
     data = Path(args.train_data_dir).resolve().name if args.train_data_dir else args.dataset_name.rpartition("/")[2]
     size = "x".join(map(str, points.shape[1:]))
     stem = f"{name}_{data}_{size}_{len(points)}"
@@ -221,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if unknown:
                     raise ValueError(f"--samplers {unknown}: {name} has {', '.join(model.samplers)}")
                 model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
-            cells = Cells(parts / f"samplers {stem} n={args.num_samples} steps={args.steps}.json")
+            settings = {"images": fingerprint(model.points)} if model.points is not None else None
+            cells = Cells(parts / f"samplers {stem} n={args.num_samples} steps={args.steps}.json", settings)
             benchmark(stem, model, args, cells).write(args.output)
     except ValueError as error:
         parser.error(str(error))

@@ -7,6 +7,7 @@ copies the card of a trained pipeline, with its pictures, to where cards are kep
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -255,6 +256,14 @@ def keep_card(folder: Path, path: Path) -> None:
         card.data.model_name = name
     card.text = text
     card.save(path)
+
+
+def card_of_repository(text: str, repo_id: str) -> str:
+    """A card with the name that its repository loads by, in place of the folder or another repository."""
+    load = f'from_pretrained("{repo_id}")'
+    if QUALITY[0] in text:  # one of ours
+        text = re.sub(r'(?<=Pipeline\.)from_pretrained\("[^"]*"\)', load, text, count=1)
+    return text.replace(HERE, load).replace(HERE_NOTE, "")
 
 
 def forget_quality(folder: Path) -> None:

@@ -10,10 +10,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
 
-from .cards import CARD_FILES, HERE, HERE_NOTE, add_quality
+from .cards import CARD_FILES, add_quality, card_of_repository
 
 # What belongs in a model repository: neither optimizer states nor logs.
 UPLOADED = ("model_index.json", "pipeline.py", "unet/*", "scheduler/*", *CARD_FILES)
@@ -43,17 +43,19 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and is public: make it private first, or do not ask for a private one")
-    readme = folder / "README.md"
-    if readme.is_file():
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    content: dict[str, Path | bytes] = {
+        name: folder / name for name in filter_repo_objects(names, allow_patterns=list(UPLOADED))
+    }
+    if "README.md" in content:
         add_quality(folder)
-        text = readme.read_text(encoding="utf-8")
-        readme.write_text(text.replace(HERE, f'from_pretrained("{repo_id}")').replace(HERE_NOTE, ""), encoding="utf-8")
+        # The folder keeps its card as it is: it may be uploaded elsewhere, too.
+        content["README.md"] = card_of_repository((folder / "README.md").read_text(encoding="utf-8"), repo_id).encode()
     elif card is not None and not api.file_exists(repo_id, "README.md"):
-        card.save(readme)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=list(UPLOADED),
+        content["README.md"] = str(card).encode()
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, data) for name, data in content.items()],
         commit_message=message or "Upload a pipeline of diffusers_gm",
         create_pr=create_pr,
     )

@@ -105,7 +105,10 @@ def test_the_exact_denoiser_of_any_images(tmp_path, generator):
         (["--samplers", "SSCS"], "exact has CLD, sscs,"),
         (["--seeds", "0"], "--seeds 0 is too small"),
         (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
-        (["--models", "cld", "--num_samples", "40", "--resolution", "8"], "say what model 'exact' is made of"),
+        (
+            ["--models", "cld", "--num_samples", "40", "--resolution", "8"],
+            "--resolution: what model 'exact' is made of",
+        ),
         (["--train_data_dir", "nowhere"], "nowhere"),
     ],
 )

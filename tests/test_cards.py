@@ -114,3 +114,6 @@ def test_the_verdict_names_the_best_at_every_number_of_calls(tmp_path):
     assert verdict(results).endswith("the best scheduler: 3.00 at 10 (B), 1.50 at 20 (A).")
     results.floor = [{"num_nan": 0, "KID-Lite0": 0.0}]
     assert verdict(results) == "No distance was measured."
+    given = Results(tmp_path / "none.json", {})
+    given.floor, given.cells = [{"FD-Lite0": 2.0}], [Cell("mine.npy", None, None, {"FD-Lite0": 3.0})]
+    assert verdict(given) == "FD-Lite0 over that of real images: 1.50."

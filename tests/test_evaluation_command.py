@@ -288,6 +288,33 @@ def test_runs_are_resumed(ddpm, evaluate, monkeypatch, tmp_path):
         evaluate(*words, "--num_samples", 21)
 
 
+def test_seeds_are_added_to_what_is_there(ddpm, evaluate, tmp_path):
+    """Neither the reference nor the first draws of the floor change with their number."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    pixels = torch.randint(0, 256, (90, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(pictures / f"{i}.png")
+    data = f"--train_data_dir pictures --cache_dir {tmp_path / 'cache'}"
+    one, _ = evaluate(ddpm, *QUICK, "--calls", 3, data=data)
+    two, _ = evaluate(ddpm, *QUICK, "--calls", 3, "--seeds", 0, 1, data=data)
+    assert two["cells"][0] == one["cells"][0]
+    assert [cell["seed"] for cell in two["cells"]] == [0, 1]
+    # 90 images are a reference of 60 and one draw of 20.
+    assert two["floor"] == one["floor"]
+    assert two["conditions"] == one["conditions"]
+    assert two["conditions"]["num_reference"] == 60
+
+
+def test_a_ladder_of_few_levels_has_no_grid_of_more_calls():
+    own = AnnealedLangevinScheduler(noise_space="ve", sigma_max=9.0, num_train_timesteps=21)
+    for name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
+        scheduler = build_scheduler(own, [name])[1]
+        assert num_steps_for(scheduler, 20) == 20
+        with pytest.raises(NoGridError, match="trained at 21 noise levels, and 50 calls need more"):
+            num_steps_for(scheduler, 50)
+
+
 def test_nan_is_counted_and_never_averaged_away(tiny_unet, evaluate, tmp_path):
     with torch.no_grad():
         tiny_unet.conv_out.weight.fill_(math.nan)

@@ -530,6 +530,23 @@ def test_from_a_training_to_the_snippet_on_another_computer(empty_server, tmp_pa
     assert Image.open(tmp_path / "elsewhere/sample.png").size == (8, 8)
 
 
+def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):
+    """Each card names its own; that of the folder stays what it was."""
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "gm", folder)
+    card = '---\nlicense: mit\n---\npipe = GMSGMPipeline.from_pretrained(".")\n'
+    card += "<!-- quality -->\nNot measured.\n<!-- end of quality -->\n"
+    for text in (card, card.replace('"."', '"me/elsewhere"')):
+        (folder / "README.md").write_text(text)
+        for name in ("me/one", "me/two"):
+            Client(server, tmp_path / "home", TOKEN).command(
+                [sys.executable, "-m", "diffusers_gm.hub", str(folder), name]
+            )
+            uploaded = server.repos[name].files["README.md"].decode()
+            assert uploaded == card.replace('"."', f'"{name}"')
+            assert (folder / "README.md").read_text() == text
+
+
 def test_measurements_replace_those_of_before_and_nothing_else(tmp_path):
     text = "---\nlicense: mit\ntags: [mine]\n---\nMine.\n<!-- quality -->\nOld.\n<!-- end of quality -->\nAlso mine.\n"
     (tmp_path / "README.md").write_text(text)

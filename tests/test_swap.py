@@ -5,6 +5,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
@@ -155,6 +156,11 @@ def test_our_schedulers_take_each_others_configs():
                 )
             kept = type(source) is cls
             assert swapped.config.algorithm_type == (source if kept else cls()).config.algorithm_type
+    there = DPMSolverMultistepScheduler.from_config(
+        GMLangevinScheduler.from_config(DDPMScheduler(beta_end=0.01).config).config, algorithm_type="sde-dpmsolver++"
+    )
+    back = CLDSSCSScheduler.from_config(there.config)
+    assert (back.config.algorithm_type, back.config.beta_end) == ("sscs", 0.01)
     langevin = GMLangevinScheduler(algorithm_type="langevin")
     assert AnnealedLangevinScheduler.from_config(langevin.config).config.algorithm_type == "langevin"
     for config in (
@@ -173,6 +179,10 @@ def test_networks_of_mixture_noise_are_kept_from_gaussian_samplers():
     for cls in (AnnealedLangevinScheduler, CLDSSCSScheduler):
         with pytest.raises(ValueError, match="trained with mixture noise, .* use GMLangevinScheduler"):
             cls.from_config(trained.config)
+        with pytest.raises(ValueError, match="trained with mixture noise"):
+            cls.from_config(
+                GMLangevinScheduler(model_noise="mixture", mixture_weights=[1.0], mixture_scales=[2.0]).config
+            )
         one = GMLangevinScheduler(model_noise="mixture", mixture_weights=[1.0], mixture_scales=[1.0])
         assert cls.from_config(one.config)
         assert cls.from_config(GMLangevinScheduler(**mixture).config), "jumps on an ordinary network"

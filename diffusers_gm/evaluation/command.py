@@ -55,14 +55,15 @@ def run(args: argparse.Namespace) -> Results:
         "data": args.dataset_name or name_of(args.train_data_dir),
         "num_reference": len(real),
         "reference": fingerprint(real),
-        "floor": fingerprint(floor),
+        "floor": fingerprint(floor[:n]),
         "metrics": sorted(args.metrics),
         "features": f"{extractor.name}: {extractor.version}" if extractor else None,
         "versions": f"diffusers_gm {__version__}, diffusers {diffusers.__version__}",
     }
     results: Results = from_main(lambda: Results(args.output_dir / "results.json", conditions, command_line()))
     missing = [key for key in subject.cells(args.calls, args.seeds) if results.find(*key) is None]
-    if results.floor and not missing:
+    draws = floor.split(n)[len(results.floor) :]
+    if not draws and not missing:
         logger.warning(f"everything is in {results.path} already")
         return results
 
@@ -76,10 +77,9 @@ def run(args: argparse.Namespace) -> Results:
             features = features_of(images, extractor)
         return from_main(lambda: score(images, reference, args.metrics, features))
 
-    if not results.floor:
-        features = cached_features_of(floor, extractor, args.features_cache) if extractor else None
-        parts = [None] * (len(floor) // n) if features is None else features.split(n)
-        results.floor = [scores_of(draw, part) for draw, part in zip(floor.split(n), parts, strict=True)]
+    for draw in draws:
+        features = cached_features_of(draw, extractor, args.features_cache) if extractor else None
+        results.floor.append(scores_of(draw, features))
         from_main(results.save)
     for key in missing:
         start = time.perf_counter()

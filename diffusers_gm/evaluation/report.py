@@ -94,11 +94,13 @@ def verdict(results: Results) -> str:
     floor = statistic(results.floor, name) if name else None
     if name is None or floor is None:
         return "No distance was measured."
-    best: dict[int, tuple[float, str]] = {}
+    best: dict[int | None, tuple[float, str]] = {}
     for (scheduler, calls), cells in groups(results).items():
         value = statistic([cell.scores for cell in cells], name)
-        if value and calls is not None:
+        if value:
             best[calls] = min(best.get(calls, (math.inf, "")), (value.mean / floor.mean, scheduler))
+    if None in best:  # samples that someone else made
+        return f"{name} over that of real images: {best[None][0]:.2f}."
     several = len({scheduler for scheduler, _ in groups(results)}) > 1
     words = [f"{ratio:.2f} at {calls}" + (f" ({who})" if several else "") for calls, (ratio, who) in best.items()]
     return f"{name} over that of real images, by network calls{', the best scheduler' * several}: {', '.join(words)}."

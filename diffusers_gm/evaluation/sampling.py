@@ -58,7 +58,10 @@ def image_shape(pipeline: Any) -> tuple[int, int, int]:
         _, height, width = pipeline._image_shape()
         # A velocity network has more channels going in, one that learned its variance more coming out.
         return min(pipeline.unet.config["in_channels"], pipeline.unet.config["out_channels"]), height, width
-    images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
+    try:
+        images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
+    except TypeError as error:
+        raise ValueError(f"only unconditional pipelines of images can be measured: {error}") from error
     return tuple(images.shape[1:])  # type: ignore[return-value]
 
 
@@ -159,7 +162,11 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
     Raises:
         NoGridError: if there is none; with the scheduler's own reason, where it has one.
     """
+    trained_at = scheduler.config["num_train_timesteps"]
     for num_steps in range(num_calls, 0, -1):
+        if num_steps > trained_at and not isinstance(scheduler, LangevinSchedulerMixin):
+            # Schedulers of diffusers do not say so, and break down in `step`.
+            raise NoGridError(f"the network was trained at {trained_at} noise levels, and {num_calls} calls need more")
         try:
             scheduler.set_timesteps(num_steps)
         except ValueError as error:

@@ -122,10 +122,12 @@ def real_images(
         num_draws, most = len(floor) // n, len(held_out)
     else:
         n = num_samples or min(1000, source.num_images // 2)
-        num_reference = max(n, args.num_reference)
-        images = read(source, n * len(args.seeds) + num_reference)
-        num_draws, most = max(1, min(len(args.seeds), (len(images) - num_reference) // n)), len(images) // 2
-        floor, reference = images[: num_draws * n], images[num_draws * n :][:num_reference]
+        wanted = max(n, args.num_reference)
+        images = read(source, wanted + n * len(args.seeds))
+        # Neither the reference nor the first draws change where seeds are added.
+        num_reference = max(0, min(wanted, len(images) - n))
+        reference, floor = images[:num_reference], images[num_reference:]
+        num_draws, most = min(len(args.seeds), len(floor) // n), len(images) // 2
     if not (1 <= n <= min(len(floor), len(reference))):
         raise ValueError(
             f"{n} samples need as many real images for the reference, and as many others for the floor: these data "

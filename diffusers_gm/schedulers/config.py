@@ -15,6 +15,9 @@ ALGORITHMS = {
     "CLDSSCSScheduler": ("sscs", "euler_maruyama", "probability_flow"),
 }
 
+# Those of diffusers' schedulers with such an option, whose configs may come from ours and go back to them.
+SOLVERS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis")
+
 
 def check_algorithm(scheduler: str, algorithm_type: str) -> None:
     """Raise a ValueError if the class called `scheduler` has no such sampler."""
@@ -31,10 +34,10 @@ def from_own_config(config: dict[str, Any], scheduler: str) -> dict[str, Any]:
         ValueError: if the network was trained with mixture noise and the class reads it as one of Gaussian noise.
     """
     algorithm = config.get("algorithm_type")
-    if algorithm not in ALGORITHMS[scheduler] and any(algorithm in names for names in ALGORITHMS.values()):
+    if algorithm not in ALGORITHMS[scheduler] and any(algorithm in names for names in (*ALGORITHMS.values(), SOLVERS)):
         config = {key: value for key, value in config.items() if key != "algorithm_type"}
-    several = len(config.get("mixture_weights") or ()) > 1
-    if scheduler != "GMLangevinScheduler" and config.get("model_noise") == "mixture" and several:
+    unit = (config.get("mixture_scales") or [1.0]) == [1.0]
+    if scheduler != "GMLangevinScheduler" and config.get("model_noise") == "mixture" and not unit:
         raise ValueError(f"the network was trained with mixture noise, which {scheduler} would take for Gaussian: use GMLangevinScheduler")  # fmt: skip # noqa: E501
     return config
 

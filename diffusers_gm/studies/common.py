@@ -1,6 +1,7 @@
 """What the studies share: short trainings, plain sampling, measurements that are kept, what counts as a difference."""
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -121,7 +122,7 @@ def kept_unet(folder: Path, train: Callable[[], Any], options: Mapping[str, Any]
     """
     described, kept = json.loads(json.dumps(options or {}, default=str)), folder / "options.json"
     if not folder.is_dir():
-        network, unfinished = train(), folder.with_name(f"{folder.name}.part")
+        network, unfinished = train(), folder.with_name(f"{folder.name}.part{os.getpid()}")
         # Another study may have trained the same network meanwhile.
         if not folder.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -189,7 +190,9 @@ class Cells:
             self._save()
 
     def _save(self) -> None:
-        unfinished = self.path.with_suffix(".json.part")
+        if self.path.is_file():  # another study may have added to it meanwhile
+            self.values = json.loads(self.path.read_text(encoding="utf-8")) | self.values
+        unfinished = self.path.with_suffix(f".json.part{os.getpid()}")
         unfinished.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
         unfinished.replace(self.path)
 

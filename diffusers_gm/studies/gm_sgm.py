@@ -271,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=at_least(2), nargs="+", help="numbers of network calls")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="claim: some of the mixtures")
     args = parse(parser, argv, over_floor=("claim", "lag"))
+    if args.study == "rare_modes" and args.calls and min(args.calls) < 12:
+        parser.error(f"--calls {args.calls}: rare_modes takes up to 5 Langevin steps a level, and needs at least 12")
     STUDIES[args.study](args).write(args.output)
 
 

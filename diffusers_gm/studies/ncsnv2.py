@@ -241,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = study_parser("ncsnv2", __doc__, STUDIES)
     parser.add_argument("--calls", type=at_least(3), help="one number of network calls, in place of several")
     args = parse(parser, argv, over_floor=("denoise", "techniques"))
+    if args.study == "diversity" and args.calls and args.calls < 11:
+        parser.error(f"--calls {args.calls}: diversity takes 5 Langevin steps a level, and needs at least 11")
     STUDIES[args.study](args).write(args.output)
 
 
