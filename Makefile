@@ -37,7 +37,7 @@ compare: demo
 		--output_dir $(OUTPUT)-k1 --overwrite_output_dir
 	$(BIN)/python -m diffusers_gm.demo $(OUTPUT) --compare $(OUTPUT)-k1
 
-# CIFAR-10, from the Hub or a folder of parquet files or images. Everything but METHOD is the same for the three methods.
+# CIFAR-10, from the Hub or a folder of parquet files or images. METHOD and what its network answers aside, all is the same.
 # gpu: network, batch, dropout, flips, learning rate and averaging of DDPM, at a quarter of its 800,000 steps.
 # cpu: a network of a thirtieth of the size and 3000 steps of 32 images, half an hour, to see the recipe work.
 # At its end the model is measured under the samplers of its method and, where they can read it, diffusers' (K = 1 can).

@@ -48,7 +48,7 @@ def digits_conditions(args: argparse.Namespace) -> str:
         f"Digits, 8 x 8; trainings of {args.steps} steps of {args.batch} images, seed 0. Sliced W2 of "
         f"{args.num_samples} samples (seed 0) to the training digits over "
         f"that of {args.num_samples} held-out digits: 1 is as good as real ones. One training and one seed; ratios "
-        f"within {TIE:.0%}, the spread of seeds, are called equal."
+        f"within {TIE:.0%}, the spread of sampling, are called equal; trainings may differ by more."
     )
 
 
