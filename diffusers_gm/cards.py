@@ -313,7 +313,7 @@ def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
 
 def _data(options: dict[str, Any], num_images: int) -> str:
     if options["train_data_dir"] is not None:
-        name = f"a local folder, `{options['train_data_dir']}`"
+        name = f"a local folder, `{Path(options['train_data_dir']).resolve().name}`"
     elif options["dataset_name"] == "digits":
         name = "the handwritten digits of scikit-learn, its training part (80%)"
     else:
