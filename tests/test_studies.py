@@ -1,6 +1,7 @@
 """What the studies share: trainings and measurements that are kept, reports, the results page, the command line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -97,8 +98,9 @@ def test_a_network_is_trained_once_and_kept(tmp_path, tiny_unet):
 
 
 def test_an_interrupted_training_leaves_nothing_that_looks_finished(tmp_path, tiny_unet):
-    (tmp_path / "net.part").mkdir()
-    (tmp_path / "net.part" / "rest").write_text("of an earlier run")
+    part = tmp_path / f"net.part{os.getpid()}"
+    part.mkdir()
+    (part / "rest").write_text("of an earlier run")
     kept_unet(tmp_path / "net", lambda: tiny_unet)
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
     assert not (tmp_path / "net" / "rest").exists()
