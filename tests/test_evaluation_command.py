@@ -306,6 +306,13 @@ def test_seeds_are_added_to_what_is_there(ddpm, evaluate, tmp_path):
     assert two["conditions"]["num_reference"] == 60
 
 
+def test_a_grid_that_starts_with_the_same_timestep_twice_is_none():
+    scheduler = build_scheduler(DDPMScheduler(), ["DPMSolverMultistepScheduler", "timestep_spacing=leading"])[1]
+    assert num_steps_for(scheduler, 500) == 500
+    with pytest.raises(NoGridError, match="1000 steps has the first timestep twice"):
+        num_steps_for(scheduler, 1000)
+
+
 def test_a_ladder_of_few_levels_has_no_grid_of_more_calls():
     own = AnnealedLangevinScheduler(noise_space="ve", sigma_max=9.0, num_train_timesteps=21)
     for name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):

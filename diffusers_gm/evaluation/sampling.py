@@ -171,7 +171,11 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
             scheduler.set_timesteps(num_steps)
         except ValueError as error:
             raise NoGridError(str(error)) from error
-        if len(scheduler.timesteps) <= num_calls:
+        timesteps = scheduler.timesteps
+        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, LangevinSchedulerMixin):
+            # As `leading` of DPM-Solver++ has where there are as many steps as levels: `step` cannot find its place.
+            raise NoGridError(f"its grid of {num_steps} steps has the first timestep twice")
+        if len(timesteps) <= num_calls:
             return num_steps
     raise NoGridError(f"{type(scheduler).__name__} has no grid of {num_calls} network calls or fewer")
 
