@@ -89,7 +89,10 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, cells: Cells) -
         for sampler in model.samplers:
             below = results.get((sampler, args.calls[i - 1])) if i else None
             only = below.grid if below and calls > ALL_GRIDS_UP_TO else None
-            results[sampler, calls] = best_of(model, sampler, calls, args.seeds, cells, only)
+            best = best_of(model, sampler, calls, args.seeds, cells, only)
+            if best is None and only:  # that grid has no run of so many calls
+                best = best_of(model, sampler, calls, args.seeds, cells, None)
+            results[sampler, calls] = best
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
