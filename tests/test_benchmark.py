@@ -1,5 +1,6 @@
 """The sampler benchmark: what counts as a network call, the best grid, resuming, the sentence of the verdict."""
 
+import argparse
 import json
 
 import pytest
@@ -65,6 +66,18 @@ def test_best_grid_by_the_median_and_nothing_is_measured_twice(tmp_path):
     assert again == best
     assert len(asked) == 6
     assert bench.best_of(model, "s", 5, 3, cells, "a").grid == "a"
+
+
+def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
+    """`a` is best at 20 calls and has no run at 50: `b` is the answer there, not a gap in the table."""
+
+    def sample(grid, calls, seed):
+        return None if (grid, calls) == ("a", 50) else torch.tensor([1.0 if grid == "a" else 2.0])
+
+    model = models.Model("it", {"s": {"a": "a", "b": "b"}}, sample, float, "")
+    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=1, output=tmp_path)
+    report = bench.benchmark("it", model, args, Cells(tmp_path / "cells.json"))
+    assert report.tables[0].rows == [["s", "1.00 a", "2.00 b"]]
 
 
 def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
