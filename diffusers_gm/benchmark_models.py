@@ -18,7 +18,7 @@ from .demo import SAMPLERS
 from .evaluation import sliced_wasserstein
 from .evaluation.sampling import NoGridError, num_steps_for
 from .exact import ExactDenoiser
-from .processes.noise_space import NoiseSpace
+from .readings import NoiseSpace
 from .studies.common import over_floor, trained, trained_ddpm
 
 WIDTH = 0.1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .processes.mixture import GaussianMixtureNoise
-from .processes.noise_space import NoiseSpace
+from .readings import NoiseSpace
 
 # Images at a time: what fits into the cache.
 CHUNK = 256

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .processes.cld import CLD, score_coefficients
+from .processes.cld import CLD
 from .random import Generators, rand, randn
+from .readings.velocity import score_coefficients
 
 # The smallest time of the training: earlier ones would be new to the network.
 FIRST_TIME = 1e-5

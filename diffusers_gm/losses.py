@@ -6,9 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .processes.cld import CLD, perturb, score_coefficients
+from .processes.cld import CLD, perturb
 from .processes.mixture import GaussianMixtureNoise
-from .processes.noise_space import NoiseSpace
+from .readings import NoiseSpace
+from .readings.velocity import score_coefficients
 
 CLDWeighting = Literal["ell", "likelihood"]
 
@@ -92,7 +93,7 @@ def cld_loss(
         model: `(cat([x, v / sqrt(M)], 1), t * num_train_timesteps) -> output`: `(B, 2C, H, W)` and `(B,)` float32 to
             `(B, C, H, W)`.
         images: clean images `(B, C, H, W)`, at least float32.
-        times: t, `(B,)`, uniform on [1e-5, 1] in training.
+        times: t, `(B,)`, uniform on [1e-5, 1] in training; best on the CPU, where the coefficients are worked out.
         noise: standard normal, `(B, 2C, H, W)`.
         process: the diffusion.
         prediction_type: how the output becomes a score, see `score_coefficients`: `cld_mixed` (eq. 9), or
@@ -107,18 +108,21 @@ def cld_loss(
     if weighting not in ("ell", "likelihood"):
         raise ValueError(f"unknown weighting {weighting!r}: use 'ell' or 'likelihood'")
     x, v = perturb(process, images, times, noise, velocity)
-    output = model(torch.cat([x, v / process.velocity_scale], 1), (times * num_train_timesteps).float())
+    labels = (times * num_train_timesteps).float().to(images.device)
+    output = model(torch.cat([x, v / process.velocity_scale], 1), labels)
     if output.shape != v.shape:
         raise ValueError(f"a velocity network answers {tuple(v.shape)}, got {tuple(output.shape)}")
 
-    clock = process.clock(times)
+    clock = process.clock(times.cpu())
     marginal = process.marginal(clock)
     deviation = (marginal if velocity is None else process.kernel(clock)).root[..., 1, 1]
     # s_v L22 + e_v, from coefficients multiplied in float64: at t = 1e-5 the score itself is of order 1e3.
-    of_velocity, of_output = ((deviation * c).to(v) for c in score_coefficients(marginal, prediction_type))
+    of_velocity, of_output = (
+        (deviation * c).to(v.dtype).to(v.device) for c in score_coefficients(marginal, prediction_type)
+    )
     per_image = (...,) + (None,) * (v.ndim - 1)
     error = of_velocity[per_image] * v + of_output[per_image] * output.to(v.dtype) + noise.chunk(2, 1)[1]
     loss = error.square().flatten(1).mean(1)
     if weighting == "likelihood":
-        loss = loss * (process.friction * process.beta(times) / deviation**2).to(loss)
+        loss = loss * (process.friction * process.beta(times.cpu()) / deviation**2).to(loss.dtype).to(loss.device)
     return loss

@@ -13,6 +13,7 @@ from torch import Tensor
 from .evaluation import Quality
 from .processes.cld import CLD, transform
 from .processes.mixture import GaussianMixtureNoise
+from .random import Draw
 
 CALLS = (10, 20, 50, 200)
 GRID = 10
@@ -51,7 +52,7 @@ def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: floa
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.25, 1.2)))
     for row, (name, law) in zip(top.subplots(len(laws), columns), laws.items(), strict=True):
-        scales = law.sample_scales((columns, 1, 1, 1), generator, torch.device("cpu"), torch.float32).sort(0).values
+        scales = law.sample_scales((columns, 1, 1, 1), Draw(generator)).sort(0).values
         noisy = image + sigma * scales * torch.randn((columns, *image.shape), generator=generator)
         for axis, picture, scale in zip(row, noisy, scales.flatten(), strict=True):
             axis.imshow(picture[0], cmap="gray", vmin=-1.5, vmax=1.5)

@@ -1,6 +1,7 @@
 """Random draws decided by a generator, or by one generator per sample."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -44,3 +45,30 @@ def _draw(
         return torch.cat([_draw(draw, (1, *shape[1:]), one, device, dtype) for one in generator])
     source = generator.device if isinstance(generator, Generator) else device
     return draw(shape, generator=generator, device=source, dtype=dtype).to(device)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Where the random numbers of a run come from: what samplers are handed in place of a generator.
+
+    Attributes:
+        generator: as in `randn`; None: the global one.
+        device, dtype: of the numbers.
+    """
+
+    generator: Generators = None
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @staticmethod
+    def like(sample: Tensor, generator: Generators = None) -> "Draw":
+        """Numbers on the device and in the dtype of `sample`."""
+        return Draw(generator, sample.device, sample.dtype)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers of `shape` `(B, ...)`, see `randn`."""
+        return randn(shape, self.generator, self.device, self.dtype)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Uniform numbers in [0, 1) of `shape` `(B, ...)`, see `rand`."""
+        return rand(shape, self.generator, self.device, self.dtype)

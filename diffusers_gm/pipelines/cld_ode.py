@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..processes.cld import lift, score_coefficients
+from ..processes.cld import lift
 from ..random import Generators, randn
-from ..schedulers.scheduling_cld_sscs import LAST_TIME
 
 # Those of torchdiffeq that adapt their steps, but for fehlberg2: with a tolerance of 1e-4 it is 0.08 off on a Gaussian.
 ODE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
@@ -18,33 +17,17 @@ Network = Callable[[Tensor, Tensor], Tensor]
 Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def native_model(scheduler: Any, network: Network) -> Model:
-    """Score and denoiser of a velocity network."""
-    process, config = scheduler.process, scheduler.config
-
-    def model(x: Tensor, v: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
-        marginal = process.marginal(clock)
-        at = lift(marginal)
-        label = (process.time(clock) * config["num_train_timesteps"]).to(x.device, torch.float32)
-        of_velocity, of_output = score_coefficients(marginal, config["prediction_type"])
-        score = of_velocity * v + of_output * network(torch.cat([x, v / process.velocity_scale], 1), label).to(x)
-        plain = at.denoised(x, v, score)
-        denoised = scheduler._clip(plain)
-        return score + at.score_gain * (denoised - plain), denoised
-
-    return model
-
-
-def lifted_model(scheduler: Any, network: Network) -> Model:
-    """Score and denoiser of an ordinary network."""
-    process, space = scheduler.process, scheduler.noise_space
+def network_model(scheduler: Any, network: Network) -> Model:
+    """Score and denoiser of a network, whatever it sees: by its reading and the lift of the scheduler's diffusion."""
+    process, reading = scheduler.process, scheduler.reading
 
     def model(x: Tensor, v: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
         at = lift(process.marginal(clock))
-        y, _ = at.image(x, v)
-        label = space.timestep(at.sigma).to(x.device, torch.float32)
-        output = scheduler._prediction(network(space.alpha(at.sigma) * y, label).to(x), y)
-        denoised = scheduler._clip(space.denoised(output, y, float(at.sigma), scheduler.config["prediction_type"]))
+        label = reading.timestep(at.sigma)
+        call = reading.calls(label.reshape(1), at.sigma.reshape(1))[0]
+        sample = reading.visible(*at.image(x, v), call)
+        output = network(reading.model_input(sample, label, call), label.to(torch.float32).to(x.device)).to(x)
+        denoised = scheduler.clip(reading.denoised(scheduler.without_variance(output, sample), sample, call))
         return at.velocity_score(x, v, denoised), denoised
 
     return model
@@ -54,20 +37,16 @@ def start_and_ends(
     scheduler: Any, shape: tuple[int, ...], latents: Tensor | None, generator: Generators, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state `(x, v)` that a run starts from, float64 on the device, and the clocks of its ends, `(2,)`."""
-    process = scheduler.process
-    if scheduler.native:
-        sample = scheduler.initial_sample(shape, generator, device, torch.float32) if latents is None else latents
-        x, v = sample.to(device, torch.float64).chunk(2, 1)
-        return x, v, process.clock(torch.tensor([1.0, LAST_TIME], dtype=torch.float64))
-    space = scheduler.noise_space
-    sigmas = space.sigma(torch.tensor(space.timestep_range[::-1], dtype=torch.float64))
-    alpha = 1.0 if space.kind == "ve" else float(space.alpha(sigmas[0]))
+    process, reading = scheduler.process, scheduler.reading
+    ends = torch.tensor(reading.timestep_range[::-1], dtype=torch.float64)
+    call = reading.calls(ends)[0]
     if latents is None:
-        latents = randn(shape, generator, device, torch.float32) * (float(sigmas[0]) if space.kind == "ve" else 1.0)
-    companion = randn(shape, generator, device, torch.float32)
-    clocks = process.clock_of_sigma(sigmas)
-    at = lift(process.marginal(clocks[0]))
-    return *at.state(latents.to(device, torch.float64) / alpha, companion.double()), clocks
+        latents = reading.initial_sample(randn(shape, generator, device, torch.float32), call.sigma)
+    y, companion = reading.coordinates(latents.to(device, torch.float64), call)
+    if companion is None:
+        companion = randn(shape, generator, device, torch.float32).double()
+    clocks = process.clock_of_sigma(reading.sigma(ends))
+    return *lift(process.marginal(clocks[0])).state(y, companion), clocks
 
 
 def solve(

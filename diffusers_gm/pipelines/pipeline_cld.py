@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..random import Generators
 from ..schedulers import CLDSSCSScheduler
-from .cld_ode import ODE_SOLVERS, lifted_model, native_model, solve, start_and_ends
-from .common import CALLBACK_TENSORS, UnconditionalPipeline
+from .cld_ode import ODE_SOLVERS, network_model, solve, start_and_ends
+from .unconditional import CALLBACK_TENSORS, UnconditionalPipeline
 
 
 @dataclass
@@ -105,7 +105,7 @@ class CLDPipeline(UnconditionalPipeline):
             num_network_calls += 1
             return self.unet(model_input.to(self.unet.dtype), label).sample
 
-        model = (native_model if self._native else lifted_model)(self.scheduler, network)
+        model = network_model(self.scheduler, network)
         x, v, clocks = start_and_ends(self.scheduler, shape, latents, generator, self._execution_device)
         _, image = model(*solve(self.scheduler, model, x, v, clocks, ode_solver, rtol, atol), clocks[-1])
         images = self._finished(image.float(), output_type)
@@ -131,21 +131,3 @@ class CLDPipeline(UnconditionalPipeline):
                 f"ode_solver needs a CLDSSCSScheduler, which knows the diffusion; this is a "
                 f"{type(self.scheduler).__name__}: use CLDSSCSScheduler.from_config(pipe.scheduler.config)"
             )
-
-    @property
-    def _native(self) -> bool:
-        return getattr(self.scheduler, "native", False)
-
-    def _image_shape(self) -> tuple[int, int, int]:
-        channels_in, channels_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
-        expected = 2 * channels_out if self._native else channels_out
-        if channels_in != expected:
-            raise ValueError(
-                f"the scheduler's prediction_type {self.scheduler.config.get('prediction_type')!r} asks for a "
-                f"network with {expected} input channels for its {channels_out} output channels, "
-                f"this one has {channels_in}"
-            )
-        return super()._image_shape()
-
-    def _image(self, sample: Tensor) -> Tensor:
-        return sample.chunk(2, 1)[0] if self._native else sample

@@ -2,7 +2,7 @@
 
 Levels are counted as in the published code, `sigma_1 > ... > sigma_L`. The step size of a level is
 `alpha_i = a * sigma_i^2` with one dimensionless `a` for the whole ladder; the paper's `eps` is `a * sigma_L^2`.
-All functions are pure: noise is an argument.
+Its updates are in `samplers.langevin`.
 """
 
 import math
@@ -168,46 +168,6 @@ def fixed_step_size(eps: float, sigma_last: float, max_step: float = 1.0) -> flo
             f"(0, {max_step:.4g}), so step_size in (0, {max_step * sigma_last**2:.4g}); or None for Technique 4"
         )
     return a
-
-
-# --- Updates -----------------------------------------------------------------------------------------------------
-
-
-def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
-    """One Langevin step of size `a sigma^2`: `y + a (D - y) + sqrt(2 a) sigma z`, with `sigma^2 score = D - y`.
-
-    Args:
-        y: noisy images `(B, ...)`.
-        denoised: `D(y)`, same shape.
-        sigma: the level, a number or a tensor that broadcasts (the local level of mixture noise).
-        a: dimensionless step, likewise (jump sizes).
-        noise: standard normal, same shape as `y`.
-
-    Stationary law: the density of `y` up to O(a) (Euler-Maruyama, weak order 1).
-    """
-    return y + a * (denoised - y) + (2 * a) ** 0.5 * sigma * noise
-
-
-def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
-    """One step of consistent annealed sampling (arXiv 2009.05475, algorithm 1): the noise left is `sigma_next`.
-
-    `y + eta (D - y) + sigma_next beta z` with `beta^2 = 1 - ((1 - eta) sigma / sigma_next)^2`, which asks for
-    `1 - sigma_next / sigma <= eta <= 1 + sigma_next / sigma`. `eta = 1 - sigma_next / sigma` is the probability
-    flow (first order), `eta = 1 - (sigma_next / sigma)^2` the ancestral step.
-    """
-    beta_squared = 1 - ((1 - eta) * sigma / sigma_next) ** 2
-    return y + eta * (denoised - y) + sigma_next * math.sqrt(max(beta_squared, 0.0)) * noise
-
-
-def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
-    """Raise a ValueError unless `consistent_step` can leave exactly `sigma_next`."""
-    ratio = sigma_next / sigma
-    if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
-        raise ValueError(
-            f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
-            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, "
-            "use more levels, or leave it None"
-        )
 
 
 # --- Published settings ------------------------------------------------------------------------------------------

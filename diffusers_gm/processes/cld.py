@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# How a velocity network's output is read, see `score_coefficients`.
-VELOCITY_PREDICTION_TYPES = ("velocity_score", "scaled_velocity_score", "cld_mixed")
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -265,28 +262,6 @@ def lift(marginal: Kernel) -> Lift:
     )
 
 
-def score_coefficients(marginal: Kernel, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """How a velocity network's output becomes a score: `(a, b)` of `s_v = a * v + b * output`, each `(...)`.
-
-    | | a | b |
-    |---|---|---|
-    | `velocity_score` | 0 | 1 |
-    | `scaled_velocity_score` | 0 | `-ell` |
-    | `cld_mixed` | `-1 / Sigma_vv` | `-ell` |
-
-    with `ell = 1 / L22` of the HSM kernel. The last is the paper's mixed score (eq. 9): the output only corrects the
-    score of a velocity that knows nothing of x, which is all there is near the prior.
-    """
-    nothing = torch.zeros_like(marginal.root[..., 1, 1])
-    if prediction_type == "velocity_score":
-        return nothing, nothing + 1
-    if prediction_type == "scaled_velocity_score":
-        return nothing, -1 / marginal.root[..., 1, 1]
-    if prediction_type == "cld_mixed":
-        return -1 / marginal.covariance[..., 1, 1], -1 / marginal.root[..., 1, 1]
-    raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {VELOCITY_PREDICTION_TYPES}")
-
-
 def perturb(
     process: CLD, images: Tensor, times: Tensor, noise: Tensor, velocity: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -307,7 +282,7 @@ def perturb(
         raise ValueError(
             f"noise must hold x and v, twice the channels of {tuple(images.shape)}; got {tuple(noise.shape)}"
         )
-    clock = process.clock(times)
+    clock = process.clock(times.cpu())
     kernel = process.marginal(clock) if velocity is None else process.kernel(clock)
     mean = transform(kernel.transition, images, torch.zeros_like(images) if velocity is None else velocity)
     drawn = transform(kernel.root, *noise.chunk(2, 1))

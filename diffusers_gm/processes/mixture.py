@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..random import Generators, rand, randn
+from ..random import Draw, Generators
 
 
 class GaussianMixtureNoise:
@@ -126,31 +126,24 @@ class GaussianMixtureNoise:
         sigma: float = 1.0,
     ) -> Tensor:
         """Noise of `shape` `(B, ...)`, `sigma * c_k * g`. A list of generators decides one sample each."""
-        device = torch.device(device)
-        scales = self.sample_scales(shape, generator, device, dtype)
-        return sigma * scales * randn(shape, generator, device, dtype)
+        draw = Draw(generator, torch.device(device), dtype)
+        scales = self.sample_scales(shape, draw)
+        return sigma * scales * draw.normal(shape)
 
-    def sample_scales(
-        self,
-        shape: Sequence[int],
-        generator: Generators,
-        device: torch.device,
-        dtype: torch.dtype,
-        probabilities: Tensor | None = None,
-    ) -> Tensor:
+    def sample_scales(self, shape: Sequence[int], draw: Draw, probabilities: Tensor | None = None) -> Tensor:
         """Jump sizes `c_k`, shape `(B, 1, ...)`, or `shape` if `per_element`. One component draws nothing.
 
         `probabilities`, shape `(B, K, ...)` as `responsibilities` returns them, replaces the weights.
         """
         index_shape = tuple(shape) if self.per_element else (shape[0],) + (1,) * (len(shape) - 1)
-        scales = self.scales.to(device, dtype)
+        scales = self.scales.to(draw.dtype).to(draw.device)
         if len(self) == 1:
             return scales.expand(index_shape)
         if probabilities is None:
-            probabilities = self.weights.to(device, dtype)[(None, ...) + (None,) * (len(shape) - 1)]
+            probabilities = self.weights.to(draw.dtype).to(draw.device)[(None, ...) + (None,) * (len(shape) - 1)]
         elif not self.per_element:
             probabilities = probabilities[(...,) + (None,) * (len(shape) - 1)]
-        u = rand(index_shape, generator, device, dtype)[:, None]
+        u = draw.uniform(index_shape)[:, None]
         component = (u >= probabilities.cumsum(1)[:, :-1]).sum(1)
         return scales[component]
 
@@ -173,7 +166,7 @@ class GaussianMixtureNoise:
 
     def precision(self, responsibilities: Tensor, ndim: int) -> Tensor:
         """`sum_k r_k / c_k^2`, shape `(B, 1, ...)` of `ndim` dimensions, or `(B, ...)` if `per_element`."""
-        precisions = (self.scales**-2).to(responsibilities)
+        precisions = (self.scales**-2).to(responsibilities.dtype).to(responsibilities.device)
         if self.per_element:
             return torch.einsum("bk...,k->b...", responsibilities, precisions)
         return (responsibilities @ precisions)[(...,) + (None,) * (ndim - 1)]
@@ -210,10 +203,14 @@ class GaussianMixtureNoise:
         else:
             dim, squares, tail = eta[0].numel(), squares.flatten(1).sum(1)[:, None], ()
             log_sigma = log_sigma.flatten().expand(eta.shape[0])[:, None]
-        scales = self.scales.to(eta)[(None, slice(None), *tail)]
-        log_weights = self.weights.log().to(eta)[(None, slice(None), *tail)]
+        scales, log_weights = (t.to(eta.dtype).to(eta.device) for t in (self.scales, self.weights.log()))
+        scales, log_weights = (t[(None, slice(None), *tail)] for t in (scales, log_weights))
         log_normal = -dim * (scales.log() + log_sigma + 0.5 * math.log(2 * math.pi))
         return log_weights + log_normal - squares / (2 * scales**2)
+
+
+# Unit Gaussian noise: one component of scale 1.
+GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
 
 def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor | float:

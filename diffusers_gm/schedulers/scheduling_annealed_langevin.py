@@ -1,48 +1,38 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
-from collections.abc import Sequence
 from typing import Literal
 
-import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
-from ..processes.annealed import (
-    check_consistent_step,
-    consistent_step,
-    fixed_step_size,
-    langevin_step,
-    level_ratios,
-    optimal_step_size,
-)
-from ..random import Generators, randn
-from .calls import check_network_level, langevin_levels
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
-from .config import check_algorithm
+from ..samplers import Consistent, Langevin
+from .base import SamplerScheduler
 
 
-class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
+class AnnealedLangevinScheduler(SamplerScheduler):
     """Annealed Langevin dynamics with theory-chosen step sizes (NCSNv2, arXiv 2006.09011).
 
     `set_timesteps(n)` spends n network calls: L noise levels with T Langevin steps each, and one call for the final
-    denoising. If n - 1 is no multiple of T, the first levels get one step more.
+    denoising. If n - 1 is no multiple of T, the first levels get one step more. `n = 1` is D at the first level.
 
     Accuracy: a Langevin step is Euler-Maruyama, its stationary law off by O(a), weak order 1; `consistent` is first
     order in the log ratio of the levels and leaves exactly the variance of every level.
 
     Args:
         num_train_timesteps: number of labels N of the network. In `ve` space, the length of its geometric ladder.
-        noise_space: how the network sees the noisy image: `vp`, `ve`, `flow`, or None to infer it: a beta schedule
-            means `vp`, a flow config (`shift`, `flow_prediction`) `flow`, else `ve`.
-        sigma_min, sigma_max: ends of the `ve` ladder, in the units of the image.
+        noise_space: how the network sees the noisy image: `vp`, `ve`, `flow`, `edm`, or None to infer it: a beta
+            schedule means `vp`, a flow config (`shift`, `flow_prediction`) `flow`, `sigma_data` `edm`, else `ve`.
+        sigma_min, sigma_max: ends of the `ve` ladder, or of the trained range in `edm` space, in the units of the image.
         scale_input: `ve`: whether the network is fed `y / sqrt(1 + sigma^2)` rather than `y`.
+        sigma_data: `edm`: standard deviation of the data that the network was preconditioned for; its `epsilon` is then
+            the output of that preconditioning, as in diffusers. None: 1, and `epsilon` is the noise.
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, snr_shift_scale: `vp`: as in
             diffusers (the last one is CogVideoX's).
         shift, use_dynamic_shifting, time_shift_type, shift_terminal: `flow`: resolution shift of the grid of calls, as
             in diffusers.
-        prediction_type: `epsilon`, `sample`, `v_prediction` (not in `flow`), `flow_prediction` (in `flow`), `score`
-            (of the density of y), `scaled_score` (`-sigma * score`).
+        prediction_type: `epsilon`, `sample`, `v_prediction` (not in `flow`), `flow_prediction` (in `flow`), `edm` (in
+            `edm`), `score` (of the density of y), `scaled_score` (`-sigma * score`); or, for a network that was trained
+            on CLD, one of `CLDSSCSScheduler`'s.
+        beta_0, beta_1, mass, gamma: of a network that was trained on CLD, see `CLDSSCSScheduler`.
         variance_type: `learned` or `learned_range` if the network also answers a variance, which is left out.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on the
             denoised image, as in diffusers.
@@ -68,14 +58,17 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
             calls, the step is unstable (`a >= 1`) or Technique 4 has no solution.
     """
 
+    algorithms = ("langevin", "consistent")
+
     @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        noise_space: Literal["vp", "ve", "flow"] | None = None,
+        noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         scale_input: bool = True,
+        sigma_data: float | None = None,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         beta_schedule: str | None = None,
@@ -106,104 +99,20 @@ class AnnealedLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMi
         algorithm_type: Literal["langevin", "consistent"] = "langevin",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
+        beta_0: float = 4.0,
+        beta_1: float = 0.0,
+        mass: float = 0.25,
+        gamma: float = 0.04,
     ):
-        check_algorithm("AnnealedLangevinScheduler", algorithm_type)
+        self.check_algorithm(algorithm_type)
         check_network_level(network_level)
-        self._setup()
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Prepare a run of `num_inference_steps` network calls; `timesteps` then lives on `device`.
-
-        Args:
-            num_inference_steps: network calls, all included; levels are those of the config's grid.
-            device: where `timesteps` is to be.
-            timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number. Calls with equal
-                labels are Langevin steps on one level; the last call is the final denoising (`denoise`), so repeat the
-                last label for Langevin steps there. `flow`: `sigmas` are s, before the shift; a final 0 is left out.
-            mu: `flow` with `use_dynamic_shifting`: the shift, as pipelines compute it from the image's size.
-
-        Raises:
-            ValueError: see the class.
-        """
-        config = self.config
-        consistent = config.algorithm_type == "consistent"
-        labels = self._call_labels(
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            mu,
-            None if consistent else config.num_langevin_steps,
-            config.denoise,
-        )
-        levels = self.noise_space.sigma(labels)
-        sizes = self._consistent_sizes(levels) if consistent else self._langevin_sizes(levels)
-        if config.network_level == "chain" and not consistent:
-            a = torch.tensor(sizes, dtype=torch.float64)
-            labels = self._chain_labels(labels, (1 - a) ** 2, 2 * a)
-        self._set_calls(labels, sizes, config.denoise, device, levels)
-        for call in self._calls:
-            if consistent and not call.last:
-                check_consistent_step(call.step_size, call.sigma, call.sigma_next)
-
-    def _langevin_sizes(self, levels: Tensor) -> list[float]:
-        """The dimensionless step of every call, 0 for the one that denoises."""
-        config = self.config
-        distinct, counts, index = langevin_levels(levels[:-1] if config.denoise else levels)
-        if config.step_size is None:
-            sizes = optimal_step_size(level_ratios(distinct), counts, config.step_size_criterion)[index].tolist()
+        if algorithm_type == "consistent":
+            self._setup(Consistent(step_size, denoise))
         else:
-            sizes = [fixed_step_size(config.step_size, float(distinct[-1]))] * len(index)
-        return sizes + [0.0] * config.denoise
+            chain = network_level == "chain"
+            self._setup(Langevin(num_langevin_steps, step_size, step_size_criterion, denoise, follow_chain=chain))
 
-    def _consistent_sizes(self, levels: Tensor) -> list[float]:
-        if self.config.step_size is not None:
-            return [self.config.step_size / float(levels[-1]) ** 2] * len(levels)
-        ratios = levels[1:] / levels[:-1]
-        return (1 - torch.cat([ratios, ratios[-1:]]) ** 2).tolist()
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor | float,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
-        """One update with the network's output at `timestep`.
-
-        Args:
-            model_output: the network's output `(B, ...)`, any floating dtype.
-            timestep: the call's element of `timesteps`.
-            sample: the visible sample `(B, ...)`; not modified.
-            generator: decides the noise; a list decides it per sample.
-            return_dict: whether to return a `LangevinSchedulerOutput` or a plain tuple.
-
-        Computed in float32 or better, returned in the dtype of `sample`.
-        """
-        model_output = self._prediction(model_output, sample)
-        self._check(model_output, sample, generator)
-        call = self._next_call(timestep)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        y = sample.to(dtype) / call.alpha
-        denoised = self.noise_space.denoised(model_output.to(dtype), y, call.sigma, self.config.prediction_type)
-        denoised = self._clip(denoised)
-        if call.last:
-            y = denoised
-        else:
-            noise = randn(sample.shape, generator, sample.device, dtype)
-            if self.config.algorithm_type == "consistent":
-                y = consistent_step(y, denoised, call.sigma, call.sigma_next, call.step_size, noise)
-            else:
-                y = langevin_step(y, denoised, call.target, call.step_size, noise)
-        prev_sample = (y * call.alpha_next).to(sample.dtype)
-        pred_original_sample = denoised.to(sample.dtype)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return LangevinSchedulerOutput(prev_sample, pred_original_sample)
+def check_network_level(value: str) -> None:
+    if value not in ("ladder", "chain"):
+        raise ValueError(f"unknown network_level {value!r}: use 'ladder' or 'chain'")

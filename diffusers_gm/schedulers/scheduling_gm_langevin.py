@@ -1,26 +1,20 @@
 """Samplers of Gaussian-mixture score-based models: large jumps and small roaming."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..processes.annealed import fixed_step_size, langevin_step, level_ratios, optimal_step_size
-from ..processes.mixture import GaussianMixtureNoise
-from ..processes.mixture_dynamics import ancestral_step, exponential_step, exponential_step_size, ode_step
-from ..random import Generators, randn
-from .calls import Call, check_network_level, langevin_levels
-from .common import LangevinSchedulerMixin, LangevinSchedulerOutput
-from .config import check_algorithm
-
-GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
+from ..random import Generators
+from ..samplers import Ancestral, Langevin, Memory, Sampler, TwoStep
+from .base import SamplerScheduler
+from .scheduling_annealed_langevin import check_network_level
 
 
-class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
+class GMLangevinScheduler(SamplerScheduler):
     """Sampling with Gaussian-mixture noise, for models trained on it and for ordinary models.
 
     `algorithm_type`:
@@ -63,14 +57,17 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
             for too few calls.
     """
 
+    algorithms = ("ancestral", "langevin", "jump", "exponential", "ode")
+
     @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        noise_space: Literal["vp", "ve", "flow"] | None = None,
+        noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         scale_input: bool = True,
+        sigma_data: float | None = None,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
         beta_schedule: str | None = None,
@@ -105,153 +102,52 @@ class GMLangevinScheduler(LangevinSchedulerMixin, SchedulerMixin, ConfigMixin):
         algorithm_type: Literal["langevin", "jump", "exponential", "ancestral", "ode"] = "ancestral",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
+        beta_0: float = 4.0,
+        beta_1: float = 0.0,
+        mass: float = 0.25,
+        gamma: float = 0.04,
     ):
-        check_algorithm("GMLangevinScheduler", algorithm_type)
+        self.check_algorithm(algorithm_type)
         check_network_level(network_level)
         if model_noise not in ("gaussian", "mixture"):
             raise ValueError(f"unknown model_noise {model_noise!r}: use 'gaussian' or 'mixture'")
         if (mixture_weights is None) != (mixture_scales is None):
             raise ValueError("mixture_weights and mixture_scales go together: give both or none")
-        self._setup()
         self.mixture = GaussianMixtureNoise(mixture_weights or [1.0], mixture_scales or [1.0], mixture_per_element)
         # The law of the noise that the network was trained with.
         self.model_mixture = self.mixture if model_noise == "mixture" else GAUSSIAN
-        self._previous: tuple[Tensor, float] | None = None
-        # The noise level, in units of c_k, at which a Langevin run really is; None: at that of the call.
-        self._level: float | None = None
+        self._setup(self._make_sampler())
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """Prepare a run of `num_inference_steps` network calls; arguments as in
-        `AnnealedLangevinScheduler.set_timesteps`.
-
-        Raises:
-            ValueError: see the class.
-        """
+    def _make_sampler(self) -> Sampler:
         config = self.config
-        self._previous = None
-        self._level = None
-        one_call = config.algorithm_type in ("ancestral", "ode")
-        labels = self._call_labels(
-            num_inference_steps, timesteps, sigmas, mu, None if one_call else config.num_langevin_steps, config.denoise
+        if config.algorithm_type == "ode":
+            return TwoStep(config.denoise)
+        if config.algorithm_type == "ancestral":
+            return Ancestral(self.model_mixture, config.denoise)
+        return Langevin(
+            config.num_langevin_steps,
+            config.step_size,
+            config.step_size_criterion,
+            config.denoise,
+            follow_chain=config.network_level == "chain",
+            jumps=GAUSSIAN if config.algorithm_type == "langevin" else self.mixture,
+            exact=config.algorithm_type == "exponential",
+            noise=self.model_mixture,
         )
-        levels = self.noise_space.sigma(labels)
-        if one_call:
-            sizes = torch.zeros_like(levels)
-        else:
-            distinct, counts, index = langevin_levels(levels[:-1] if config.denoise else levels)
-            sizes = torch.nn.functional.pad(self._step_sizes(distinct, counts)[index], (0, int(config.denoise)))
-        kept, fresh = self._carried(sizes)
-        self._variances = list(zip(kept.tolist(), fresh.tolist(), strict=True))
-        if config.network_level == "chain" and not one_call:
-            labels = self._chain_labels(labels, kept, fresh)
-        self._set_calls(labels, sizes.tolist(), config.denoise, device, levels)
 
-    def _step_sizes(self, levels: Tensor, counts: Tensor) -> Tensor:
-        """The dimensionless step of each level `(L,)`, before jumps multiply it by `c_k^2`."""
-        config = self.config
-        jumps = GAUSSIAN if config.algorithm_type == "langevin" else self.mixture
-        max_step = math.inf if config.algorithm_type == "exponential" else 1 / float(jumps.scales.max()) ** 2
-        if config.step_size is not None:
-            size = fixed_step_size(config.step_size, float(levels[-1]), max_step)
-            return torch.full_like(levels, size)
-        ratios = level_ratios(levels)
-        if config.algorithm_type == "exponential":
-            return exponential_step_size(ratios, counts, jumps.weights, jumps.scales)
-        variance = jumps.moment(2)
-        fourth_moment = jumps.moment(4) / variance**2
-        sizes = optimal_step_size(ratios, counts, config.step_size_criterion, fourth_moment, max_step * variance)
-        return sizes / variance
-
-    def diffusers_config(self) -> dict[str, Any]:
-        """See `LangevinSchedulerMixin.diffusers_config`."""
-        if not self.model_mixture.is_standard_gaussian:
-            raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
-        return super().diffusers_config()
-
-    def initial_sample(self, shape, generator, device, dtype) -> Tensor:
+    def initial_sample(
+        self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         """The sample a run starts from: noise of the law that the network was trained with."""
-        return self.model_mixture.sample(shape, generator, device, dtype, sigma=self.init_noise_sigma)
+        noise = self.model_mixture.sample(shape, generator, device, dtype)
+        return self.reading.initial_sample(noise, self._first_sigma)
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor | float,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
-        """One update with the network's output at `timestep`.
-
-        Args and returns as in `AnnealedLangevinScheduler.step`. A step draws first the jump sizes (if there are
-        several), then the normal noise.
-        """
-        model_output = self._prediction(model_output, sample)
-        self._check(model_output, sample, generator)
-        call = self._next_call(timestep)
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        y = sample.to(dtype) / call.alpha
-        denoised, precision = self._denoise(model_output.to(dtype), y, call.sigma, self._level or call.sigma)
-        self._advance_level(call)
-        y = denoised if call.last else self._update(y, denoised, precision, call, generator)
-        prev_sample = (y * call.alpha_next).to(sample.dtype)
-        pred_original_sample = denoised.to(sample.dtype)
-        if not return_dict:
-            return prev_sample, pred_original_sample
-        return LangevinSchedulerOutput(prev_sample, pred_original_sample)
-
-    def _carried(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """What a Langevin step of size a keeps of the variance of the noise, and adds in units of its level's."""
-        jumps = GAUSSIAN if self.config.algorithm_type == "langevin" else self.mixture
-        if self.config.algorithm_type == "exponential":
-            kept = torch.exp(-2 * a[:, None] * jumps.scales**2) @ jumps.weights
-            return kept, 1 - kept
-        fresh = 2 * a * jumps.moment(2)
-        return 1 - fresh + a**2 * jumps.moment(4), fresh
-
-    def _advance_level(self, call: Call) -> None:
-        """Langevin runs lag behind the ladder by a known factor (Proposition 3). The component of an image is told by
-        the level where the image is: at the call's own, images would seem to be in wider components than they are."""
-        if self.config.algorithm_type in ("ancestral", "ode"):
-            return
-        assert self._step_index is not None
-        kept, fresh = self._variances[self._step_index - 1]
-        self._level = math.sqrt(kept * (self._level or call.sigma) ** 2 + fresh * call.target**2)
-
-    def _denoise(self, output: Tensor, y: Tensor, sigma: float, level: float) -> tuple[Tensor, Tensor | float]:
-        """The denoiser D and the factor w of the score `w (D - y) / sigma^2`, for an image at `level`."""
-        prediction_type = self.config.prediction_type
-        denoised = self.noise_space.denoised(output, y, sigma, prediction_type)
-        mixture = self.model_mixture
-        if mixture.is_standard_gaussian:
-            return self._clip(denoised), 1.0
-        if prediction_type in ("score", "scaled_score"):
-            displacement = denoised - y  # of Tweedie's formula, which holds for the score alone here
-            precision = mixture.displacement_precision(displacement, level)
-            return self._clip(y + displacement / precision), precision
-        denoised = self._clip(denoised)
-        return denoised, mixture.residual_precision(y - denoised, level)
-
-    def _update(self, y: Tensor, denoised: Tensor, precision, call, generator: Generators) -> Tensor:
-        algorithm = self.config.algorithm_type
-        if algorithm == "ode":
-            previous, self._previous = self._previous, (denoised, call.sigma)
-            if previous is None or previous[0].shape != denoised.shape or previous[1] == call.sigma:
-                return ode_step(y, denoised, call.sigma, call.sigma_next)
-            return ode_step(y, denoised, call.sigma, call.sigma_next, *previous)
-        draw = (y.shape, generator, y.device, y.dtype)
-        if algorithm == "ancestral":
-            responsibilities = self.model_mixture.responsibilities(y - denoised, call.sigma)
-            scales = self.model_mixture.sample_scales(*draw, probabilities=responsibilities)
-            return ancestral_step(y, denoised, call.sigma, call.sigma_next, scales, randn(*draw))
-        a: Tensor | float = call.step_size
-        if algorithm in ("jump", "exponential"):
-            a = a * (self.mixture.sample_scales(*draw) ** 2 if len(self.mixture) > 1 else self.mixture.moment(2))
-        update = exponential_step if algorithm == "exponential" else langevin_step
-        return update(y, denoised, call.target / precision**0.5, a, randn(*draw))
+    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
+        """A score is not a denoiser under mixture noise: its displacement from y, `sigma^2 score`, is w times that to
+        D. Samplers that need the score are told w, which D alone would give them less exactly."""
+        denoised = self.reading.denoised(output, state, call)
+        if self.model_mixture.is_standard_gaussian or self.config.prediction_type not in ("score", "scaled_score"):
+            return self.clip(denoised), memory
+        displacement = denoised - y
+        w = self.model_mixture.displacement_precision(displacement, memory.level or call.sigma)
+        return self.clip(y + displacement / w), memory._replace(precision=w)

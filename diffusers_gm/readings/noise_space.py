@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["vp", "ve", "flow"]
+Kind = Literal["vp", "ve", "flow", "edm"]
 
 # The largest noise level a sampler starts from when the schedule's own is infinite (zero terminal SNR, flow at
 # s = 1): the sample is unit noise to within 1 / MAX_SIGMA. diffusers uses the same figure (abar = 2**-24).
@@ -22,27 +22,31 @@ PREDICTION_TYPES: dict[str, tuple[str, ...]] = {
     "vp": ("epsilon", "sample", "v_prediction", "score", "scaled_score"),
     "ve": ("epsilon", "sample", "v_prediction", "score", "scaled_score"),
     "flow": ("flow_prediction", "epsilon", "sample", "score", "scaled_score"),
+    "edm": ("epsilon", "sample", "v_prediction", "edm", "score", "scaled_score"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSpace:
-    """One of the three conventions by which pretrained networks see a noisy image.
+    """One of the four conventions by which pretrained networks see a noisy image.
 
     | kind | alpha(sigma) | timestep label |
     |---|---|---|
     | `vp` | `1 / sqrt(1 + sigma^2)` | index t of the beta schedule, in `[0, N - 1]` |
     | `ve` | as `vp`, or 1 if not `scale_input` | index on a geometric ladder, 0 = smallest sigma |
     | `flow` | `1 / (1 + sigma)` | `N * s` with `sigma = s / (1 - s)`, in `[0, N]` |
+    | `edm` | `1 / sqrt(sigma_data^2 + sigma^2)` | `log(sigma) / 4` (arXiv 2206.00364) |
 
-    Fractional labels are meaningful in all three: between integers, `log sigma` is interpolated linearly.
+    Fractional labels are meaningful in all: between integers, `log sigma` is interpolated linearly.
 
     Attributes:
-        kind: `vp`, `ve` or `flow`.
+        kind: `vp`, `ve`, `flow` or `edm`.
         num_train_timesteps: N.
-        log_sigmas: `(N,)` float64, increasing: `log sigma` at the integer labels (`vp`, `ve`); None in `flow`.
+        log_sigmas: float64, increasing: `log sigma` at the integer labels, `(N,)` (`vp`, `ve`); at the ends of the
+            trained range, `(2,)` (`edm`); None in `flow`.
         scale_input: `ve` only: whether the network is fed `y / sqrt(1 + sigma^2)` (True) or `y` itself.
         zero_terminal_snr: `vp` only: whether the last label is pure noise, `sigma` infinite.
+        sigma_data: `edm` only: standard deviation of the data that the network was preconditioned for.
     """
 
     kind: Kind
@@ -50,6 +54,7 @@ class NoiseSpace:
     log_sigmas: Tensor | None = None
     scale_input: bool = True
     zero_terminal_snr: bool = False
+    sigma_data: float = 1.0
 
     @classmethod
     def vp(cls, alphas_cumprod: Tensor) -> "NoiseSpace":
@@ -61,9 +66,7 @@ class NoiseSpace:
     @classmethod
     def ve(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int, scale_input: bool = True) -> "NoiseSpace":
         """The space of a variance-exploding network on a geometric ladder of `num_train_timesteps` levels."""
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
-        ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()
+        ends = _log_ends(sigma_min, sigma_max)
         ladder = torch.linspace(float(ends[0]), float(ends[1]), num_train_timesteps, dtype=torch.float64)
         return cls("ve", num_train_timesteps, ladder, scale_input)
 
@@ -72,50 +75,73 @@ class NoiseSpace:
         """The space of a rectified-flow network, `x_s = (1 - s) * x0 + s * n`."""
         return cls("flow", num_train_timesteps)
 
+    @classmethod
+    def edm(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int, sigma_data: float = 1.0) -> "NoiseSpace":
+        """The space of a network that is told `log(sigma) / 4`: EDM, and Stable Video Diffusion (`sigma_data` 1)."""
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        return cls("edm", num_train_timesteps, _log_ends(sigma_min, sigma_max), sigma_data=sigma_data)
+
+    @property
+    def carries_y(self) -> bool:
+        """Whether the sample in a pipeline is y itself; elsewhere it is `alpha * y`, what the network is fed."""
+        return self.kind in ("ve", "edm")
+
     def betas(self) -> Tensor:
         """The betas of the DDPM network that a network fed `y / sqrt(1 + sigma^2)` is: `(N,)` float64 in (0, 1).
 
         `abar = 1 / (1 + sigma^2)`, so that `beta_t = (sigma_t^2 - sigma_(t-1)^2) / (1 + sigma_t^2)`.
 
         Raises:
-            ValueError: in `flow` space, and in `ve` space without input scaling.
+            ValueError: in `flow` and `edm` space, and in `ve` space without input scaling.
         """
-        if self.log_sigmas is None or not self.scale_input:
+        if self.kind not in ("vp", "ve") or not self.scale_input:
             raise ValueError("only a network that is fed y / sqrt(1 + sigma^2) has betas: noise space vp, or ve with scale_input=True")  # fmt: skip # noqa: E501
+        assert self.log_sigmas is not None
         variances = (2 * self.log_sigmas).exp()
         return variances.diff(prepend=torch.zeros(1, dtype=torch.float64)) / (1 + variances)
 
     @property
     def timestep_range(self) -> tuple[float, float]:
         """The smallest and largest timestep label at which the network was trained."""
-        return (1.0, float(self.num_train_timesteps)) if self.kind == "flow" else (0.0, self.num_train_timesteps - 1.0)
+        if self.kind == "flow":
+            return 1.0, float(self.num_train_timesteps)
+        if self.kind == "edm":
+            assert self.log_sigmas is not None
+            return float(self.log_sigmas[0]) / 4, float(self.log_sigmas[1]) / 4
+        return 0.0, self.num_train_timesteps - 1.0
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Noise level at (fractional) labels: any shape, returned in float64 on the labels' device.
+        """Noise level at (fractional) labels, any shape, on their device: float64 on a CPU, else float32, which all
+        devices have and none needs to wait for.
 
         Labels outside the trained range are clamped to it; levels are capped at `MAX_SIGMA`.
         """
-        t = timestep.double()
+        t = _precise(timestep)
+        if self.kind == "edm":
+            return (4 * t).clamp(*(4 * end for end in self.timestep_range)).exp()
         if self.kind == "flow":
             return torch.logit(t / self.num_train_timesteps).exp().clamp(max=MAX_SIGMA)
         assert self.log_sigmas is not None
-        ladder = self.log_sigmas.to(t.device)
+        ladder = self.log_sigmas.to(t.dtype).to(t.device)
         t = t.clamp(0, len(ladder) - 1)
         low = t.floor().long().clamp(max=max(len(ladder) - 2, 0))
         high = (low + 1).clamp(max=len(ladder) - 1)
         return torch.lerp(ladder[low], ladder[high], t - low).exp()
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The fractional label of noise levels, the inverse of `sigma`: any shape, float64.
+        """The fractional label of noise levels, the inverse of `sigma`: same shape, precision as there.
 
         Levels outside the trained range get its nearest end.
         """
+        sigma = _precise(sigma)
         if self.kind == "flow":
-            s = sigma.double() / (1 + sigma.double())
-            return torch.where(sigma < MAX_SIGMA, s, 1.0) * self.num_train_timesteps
+            return torch.where(sigma < MAX_SIGMA, sigma / (1 + sigma), 1.0) * self.num_train_timesteps
         assert self.log_sigmas is not None
-        ladder = self.log_sigmas.to(sigma.device)
-        log_sigma = sigma.double().log().clamp(float(ladder[0]), float(ladder[-1]))
+        log_sigma = sigma.log().clamp(float(self.log_sigmas[0]), float(self.log_sigmas[-1]))
+        if self.kind == "edm":
+            return log_sigma / 4
+        ladder = self.log_sigmas.to(sigma.dtype).to(sigma.device)
         high = torch.searchsorted(ladder, log_sigma.contiguous()).clamp(1, len(ladder) - 1)
         below, above = ladder[high - 1], ladder[high]
         return high - 1 + (log_sigma - below) / (above - below)
@@ -126,14 +152,14 @@ class NoiseSpace:
             return 1 / (1 + sigma)
         if self.kind == "ve" and not self.scale_input:
             return torch.ones_like(sigma)
-        return torch.rsqrt(1 + sigma**2)
+        return torch.rsqrt(self.sigma_data**2 + sigma**2)
 
     def coefficients(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """`(alpha, alpha * sigma)` at labels, so that `alpha * y = alpha * x0 + (alpha * sigma) * n`; float64.
+        """`(alpha, alpha * sigma)` at labels, so that `alpha * y = alpha * x0 + (alpha * sigma) * n`, as `sigma`.
 
         Exact where sigma is infinite and the network sees pure noise: `(0, 1)`.
         """
-        t = timestep.double()
+        t = _precise(timestep)
         if self.kind == "flow":
             s = (t / self.num_train_timesteps).clamp(0, 1)
             return 1 - s, s
@@ -146,10 +172,12 @@ class NoiseSpace:
         return alpha, noise
 
     def denoised(self, output: Tensor, y: Tensor, sigma: Tensor | float, prediction_type: str) -> Tensor:
-        """The denoiser `D(y; sigma)` behind a network's output.
+        """The denoiser `D(y; sigma)` behind a network's output: linear in both. Numbers will do for all three.
 
         `score` (the score of the density of `y`) and `scaled_score` (`-sigma * score`) are read as the score of a
-        model of *Gaussian* noise (Tweedie); for mixture noise see `GaussianMixtureNoise.denoised_from_score`.
+        model of *Gaussian* noise (Tweedie); for mixture noise see `GaussianMixtureNoise.displacement_precision`.
+        `edm` is the preconditioned network of EDM (arXiv 2206.00364, eq. 7), `v_prediction` the same with the other
+        sign; where `sigma_data` is 1 that is the velocity of DDPM networks.
 
         Args:
             output: the network's output, same shape as `y`.
@@ -163,8 +191,11 @@ class NoiseSpace:
             return output
         if prediction_type == "score":
             return y + sigma**2 * output
-        if prediction_type == "v_prediction":
-            return (y - sigma * (1 + sigma**2) ** 0.5 * output) / (1 + sigma**2)
+        if prediction_type in ("v_prediction", "edm"):
+            s = self.sigma_data
+            sign = 1 if prediction_type == "edm" else -1
+            total = s**2 + sigma**2
+            return (s**2 * y + sign * s * sigma * total**0.5 * output) / total
         if prediction_type == "flow_prediction":
             return (y - sigma * output) / (1 + sigma)
         raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {PREDICTION_TYPES[self.kind]}")
@@ -176,85 +207,30 @@ class NoiseSpace:
             denoised: D, any shape.
             noise: `(y - D) / sigma`, same shape.
             sigma: number or tensor that broadcasts against them.
-            prediction_type: `epsilon`, `sample`, `v_prediction` or `flow_prediction`.
+            prediction_type: `epsilon`, `sample`, `v_prediction`, `edm` or `flow_prediction`.
         """
         if prediction_type == "epsilon":
             return noise
         if prediction_type == "sample":
             return denoised
-        if prediction_type == "v_prediction":
-            return (noise - sigma * denoised) / (1 + sigma**2) ** 0.5
+        if prediction_type in ("v_prediction", "edm"):
+            s = self.sigma_data
+            sign = 1 if prediction_type == "v_prediction" else -1
+            return sign * (s * noise - sigma / s * denoised) / (s**2 + sigma**2) ** 0.5
         if prediction_type == "flow_prediction":
             return noise - denoised
         raise ValueError(
-            f"unknown prediction_type {prediction_type!r}: use 'epsilon', 'sample', 'v_prediction' or 'flow_prediction'"
+            f"unknown prediction_type {prediction_type!r}: use 'epsilon', 'sample', 'v_prediction', 'edm' or "
+            "'flow_prediction'"
         )
 
 
-def level_grid(
-    space: NoiseSpace,
-    num_levels: int,
-    spacing: str,
-    steps_offset: int = 0,
-    shift: float = 1.0,
-    shift_terminal: float | None = None,
-) -> Tensor:
-    """Descending timestep labels of `num_levels` noise levels, shape `(num_levels,)`, float64.
-
-    Between the ends of the trained range, `log_snr` takes equal ratios of sigma, `karras` equal steps of sigma^(1/7)
-    (arXiv 2206.00364, eq. 5), `beta` the quantiles of a Beta(0.6, 0.6) law of sigma (arXiv 2407.12173; needs scipy).
-    `linspace`, `leading` and `trailing` are those of diffusers' DDPM (arXiv 2305.08891, table 2), except that a `ve`
-    ladder, whose labels may be fractional, is not rounded. `shift` and `shift_terminal`: `flow`, see `shift_flow`.
-
-    Raises:
-        ValueError: for an unknown spacing, or more levels than the network was trained at.
-    """
-    first, last = space.timestep_range
-    n = space.num_train_timesteps
-    if num_levels > n:
-        raise ValueError(
-            f"{num_levels} noise levels are more than the {n} that the network was trained at: use at most {n} "
-            "(num_inference_steps counts network calls; num_langevin_steps spends several on a level)"
-        )
-    if spacing in ("log_snr", "karras", "beta"):
-        high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
-        ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64)
-        if spacing == "log_snr":
-            sigmas = (math.log(high) * (1 - ramp) + math.log(low) * ramp).exp()
-        elif spacing == "karras":
-            sigmas = (high ** (1 / 7) * (1 - ramp) + low ** (1 / 7) * ramp) ** 7
-        else:
-            from scipy.stats import beta
-
-            sigmas = low + (high - low) * torch.from_numpy(beta.ppf(1 - ramp.numpy(), 0.6, 0.6))
-        # Labels are exact integers where they should be: learned embeddings take nothing else.
-        grid = space.timestep(sigmas).mul(1e8).round().div(1e8)
-        grid[0] = last  # also where its sigma is capped
-    elif spacing == "linspace":
-        grid = torch.linspace(last, first, num_levels, dtype=torch.float64)
-    elif spacing == "leading":
-        grid = torch.arange(num_levels - 1, -1, -1, dtype=torch.float64) * (n // num_levels) + first + steps_offset
-    elif spacing == "trailing":
-        grid = last - torch.arange(num_levels, dtype=torch.float64) * (n / num_levels)
-    else:
-        raise ValueError(
-            f"unknown timestep_spacing {spacing!r}: use 'log_snr', 'karras', 'beta', 'linspace', 'leading' or "
-            "'trailing'"
-        )
-    if space.kind == "vp" and spacing in ("linspace", "leading", "trailing"):
-        grid = grid.round()
-    if space.kind == "flow":
-        grid = n * shift_flow(grid / n, shift, shift_terminal)
-    return grid.clamp(first if space.kind != "flow" else None, last)
+def _precise(values: Tensor) -> Tensor:
+    """Labels or levels in float64 on a CPU; elsewhere in float32: Apple's GPUs have no float64."""
+    return values.to(torch.float64 if values.device.type == "cpu" else torch.float32)
 
 
-def shift_flow(s: Tensor, shift: float = 1.0, shift_terminal: float | None = None) -> Tensor:
-    """Rectified flow's resolution shift of a descending grid of s in (0, 1], which multiplies sigma by `shift`:
-    `s -> shift * s / (1 + (shift - 1) * s)` (arXiv 2403.03206, eq. 23).
-
-    With `shift_terminal`, 1 - s is then stretched so that the grid ends there (LTX-Video's rule, as in diffusers).
-    """
-    s = shift * s / (1 + (shift - 1) * s)
-    if shift_terminal is None:
-        return s
-    return 1 - (1 - s) * (1 - shift_terminal) / (1 - s[-1])
+def _log_ends(sigma_min: float, sigma_max: float) -> Tensor:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}")
+    return torch.tensor([sigma_min, sigma_max], dtype=torch.float64).log()

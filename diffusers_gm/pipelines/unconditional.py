@@ -9,6 +9,7 @@ from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from ..random import Generators, check_generators, randn
+from ..readings import VelocityReading
 from .loading import HubPipeline
 
 CALLBACK_TENSORS = ("latents",)
@@ -30,15 +31,28 @@ class UnconditionalPipeline(HubPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     def _image_shape(self) -> tuple[int, int, int]:
+        channels_in, channels_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
+        expected = 2 * channels_out if self._sees_velocity else channels_out
+        if channels_in != expected:
+            raise ValueError(
+                f"the scheduler's prediction_type {self.scheduler.config.get('prediction_type')!r} asks for a "
+                f"network with {expected} input channels for its {channels_out} output channels, "
+                f"this one has {channels_in}"
+            )
         size = self.unet.config["sample_size"]
         if size is None:
             raise ValueError("the network's config has no sample_size: set unet.config.sample_size to the image size")
         height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config["in_channels"], height, width
+        return channels_in, height, width
+
+    @property
+    def _sees_velocity(self) -> bool:
+        """Whether the network was trained on CLD: the sample is `cat([x, v], 1)`, and the image is x."""
+        return isinstance(getattr(self.scheduler, "reading", None), VelocityReading)
 
     def _image(self, sample: Tensor) -> Tensor:
         """The image in the last sample, `(B, C, H, W)`."""
-        return sample
+        return sample.chunk(2, 1)[0] if self._sees_velocity else sample
 
     @torch.no_grad()
     def __call__(

@@ -1,0 +1,147 @@
+"""Networks that see a noisy image: vp, ve, flow, edm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .grids import level_grid
+from .noise_space import PREDICTION_TYPES, NoiseSpace
+from .reading import Call, per_image
+
+
+@dataclass(frozen=True)
+class ImageCall(Call):
+    """Attributes:
+    visible: the sample is `visible * y`.
+    fed: the network is fed `fed * sample`.
+    skip, gain: `D = skip * y + gain * output`.
+    """
+
+    visible: float
+    fed: float
+    skip: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class ImageReading:
+    """A network that is fed `alpha * y`, in a noise space and with a prediction type.
+
+    The sample is `alpha * y` in `vp` and `flow` space, so that pipelines which neither scale the network's input nor
+    the first noise are served; in `ve` and `edm` space it is y.
+    """
+
+    space: NoiseSpace
+    prediction_type: str
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES[self.space.kind]:
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r} is not offered in noise space {self.space.kind!r}: use one "
+                f"of {PREDICTION_TYPES[self.space.kind]}"
+            )
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        return self.space.timestep_range
+
+    @property
+    def counts_levels(self) -> bool:
+        return self.space.kind != "edm"
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return self.space.sigma(timestep)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return self.space.timestep(sigma)
+
+    def grid(
+        self,
+        num_levels: int,
+        spacing: str,
+        steps_offset: int = 0,
+        shift: float = 1.0,
+        shift_terminal: float | None = None,
+    ) -> Tensor:
+        """See `level_grid`."""
+        return level_grid(self.space, num_levels, spacing, steps_offset, shift, shift_terminal)
+
+    def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[ImageCall]:
+        levels = self.space.sigma(labels) if sigmas is None else sigmas
+        alphas = self.space.alpha(levels)
+        end = ImageCall(0.0, 0.0, visible=1.0, fed=1.0, skip=0.0, gain=0.0)
+        return [
+            *(self._call(*row) for row in zip(labels.tolist(), levels.tolist(), alphas.tolist(), strict=True)),
+            end,
+        ]
+
+    def _call(self, label: float, sigma: float, alpha: float) -> ImageCall:
+        visible, fed = (1.0, alpha) if self.space.carries_y else (alpha, 1.0)
+        # D is linear in y and in the output: what it makes of either alone.
+        of: Any = self.space.denoised
+        skip, gain = of(0.0, 1.0, sigma, self.prediction_type), of(1.0, 0.0, sigma, self.prediction_type)
+        return ImageCall(label, sigma, visible, fed, float(skip), float(gain))
+
+    def coordinates(self, sample: Tensor, call: ImageCall) -> tuple[Tensor, None]:
+        return (sample if call.visible == 1 else sample / call.visible), None
+
+    def denoised(self, output: Tensor, sample: Tensor, call: ImageCall) -> Tensor:
+        if call.skip == 0:
+            return output if call.gain == 1 else call.gain * output
+        return torch.add(sample * (call.skip / call.visible), output, alpha=call.gain)
+
+    def visible(self, y: Tensor, companion: Tensor | None, call: ImageCall) -> Tensor:
+        return y if call.visible == 1 else call.visible * y
+
+    def model_input(self, sample: Tensor, timestep: Any, call: ImageCall | None) -> Tensor:
+        if not self.space.carries_y:
+            return sample
+        if call is not None:
+            return sample if call.fed == 1 else call.fed * sample
+        if timestep is None:
+            raise ValueError(f"scale_model_input needs the timestep in {self.space.kind!r} noise space")
+        alpha = self.space.alpha(self.space.sigma(torch.as_tensor(timestep, dtype=torch.float32)))
+        return per_image(alpha, sample) * sample
+
+    def initial_scale(self, sigma: float) -> float:
+        return sigma if self.space.carries_y else 1.0
+
+    def initial_sample(self, noise: Tensor, sigma: float) -> Tensor:
+        return self.initial_scale(sigma) * noise
+
+    def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.space.carries_y:
+            noise_factor = self.space.sigma(timesteps)
+            return combine(torch.ones_like(noise_factor), images, noise_factor, noise)
+        alpha, noise_factor = self.space.coefficients(timesteps)
+        return combine(alpha, images, noise_factor, noise)
+
+    def velocity(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a velocity network is trained to answer: in `flow` space `noise - images`, in the others
+        `(s noise - sigma / s images) / sqrt(s^2 + sigma^2)`, s the `sigma_data` of `edm` and 1 elsewhere."""
+        if self.space.kind == "flow":
+            return noise - images
+        if self.space.kind == "vp":
+            alpha, noise_factor = self.space.coefficients(timesteps)
+            return combine(-noise_factor, images, alpha, noise)
+        sigma, s = self.space.sigma(timesteps), self.space.sigma_data
+        scale = torch.rsqrt(s**2 + sigma**2)
+        return combine(-sigma / s * scale, images, s * scale, noise)
+
+    def image(self, sample: Tensor) -> Tensor:
+        return sample
+
+    def check(self, output: Tensor, sample: Tensor) -> None:
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"the network's output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}: they "
+                "must agree (for a network that also answers a variance, set variance_type='learned_range')"
+            )
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """`a * x + b * y` in float32 or better, in the dtype of x; a and b are `(B,)` or scalar."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (per_image(a, wide) * wide + per_image(b, wide) * y.to(wide)).to(x.dtype)

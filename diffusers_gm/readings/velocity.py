@@ -1,0 +1,187 @@
+"""Networks that were trained on critically-damped Langevin diffusion: they see `(x, v)` and answer a velocity score.
+
+By the lift such a state is a noisy image y and an independent unit noise c (see `processes.cld.Lift`), and the score
+gives the denoiser of y. So a velocity network is read like any other.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processes.cld import CLD, Kernel, Lift, lift, perturb
+from .grids import TIME_SPACINGS, sigma_grid, time_grid
+from .reading import Call
+
+# How a velocity network's output is read, see `score_coefficients`.
+VELOCITY_PREDICTION_TYPES = ("velocity_score", "scaled_velocity_score", "cld_mixed")
+
+# A run ends at this time and leaves the rest to the last call (arXiv 2112.07068, appendix B).
+LAST_TIME = 1e-3
+
+Pair = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class VelocityCall(Call):
+    """Attributes:
+    frame, inverse: rows of the lift, `(x, v) = frame @ (y, c)`.
+    state, gain: `D = state . (x, v) + gain * output`.
+    """
+
+    frame: tuple[Pair, Pair]
+    inverse: tuple[Pair, Pair]
+    state: Pair
+    gain: float
+
+
+@dataclass(frozen=True)
+class VelocityReading:
+    """A network fed `cat([x, v / sqrt(M)], 1)`, `(B, 2C, ...)`, and labels `t * num_train_timesteps`; it answers
+    `(B, C, ...)`. The sample is `cat([x, v], 1)`."""
+
+    process: CLD
+    prediction_type: str
+    num_train_timesteps: int
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        return LAST_TIME * self.num_train_timesteps, float(self.num_train_timesteps)
+
+    @property
+    def counts_levels(self) -> bool:
+        return False
+
+    def clock(self, timestep: Tensor) -> Tensor:
+        """The clock of labels, any shape, float64 on the CPU, where all coefficients are worked out."""
+        return self.process.clock(timestep.cpu().double() / self.num_train_timesteps)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return self.process.sigma(self.clock(timestep))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return self.process.time(self.process.clock_of_sigma(sigma)) * self.num_train_timesteps
+
+    def grid(self, num_levels: int, spacing: str, *_: object) -> Tensor:
+        """Labels from t = 1 to t = 1e-3, `(num_levels,)` float64: `uniform` or `quadratic` in t, or those of
+        `sigma_grid` in `sigma_eff`.
+
+        What is asked of image networks besides (offsets, shifts) has no meaning here.
+
+        Raises:
+            ValueError: for another spacing.
+        """
+        if spacing in TIME_SPACINGS:
+            return self.num_train_timesteps * time_grid(1.0, LAST_TIME, num_levels, spacing)
+        if spacing not in ("log_snr", "karras"):
+            raise ValueError(
+                f"timestep_spacing {spacing!r} is not offered for velocity networks: use 'uniform', "
+                "'quadratic', 'log_snr' or 'karras'"
+            )
+        ends = torch.tensor(self.timestep_range[::-1], dtype=torch.float64)
+        between = self.timestep(sigma_grid(*self.sigma(ends).tolist(), num_levels, spacing)[1:-1])
+        return torch.cat([ends[:1], between, ends[1:]])[:num_levels]
+
+    def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[VelocityCall]:
+        clocks = self.clock(labels) if sigmas is None else self.process.clock_of_sigma(sigmas)
+        marginal = self.process.marginal(clocks)
+        at = lift(marginal)
+        state, gain = denoiser_coefficients(marginal, at, self.prediction_type)
+        rows = zip(labels.tolist(), *(t.tolist() for t in (at.sigma, at.frame, at.inverse, state, gain)), strict=True)
+        # At time 0, v is pure noise of variance gamma M and y is x.
+        v0 = math.sqrt(self.process.gamma * self.process.mass)
+        end = VelocityCall(0.0, 0.0, ((1.0, 0.0), (0.0, v0)), ((1.0, 0.0), (0.0, 1 / v0)), (0.0, 0.0), 0.0)
+        return [*(VelocityCall(*row) for row in rows), end]
+
+    def coordinates(self, sample: Tensor, call: VelocityCall) -> tuple[Tensor, Tensor]:
+        return transform_pair(call.inverse, *sample.chunk(2, 1))
+
+    def denoised(self, output: Tensor, sample: Tensor, call: VelocityCall) -> Tensor:
+        x, v = sample.chunk(2, 1)
+        return (call.state[0] * x).add_(v, alpha=call.state[1]).add_(output, alpha=call.gain)
+
+    def visible(self, y: Tensor, companion: Tensor | None, call: VelocityCall) -> Tensor:
+        assert companion is not None
+        return torch.cat(transform_pair(call.frame, y, companion), 1)
+
+    def model_input(self, sample: Tensor, timestep: Any, call: VelocityCall | None) -> Tensor:
+        _check_halves(sample)
+        x, v = sample.chunk(2, 1)
+        return torch.cat([x, v / self.process.velocity_scale], 1)
+
+    def initial_scale(self, sigma: float) -> float:
+        return 1.0
+
+    def initial_sample(self, noise: Tensor, sigma: float) -> Tensor:
+        """The prior: `x ~ N(0, 1)`, `v ~ N(0, M)`."""
+        _check_halves(noise)
+        x, v = noise.chunk(2, 1)
+        return torch.cat([x, self.process.velocity_scale * v], 1)
+
+    def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))
+        times = timesteps.cpu().double() / self.num_train_timesteps
+        return torch.cat(perturb(self.process, wide, times.reshape(-1), noise.to(wide)), 1).to(images.dtype)
+
+    def velocity(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        raise ValueError(
+            f"a network of prediction_type {self.prediction_type!r} answers a velocity score, not the velocity of "
+            "v_prediction: its training target is that of diffusers_gm.losses.cld_loss"
+        )
+
+    def image(self, sample: Tensor) -> Tensor:
+        return sample.chunk(2, 1)[0]
+
+    def check(self, output: Tensor, sample: Tensor) -> None:
+        _check_halves(sample)
+        expected = (sample.shape[0], sample.shape[1] // 2, *sample.shape[2:])
+        if tuple(output.shape) != expected:
+            raise ValueError(
+                f"a velocity network answers {expected} for a sample cat([x, v], 1) of shape {tuple(sample.shape)}, "
+                f"but the output has shape {tuple(output.shape)}; for an ordinary network set its own prediction_type"
+            )
+
+
+def score_coefficients(marginal: Kernel, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """How a velocity network's output becomes a score: `(a, b)` of `s_v = a * v + b * output`, each `(...)`.
+
+    | | a | b |
+    |---|---|---|
+    | `velocity_score` | 0 | 1 |
+    | `scaled_velocity_score` | 0 | `-ell` |
+    | `cld_mixed` | `-1 / Sigma_vv` | `-ell` |
+
+    with `ell = 1 / L22` of the HSM kernel. The last is the paper's mixed score (eq. 9): the output only corrects the
+    score of a velocity that knows nothing of x, which is all there is near the prior.
+    """
+    nothing = torch.zeros_like(marginal.root[..., 1, 1])
+    if prediction_type == "velocity_score":
+        return nothing, nothing + 1
+    if prediction_type == "scaled_velocity_score":
+        return nothing, -1 / marginal.root[..., 1, 1]
+    if prediction_type == "cld_mixed":
+        return -1 / marginal.covariance[..., 1, 1], -1 / marginal.root[..., 1, 1]
+    raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {VELOCITY_PREDICTION_TYPES}")
+
+
+def denoiser_coefficients(marginal: Kernel, at: Lift, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """`D = state . (x, v) + gain * output`: the score of `score_coefficients` and `s_v = score_state . u + score_gain *
+    D` solved for D. `(..., 2)` and `(...)`."""
+    of_velocity, of_output = score_coefficients(marginal, prediction_type)
+    of_state = torch.stack([torch.zeros_like(of_velocity), of_velocity], -1) - at.score_state
+    return of_state / at.score_gain[..., None], of_output / at.score_gain
+
+
+def transform_pair(rows: tuple[Pair, Pair], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows @ (a, b)` for every element of two tensors of one shape."""
+    (aa, ab), (ba, bb) = rows
+    return torch.add(aa * a, b, alpha=ab), torch.add(ba * a, b, alpha=bb)
+
+
+def _check_halves(sample: Tensor) -> None:
+    if sample.ndim < 2 or sample.shape[1] % 2:
+        raise ValueError(
+            f"the sample of a velocity network is cat([x, v], 1), an even number of channels; got {tuple(sample.shape)}"
+        )

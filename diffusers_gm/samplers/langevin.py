@@ -1,0 +1,258 @@
+"""Annealed Langevin dynamics: NCSN and NCSNv2, jumps of a Gaussian mixture, consistent annealed sampling.
+
+With `sigma^2 score = w (D - y)`: w is 1 for Gaussian noise. Under mixture noise an image in component k is at the local
+level `c_k sigma`, and steps are measured in it, as NCSNv2 measures its own in sigma: `w = E[c^-2 | y]` makes it
+`sigma / sqrt(w)`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..processes.annealed import (
+    Criterion,
+    chain_levels,
+    fixed_step_size,
+    level_ratios,
+    optimal_step_size,
+)
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
+from ..random import Draw
+from .sampler import Memory, Plan, check_calls, levels_after, one_a_level
+
+
+@dataclass(frozen=True)
+class LangevinPlan(Plan):
+    """Attributes:
+    targets: the noise level of the ladder that each step is drawn to; `sigmas` are what the network is told.
+    step_sizes: dimensionless steps a, before jumps multiply them by `c_k^2`.
+    kept, fresh: what a step keeps of the variance of the noise, and adds in units of `targets^2`.
+    """
+
+    targets: list[float]
+    step_sizes: list[float]
+    kept: list[float]
+    fresh: list[float]
+
+
+@dataclass(frozen=True)
+class Langevin:
+    """Annealed Langevin dynamics (arXiv 2006.09011): `num_steps` steps on each level, then D.
+
+    Weak order 1 on a level: the stationary law is off by O(a). With `exact`, D is frozen over a step and the rest
+    integrated exactly: stable for any a.
+
+    Attributes:
+        num_steps: T.
+        step_size: the paper's eps, `a * sigma_L^2`; None: Technique 4 for the levels of the run.
+        criterion: of Technique 4.
+        denoise: end with D.
+        follow_chain: tell the network the level at which the chain is, which lags behind the ladder.
+        jumps: law of the increments; `c_k` is drawn anew for every step. Each targets the same law: Langevin dynamics
+            on a random clock.
+        exact: see above.
+        noise: law of the network's noise.
+    """
+
+    num_steps: int = 1
+    step_size: float | None = None
+    criterion: Criterion = "fixed_point"
+    denoise: bool = True
+    follow_chain: bool = False
+    jumps: GaussianMixtureNoise = GAUSSIAN
+    exact: bool = False
+    noise: GaussianMixtureNoise = GAUSSIAN
+
+    def spend(self, num_calls: int) -> list[int]:
+        """`(num_calls - denoise) // num_steps` levels, the first ones with one step more where that does not divide;
+        the last level once more for D. A single call is D."""
+        if self.num_steps < 1:
+            raise ValueError(f"num_langevin_steps must be at least 1, got {self.num_steps}")
+        if num_calls == 1 and self.denoise:
+            return [1]
+        check_calls(num_calls, 2 * self.num_steps + self.denoise)
+        budget = int(num_calls) - self.denoise
+        num_levels = budget // self.num_steps
+        steps, rest = divmod(budget, num_levels)
+        counts = [steps + (i < rest) for i in range(num_levels)]
+        return [*counts[:-1], counts[-1] + self.denoise]
+
+    def plan(self, sigmas: Tensor) -> LangevinPlan:
+        a = self._step_sizes(sigmas[:-1] if self.denoise else sigmas)
+        a = torch.nn.functional.pad(a, (0, int(self.denoise)))
+        kept, fresh = self._carried(a)
+        told = chain_levels(sigmas, kept, fresh).clamp(sigmas[-1], sigmas[0]) if self.follow_chain else sigmas
+        return LangevinPlan(told, sigmas.tolist(), a.tolist(), kept.tolist(), fresh.tolist())
+
+    def _step_sizes(self, levels: Tensor) -> Tensor:
+        """The dimensionless step of every call but that for D, `(n,)`."""
+        if len(levels) == 0:
+            return levels
+        distinct, index, counts = levels.unique_consecutive(return_inverse=True, return_counts=True)
+        if len(distinct) < 2:
+            raise ValueError("annealed Langevin dynamics needs at least two noise levels: give timesteps that differ")
+        max_step = math.inf if self.exact else 1 / float(self.jumps.scales.max()) ** 2
+        if self.step_size is not None:
+            return torch.full_like(levels, fixed_step_size(self.step_size, float(levels[-1]), max_step))
+        ratios = level_ratios(distinct)
+        if self.exact:
+            return exponential_step_size(ratios, counts, self.jumps.weights, self.jumps.scales)[index]
+        variance = self.jumps.moment(2)
+        kurtosis = self.jumps.moment(4) / variance**2
+        return (optimal_step_size(ratios, counts, self.criterion, kurtosis, max_step * variance) / variance)[index]
+
+    def _carried(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """`kept` and `fresh` of the plan."""
+        if self.exact:
+            kept = torch.exp(-2 * a[:, None] * self.jumps.scales**2) @ self.jumps.weights
+            return kept, 1 - kept
+        fresh = 2 * a * self.jumps.moment(2)
+        return 1 - fresh + a**2 * self.jumps.moment(4), fresh
+
+    def step(
+        self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        target: float | Tensor = plan.targets[i]
+        memory, level = self._advanced(plan, i, memory)
+        if self.denoise and i == len(plan.targets) - 1:
+            return denoised, memory
+        if not self.noise.is_standard_gaussian:
+            w = memory.precision
+            w = self.noise.residual_precision(y - denoised, level) if w is None else w
+            target = target / w**0.5
+        a: float | Tensor = plan.step_sizes[i]
+        if len(self.jumps) > 1:
+            a = a * self.jumps.sample_scales(y.shape, draw) ** 2
+        else:
+            a = a * self.jumps.moment(2)
+        update = exponential_step if self.exact else langevin_step
+        return update(y, denoised, target, a, draw.normal(y.shape)), memory
+
+    def _advanced(self, plan: LangevinPlan, i: int, memory: Memory) -> tuple[Memory, float]:
+        """The level at which the chain is (it lags behind the ladder by Proposition 3) and, remembered, the next one.
+        The component of an image is told by it: at the call's own level, images would seem to be in wider
+        components than they are."""
+        level = memory.level or float(plan.sigmas[i])
+        after = math.sqrt(plan.kept[i] * level**2 + plan.fresh[i] * plan.targets[i] ** 2)
+        return memory._replace(level=after), level
+
+
+def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
+    """One Langevin step of size `a sigma^2`: `y + a (D - y) + sqrt(2 a) sigma z`, with `sigma^2 score = D - y`.
+
+    Args:
+        y: noisy images `(B, ...)`.
+        denoised: `D(y)`, same shape.
+        sigma: the level, a number or a tensor that broadcasts (the local level of mixture noise).
+        a: dimensionless step, likewise (jump sizes).
+        noise: standard normal, same shape as `y`.
+
+    Stationary law: the density of `y` up to O(a) (Euler-Maruyama, weak order 1).
+    """
+    spread = (2 * a) ** 0.5 * sigma
+    if isinstance(a, float) and isinstance(spread, float):
+        return torch.lerp(y, denoised, a).add_(noise, alpha=spread)
+    return y + a * (denoised - y) + spread * noise
+
+
+def exponential_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
+    """Langevin dynamics over time `a` (random, for jump sizes: `a * c_k^2`), integrated exactly for frozen D.
+
+    `D + e (y - D) + sigma sqrt(1 - e^2) z` with `e = exp(-a)`: stable for any a. For data much wider than sigma the
+    stationary variance is short by the factor `(1 + e) / 2`. Arguments as in `langevin_step`.
+    """
+    e = torch.exp(-torch.as_tensor(a, dtype=y.dtype, device=y.device))
+    return denoised + e * (y - denoised) + sigma * (1 - e**2).sqrt() * noise
+
+
+def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, scales: Tensor) -> Tensor:
+    """The time `a` of `exponential_step` for each level of a run; no published rule exists, this is ours.
+
+    A long step forgets the levels above: the chain's variance is `1 + q (g^2 - 1) / (1 - q g^2)` with `q = E[e^2]^T`.
+    But it narrows wide data by `(1 - E[e]) / 2`. The sum of both errors is minimised on a logarithmic grid
+    (relative accuracy 2%).
+
+    Args:
+        ratio: `sigma_{i-1} / sigma_i` of each level, `(L,)`.
+        num_steps: Langevin steps of each level, `(L,)`.
+        weights, scales: the mixture of jump sizes, `(K,)` each.
+    """
+    a = torch.logspace(-6, 3, 1025, dtype=torch.float64)
+    e = torch.exp(-a[:, None] * scales.double() ** 2)
+    kept, contraction = (e * weights).sum(1), (e**2 * weights).sum(1)
+    q, g_squared = contraction ** num_steps.double()[:, None], ratio.double()[:, None] ** 2
+    lag = torch.where(q * g_squared < 1, q * (g_squared - 1) / (1 - q * g_squared), math.inf)
+    return a[(lag + (1 - kept) / 2).argmin(1)]
+
+
+# --- Consistent annealed sampling ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConsistentPlan(Plan):
+    """Attributes: step_sizes: eta of every call. after: the level that it leads to."""
+
+    step_sizes: list[float]
+    after: list[float]
+
+
+@dataclass(frozen=True)
+class Consistent:
+    """Consistent annealed sampling (arXiv 2009.05475): one step a level, exactly the next level's variance left.
+
+    First order in the log ratio of the levels.
+
+    Attributes:
+        step_size: `eta * sigma_L^2`; None: the ancestral step.
+        denoise: end with D.
+    """
+
+    step_size: float | None = None
+    denoise: bool = True
+
+    def spend(self, num_calls: int) -> list[int]:
+        return one_a_level(num_calls, 1 if self.denoise else 2)
+
+    def plan(self, sigmas: Tensor) -> ConsistentPlan:
+        after = levels_after(sigmas, self.denoise)
+        levels = sigmas.tolist()
+        if self.step_size is not None:
+            sizes = [self.step_size / levels[-1] ** 2] * len(levels)
+        else:
+            sizes = [1 - (to / sigma) ** 2 for sigma, to in zip(levels, after, strict=True)]
+        for eta, sigma, to in zip(sizes, levels, after, strict=True):
+            if to:
+                check_consistent_step(eta, sigma, to)
+        return ConsistentPlan(sigmas, sizes, after)
+
+    def step(
+        self, plan: ConsistentPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        if plan.after[i] == 0:
+            return denoised, memory
+        sigma, after = float(plan.sigmas[i]), plan.after[i]
+        return consistent_step(y, denoised, sigma, after, plan.step_sizes[i], draw.normal(y.shape)), memory
+
+
+def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
+    """One step of consistent annealed sampling (arXiv 2009.05475, algorithm 1): the noise left is `sigma_next`.
+
+    `y + eta (D - y) + sigma_next beta z` with `beta^2 = 1 - ((1 - eta) sigma / sigma_next)^2`, which asks for
+    `1 - sigma_next / sigma <= eta <= 1 + sigma_next / sigma`. `eta = 1 - sigma_next / sigma` is the probability
+    flow (first order), `eta = 1 - (sigma_next / sigma)^2` the ancestral step.
+    """
+    beta_squared = 1 - ((1 - eta) * sigma / sigma_next) ** 2
+    return torch.lerp(y, denoised, eta).add_(noise, alpha=sigma_next * math.sqrt(max(beta_squared, 0.0)))
+
+
+def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
+    """Raise a ValueError unless `consistent_step` can leave exactly `sigma_next`."""
+    ratio = sigma_next / sigma
+    if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
+        raise ValueError(
+            f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
+            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, "
+            "use more levels, or leave it None"
+        )

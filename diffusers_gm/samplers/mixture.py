@@ -1,0 +1,99 @@
+"""Samplers that need the denoiser alone, whatever the law of the noise: reverse diffusion and probability flow."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
+from ..random import Draw
+from .sampler import Memory, Plan, levels_after, log_ratio, one_a_level, to_the_middle
+
+
+@dataclass(frozen=True)
+class StepPlan(Plan):
+    """Attributes: levels, after: the level of every call, and the one it leads to; 0 where D ends the run."""
+
+    levels: list[float]
+    after: list[float]
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """Reverse Gaussian-mixture Brownian motion; DDPM's sampler for Gaussian noise. First order in the log ratio.
+
+    The jump size of every step is drawn from the posterior of the component given y: the sampler switches between
+    large jumps and small roaming.
+
+    Attributes:
+        noise: law of the network's noise.
+        denoise: end with D.
+    """
+
+    noise: GaussianMixtureNoise = GAUSSIAN
+    denoise: bool = True
+
+    def spend(self, num_calls: int) -> list[int]:
+        return one_a_level(num_calls, 1 if self.denoise else 2)
+
+    def plan(self, sigmas: Tensor) -> StepPlan:
+        return StepPlan(sigmas, sigmas.tolist(), levels_after(sigmas, self.denoise))
+
+    def step(
+        self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        sigma, after = plan.levels[i], plan.after[i]
+        if after == 0:
+            return denoised, memory
+        scales: float | Tensor = 1.0
+        if len(self.noise) > 1:
+            probabilities = self.noise.responsibilities(y - denoised, sigma)
+            scales = self.noise.sample_scales(y.shape, draw, probabilities)
+        elif not self.noise.is_standard_gaussian:
+            scales = float(self.noise.scales[0])
+        return ancestral_step(y, denoised, sigma, after, scales, draw.normal(y.shape)), memory
+
+
+def ancestral_step(
+    y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, scales: float | Tensor, noise: Tensor
+) -> Tensor:
+    """`y + (1 - rho)(D - y) + c sigma_next sqrt(1 - rho) z`, `rho = (sigma_next / sigma)^2`; `scales` are the c."""
+    rho = (sigma_next / sigma) ** 2
+    spread = sigma_next * math.sqrt(1 - rho)
+    mean = torch.lerp(y, denoised, 1 - rho)
+    if isinstance(scales, float):
+        return mean.add_(noise, alpha=scales * spread)
+    return mean.addcmul_(scales, noise, value=spread)
+
+
+@dataclass(frozen=True)
+class TwoStep:
+    """Probability flow `dy / dsigma = (y - D) / sigma`, exact for any fixed law of the noise. Deterministic.
+
+    Second order: D is extrapolated from two calls to the middle of the step, which is DPM-Solver++(2M) (arXiv
+    2211.01095). First order at the first call.
+
+    Attributes: denoise: end with D.
+    """
+
+    denoise: bool = True
+
+    def spend(self, num_calls: int) -> list[int]:
+        return one_a_level(num_calls, 1 if self.denoise else 2)
+
+    def plan(self, sigmas: Tensor) -> StepPlan:
+        return StepPlan(sigmas, sigmas.tolist(), levels_after(sigmas, self.denoise))
+
+    def step(
+        self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        sigma, after = plan.levels[i], plan.after[i]
+        before, memory = memory.denoised, memory._replace(denoised=((sigma, denoised),))
+        if after == 0:
+            return denoised, memory
+        ahead = denoised
+        if before and before[0][0] > sigma:
+            length = to_the_middle(log_ratio(before[0][0], sigma), log_ratio(sigma, after))
+            ahead = torch.lerp(before[0][1], denoised, 1 + length)
+        return torch.lerp(ahead, y, after / sigma), memory

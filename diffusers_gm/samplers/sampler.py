@@ -1,0 +1,117 @@
+"""What a sampler is, and the loop around one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..random import Draw, Generators
+
+
+class Memory(NamedTuple):
+    """What a sampler keeps from one step to the next, besides y; empty at the start of a run.
+
+    Attributes:
+        companion: of CLD, and of networks trained on it: the unit noise c beside y.
+        denoised: D of the calls before, the newest first, each with its noise level.
+        level: the noise level, in units of the component's scale, at which a Langevin run under mixture noise really
+            is; None: at that of the call.
+        precision: the factor w of the score `w (D - y) / sigma^2` under mixture noise, where the reading gave it.
+    """
+
+    companion: Tensor | None = None
+    denoised: tuple[tuple[float, Tensor], ...] = ()
+    level: float | None = None
+    precision: Tensor | float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Coefficients of a run, worked out once, in float64, and kept as Python floats.
+
+    Attributes:
+        sigmas: the noise level of each network call, `(n,)` float64, descending.
+    """
+
+    sigmas: Tensor
+
+
+class Sampler(Protocol):
+    """A plan and a step. `y` is the noisy image `x0 + sigma * noise`, `(B, ...)`."""
+
+    def spend(self, num_calls: int) -> list[int]:
+        """How many of `num_calls` network calls each noise level gets, from the first to the last.
+
+        Raises:
+            ValueError: if there are too few.
+        """
+        ...
+
+    def plan(self, sigmas: Tensor) -> Any:
+        """The `Plan` of a run with a network call at each of `sigmas` `(n,)`, descending.
+
+        Raises:
+            ValueError: if there is no such run.
+        """
+        ...
+
+    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> tuple[Tensor, Memory]:
+        """y after call i, from y and D at that call; what is to be remembered; noise comes from `draw` alone."""
+        ...
+
+
+@torch.no_grad()
+def sample(
+    sampler: Sampler,
+    denoiser: Callable[[Tensor, float], Tensor],
+    y: Tensor,
+    sigmas: Tensor,
+    generator: Generators = None,
+) -> Tensor:
+    """Run a sampler: `y` `(B, ...)` at noise level `sigmas[0]`, one call of `denoiser(y, sigma)` a level."""
+    plan, memory, draw = sampler.plan(sigmas.double()), Memory(), Draw.like(y, generator)
+    for i, sigma in enumerate(plan.sigmas.tolist()):
+        y, memory = sampler.step(plan, i, y, denoiser(y, sigma), memory, draw)
+    return y
+
+
+# --- What samplers share ---
+
+
+def check_calls(num_calls: Any, at_least: int = 1) -> None:
+    """Raise a ValueError unless `num_calls` is an integer, and enough."""
+    if int(num_calls) != num_calls or num_calls < at_least:
+        raise ValueError(f"num_inference_steps must be an integer of at least {at_least}, got {num_calls!r}")
+
+
+def one_a_level(num_calls: Any, at_least: int = 1) -> list[int]:
+    """`spend` of samplers with one call a level."""
+    check_calls(num_calls, at_least)
+    return [1] * int(num_calls)
+
+
+def levels_after(sigmas: Tensor, denoise: bool) -> list[float]:
+    """The level that each call leads to, `(n,)`: the next one; after the last 0, where D ends the run, or one level
+    more of the same ratio."""
+    below = 0.0 if denoise else float(sigmas[-1] ** 2 / sigmas[-2])
+    return [*sigmas[1:].tolist(), below]
+
+
+def to_the_middle(before: float, after: float) -> float:
+    """The factor a of `D + a (D - D_previous)`: D extrapolated linearly in log sigma to the middle of a step.
+
+    As in DPM-Solver++(2M) (arXiv 2211.01095).
+
+    Args:
+        before: length of the step from the previous call to the one of D, `log(sigma_previous / sigma)`; 0: no step.
+        after: length of the step that follows, `log(sigma / sigma_next)`.
+    """
+    return after / (2 * before) if before > 0 else 0.0
+
+
+def log_ratio(sigma: float, sigma_next: float) -> float:
+    """The length of a step in log sigma."""
+    return math.log(sigma / sigma_next)

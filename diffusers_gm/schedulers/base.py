@@ -1,0 +1,421 @@
+"""diffusers' scheduler contract around a reading of the network and a sampler.
+
+A scheduler says how its network sees noise (`readings`) and which sampler it runs (`samplers`): this module does the
+rest, and everything that changes during a run is in a `Run`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..random import Draw, Generators, check_generators, randn
+from ..readings import ImageReading, NoiseSpace, Reading
+from ..readings.grids import shift_flow
+from ..samplers import Memory, Sampler
+from .run import Run
+from .swap import (
+    SPACING_FLAGS,
+    SwapConfig,
+    betas_from_config,
+    config_for_diffusers,
+    from_own_config,
+    from_source_config,
+    reading_from_config,
+    saved_config,
+)
+
+
+@dataclass
+class LangevinSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Attributes:
+        prev_sample: the sample of the next network call, same shape and dtype as the sample passed in.
+        pred_original_sample: the denoised image `D` at this call, after clipping; same dtype, shape of an image.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class SamplerScheduler(SchedulerMixin, ConfigMixin):
+    """What our schedulers share. One adds options, a `sampler` made of them, and what its algorithms are called.
+
+    The tensor in a pipeline is `alpha * y` in `vp` and `flow` space, where `scale_model_input` is the identity and
+    `init_noise_sigma` is 1, and `y` in `ve` and `edm` space, where `scale_model_input` scales and `init_noise_sigma` is
+    the first level; `cat([x, v], 1)` for networks that were trained on CLD.
+
+    Attributes:
+        reading: how the network sees noise.
+        noise_space: the `NoiseSpace` of a network that sees a noisy image; None for one that sees a velocity.
+        sampler: what a run does.
+        algorithms: the values of `algorithm_type`, the default first.
+    """
+
+    order = 1
+    algorithms: ClassVar[tuple[str, ...]] = ()
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+
+    config: Any
+    reading: Reading
+    noise_space: NoiseSpace | None
+    sampler: Sampler
+    timesteps: Tensor
+    sigmas: Tensor
+
+    # --- Configs ---
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
+        if isinstance(config, dict):
+            owner = next((c for c in cls.__mro__ if c.__dict__.get("algorithms")), cls)
+            others = {name for c in SamplerScheduler.__subclasses__() for name in c.algorithms}
+            config = from_own_config(config, owner.__name__, owner.algorithms, others)
+            if "noise_space" not in config and "noise_space" not in kwargs:
+                config = from_source_config(config)
+        if "timestep_spacing" in kwargs:
+            kwargs = {"grid": None, **kwargs}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        super().register_to_config(**kwargs)
+        self._internal_dict = SwapConfig(self.config)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
+        come back complete."""
+        kept, self._internal_dict = self._internal_dict, saved_config(self.config, self.noise_space)
+        try:
+            return super().to_json_string()
+        finally:
+            self._internal_dict = kept
+
+    def diffusers_config(self) -> dict[str, Any]:
+        """The config by which schedulers of diffusers sample the network of this scheduler:
+        `UniPCMultistepScheduler.from_config(pipe.scheduler.diffusers_config())`.
+
+        In `vp` and `flow` space our own config serves. A `ve` network that is fed `y / sqrt(1 + sigma^2)` is a DDPM
+        network, whose betas (`NoiseSpace.betas`) are worked out, with `trailing` timesteps. `edm` networks are those of
+        diffusers' `EDM...` schedulers, or of Stable Video Diffusion.
+
+        Raises:
+            ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
+                one that answers a score, a `ve` network without input scaling.
+        """
+        return config_for_diffusers(self.config, self.noise_space)
+
+    def check_algorithm(self, algorithm_type: str) -> None:
+        """Raise a ValueError if this class has no such sampler."""
+        if algorithm_type not in self.algorithms:
+            raise ValueError(
+                f"unknown algorithm_type {algorithm_type!r}: {type(self).__name__} has {', '.join(self.algorithms)}"
+            )
+
+    def _setup(self, sampler: Sampler) -> None:
+        """Called at the end of `__init__`, when the config is registered."""
+        config = self.config
+        if config.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps must be at least 2, got {config.num_train_timesteps}")
+        if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}")
+        if sum(bool(config[flag]) for flag in SPACING_FLAGS) > 1:
+            raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
+        self.reading = reading_from_config(config)
+        self.noise_space = self.reading.space if isinstance(self.reading, ImageReading) else None
+        self.sampler = sampler
+        if self.noise_space is not None:
+            if self.noise_space.kind == "vp":
+                self.betas, self.alphas_cumprod = betas_from_config(config)
+                self.alphas = 1 - self.betas
+            self.register_to_config(noise_space=self.noise_space.kind)
+        if "_use_default_values" in self.config:
+            unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
+            self.register_to_config(_use_default_values=sorted(unsaid))
+        # What training scripts read before any run: the labels that the network was trained at, and their levels.
+        first, last = self.reading.timestep_range
+        labels = torch.linspace(last, first, config.num_train_timesteps, dtype=torch.float64)
+        labels = labels.round() if self.reading.counts_levels else labels
+        self.timesteps, self.sigmas = self._as_timesteps(labels), self._visible_sigmas(labels)
+        self.num_inference_steps: int | None = None
+        self._run: Run | None = None
+        self._begin_index: int | None = None
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # --- The grid of calls ---
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare a run of `num_inference_steps` network calls; `timesteps` then lives on `device`.
+
+        Args:
+            num_inference_steps: network calls, all included; levels are those of the config's grid. A single call is D
+                at the first level.
+            device: where `timesteps` is to be.
+            timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number. Calls with equal
+                labels are Langevin steps on one level; the last call is the final denoising (`denoise`), so repeat the
+                last label for Langevin steps there. With both, the network is told `timesteps` at the levels `sigmas`.
+                `flow`: `sigmas` are s, before the shift; a final 0 is left out.
+            mu: `flow` with `use_dynamic_shifting`: the shift, as pipelines compute it from the image's size.
+
+        Raises:
+            ValueError: see the class.
+        """
+        labels, levels = self._labels_and_levels(num_inference_steps, timesteps, sigmas, mu)
+        plan = self.sampler.plan(levels)
+        moved = plan.sigmas != levels
+        if moved.any():  # a sampler that tells the network other levels than those of the grid
+            labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
+        calls = self.reading.calls(labels, plan.sigmas)
+        timesteps_of_run = self._as_timesteps(labels).to(device)
+        self._run = Run(calls, plan, timesteps_of_run).after(self._run)
+        self.timesteps, self.num_inference_steps = timesteps_of_run, len(labels)
+        self.sigmas = self._visible_sigmas(labels, plan.sigmas)
+        self._begin_index = None
+
+    def _labels_and_levels(
+        self,
+        num_calls: int | None,
+        timesteps: Sequence[float] | Tensor | None,
+        sigmas: Sequence[float] | Tensor | None,
+        mu: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Label and noise level of every network call of a run, `(n,)` float64."""
+        if (num_calls is not None) + (timesteps is not None or sigmas is not None) != 1:
+            raise ValueError("give exactly one of num_inference_steps and custom timesteps or sigmas")
+        shift = self._flow_shift(mu)
+        if num_calls is not None:
+            counts = self.sampler.spend(num_calls)
+            labels = self._grid(len(counts), shift).repeat_interleave(torch.tensor(counts))
+            return labels, self.reading.sigma(labels)
+        labels = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
+        if sigmas is None:
+            assert labels is not None
+            self._check_descending("timesteps", labels, *self._label_bounds())
+            return labels, self.reading.sigma(labels)
+        own = self._labels_of_sigmas(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"), shift)
+        self._check_descending("sigmas", own, *self._label_bounds())
+        if labels is not None and len(labels) != len(own):
+            raise ValueError(f"timesteps and sigmas must be as many, got {len(labels)} and {len(own)}")
+        return own if labels is None else labels, self.reading.sigma(own)
+
+    def _label_bounds(self) -> tuple[float, float]:
+        first, last = self.reading.timestep_range
+        return 1e-6 if self.noise_space is not None and self.noise_space.kind == "flow" else first, last
+
+    @staticmethod
+    def _check_descending(name: str, labels: Tensor, first: float, last: float) -> None:
+        inside = (first - 1e-6 <= labels) & (labels <= last + 1e-6)
+        if len(labels) < 1 or not inside.all() or (labels.diff() > 0).any():
+            raise ValueError(
+                f"custom {name} (here, as timesteps, {labels.tolist()}) must be at least one, none above the one "
+                f"before, in [{first:g}, {last:g}]"
+            )
+
+    def _flow_shift(self, mu: float | None) -> float:
+        """The factor on sigma of the resolution shift (`flow`), 1 in the other spaces."""
+        config = self.config
+        if self.noise_space is None or self.noise_space.kind != "flow":
+            return 1.0
+        if not config.use_dynamic_shifting:
+            return 1.0 if config.shift is None else config.shift
+        if mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu in set_timesteps (pipelines compute it from the size)")
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+    def _grid(self, num_levels: int, shift: float) -> Tensor:
+        config = self.config
+        flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
+        spacing = flags[0] if flags else config.grid or config.timestep_spacing
+        return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
+
+    def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
+        """Labels of custom noise levels, without a final 0; in `flow` space they are s before the shift."""
+        sigmas = sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas
+        if self.noise_space is not None and self.noise_space.kind == "flow":
+            return self.noise_space.num_train_timesteps * shift_flow(sigmas, shift, self.config.shift_terminal)
+        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
+        low, high = self.reading.sigma(ends).tolist()
+        # Published schedules are rounded.
+        if not ((0.99 * low <= sigmas) & (sigmas <= 1.01 * high)).all():
+            raise ValueError(f"custom sigmas {sigmas.tolist()} must be in [{low:.4g}, {high:.4g}]")
+        return self.reading.timestep(sigmas.clamp(low, high))
+
+    def _visible_sigmas(self, labels: Tensor, levels: Tensor | None = None) -> Tensor:
+        """What pipelines and training scripts read as `sigmas`: on the CPU, ending at 0; s in `flow` space."""
+        levels = self.reading.sigma(labels) if levels is None else levels
+        if self.noise_space is not None and self.noise_space.kind == "flow":
+            levels = levels / (1 + levels)
+            levels = torch.where(labels == self.noise_space.num_train_timesteps, 1.0, levels)
+        return torch.cat([levels, torch.zeros(1)]).float()
+
+    def _as_timesteps(self, labels: Tensor) -> Tensor:
+        """Labels as networks take them: integers where levels are counted and all are, else float32."""
+        integral = self.reading.counts_levels and bool((labels == labels.round()).all())
+        return labels.to(torch.int64 if integral else torch.float32)
+
+    # --- Where a run is ---
+
+    @property
+    def step_index(self) -> int | None:
+        """The index of the call that `step` expects next; None before the first."""
+        return None if self._run is None else self._run.index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index of the first call, as set by `set_begin_index`; None = found from the first timestep."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the next run at call `begin_index` (image-to-image)."""
+        self._begin_index = begin_index
+
+    # --- The visible sample ---
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that a run starts from; with velocities that of x, see `initial_sample`."""
+        return self.reading.initial_scale(self._first_sigma)
+
+    @property
+    def _first_sigma(self) -> float:
+        if self._run is not None:
+            return self._run.calls[0].sigma
+        return float(self.reading.sigma(torch.tensor(self.reading.timestep_range[1], dtype=torch.float64)))
+
+    def initial_sample(
+        self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """The sample a run starts from, of `shape`: `init_noise_sigma` times unit noise; with velocities
+        `(B, 2C, ...)` from the prior. Call `set_timesteps` first."""
+        return self.reading.initial_sample(randn(shape, generator, device, dtype), self._first_sigma)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """The network's input for the sample in the pipeline: the identity in `vp` and `flow` space; `alpha * sample`
+        in `ve` (unless the network was trained without input scaling) and `edm` space; `cat([x, v / sqrt(M)], 1)` for
+        networks that see a velocity."""
+        call = None if self._run is None else self._run.call_at(timestep)
+        return self.reading.model_input(sample, timestep, call)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The visible sample at `timesteps`: `alpha * (x0 + sigma * noise)`.
+
+        Args:
+            original_samples: clean images `(B, C, ...)`.
+            noise: unit noise, same shape; `(B, 2C, ...)` for networks that see a velocity, whose sample is `cat([x,
+                v], 1)`.
+            timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma.
+        """
+        return self.reading.add_noise(original_samples, noise, timesteps)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` as flow pipelines call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a velocity network is trained to answer for clean `sample` and unit `noise`, both `(B, ...)`.
+
+        In `flow` space `noise - sample`; in the others `alpha * noise - alpha * sigma * sample`, alpha as in `vp`.
+
+        Raises:
+            ValueError: for networks of CLD, which answer a velocity score.
+        """
+        return self.reading.velocity(sample, noise, timesteps)
+
+    # --- The step ---
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
+    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+        """One update with the network's output at `timestep`.
+
+        Args:
+            model_output: the network's output `(B, ...)`, any floating dtype.
+            timestep: the call's element of `timesteps`, or its value.
+            sample: the visible sample `(B, ...)`; not modified.
+            generator: decides the noise; a list decides it per sample.
+            return_dict: whether to return a `LangevinSchedulerOutput` or a plain tuple.
+            per_token_timesteps: `flow`: labels of each token, `(B, tokens)`, none above that of the call, as
+                `LTXConditionPipeline` passes them. Tokens below the call's level wait for it, unchanged. As there,
+                `model_output` is then the negative of the network's output.
+
+        Computed in float32 or better, returned in the dtype of `sample`.
+
+        Raises:
+            ValueError: if shapes do not go together, or the step cannot be the next of the run.
+        """
+        run = self._run
+        if run is None:
+            raise ValueError("set_timesteps must be called before step")
+        model_output = self.without_variance(model_output, sample)
+        self.reading.check(model_output, sample)
+        check_generators(generator, sample.shape[0])
+        i = run.claim(timestep, self._begin_index, sample.shape)
+        call, after = run.calls[i], run.calls[i + 1]
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        output, state = model_output.to(dtype), sample.to(dtype)
+        if per_token_timesteps is not None:
+            output = -output
+        y, companion = self.reading.coordinates(state, call)
+        memory = run.memory if companion is None else run.memory._replace(companion=companion)
+        denoised, memory = self._denoised(output, state, y, call, memory)
+        if per_token_timesteps is not None:
+            waiting, own = self._waiting(per_token_timesteps.to(dtype)[..., None], output, state, call)
+            denoised = torch.where(waiting, own, denoised)
+        y, run.memory = self.sampler.step(run.plan, i, y, denoised, memory, Draw.like(state, generator))
+        prev_sample = self.reading.visible(y, run.memory.companion, after)
+        if per_token_timesteps is not None:
+            prev_sample = torch.where(waiting, state, prev_sample)
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
+        """D at a call, clipped, and what the sampler is to know of it besides."""
+        return self.clip(self.reading.denoised(output, state, call)), memory
+
+    def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+        """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
+        if self.noise_space is None or self.noise_space.kind != "flow":
+            raise ValueError("per_token_timesteps is for networks of flow space")
+        s = labels / self.noise_space.num_train_timesteps
+        return labels < call.label - 1e-3, self.clip(state - s * output)
+
+    def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The network's output without the variance that `variance_type="learned*"` networks add in the second half."""
+        channels = sample.shape[1] if sample.ndim > 1 else 0
+        learned = (self.config.variance_type or "").startswith("learned")
+        if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * channels:
+            return model_output[:, :channels]
+        return model_output
+
+    def clip(self, denoised: Tensor) -> Tensor:
+        """`thresholding` and `clip_sample` act on D."""
+        if self.config.thresholding:
+            # arXiv 2205.11487, section 2.3
+            bound = torch.quantile(denoised.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
+            bound = bound.clamp(min=1, max=self.config.sample_max_value)[(...,) + (None,) * (denoised.ndim - 1)]
+            return denoised.clamp(-bound, bound) / bound
+        if self.config.clip_sample:
+            return denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return denoised

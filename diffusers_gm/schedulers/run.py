@@ -1,0 +1,135 @@
+"""One run of a scheduler: its calls, and where it is. All that changes while sampling is in here."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..samplers import Memory
+
+ONE_RUN = (
+    "a scheduler serves one run at a time; call set_timesteps before another one, or give each its own copy "
+    "(copy.deepcopy(pipe.scheduler))"
+)
+
+
+@dataclass
+class Run:
+    """Attributes:
+    calls: of the network, and the end of the run, `n + 1` in all.
+    plan: of the sampler.
+    timesteps: the labels, on the device of the run.
+    memory: of the sampler.
+    index: the call that is expected next; None before the first.
+    shape: of the sample.
+    former: the timesteps of the last runs before, to know a step that belongs to one of them.
+    stopped_at: the label at which the run before was left unfinished.
+    """
+
+    calls: list[Any]
+    plan: Any
+    timesteps: Tensor
+    memory: Memory = field(default_factory=Memory)
+    index: int | None = None
+    shape: torch.Size | None = None
+    former: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
+    stopped_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._unclaimed = deque(range(len(self)))
+
+    def __len__(self) -> int:
+        """The number of network calls."""
+        return len(self.calls) - 1
+
+    def after(self, previous: "Run | None") -> "Run":
+        """This run as the one that takes the place of `previous`."""
+        if previous is not None:
+            self.former = deque([*previous.former, previous.timesteps], maxlen=8)
+            if previous.index is not None and previous.index < len(previous):
+                self.stopped_at = previous.calls[previous.index].label
+        return self
+
+    def claim(self, timestep: Tensor | float, begin_index: int | None, shape: torch.Size) -> int:
+        """The index of the call that a step at `timestep` makes; the next step makes the next one.
+
+        Tensors are told by their place in memory, without waiting for the device.
+
+        Raises:
+            ValueError: if the step cannot be the next of this run.
+        """
+        index = self.index
+        if any(_position(timestep, timesteps) is not None for timesteps in self.former):
+            raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
+        if index is None:
+            index = self._first(timestep) if begin_index is None else begin_index
+        if index >= len(self):
+            raise ValueError(
+                f"all {len(self)} steps of this run have been taken: call set_timesteps before the next run"
+            )
+        label, position, given = self.calls[index].label, _position(timestep, self.timesteps), self.value(timestep)
+        wrong_place = position is not None and position != index
+        if wrong_place or not (given is None or _same_label(given, label)):
+            where = f"step {position}" if wrong_place else f"{given:g}"
+            raise ValueError(f"step {index} of this run is at timestep {label:g}, not {where}: {ONE_RUN}")
+        if self.shape is not None and shape != self.shape:
+            raise ValueError(f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}")
+        while self._unclaimed and self._unclaimed[0] < index:
+            self._unclaimed.popleft()
+        # One operation, so that of two threads at the same call one fails.
+        if not self._unclaimed or self._unclaimed.popleft() != index:
+            raise ValueError(f"step {index} of this run has been taken already: {ONE_RUN}")
+        self.index, self.shape = index + 1, shape
+        return index
+
+    def call_at(self, timestep: Any) -> Any | None:
+        """The call of an element of `timesteps`; None for anything else."""
+        position = _position(timestep, self.timesteps)
+        return None if position is None else self.calls[position]
+
+    def value(self, timestep: Tensor | float) -> float | None:
+        """The value of a `timestep`; None if only waiting for the device would tell, or if there are several."""
+        call = self.call_at(timestep)
+        if call is not None:
+            return call.label
+        if isinstance(timestep, Tensor) and (timestep.ndim > 0 or timestep.device.type != "cpu"):
+            return None
+        return float(timestep)
+
+    def _first(self, timestep: Tensor | float) -> int:
+        """The call that a run begins with; of repeated labels the first, unless its position tells."""
+        position = _position(timestep, self.timesteps)
+        if position is not None:
+            return position
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        labels = [call.label for call in self.calls[:-1]]
+        for same in (lambda label: math.isclose(value, label, rel_tol=1e-6), lambda label: _same_label(value, label)):
+            found = next((i for i, label in enumerate(labels) if same(label)), None)
+            if found is None:
+                continue
+            if found and self.stopped_at is not None and _same_label(value, self.stopped_at):
+                raise ValueError(
+                    f"timestep {value:g} goes on with a run that set_timesteps has ended since: {ONE_RUN}; to begin "
+                    "a new one there, call set_begin_index"
+                )
+            return found
+        raise ValueError(f"timestep {timestep} is not one of scheduler.timesteps: call set_timesteps first")
+
+
+def _position(timestep: Any, timesteps: Tensor) -> int | None:
+    """The index of an element of `timesteps` itself, as in any pipeline's loop."""
+    if isinstance(timestep, Tensor) and timestep.ndim == 0:
+        storages = (timestep.untyped_storage().data_ptr(), timesteps.untyped_storage().data_ptr())
+        if storages[0] == storages[1]:
+            index = int(timestep.storage_offset() - timesteps.storage_offset())
+            return index if 0 <= index < len(timesteps) else None
+    return None
+
+
+def _same_label(given: float, label: float) -> bool:
+    """Whether a number stands for a label: rounded, or cut to an integer as users do."""
+    integral = given == round(given) and given in (math.floor(label), round(label))
+    return integral or math.isclose(given, label, rel_tol=0.01, abs_tol=0.01)

@@ -1,0 +1,244 @@
+"""Configs: what ours say of a network, what those of diffusers do, and what either may read of the other's."""
+
+from typing import Any
+
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor
+
+from ..processes.cld import CLD
+from ..readings import ImageReading, NoiseSpace, Reading, VelocityReading
+from ..readings.noise_space import PREDICTION_TYPES
+from ..readings.velocity import VELOCITY_PREDICTION_TYPES
+
+# Values of `algorithm_type` of diffusers' schedulers, whose configs may come from ours and go back to them.
+SOLVERS = (
+    "dpmsolver",
+    "dpmsolver++",
+    "sde-dpmsolver",
+    "sde-dpmsolver++",
+    "deis",
+    "data_prediction",
+    "noise_prediction",
+)
+
+# Flags of diffusers' schedulers that replace their timestep_spacing, and the spacing that we call it.
+SPACING_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "log_snr",
+    "use_lu_lambdas": "log_snr",
+    "use_beta_sigmas": "beta",
+}
+
+# Where a saved config keeps what diffusers would misread under its own name.
+OWN = "diffusers_gm"
+
+
+# --- From configs to networks ---
+
+
+def reading_from_config(config: Any) -> Reading:
+    """How the network that a config of ours describes sees noise.
+
+    A velocity prediction type means a network of CLD. Else `noise_space=None` is inferred: a beta schedule means `vp`,
+    a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything else `ve`.
+
+    Raises:
+        ValueError: for an unknown noise space or prediction type.
+    """
+    if config.prediction_type in VELOCITY_PREDICTION_TYPES:
+        process = CLD(config.beta_0, config.beta_1, config.mass, config.gamma)
+        return VelocityReading(process, config.prediction_type, config.num_train_timesteps)
+    kind = config.noise_space
+    if kind is None:
+        if config.trained_betas is not None or config.beta_schedule is not None:
+            kind = "vp"
+        elif config.shift is not None or config.prediction_type == "flow_prediction":
+            kind = "flow"
+        else:
+            kind = "ve" if config.sigma_data is None else "edm"
+    n, prediction_type = config.num_train_timesteps, config.prediction_type
+    if kind == "vp":
+        space = NoiseSpace.vp(betas_from_config(config)[1])
+    elif kind == "ve":
+        space = NoiseSpace.ve(config.sigma_min, config.sigma_max, n, config.scale_input)
+    elif kind == "flow":
+        space = NoiseSpace.flow(n)
+    elif kind == "edm":
+        space = NoiseSpace.edm(config.sigma_min, config.sigma_max, n, config.sigma_data or 1.0)
+        if config.sigma_data is not None and prediction_type == "epsilon":
+            prediction_type = "edm"  # as diffusers' EDM schedulers call it
+    else:
+        raise ValueError(f"unknown noise_space {kind!r}: use {', '.join(map(repr, PREDICTION_TYPES))} or None")
+    return ImageReading(space, prediction_type)
+
+
+def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
+    """`betas` and their `alphas_cumprod` of a `vp` config, `(N,)` float32 each: diffusers knows its own schedules."""
+    arguments = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": config.beta_schedule or "linear",
+        "trained_betas": config.trained_betas,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
+    }
+    source: Any
+    if config.snr_shift_scale is None:
+        source = DDPMScheduler(**arguments)
+    else:
+        source = CogVideoXDDIMScheduler(**arguments, snr_shift_scale=config.snr_shift_scale)
+    return source.betas, source.alphas_cumprod
+
+
+# --- From other schedulers to ours ---
+
+
+def from_own_config(
+    config: dict[str, Any], scheduler: str, algorithms: tuple[str, ...], others: set[str]
+) -> dict[str, Any]:
+    """A config for the class called `scheduler`: what was kept from diffusers is back in its place, and a sampler that
+    belongs to another class is left out.
+
+    Args:
+        algorithms: the values of `algorithm_type` that the class has.
+        others: those of all classes of ours.
+
+    Raises:
+        ValueError: if the network was trained with mixture noise and the class reads it as one of Gaussian noise.
+    """
+    if isinstance(config, SwapConfig):
+        config = {key: value for key, value in config.items() if key != "_use_default_values"}
+    if OWN in config:
+        added = {OWN, *config[OWN].get("added", ())}
+        config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
+    if "noise_space" not in config:
+        return config
+    algorithm = config.get("algorithm_type")
+    if algorithm not in algorithms and algorithm in (*others, *SOLVERS):
+        config = {key: value for key, value in config.items() if key != "algorithm_type"}
+    unit = (config.get("mixture_scales") or [1.0]) == [1.0]
+    if scheduler != "GMLangevinScheduler" and config.get("model_noise") == "mixture" and not unit:
+        raise ValueError(f"the network was trained with mixture noise, which {scheduler} would take for Gaussian: use GMLangevinScheduler")  # fmt: skip # noqa: E501
+    return config
+
+
+def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of a scheduler of diffusers, with what that scheduler leaves unsaid added in our words.
+
+    - Values that the source left at its defaults count as given: they describe the network. diffusers drops them from
+      configs in memory, and keeps them in the same configs read from disk.
+    - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
+      at few calls: `grid="trailing"` takes their place, and they stay in the config for the way back.
+    - `algorithm_type` is the source's own, and left out.
+    - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
+      pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space.
+    - EDM schedulers (`sigma_data`) and Stable Video Diffusion (`timestep_type="continuous"`) tell the network
+      `log(sigma) / 4`: the noise space `edm`, and EDM's grid, `karras`, unless theirs is `exponential`.
+
+    Raises:
+        ValueError: if the config describes no noise space of ours.
+    """
+    config = {key: value for key, value in config.items() if key not in ("_use_default_values", "algorithm_type")}
+    if config.get("invert_sigmas"):
+        raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
+    if "s_noise" in config or "s_tmin" in config:
+        raise ValueError(
+            "a consistency model answers the end of the probability flow, not a denoised image: no sampler of ours "
+            "can read it"
+        )
+    flagged = any(config.get(flag) for flag in SPACING_FLAGS)
+    if config.get("sigma_data") is not None and "solver_order" in config and "thresholding" not in config:
+        raise ValueError(
+            "CosineDPMSolverMultistepScheduler tells its network the arc tangent of sigma: no noise space of ours"
+        )
+    if config.get("sigma_data") is not None:
+        grid = "log_snr" if config.get("sigma_schedule") == "exponential" else "karras"
+        return {**config, "noise_space": "edm", "grid": grid}
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        return {**config, "noise_space": "edm", **({} if flagged else {"grid": "karras"})}
+    if config.get("timestep_spacing") in ("leading", "linspace") and not flagged:
+        config["grid"] = "trailing"
+    if config.get("use_flow_sigmas"):
+        config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), "prediction_type": "flow_prediction"}
+    elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        if config.get("shift") is not None:
+            config = {"prediction_type": "flow_prediction", "timestep_spacing": "trailing", **config}
+        elif "correct_steps" in config:
+            config = {"noise_space": "ve", "prediction_type": "score", "scale_input": False, **config}
+        elif not config.keys() & {"sigma_min", "sigma_max"}:
+            raise ValueError(
+                "no noise space can be inferred from this config: pass noise_space='vp' with beta_schedule, "
+                "noise_space='flow' with shift, or noise_space='ve' with sigma_min and sigma_max"
+            )
+    return config
+
+
+# --- From ours to others ---
+
+
+# What our configs and those of diffusers' schedulers call the same.
+SHARED = (
+    "num_train_timesteps",
+    "prediction_type",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+)
+
+# The spacings that diffusers' schedulers know.
+THEIR_SPACINGS = ("linspace", "leading", "trailing")
+
+
+def config_for_diffusers(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
+    """See `SamplerScheduler.diffusers_config`; `space` is None where the network sees a velocity."""
+    if space is None:
+        raise ValueError("no scheduler of diffusers reads a network that sees a velocity: use one of ours")
+    if config.prediction_type in ("score", "scaled_score", "edm") and not (space.kind == "edm" and config.sigma_data):
+        raise ValueError(f"no scheduler of diffusers reads a network that answers a {config.prediction_type}")
+    if (config.get("model_noise") or "") == "mixture" and (config.mixture_scales or [1.0]) != [1.0]:
+        raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
+    if space.kind != "ve":
+        return config
+    shared = {name: config[name] for name in SHARED if config[name] is not None}
+    return shared | {"trained_betas": space.betas().tolist(), "timestep_spacing": "trailing"}
+
+
+def saved_config(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
+    """The config as it goes to disk. Keys that mean something else to schedulers of diffusers have a value that these
+    understand, or are left out; our own values stand under `OWN`. A `ve` network gets the betas of the DDPM network
+    that it is, a `flow` network the words of solvers that serve both."""
+    theirs = {key: value for key, value in config.items() if key != "_use_default_values"}
+    changed: dict[str, Any] = {"algorithm_type": None}
+    if config["timestep_spacing"] not in THEIR_SPACINGS:
+        changed["timestep_spacing"] = "trailing"
+    if space is not None and space.kind in ("vp", "flow"):
+        changed |= {"sigma_min": None, "sigma_max": None}  # of our `ve` ladder; others would cut their grids there
+    if space is not None and space.kind == "flow":
+        changed |= {"use_flow_sigmas": True, "flow_shift": 1.0 if config.shift is None else config.shift}
+    if space is not None and space.kind == "ve" and config.scale_input:
+        changed["trained_betas"] = space.betas().tolist()
+    # None stands for "not given" in ours; to others it would be a value.
+    changed |= {key: None for key, value in theirs.items() if value is None and key not in changed}
+    values = {key: theirs[key] for key in changed if key in theirs}
+    saved = {key: value for key, value in (theirs | changed).items() if value is not None}
+    return saved | {OWN: {"values": values, "added": sorted(changed.keys() - values.keys())}}
+
+
+class SwapConfig(FrozenDict):
+    """A config of ours, of which schedulers of diffusers take what they understand.
+
+    They leave out the fields named under `_use_default_values`, for which they have defaults of their own. Here these
+    are the ones that stand for "not given", our algorithms, and our spacings; everything else means the same to both.
+    """
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key != "_use_default_values":
+            return super().get(key, default)
+        own = (
+            {"algorithm_type"} if self["timestep_spacing"] in THEIR_SPACINGS else {"algorithm_type", "timestep_spacing"}
+        )
+        return sorted(own | {name for name, value in self.items() if value is None})
