@@ -18,7 +18,7 @@ def check_generators(generator: Generators, batch_size: int) -> None:
         )
 
 
-def randn(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+def randn(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers of `shape`; with a list of generators, sample i is drawn by generator i alone.
 
     Numbers are drawn on the generator's own device and moved, so a CPU generator gives the same sample everywhere.
@@ -27,7 +27,7 @@ def randn(shape: Sequence[int], generator: Generators, device: torch.device, dty
     return _draw(torch.randn, shape, generator, device, dtype)
 
 
-def rand(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+def rand(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """Uniform numbers in [0, 1) of `shape`, drawn as in `randn`."""
     return _draw(torch.rand, shape, generator, device, dtype)
 
@@ -36,7 +36,7 @@ def _draw(
     draw: Callable[..., Tensor],
     shape: Sequence[int],
     generator: Generators,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
     shape = tuple(shape)
@@ -57,7 +57,7 @@ class Draw:
     """
 
     generator: Generators = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
     @staticmethod

@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-
-from diffusers_gm.processes.cld import CLD, lift
 from diffusers_gm.processes.cld_dynamics import (
     denoising_step,
     euler_maruyama_step,
@@ -19,6 +17,8 @@ from diffusers_gm.processes.cld_dynamics import (
     sscs_second_order_step,
     sscs_step,
 )
+
+from diffusers_gm.processes.cld import CLD, lift
 
 DOUBLE = {"dtype": torch.float64}
 PROCESS = CLD()

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers_gm.processes.noise_space import MAX_SIGMA, PREDICTION_TYPES, NoiseSpace, level_grid
 
 from diffusers_gm import AnnealedLangevinScheduler
-from diffusers_gm.processes.noise_space import MAX_SIGMA, PREDICTION_TYPES, NoiseSpace, level_grid
 
 SPACES = {
     "vp": NoiseSpace.vp(DDPMScheduler().alphas_cumprod),

@@ -11,11 +11,11 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers_gm.processes.noise_space import PREDICTION_TYPES
 from test_contract import every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.exact import ExactDenoiser
-from diffusers_gm.processes.noise_space import PREDICTION_TYPES
 
 SOURCES = {
     "vp": DDPMScheduler(clip_sample=False),

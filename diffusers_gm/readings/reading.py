@@ -28,7 +28,8 @@ class Reading(Protocol):
         counts_levels: whether labels count noise levels, so that integers are exact.
     """
 
-    prediction_type: str
+    @property
+    def prediction_type(self) -> str: ...
 
     @property
     def counts_levels(self) -> bool: ...

@@ -81,7 +81,8 @@ class VelocityReading:
                 "'quadratic', 'log_snr' or 'karras'"
             )
         ends = torch.tensor(self.timestep_range[::-1], dtype=torch.float64)
-        between = self.timestep(sigma_grid(*self.sigma(ends).tolist(), num_levels, spacing)[1:-1])
+        high, low = self.sigma(ends).tolist()
+        between = self.timestep(sigma_grid(high, low, num_levels, spacing)[1:-1])
         return torch.cat([ends[:1], between, ends[1:]])[:num_levels]
 
     def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[VelocityCall]:

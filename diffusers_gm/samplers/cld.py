@@ -5,8 +5,8 @@ root @ z`, carried over to `(y, c)` by the lift (`processes.cld.Lift`), so that 
 are float64 and broadcast over steps, `(...)`. A step goes from clock `start` down to `end`.
 """
 
-import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -109,8 +109,8 @@ def look_ahead(sigmas: list[float], damped: bool) -> list[float]:
     divides by `1 + h^4`, h the step that follows in log sigma, which leaves the order alone, is next to nothing below h
     = 0.5, and drops the extrapolation where a step spans several e-folds of sigma.
     """
-    steps = [log_ratio(*pair) for pair in zip(sigmas, sigmas[1:], strict=False)]
-    between = [to_the_middle(h, after) / (1 + after**4 * damped) for h, after in zip(steps, steps[1:], strict=False)]
+    steps = [log_ratio(*pair) for pair in pairwise(sigmas)]
+    between = [to_the_middle(h, after) / (1 + after**4 * damped) for h, after in pairwise(steps)]
     return [0.0, *between, 0.0][: len(sigmas)]
 
 

@@ -122,13 +122,9 @@ class Langevin:
             w = memory.precision
             w = self.noise.residual_precision(y - denoised, level) if w is None else w
             target = target / w**0.5
-        a: float | Tensor = plan.step_sizes[i]
-        if len(self.jumps) > 1:
-            a = a * self.jumps.sample_scales(y.shape, draw) ** 2
-        else:
-            a = a * self.jumps.moment(2)
+        jump = self.jumps.sample_scales(y.shape, draw) ** 2 if len(self.jumps) > 1 else self.jumps.moment(2)
         update = exponential_step if self.exact else langevin_step
-        return update(y, denoised, target, a, draw.normal(y.shape)), memory
+        return update(y, denoised, target, plan.step_sizes[i] * jump, draw.normal(y.shape)), memory
 
     def _advanced(self, plan: LangevinPlan, i: int, memory: Memory) -> tuple[Memory, float]:
         """The level at which the chain is (it lags behind the ladder by Proposition 3) and, remembered, the next one.

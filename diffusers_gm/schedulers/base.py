@@ -64,6 +64,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
 
     config: Any
+    _internal_dict: Any
     reading: Reading
     noise_space: NoiseSpace | None
     sampler: Sampler
@@ -76,9 +77,9 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
         if isinstance(config, dict):
-            owner = next((c for c in cls.__mro__ if c.__dict__.get("algorithms")), cls)
-            others = {name for c in SamplerScheduler.__subclasses__() for name in c.algorithms}
-            config = from_own_config(config, owner.__name__, owner.algorithms, others)
+            name = next(c.__name__ for c in cls.__mro__ if "algorithms" in c.__dict__)
+            others = {algorithm for c in SamplerScheduler.__subclasses__() for algorithm in c.algorithms}
+            config = from_own_config(config, name, cls.algorithms, others)
             if "noise_space" not in config and "noise_space" not in kwargs:
                 config = from_source_config(config)
         if "timestep_spacing" in kwargs:
@@ -92,7 +93,8 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     def to_json_string(self) -> str:
         """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
         come back complete."""
-        kept, self._internal_dict = self._internal_dict, saved_config(self.config, self.noise_space)
+        kept = self._internal_dict
+        self._internal_dict = saved_config(self.config, self.noise_space)
         try:
             return super().to_json_string()
         finally:
@@ -203,16 +205,17 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
             counts = self.sampler.spend(num_calls)
             labels = self._grid(len(counts), shift).repeat_interleave(torch.tensor(counts))
             return labels, self.reading.sigma(labels)
-        labels = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
+        given = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
         if sigmas is None:
-            assert labels is not None
+            assert given is not None
+            labels = given
             self._check_descending("timesteps", labels, *self._label_bounds())
             return labels, self.reading.sigma(labels)
         own = self._labels_of_sigmas(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"), shift)
         self._check_descending("sigmas", own, *self._label_bounds())
-        if labels is not None and len(labels) != len(own):
-            raise ValueError(f"timesteps and sigmas must be as many, got {len(labels)} and {len(own)}")
-        return own if labels is None else labels, self.reading.sigma(own)
+        if given is not None and len(given) != len(own):
+            raise ValueError(f"timesteps and sigmas must be as many, got {len(given)} and {len(own)}")
+        return own if given is None else given, self.reading.sigma(own)
 
     def _label_bounds(self) -> tuple[float, float]:
         first, last = self.reading.timestep_range

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+# A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
+from diffusers import SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 
 from ..samplers import Consistent, Langevin
@@ -21,7 +23,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         num_train_timesteps: number of labels N of the network. In `ve` space, the length of its geometric ladder.
         noise_space: how the network sees the noisy image: `vp`, `ve`, `flow`, `edm`, or None to infer it: a beta
             schedule means `vp`, a flow config (`shift`, `flow_prediction`) `flow`, `sigma_data` `edm`, else `ve`.
-        sigma_min, sigma_max: ends of the `ve` ladder, or of the trained range in `edm` space, in the units of the image.
+        sigma_min, sigma_max: ends of the `ve` ladder, or of the range trained on in `edm` space, in the image's units.
         scale_input: `ve`: whether the network is fed `y / sqrt(1 + sigma^2)` rather than `y`.
         sigma_data: `edm`: standard deviation of the data that the network was preconditioned for; its `epsilon` is then
             the output of that preconditioning, as in diffusers. None: 1, and `epsilon` is the noise.

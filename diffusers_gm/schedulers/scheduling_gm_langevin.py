@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+
+# A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
+from diffusers import SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
