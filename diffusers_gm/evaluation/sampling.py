@@ -14,7 +14,7 @@ from torch import Tensor
 import diffusers_gm
 
 from ..data import SAMPLES, generator_for
-from ..pipelines.common import UnconditionalPipeline
+from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers.base import SamplerScheduler
 from .processes import over_processes
 
