@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .processes.cld import CLD
 from .random import Generators, rand, randn
+from .readings import VelocityReading
 from .readings.velocity import score_coefficients
 
 # The smallest time of the training: earlier ones would be new to the network.
@@ -168,7 +169,7 @@ def cld_bits_per_dimension(
         ValueError: for a pipeline whose scheduler does not describe a velocity network, or images of other levels.
     """
     scheduler = pipeline.scheduler
-    if not getattr(scheduler, "native", False):
+    if not isinstance(getattr(scheduler, "reading", None), VelocityReading):
         raise ValueError(
             f"the likelihood needs a velocity network, and a {type(scheduler).__name__} of prediction_type "
             f"{scheduler.config.get('prediction_type')!r} does not describe one"
@@ -179,7 +180,7 @@ def cld_bits_per_dimension(
         cld_nll(
             lambda u, t: unet(u.to(unet.dtype), t).sample,
             dequantized(batch.to(unet.device, torch.float32), num_levels, generator),
-            scheduler.process,
+            scheduler.reading.process,
             config["prediction_type"],
             num_steps,
             num_velocities,

@@ -1,6 +1,7 @@
 """How a budget of network calls is spread over noise levels."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,9 @@ def level_grid(
         )
     if spacing in SIGMA_SPACINGS:
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
-        # Labels are exact integers where they should be: learned embeddings take nothing else.
-        grid = space.timestep(sigma_grid(high, low, num_levels, spacing)).mul(1e8).round().div(1e8)
+        grid = space.timestep(sigma_grid(high, low, num_levels, spacing))
+        if space.kind != "edm":  # exact integers where they should be: learned embeddings take nothing else
+            grid = grid.mul(1e8).round().div(1e8)
         grid[0] = last  # also where its sigma is capped
     elif space.kind == "edm":
         raise ValueError(f"timestep_spacing {spacing!r} is not offered in edm space: use one of {SIGMA_SPACINGS}")
@@ -93,3 +95,84 @@ def shift_flow(s: Tensor, shift: float = 1.0, shift_terminal: float | None = Non
     if shift_terminal is None or len(s) < 2:
         return s
     return 1 - (1 - s) * (1 - shift_terminal) / (1 - s[-1])
+
+
+# --- Levels of the multistep sampler ---------------------------------------------------------------------------------
+
+
+def power_levels(high: float, last: float, num_levels: int, power: float) -> Tensor:
+    """Levels from `high` to `last`, `(num_levels,)` float64, even in `q^(1 / power)`, `q = sqrt(ln(1 + sigma^2))`.
+
+    q is the logarithm of large levels' square root and small levels themselves: large powers crowd them at the end.
+    """
+    if num_levels == 1:
+        return torch.tensor([high], dtype=torch.float64)
+    ends = [math.sqrt(math.log1p(sigma**2)) ** (1 / power) for sigma in (high, last)]
+    ramp = torch.linspace(ends[0], ends[1], num_levels, dtype=torch.float64)
+    return torch.expm1(ramp ** (2 * power)).sqrt()
+
+
+def even_levels(high: float, low: float, num_levels: int) -> Tensor:
+    """The fixed grid of `CalibratedMultistepScheduler`: `power_levels` down to a level that falls with the number of
+    calls, or to `low`, where the network's own levels end above it."""
+    last = max(low, min(LAST_LEVEL / num_levels, high / 2))
+    return power_levels(high, last, num_levels, POWER)
+
+
+POWER = 2.0
+LAST_LEVEL = 1.0
+
+
+def check_calibration(calibration: dict[str, Any] | None) -> None:
+    """Raise a ValueError unless `calibration` is None or maps numbers of calls to as many descending levels."""
+    if calibration is None:
+        return
+    budgets = [key for key in calibration if str(key).isdigit()]
+    if not budgets:
+        raise ValueError(f"calibration must map numbers of calls to noise levels, got the keys {sorted(calibration)}")
+    for key in budgets:
+        levels = calibration[key]
+        falling = all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False))
+        if len(levels) != int(key) or not falling or not levels[0] > 0:
+            raise ValueError(
+                f"calibration for {key} calls must be {key} descending positive noise levels, got {levels}"
+            )
+
+
+def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:
+    """The noise levels of a calibration for any number of calls, `(num_levels,)` float64.
+
+    Between two budgets, their levels at the same share of a run are blended geometrically, by the logarithm of the
+    number of calls; below the smallest and above the largest, that one's are used.
+    """
+    if num_levels == 1:
+        return torch.tensor([max(max(levels) for key, levels in calibration.items() if key.isdigit())]).double()
+    share = torch.linspace(0, 1, num_levels, dtype=torch.float64)
+    below, above, weight = _neighbours(calibration, num_levels)
+    blend = torch.lerp(_at(calibration[below], share), _at(calibration[above], share), weight)
+    return blend.exp()
+
+
+def calibrated_value(calibration: dict[str, Any] | None, name: str, num_calls: int | None) -> float | None:
+    """What a calibration says of `name` for the nearest budget; None if nothing."""
+    if calibration is None or name not in calibration or num_calls is None:
+        return None
+    below, above, weight = _neighbours(calibration[name], num_calls)
+    return calibration[name][below if weight < 0.5 else above]
+
+
+def _neighbours(by_calls: dict[str, Any], num_calls: int) -> tuple[str, str, float]:
+    """The budgets around a number of calls, and how far it is from the first to the second, from 0 to 1."""
+    budgets = sorted(int(key) for key in by_calls if key.isdigit())
+    below = max((n for n in budgets if n <= num_calls), default=budgets[0])
+    above = min((n for n in budgets if n >= num_calls), default=budgets[-1])
+    weight = math.log(num_calls / below) / math.log(above / below) if above > below else 0.0
+    return str(below), str(above), min(max(weight, 0.0), 1.0)
+
+
+def _at(levels: list[float], share: Tensor) -> Tensor:
+    """The logarithm of levels at shares of the run in [0, 1], linear between them."""
+    logs = torch.tensor(levels, dtype=torch.float64).log()
+    place = share * (len(levels) - 1)
+    low = place.floor().long().clamp(max=max(len(levels) - 2, 0))
+    return torch.lerp(logs[low], logs[(low + 1).clamp(max=len(levels) - 1)], place - low)
