@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from diffusers import UNet2DModel
+from networks import tiny_network
 
 torch.set_num_threads(1)
 
@@ -28,32 +29,10 @@ def global_rng_untouched():
 @pytest.fixture
 def tiny_unet() -> UNet2DModel:
     """An untrained network for 8x8 gray images, always the same."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-        ).eval()
+    return tiny_network()
 
 
 @pytest.fixture
 def tiny_velocity_unet() -> UNet2DModel:
     """An untrained velocity network for 8x8 gray images, always the same."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=2,
-            out_channels=1,
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-        ).eval()
+    return tiny_network(2, 1)

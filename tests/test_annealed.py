@@ -79,33 +79,3 @@ def test_technique_4_without_a_solution_says_what_to_change():
         annealed.optimal_step_size(torch.tensor([1.02]), 1, "prop3", fourth_moment=2.5)
     with pytest.raises(ValueError, match="step_size_criterion 'prop4'"):
         annealed.optimal_step_size(torch.tensor([3.0]), 1, "prop4")
-
-
-def test_consistent_step_leaves_exactly_the_next_level(generator):
-    y = 3.0 * torch.randn(400_000, dtype=torch.float64, generator=generator)
-    noise = torch.randn(400_000, dtype=torch.float64, generator=generator)
-    for eta in (1 / 3 + 1e-6, 0.5, 1.0, 1.6):
-        annealed.check_consistent_step(eta, 3.0, 2.0)
-        left = annealed.consistent_step(y, torch.zeros_like(y), 3.0, 2.0, eta, noise)
-        assert float(left.var()) == pytest.approx(4.0, abs=5 * 4 * math.sqrt(2 / 400_000))
-    for eta in (0.3, 1.7):
-        with pytest.raises(ValueError, match="consistent annealed sampling"):
-            annealed.check_consistent_step(eta, 3.0, 2.0)
-
-
-def test_langevin_step_is_stationary_to_first_order_in_the_step():
-    """On Gaussian data the stationary variance is v / (1 - a sigma^2 / (2 v)), v = s^2 + sigma^2: error O(a)."""
-    sigma, v = 0.5, 1.0 + 0.25
-    errors = []
-    for a in (0.2, 0.1, 0.05):
-        factor = float(
-            annealed.langevin_step(
-                torch.ones(1).double(), torch.full((1,), 1 - sigma**2 / v).double(), sigma, a, torch.zeros(1)
-            )
-        )
-        noise = float(annealed.langevin_step(torch.zeros(1), torch.zeros(1), sigma, a, torch.ones(1)))
-        stationary = noise**2 / (1 - factor**2)
-        assert stationary == pytest.approx(v / (1 - a * sigma**2 / (2 * v)), rel=1e-5)
-        errors.append(stationary - v)
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.05)
-    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.05)

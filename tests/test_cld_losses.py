@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffusers_gm.losses import cld_loss
-from diffusers_gm.processes.cld import CLD, score_coefficients
+from diffusers_gm.processes.cld import CLD
+from diffusers_gm.readings.velocity import score_coefficients
 
 PROCESS = CLD()
 VARIANCE = 0.25

@@ -6,26 +6,20 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from networks import perfect_network
 from scipy.integrate import solve_ivp
-from test_likelihood import exact_network
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
 from diffusers_gm.exact import ExactDenoiser
-from diffusers_gm.pipelines.cld_ode import ODE_SOLVERS, lifted_model, native_model, solve, start_and_ends
-from diffusers_gm.processes.cld import lift
+from diffusers_gm.pipelines.cld_ode import ODE_SOLVERS, network_model, solve, start_and_ends
 
 VARIANCE = 0.25
 
 
 def gaussian_model(scheduler):
     """Score and denoiser of a perfect network for N(0, VARIANCE)."""
-    kind = scheduler.config["prediction_type"]
-    if scheduler.native:
-        exact = exact_network(scheduler.process, torch.full((1, 1, 1), VARIANCE), kind)
-        return native_model(scheduler, lambda u, label: exact(u, label.view(1)))
     denoiser = ExactDenoiser(torch.zeros(1, 1, 1, 1), width=VARIANCE**0.5)
-    space = scheduler.noise_space
-    return lifted_model(scheduler, lambda u, label: denoiser.network_output(u, label, space, kind))
+    return network_model(scheduler, perfect_network(scheduler, denoiser))
 
 
 def covariance(process, clock):
@@ -36,7 +30,7 @@ def covariance(process, clock):
 
 def flow(scheduler, solver, tolerance):
     """The matrix of the flow from start to end, solved, and the clocks: its columns are runs from (1, 0) and (0, 1)."""
-    shape = (2, 2 if scheduler.native else 1, 1, 1)
+    shape = (2, 1 if scheduler.noise_space else 2, 1, 1)
     clocks = start_and_ends(scheduler, shape, None, torch.Generator(), torch.device("cpu"))[2]
     unit = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)
     ends = solve(scheduler, gaussian_model(scheduler), unit[0], unit[1], clocks, solver, tolerance, tolerance)
@@ -84,21 +78,10 @@ def pipeline(request, tiny_unet, tiny_velocity_unet, monkeypatch):
     denoiser = ExactDenoiser(points, width=0.3)
     if request.param == "native":
         made = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="velocity_score"))
-        process = made.scheduler.process
-
-        def forward(model_input, label):
-            x, v = model_input.chunk(2, 1)
-            at = lift(process.marginal(process.clock(label.double() / 1000)))
-            y, _ = at.image(x.double(), v.double() * process.velocity_scale)
-            denoised = denoiser(y, float(at.sigma))
-            return at.velocity_score(x.double(), v.double() * process.velocity_scale, denoised).float()
     else:
         made = CLDPipeline(tiny_unet, CLDSSCSScheduler(beta_schedule="linear"))
-        space = made.scheduler.noise_space
-
-        def forward(model_input, label):
-            return denoiser.network_output(model_input.double(), label, space, "epsilon").float()
-
+    network = perfect_network(made.scheduler, denoiser)
+    forward = lambda model_input, label: network(model_input.double(), label).float()
     monkeypatch.setattr(made.unet, "forward", lambda u, label: UNet2DOutput(forward(u, label)))
     made.set_progress_bar_config(disable=True)
     return made

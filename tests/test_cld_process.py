@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from diffusers_gm.processes.cld import CLD, lift, perturb, score_coefficients
+from diffusers_gm.processes.cld import CLD, lift, perturb
 
 DOUBLE = {"dtype": torch.float64}
 PROCESSES = [CLD(), CLD(mass=1.0, gamma=1.0), CLD(damping=0.3), CLD(mass=0.5, damping=4.0)]
@@ -197,16 +197,6 @@ def test_velocity_of_another_shape():
     lifted = lift(CLD().marginal(torch.tensor(1.0)))
     with pytest.raises(ValueError, match="one shape"):
         lifted.image(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 5))
-
-
-def test_score_coefficients():
-    marginal = CLD().marginal(torch.tensor(1.0))
-    ell = 1 / marginal.root[1, 1]
-    assert score_coefficients(marginal, "velocity_score") == (0, 1)
-    assert score_coefficients(marginal, "scaled_velocity_score") == (0, -ell)
-    assert score_coefficients(marginal, "cld_mixed") == (-1 / marginal.covariance[1, 1], -ell)
-    with pytest.raises(ValueError, match="prediction_type"):
-        score_coefficients(marginal, "epsilon")
 
 
 @pytest.mark.parametrize(

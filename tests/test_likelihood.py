@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from networks import normal_denoiser, velocity_network
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
 from diffusers_gm.likelihood import (
@@ -14,23 +15,7 @@ from diffusers_gm.likelihood import (
     dequantized,
     normal_log_prob,
 )
-from diffusers_gm.processes.cld import CLD, score_coefficients
-
-
-def exact_network(process, variances, prediction_type="cld_mixed"):
-    """The perfect network for pixels that are independent normals, `variances` of shape `(C, H, W)`."""
-
-    def network(model_input, labels):
-        x, v = model_input.chunk(2, 1)
-        v = v * process.velocity_scale
-        marginal = process.marginal(process.clock(labels[0].double() / 1000))
-        m = marginal.transition[:, 0]
-        covariance = marginal.covariance + variances[..., None, None].double() * torch.outer(m, m)
-        row = torch.linalg.inv(covariance)[..., 1, :].to(x)
-        of_velocity, of_output = score_coefficients(marginal, prediction_type)
-        return (-row[..., 0] * x - row[..., 1] * v - of_velocity.to(x) * v) / of_output.to(x)
-
-    return network
+from diffusers_gm.processes.cld import CLD
 
 
 @pytest.mark.parametrize(
@@ -47,7 +32,13 @@ def test_exact_on_gaussian_data(process, prediction_type, generator):
     images = variances.sqrt() * torch.randn(16, 1, 2, 2, generator=generator, dtype=torch.float64)
     exact = -(-0.5 * (images**2 / variances + (2 * math.pi * variances).log())).sum((1, 2, 3))
     bound = cld_nll(
-        exact_network(process, variances, prediction_type), images, process, prediction_type, 100, 1, generator
+        velocity_network(process, normal_denoiser(variances), prediction_type),
+        images,
+        process,
+        prediction_type,
+        100,
+        1,
+        generator,
     )
     assert (bound - exact).abs().max() / 4 < 5e-4
 
@@ -56,7 +47,7 @@ def test_a_wrong_model_is_bounded_from_above(generator):
     """The network that takes pixels for N(0, 1) gives its own density's value on average, not the data's."""
     process = CLD()
     images = 0.5 * torch.randn(256, 1, 2, 2, generator=generator, dtype=torch.float64)
-    wrong = exact_network(process, torch.ones(1, 2, 2, dtype=torch.float64))
+    wrong = velocity_network(process, normal_denoiser(torch.ones(1, 2, 2)), "cld_mixed")
     bound = cld_nll(wrong, images, process, generator=generator)
     assert torch.allclose(bound, -normal_log_prob(images, 1.0), atol=5e-3)
     assert bound.mean() > -normal_log_prob(images, 0.25).mean()
@@ -70,7 +61,7 @@ def test_the_probe_is_unbiased(generator):
     process, n = CLD(), 4000
     rotation = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
     variances = torch.tensor([0.05, 1.0], dtype=torch.float64).view(1, 1, 2)
-    network = exact_network(process, variances)
+    network = velocity_network(process, normal_denoiser(variances), "cld_mixed")
 
     def rotated(model_input, labels):
         back = model_input @ rotation
@@ -140,7 +131,7 @@ def test_of_a_pipeline(tiny_velocity_unet, generator):
 
 def test_bad_input(tiny_unet):
     images = torch.zeros(2, 1, 2, 2)
-    network = exact_network(CLD(), torch.ones(1, 2, 2))
+    network = velocity_network(CLD(), normal_denoiser(torch.ones(1, 2, 2)), "cld_mixed")
     with pytest.raises(ValueError, match="num_steps"):
         cld_nll(network, images, CLD(), num_steps=0)
     with pytest.raises(ValueError, match="finite"):

@@ -5,15 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers_gm.processes.mixture_dynamics import ancestral_step, exponential_step, ode_step
-from diffusers_gm.processes.noise_space import NoiseSpace
 from scipy import integrate, special, stats
 
 from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.losses import denoising_loss, denoising_target
-from diffusers_gm.processes.annealed import langevin_step
 from diffusers_gm.processes.mixture import _positive_stable_partial_means
+from diffusers_gm.readings import NoiseSpace
 
 MIXTURE = GaussianMixtureNoise([0.7, 0.2, 0.1], [0.5, 1.0, 3.0])
 PER_ELEMENT = GaussianMixtureNoise([0.7, 0.2, 0.1], [0.5, 1.0, 3.0], per_element=True)
@@ -274,56 +272,3 @@ def test_losses_refuse_an_unknown_prediction_type():
     images = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="'noise'"):
         denoising_target(images, images, 1.0, NoiseSpace.ve(0.01, 10.0, 100), MIXTURE, "noise")
-
-
-# --- Updates ---
-
-
-def test_exponential_step_is_langevin_for_small_steps_and_exact_for_a_point_mass(generator):
-    y, denoised, noise = torch.randn(3, 4, 1, 8, 8, dtype=torch.float64, generator=generator)
-    a = 1e-7
-    small = exponential_step(y, denoised, 0.7, a, noise)
-    langevin = langevin_step(y, denoised, 0.7, a, noise)
-    torch.testing.assert_close(small, langevin, rtol=0, atol=1e-8)
-    e2 = math.exp(-1.6)
-    kept = exponential_step(y, torch.zeros_like(y), 0.7, 1.6, torch.zeros_like(y))
-    torch.testing.assert_close(kept, e2 * y)
-    fresh = exponential_step(torch.zeros_like(y), torch.zeros_like(y), 0.7, 1.6, noise)
-    torch.testing.assert_close(fresh, 0.7 * math.sqrt(1 - e2**2) * noise)
-
-
-def test_ancestral_step_is_ddpm_s_for_one_component(generator):
-    """Posterior of y' given y and x0 = D, for y = y' + N(0, sigma^2 - sigma'^2): product of two Gaussians."""
-    y, denoised, noise = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64, generator=generator)
-    sigma, sigma_next = 2.0, 1.5
-    precision = 1 / sigma_next**2 + 1 / (sigma**2 - sigma_next**2)
-    mean = (denoised / sigma_next**2 + y / (sigma**2 - sigma_next**2)) / precision
-    expected = mean + precision**-0.5 * noise
-    torch.testing.assert_close(ancestral_step(y, denoised, sigma, sigma_next, 1.0, noise), expected)
-
-
-def test_ode_step_is_exact_for_a_frozen_denoiser_and_for_one_linear_in_log_sigma(generator):
-    y, denoised, slope = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64, generator=generator)
-    torch.testing.assert_close(ode_step(y, denoised, 2.0, 0.5), denoised + 0.25 * (y - denoised))
-    # The step from sigma to 0 extrapolates nothing beyond D's value half a step on.
-    previous = denoised - slope * math.log(4.0 / 2.0)
-    stepped = ode_step(y, denoised, 2.0, 1.0, previous, 4.0)
-    middle = denoised + slope * math.log(2.0) / 2
-    torch.testing.assert_close(stepped, middle + 0.5 * (y - middle))
-
-
-def test_local_steps_leave_the_mixture_with_weights_divided_by_the_squared_scales(generator):
-    """Langevin steps of `a sigma^2 / w` on a point mass in one dimension, where components overlap and mix: the
-    stationary law has E[y^2] = sigma^2 / E[c^-2], up to O(a), and not sigma^2 E[c^2]."""
-    mixture = GaussianMixtureNoise([0.6, 0.4], [0.6, 1.8])
-    a, n = 0.01, 20_000
-    y = mixture.sample((n, 1), generator)
-    for _ in range(1500):
-        w = mixture.residual_precision(y, 1.0)
-        y = langevin_step(y, torch.zeros_like(y), 1 / w.sqrt(), a, torch.randn(n, 1, generator=generator))
-    squares = y.square()
-    expected = 1 / float((mixture.weights / mixture.scales**2).sum())
-    assert float(squares.mean()) == pytest.approx(
-        expected, abs=5 * float(squares.std()) / math.sqrt(n) + 2 * a * expected
-    )
-    assert expected < 0.6 * mixture.moment(2)

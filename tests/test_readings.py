@@ -1,9 +1,16 @@
+"""How networks see noise: labels, levels, grids, and what is read from an output."""
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers_gm.processes.noise_space import MAX_SIGMA, PREDICTION_TYPES, NoiseSpace, level_grid
+from networks import output_of
 
 from diffusers_gm import AnnealedLangevinScheduler
+from diffusers_gm.processes.cld import CLD, lift
+from diffusers_gm.readings import ImageReading, NoiseSpace, VelocityReading
+from diffusers_gm.readings.grids import level_grid
+from diffusers_gm.readings.noise_space import MAX_SIGMA, PREDICTION_TYPES
+from diffusers_gm.readings.velocity import VELOCITY_PREDICTION_TYPES, score_coefficients
 
 SPACES = {
     "vp": NoiseSpace.vp(DDPMScheduler().alphas_cumprod),
@@ -11,13 +18,16 @@ SPACES = {
     "ve": NoiseSpace.ve(0.01, 50.0, 232),
     "ve-unscaled": NoiseSpace.ve(0.01, 50.0, 232, scale_input=False),
     "flow": NoiseSpace.flow(1000),
+    "edm": NoiseSpace.edm(0.002, 80.0, 1000, sigma_data=0.5),
+    "svd": NoiseSpace.edm(0.002, 700.0, 1000),
 }
 
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
 def test_timestep_and_sigma_are_inverse_also_between_integers(space):
     first, last = space.timestep_range
-    labels = torch.linspace(first, last - 1.5, 301, dtype=torch.float64)
+    last = last - 1.5 if space.kind != "edm" else last
+    labels = torch.linspace(first, last, 301, dtype=torch.float64)
     sigmas = space.sigma(labels)
     assert (sigmas.diff() > 0).all()
     torch.testing.assert_close(space.timestep(sigmas), labels, rtol=1e-9, atol=1e-8)
@@ -29,12 +39,13 @@ def test_ve_ladder_is_geometric_with_the_smallest_level_first():
     torch.testing.assert_close(ladder[1:] / ladder[:-1], (ladder[1] / ladder[0]).expand(231))
 
 
-@pytest.mark.parametrize("name", ["vp", "ve", "ve-unscaled", "flow"])
+@pytest.mark.parametrize("name", ["vp", "ve", "ve-unscaled", "flow", "edm", "svd"])
 def test_every_prediction_type_gives_the_denoiser_back(name, generator):
     space = SPACES[name]
     x0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64, generator=generator)
-    for label in (5.0, 100.5, 200.0):
-        sigma = space.sigma(torch.tensor(label))
+    labels = (5.0, 100.5, 200.0) if space.kind != "edm" else (-1.5, 0.0, 1.0)
+    for label in labels:
+        sigma, s = space.sigma(torch.tensor(label)), space.sigma_data
         y = x0 + sigma * noise
         outputs = {
             "epsilon": noise,
@@ -42,12 +53,17 @@ def test_every_prediction_type_gives_the_denoiser_back(name, generator):
             "score": -noise / sigma,
             "scaled_score": noise,
             # x_t = alpha x0 + alpha sigma n; v is what diffusers' get_velocity returns for vp
-            "v_prediction": torch.rsqrt(1 + sigma**2) * (noise - sigma * x0),
+            "v_prediction": torch.rsqrt(s**2 + sigma**2) * (s * noise - sigma / s * x0),
+            # EDM's F = (D - c_skip y) / c_out
+            "edm": (x0 - s**2 / (s**2 + sigma**2) * y) * (s**2 + sigma**2).sqrt() / (s * sigma),
             "flow_prediction": noise - x0,
         }
         for prediction_type in PREDICTION_TYPES[space.kind]:
             denoised = space.denoised(outputs[prediction_type], y, sigma, prediction_type)
             torch.testing.assert_close(denoised, x0, rtol=1e-9, atol=1e-9)
+            if "score" not in prediction_type:
+                back = space.output(x0, noise, sigma, prediction_type)
+                torch.testing.assert_close(back, outputs[prediction_type], rtol=1e-9, atol=1e-9)
 
 
 def test_vp_agrees_with_diffusers_forward_process(generator):
@@ -65,7 +81,7 @@ def test_betas_are_those_of_the_ddpm_network_that_it_is(name):
     torch.testing.assert_close(abar, 1 / (1 + (2 * space.log_sigmas).exp()), rtol=1e-9, atol=0)
     if name == "vp":
         torch.testing.assert_close(space.betas().float(), DDPMScheduler().betas, rtol=1e-3, atol=0)  # float32 there
-    for other in ("flow", "ve-unscaled"):
+    for other in ("flow", "edm", "ve-unscaled"):
         with pytest.raises(ValueError, match="scale_input=True"):
             SPACES[other].betas()
 
@@ -94,11 +110,11 @@ def test_grids_are_those_of_diffusers(spacing):
 
 
 @pytest.mark.parametrize("spacing", ["log_snr", "karras"])
-@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
+@pytest.mark.parametrize("name", ["vp", "ve", "flow", "edm"])
 def test_grids_in_sigma_span_the_trained_range(name, spacing):
     space = SPACES[name]
     grid = level_grid(space, 11, spacing)
-    assert grid[[-1, 0]].tolist() == list(space.timestep_range)
+    assert grid[[-1, 0]].tolist() == pytest.approx(space.timestep_range, abs=1e-12)
     sigmas = space.sigma(grid)
     transformed = sigmas.log() if spacing == "log_snr" else sigmas ** (1 / 7)
     torch.testing.assert_close(transformed.diff(), transformed.diff().mean().expand(10), rtol=1e-6, atol=1e-8)
@@ -119,5 +135,85 @@ def test_bad_arguments_are_named():
         level_grid(SPACES["ve"], 5, "sqrt")
     with pytest.raises(ValueError, match="flow_prediction.*not offered"):
         AnnealedLangevinScheduler(noise_space="ve", prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match="noise_space 'edm'"):
-        AnnealedLangevinScheduler(noise_space="edm")
+    with pytest.raises(ValueError, match="unknown noise_space 'vq': use 'vp', 've', 'flow', 'edm' or None"):
+        AnnealedLangevinScheduler(noise_space="vq")
+    with pytest.raises(ValueError, match="sigma_data must be positive, got 0"):
+        NoiseSpace.edm(0.1, 1.0, 10, sigma_data=0.0)
+    with pytest.raises(ValueError, match="'leading' is not offered in edm space: use one of .*karras"):
+        level_grid(SPACES["edm"], 5, "leading")
+    with pytest.raises(ValueError, match="unknown prediction_type 'score': use 'epsilon'"):
+        SPACES["vp"].output(torch.zeros(1), torch.zeros(1), 1.0, "score")
+    with pytest.raises(ValueError, match="'uniform', 'quadratic', 'log_snr' or 'karras'"):
+        VelocityReading(CLD(), "cld_mixed", 1000).grid(5, "leading")
+
+
+# --- Readings ---
+
+
+def every_reading():
+    for name, space in SPACES.items():
+        for prediction_type in PREDICTION_TYPES[space.kind]:
+            yield pytest.param(ImageReading(space, prediction_type), id=f"{name} {prediction_type}")
+    for prediction_type in VELOCITY_PREDICTION_TYPES:
+        yield pytest.param(VelocityReading(CLD(), prediction_type, 1000), id=prediction_type)
+
+
+@pytest.mark.parametrize("reading", every_reading())
+def test_a_reading_goes_to_the_noisy_image_and_back(reading, generator):
+    """Sample to (y, c) and back; D of the output that says D; the last call is the end of the run, where y is x0."""
+    first, last = reading.timestep_range
+    calls = reading.calls(torch.linspace(last, first, 4, dtype=torch.float64))
+    channels = 2 if isinstance(reading, VelocityReading) else 1
+    for call in calls[:-1]:
+        sample = torch.randn(2, channels, 3, 3, generator=generator, dtype=torch.float64)
+        y, companion = reading.coordinates(sample, call)
+        torch.testing.assert_close(reading.visible(y, companion, call), sample, rtol=1e-9, atol=1e-9)
+        denoised = torch.randn(2, 1, 3, 3, generator=generator, dtype=torch.float64)
+        output = output_of(reading, denoised, sample, call)
+        torch.testing.assert_close(reading.denoised(output, sample, call), denoised, rtol=1e-6, atol=1e-6)
+    assert calls[-1].sigma == 0
+    image, noise = torch.randn(2, 2, 1, 3, 3, generator=generator, dtype=torch.float64)
+    assert torch.equal(reading.image(reading.visible(image, noise, calls[-1])), image)
+
+
+@pytest.mark.parametrize("reading", every_reading())
+def test_noised_images_are_noisy_images_of_their_level(reading, generator):
+    """`add_noise` and `coordinates` agree: y is the image plus noise of the level, independent of the companion."""
+    first, last = reading.timestep_range
+    label = torch.tensor((first + last) / 2, dtype=torch.float64)
+    call = reading.calls(label.reshape(1))[0]
+    n, velocity = 20_000, isinstance(reading, VelocityReading)
+    images = torch.full((n, 1), 0.5, dtype=torch.float64)
+    noise = torch.randn(n, 2 if velocity else 1, generator=generator, dtype=torch.float64)
+    y, companion = reading.coordinates(reading.add_noise(images, noise, label), call)
+    eta = (y - 0.5) / call.sigma
+    assert float(eta.mean()) == pytest.approx(0, abs=5 / n**0.5)
+    assert float(eta.var()) == pytest.approx(1, abs=5 * (2 / n) ** 0.5)
+    if velocity:
+        assert float(companion.var()) == pytest.approx(1, abs=5 * (2 / n) ** 0.5)
+        assert float((eta * companion).mean()) == pytest.approx(0, abs=5 / n**0.5)
+    else:
+        torch.testing.assert_close(eta, noise, rtol=1e-6, atol=1e-6)
+
+
+def test_score_coefficients():
+    marginal = CLD().marginal(torch.tensor(1.0))
+    ell = 1 / marginal.root[1, 1]
+    assert score_coefficients(marginal, "velocity_score") == (0, 1)
+    assert score_coefficients(marginal, "scaled_velocity_score") == (0, -ell)
+    assert score_coefficients(marginal, "cld_mixed") == (-1 / marginal.covariance[1, 1], -ell)
+    with pytest.raises(ValueError, match="prediction_type"):
+        score_coefficients(marginal, "epsilon")
+
+
+def test_velocity_networks_are_read_by_the_lift(generator):
+    """D of a velocity score is that of `Lift.denoised`; levels and labels are inverse."""
+    reading = VelocityReading(CLD(beta_1=2.0, mass=0.5), "velocity_score", 1000)
+    labels = torch.tensor([1000.0, 300.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(reading.timestep(reading.sigma(labels)), labels)
+    x, v, score = torch.randn(3, 2, 1, 3, 3, generator=generator, dtype=torch.float64)
+    for label, call in zip(labels, reading.calls(labels), strict=False):
+        at = lift(reading.process.marginal(reading.process.clock(label / 1000)))
+        denoised = reading.denoised(score, torch.cat([x, v], 1), call)
+        torch.testing.assert_close(denoised, at.denoised(x, v, score))
+        assert call.sigma == pytest.approx(float(at.sigma))

@@ -5,7 +5,11 @@ import math
 
 import pytest
 import torch
-from diffusers_gm.processes.cld_dynamics import (
+from networks import Pulses
+
+from diffusers_gm.processes.cld import CLD, lift
+from diffusers_gm.samplers import CriticallyDamped, Memory
+from diffusers_gm.samplers.cld import (
     denoising_step,
     euler_maruyama_step,
     frozen_length,
@@ -18,11 +22,13 @@ from diffusers_gm.processes.cld_dynamics import (
     sscs_step,
 )
 
-from diffusers_gm.processes.cld import CLD, lift
-
 DOUBLE = {"dtype": torch.float64}
 PROCESS = CLD()
 VARIANCE = 0.25
+
+
+def noise_of(step):
+    return step.root @ step.root.mT
 
 
 def gaussian_covariance(process, clock):
@@ -37,10 +43,10 @@ def propagate(process, steps, clocks, covariance, damped=None):
 
     With `damped`, D is extrapolated by `look_ahead`: the state is (u, the D of the call before).
     """
-    sigmas = process.sigma(clocks)
+    sigmas = process.sigma(clocks).tolist()
     at = lift(process.marginal(clocks[:-1]))
     denoiser = (VARIANCE / (VARIANCE + at.sigma**2))[:, None] * at.inverse[:, 0]
-    ahead = torch.zeros(len(sigmas)) if damped is None else look_ahead(sigmas, damped)
+    ahead = [0.0] * len(sigmas) if damped is None else look_ahead(sigmas, damped)
     covariance = torch.block_diag(covariance, torch.zeros(1, 1, **DOUBLE))
     for i, row in enumerate(denoiser):
         matrix = torch.zeros(3, 3, **DOUBLE)
@@ -48,7 +54,7 @@ def propagate(process, steps, clocks, covariance, damped=None):
         matrix[:2, 2] = -ahead[i] * steps.gain[i]
         matrix[2, :2] = row
         covariance = matrix @ covariance @ matrix.mT
-        covariance[:2, :2] += steps.covariance[i]
+        covariance[:2, :2] += noise_of(steps)[i]
     return covariance[:2, :2]
 
 
@@ -93,7 +99,7 @@ def test_second_order_splitting_is_stable_over_any_step():
         clocks = PROCESS.clock_of_sigma(torch.logspace(2, -2, num_steps + 1, **DOUBLE))
         steps = sscs_second_order_step(PROCESS, clocks[:-1], clocks[1:])
         covariance = PROCESS.marginal(clocks[0]).covariance
-        for matrix, noise in zip(steps.matrix, steps.covariance, strict=True):
+        for matrix, noise in zip(steps.matrix, noise_of(steps), strict=True):
             covariance = matrix @ covariance @ matrix.mT + noise
         assert covariance[0, 0] < 1
         assert torch.linalg.eigvals(steps.matrix).abs().max() <= 1
@@ -101,14 +107,17 @@ def test_second_order_splitting_is_stable_over_any_step():
 
 def test_look_ahead_is_linear_extrapolation_to_the_middle():
     """On a D that is linear in log sigma; nothing at the ends, after an empty step, and, damped, for long steps."""
-    sigmas = torch.tensor([8.0, 4.0, 1.0, 1.0, 0.9], **DOUBLE)
+    sigmas = [8.0, 4.0, 1.0, 1.0, 0.9]
     plain, damped = look_ahead(sigmas, damped=False), look_ahead(sigmas, damped=True)
-    assert plain[[0, 3, 4]].tolist() == damped[[0, 3, 4]].tolist() == [0, 0, 0]
-    logs = sigmas.log()
-    assert logs[1] + plain[1] * (logs[1] - logs[0]) == pytest.approx((logs[1] + logs[2]).item() / 2)
-    assert damped[1] == pytest.approx(plain[1].item() / (1 + math.log(4) ** 4))
-    short = torch.tensor([1.0, 0.99, 0.98], **DOUBLE)
-    assert look_ahead(short, damped=True)[1] == pytest.approx(look_ahead(short, damped=False)[1].item(), rel=1e-7)
+    for i in (0, 3, 4):
+        assert plain[i] == damped[i] == 0
+    logs = [math.log(sigma) for sigma in sigmas]
+    assert logs[1] + plain[1] * (logs[1] - logs[0]) == pytest.approx((logs[1] + logs[2]) / 2)
+    assert damped[1] == pytest.approx(plain[1] / (1 + math.log(4) ** 4))
+    short = [1.0, 0.99, 0.98]
+    assert look_ahead(short, damped=True)[1] == pytest.approx(look_ahead(short, damped=False)[1], rel=1e-7)
+    assert look_ahead([2.0], damped=True) == [0.0]
+    assert look_ahead([2.0, 1.0], damped=True) == [0.0, 0.0]
 
 
 def test_prior_is_invariant_under_the_half_step():
@@ -137,7 +146,7 @@ def test_step_over_no_interval_is_the_identity(step):
     step = step(torch.tensor([0.01, 2.0], **DOUBLE))
     torch.testing.assert_close(step.matrix, torch.eye(2, **DOUBLE).expand(2, 2, 2))
     assert step.gain.abs().max() < 1e-12
-    assert step.root.abs().max() == 0
+    assert step.root is None or step.root.abs().max() == 0
 
 
 def test_frozen_length_is_the_exact_flow():
@@ -155,8 +164,8 @@ def test_frozen_length_is_the_exact_flow():
         middle = exact + velocity(exact) * length / (2 * many)
         exact = exact + velocity(middle) * length / many
     step = score_step(PROCESS, at, frozen_length(PROCESS, clock, length))
-    ours = step(x.view(1, 1), v.view(1, 1), denoised.view(1, 1))
-    torch.testing.assert_close(ours[1][0, 0], exact, rtol=1e-6, atol=1e-8)
+    ours = step.matrix @ torch.stack([x, v]) + step.gain * denoised
+    torch.testing.assert_close(ours[1], exact, rtol=1e-6, atol=1e-8)
     assert float(ours[0]) == float(x)
 
 
@@ -182,31 +191,33 @@ def test_probability_flow_step_is_exact_for_a_frozen_denoiser(process):
         u = u + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(b, u + h * k3))
 
     step = probability_flow_step(process, start, end)
-    ours = step(y.view(1, 1), c.view(1, 1), denoised.view(1, 1))
-    torch.testing.assert_close(torch.cat(ours).flatten(), to.inverse @ u, rtol=1e-6, atol=1e-6)
-    # The same on states.
-    in_states = step.in_states(at, to)
-    torch.testing.assert_close(
-        in_states.matrix @ (at.frame @ torch.stack([y, c])) + in_states.gain * denoised, u, rtol=1e-6, atol=1e-6
-    )
+    ours = step.matrix @ (at.frame @ torch.stack([y, c])) + step.gain * denoised
+    torch.testing.assert_close(ours, u, rtol=1e-6, atol=1e-6)
+    # The same on images.
+    in_images = step.in_images(at, to)
+    images = in_images.matrix @ torch.stack([y, c]) + in_images.gain * denoised
+    torch.testing.assert_close(images, to.inverse @ u, rtol=1e-6, atol=1e-6)
 
 
-def test_coordinates_describe_the_same_step(generator):
-    start, end = torch.tensor([2.0], **DOUBLE), torch.tensor([0.5], **DOUBLE)
-    at, to = lift(PROCESS.marginal(start)), lift(PROCESS.marginal(end))
-    step = sscs_step(PROCESS, start, end)
-    x, v, denoised = torch.randn(3, 2, 1, 3, 3, generator=generator, **DOUBLE)
-    noise = torch.randn(2, 2, 1, 3, 3, generator=generator, **DOUBLE)
-    new = step[0](x, v, denoised, noise)
-    images = step.in_images(at, to)[0](*at[0].image(x, v), denoised, noise)
-    torch.testing.assert_close(to[0].state(*images), new)
-    score = at[0].velocity_score(x, v, denoised)
-    torch.testing.assert_close(step.with_scores(at)[0](x, v, score, noise), new)
-    torch.testing.assert_close(step.in_images(at, to).in_states(at, to).matrix, step.matrix)
+def test_the_sampler_makes_the_step_on_the_images_of_the_lift(generator):
+    """From (y, c) and unit pulses of noise to the (y, c) of `matrix u + gain D + root z`."""
+    clocks = torch.tensor([2.0, 0.5, 0.1], **DOUBLE)
+    at = lift(PROCESS.marginal(clocks))
+    step = sscs_step(PROCESS, clocks[:1], clocks[1:2])
+    draw = Pulses(2)
+    noise = torch.eye(2, **DOUBLE).view(2, 2, 1, 1, 1)
+    x, v, denoised = torch.randn(3, 2, 1, 1, 1, generator=generator, **DOUBLE)
+    sampler = CriticallyDamped(PROCESS, splitting_order=1)
+    plan = sampler.plan(at.sigma)
+    y, c = at[0].image(x, v)
+    y, memory = sampler.step(plan, 0, y, denoised, Memory(companion=c), draw)
+    state = torch.stack(at[1].state(y, memory.companion)).flatten(1)
+    expected = step.matrix[0] @ torch.stack([x, v]).flatten(1) + step.gain[0][:, None] * denoised.flatten()
+    torch.testing.assert_close(state, expected + step.root[0] @ noise.flatten(1).mT)
 
 
 def test_final_denoising_is_a_noiseless_euler_step():
     clock = torch.tensor([0.004], **DOUBLE)
     step = denoising_step(PROCESS, clock)
     torch.testing.assert_close(step.matrix[0, 0], torch.tensor([1, -0.004 / PROCESS.mass], **DOUBLE))
-    assert step.root.abs().max() == 0
+    assert step.root is None

@@ -1,0 +1,155 @@
+"""What tests run samplers on: tiny untrained networks, perfect ones of known data, and noise that is known."""
+
+import math
+
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_gm.exact import ExactDenoiser
+from diffusers_gm.processes.cld import lift
+from diffusers_gm.readings import VelocityReading
+from diffusers_gm.readings.velocity import score_coefficients
+from diffusers_gm.samplers import Memory
+
+CPU = torch.device("cpu")
+
+# Four unequal points, as data of which any error of a sampler shows.
+POINTS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).view(4, 1, 1, 2)
+WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# --- Networks ---
+
+
+def build(make, *args, **kwargs):
+    """A module with weights that are always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(*args, **kwargs).eval()
+
+
+def tiny_network(in_channels=1, out_channels=1, **config):
+    """An untrained network for 8x8 images, always the same."""
+    return build(
+        UNet2DModel,
+        **{
+            "sample_size": 8,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "block_out_channels": (8,),
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",),
+        }
+        | config,
+    )
+
+
+def perfect_network(scheduler, denoiser):
+    """`(input, label) -> output` of an `ExactDenoiser`, in the words of the network that the scheduler describes."""
+    kind = scheduler.config.prediction_type
+    if isinstance(scheduler.reading, VelocityReading):
+        return velocity_network(scheduler.reading.process, denoiser, kind)
+    return lambda x, t: denoiser.network_output(x, t.double(), scheduler.noise_space, kind)
+
+
+def velocity_network(process, denoiser, prediction_type="velocity_score", num_train_timesteps=1000):
+    """`(cat([x, v / sqrt(M)], 1), label) -> output` of `denoiser(y, sigma)`."""
+
+    def network(model_input, label):
+        marginal = process.marginal(process.clock(label.reshape(-1)[0].double() / num_train_timesteps))
+        at = lift(marginal)
+        x, v = model_input.chunk(2, 1)
+        v = v * process.velocity_scale
+        score = at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
+        of_velocity, of_output = score_coefficients(marginal, prediction_type)
+        return (score - of_velocity * v) / of_output
+
+    return network
+
+
+def normal_denoiser(variances):
+    """The denoiser `(y, sigma) -> D` of pixels that are independent, of `variances` `(C, H, W)` and mean 0."""
+    return lambda y, sigma: variances / (variances + sigma**2) * y
+
+
+def output_of(reading, denoised, sample, call):
+    """The network's output that the reading takes for `denoised`: D is affine in it."""
+    zero = torch.zeros_like(denoised)
+    at_zero = reading.denoised(zero, sample, call)
+    return (denoised - at_zero) / (reading.denoised(zero + 1, sample, call) - at_zero)
+
+
+# --- Loops ---
+
+
+def run(scheduler, network, sample, generator, timesteps=None):
+    """The loop of a pipeline, after `set_timesteps`. `network(input, label)`."""
+    for t in scheduler.timesteps if timesteps is None else timesteps:
+        output = network(scheduler.scale_model_input(sample, t), t)
+        sample = scheduler.step(output, t, sample, generator=generator).prev_sample
+    return sample
+
+
+def samples_of(scheduler, denoiser, num_calls, shape, generator, dtype=torch.float64):
+    """Images of a whole run on perfect `denoiser`; `shape` is that of the images."""
+    if isinstance(scheduler.reading, VelocityReading):
+        shape = (shape[0], 2 * shape[1], *shape[2:])
+    scheduler.set_timesteps(num_calls)
+    start = scheduler.initial_sample(shape, generator, CPU, dtype)
+    return scheduler.reading.image(run(scheduler, perfect_network(scheduler, denoiser), start, generator))
+
+
+def check_four_points(samples, slack=0.03):
+    """Samples of `POINTS` with `WEIGHTS`: near one of them, in their proportions within five standard errors."""
+    n = len(samples)
+    distances, nearest = torch.cdist(samples.flatten(1).float(), POINTS.flatten(1)).min(1)
+    assert float((distances < 0.15).float().mean()) > 0.98
+    counts = torch.bincount(nearest, minlength=4) / n
+    assert ((counts - WEIGHTS).abs() < 5 * (WEIGHTS * (1 - WEIGHTS) / n).sqrt() + slack).all(), counts
+
+
+def four_points():
+    return ExactDenoiser(POINTS, weights=WEIGHTS)
+
+
+# --- Exact moments, without samples ---
+
+
+class Pulses:
+    """A `Draw` of unit pulses: every number drawn for an image is 1 in one image of the batch and 0 in the others.
+
+    A run that is linear in what it draws makes of them its response to each draw; their squares add up to the variance.
+    """
+
+    dtype, device = torch.float64, CPU
+
+    def __init__(self, size):
+        self.size, self.drawn = size, 0
+
+    def normal(self, shape):
+        count = math.prod(shape[1:])
+        rows = torch.zeros(self.size, count, dtype=self.dtype)
+        rows[self.drawn : self.drawn + count] = torch.eye(count, dtype=self.dtype)
+        self.drawn += count
+        assert self.drawn <= self.size, "more draws than pulses"
+        return rows.view(shape)
+
+
+def final_variance(sampler, sigmas, variance, start=None):
+    """Exact variance after a run on one-pixel data N(0, variance).
+
+    `start`: `draw -> (y, companion)`; None: the exact marginal of the first level.
+    """
+    draw = Pulses(2 * len(sigmas) + 2)
+    shape = (draw.size, 1, 1, 1)
+    y, companion = start(draw) if start else ((variance + sigmas[0] ** 2).sqrt() * draw.normal(shape), None)
+    plan, memory = sampler.plan(sigmas), Memory(companion=companion)
+    for i, sigma in enumerate(plan.sigmas.tolist()):
+        y, memory = sampler.step(plan, i, y, variance / (variance + sigma**2) * y, memory, draw)
+    return float(y.square().sum())

@@ -1,0 +1,199 @@
+"""Langevin, consistent, ancestral and two-step samplers: their updates, their orders, their plans."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from networks import Pulses, final_variance
+
+from diffusers_gm import GaussianMixtureNoise
+from diffusers_gm.processes.annealed import PRESETS
+from diffusers_gm.samplers import Ancestral, Consistent, Langevin, Memory, TwoStep, sample
+from diffusers_gm.samplers.langevin import check_consistent_step, consistent_step, exponential_step, langevin_step
+from diffusers_gm.samplers.mixture import ancestral_step
+from diffusers_gm.samplers.sampler import levels_after, to_the_middle
+
+DOUBLE = {"dtype": torch.float64}
+
+
+# --- Updates ---
+
+
+def test_consistent_step_leaves_exactly_the_next_level(generator):
+    y = 3.0 * torch.randn(400_000, dtype=torch.float64, generator=generator)
+    noise = torch.randn(400_000, dtype=torch.float64, generator=generator)
+    for eta in (1 / 3 + 1e-6, 0.5, 1.0, 1.6):
+        check_consistent_step(eta, 3.0, 2.0)
+        left = consistent_step(y, torch.zeros_like(y), 3.0, 2.0, eta, noise)
+        assert float(left.var()) == pytest.approx(4.0, abs=5 * 4 * math.sqrt(2 / 400_000))
+    for eta in (0.3, 1.7):
+        with pytest.raises(ValueError, match="consistent annealed sampling"):
+            check_consistent_step(eta, 3.0, 2.0)
+
+
+def test_langevin_step_is_stationary_to_first_order_in_the_step():
+    """On Gaussian data the stationary variance is v / (1 - a sigma^2 / (2 v)), v = s^2 + sigma^2: error O(a)."""
+    sigma, v = 0.5, 1.0 + 0.25
+    errors = []
+    for a in (0.2, 0.1, 0.05):
+        factor = float(
+            langevin_step(torch.ones(1).double(), torch.full((1,), 1 - sigma**2 / v).double(), sigma, a, torch.zeros(1))
+        )
+        noise = float(langevin_step(torch.zeros(1), torch.zeros(1), sigma, a, torch.ones(1)))
+        stationary = noise**2 / (1 - factor**2)
+        assert stationary == pytest.approx(v / (1 - a * sigma**2 / (2 * v)), rel=1e-5)
+        errors.append(stationary - v)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.05)
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(1, abs=0.05)
+
+
+def test_exponential_step_is_langevin_for_small_steps_and_exact_for_a_point_mass(generator):
+    y, denoised, noise = torch.randn(3, 4, 1, 8, 8, dtype=torch.float64, generator=generator)
+    a = 1e-7
+    small = exponential_step(y, denoised, 0.7, a, noise)
+    langevin = langevin_step(y, denoised, 0.7, a, noise)
+    torch.testing.assert_close(small, langevin, rtol=0, atol=1e-8)
+    e2 = math.exp(-1.6)
+    kept = exponential_step(y, torch.zeros_like(y), 0.7, 1.6, torch.zeros_like(y))
+    torch.testing.assert_close(kept, e2 * y)
+    fresh = exponential_step(torch.zeros_like(y), torch.zeros_like(y), 0.7, 1.6, noise)
+    torch.testing.assert_close(fresh, 0.7 * math.sqrt(1 - e2**2) * noise)
+
+
+def test_ancestral_step_is_ddpm_s_for_one_component(generator):
+    """Posterior of y' given y and x0 = D, for y = y' + N(0, sigma^2 - sigma'^2): product of two Gaussians."""
+    y, denoised, noise = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64, generator=generator)
+    sigma, sigma_next = 2.0, 1.5
+    precision = 1 / sigma_next**2 + 1 / (sigma**2 - sigma_next**2)
+    mean = (denoised / sigma_next**2 + y / (sigma**2 - sigma_next**2)) / precision
+    expected = mean + precision**-0.5 * noise
+    torch.testing.assert_close(ancestral_step(y, denoised, sigma, sigma_next, 1.0, noise), expected)
+
+
+def test_two_steps_are_exact_for_a_frozen_denoiser_and_for_one_linear_in_log_sigma(generator):
+    y, denoised, slope = torch.randn(3, 4, 1, 2, 2, **DOUBLE, generator=generator)
+    sampler, draw = TwoStep(), Pulses(0)
+    plan = sampler.plan(torch.tensor([4.0, 2.0, 1.0], **DOUBLE))
+    first, memory = sampler.step(plan, 0, y, denoised, Memory(), draw)
+    torch.testing.assert_close(first, denoised + 0.5 * (y - denoised))
+    # D moves by slope a unit of log sigma, downwards.
+    second, memory = sampler.step(plan, 1, y, denoised + slope * math.log(2.0), memory, draw)
+    middle = denoised + slope * math.log(2.0) * 1.5
+    torch.testing.assert_close(second, middle + 0.5 * (y - middle))
+    # The step from the last level to 0 extrapolates nothing.
+    assert torch.equal(sampler.step(plan, 2, y, denoised, memory, draw)[0], denoised)
+
+
+def test_local_steps_leave_the_mixture_with_weights_divided_by_the_squared_scales(generator):
+    """Langevin steps of `a sigma^2 / w` on a point mass in one dimension, where components overlap and mix: the
+    stationary law has E[y^2] = sigma^2 / E[c^-2], up to O(a), and not sigma^2 E[c^2]."""
+    mixture = GaussianMixtureNoise([0.6, 0.4], [0.6, 1.8])
+    a, n = 0.01, 20_000
+    y = mixture.sample((n, 1), generator)
+    for _ in range(1500):
+        w = mixture.residual_precision(y, 1.0)
+        y = langevin_step(y, torch.zeros_like(y), 1 / w.sqrt(), a, torch.randn(n, 1, generator=generator))
+    squares = y.square()
+    expected = 1 / float((mixture.weights / mixture.scales**2).sum())
+    assert float(squares.mean()) == pytest.approx(
+        expected, abs=5 * float(squares.std()) / math.sqrt(n) + 2 * a * expected
+    )
+    assert expected < 0.6 * mixture.moment(2)
+
+
+def test_where_steps_lead_and_how_far_they_look():
+    sigmas = torch.tensor([4.0, 2.0, 1.0], **DOUBLE)
+    assert levels_after(sigmas, denoise=True) == [2, 1, 0]
+    assert levels_after(sigmas, denoise=False) == [2, 1, 0.5]
+    assert to_the_middle(2.0, 1.0) == 0.25
+    assert to_the_middle(0.0, 1.0) == 0
+
+
+# --- Samplers ---
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [(TwoStep(), 2), (Ancestral(), 1), (Consistent(), 1)],
+    ids=["two-step", "ancestral", "consistent"],
+)
+def test_order_of_convergence_on_gaussian_data(sampler, order):
+    """The variance after a run approaches that of the reference grid's limit at the promised order."""
+    variance, low = 0.25, 0.02
+    limit = variance**2 / (variance + low**2)  # what is left at the last level, denoised
+    errors = []
+    for n in (40, 80, 160):
+        sigmas = torch.logspace(math.log10(8), math.log10(low), n, **DOUBLE)
+        errors.append(abs(final_variance(sampler, sigmas, variance) - limit))
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert slopes[1] == pytest.approx(order, abs=0.15), (errors, slopes)
+
+
+def test_the_published_cifar10_chain_has_the_predicted_law():
+    """1.1283 sigma_L^2 on a point mass, the fixed point of the whole chain; not the 1.0555 of Proposition 3."""
+    preset = PRESETS["ncsnv2-cifar10"]
+    levels = torch.logspace(math.log10(preset.sigma_max), math.log10(preset.sigma_min), preset.num_levels, **DOUBLE)
+    sampler = Langevin(preset.num_langevin_steps, preset.step_size, denoise=False)
+    assert sampler.spend(232 * 5) == [5] * 232
+    left = final_variance(sampler, levels.repeat_interleave(5), 0.0)
+    assert left / preset.sigma_min**2 == pytest.approx(1.1283, abs=5e-5)
+    # In images of [-1, 1] the same sampler, twice as large.
+    twice = Langevin(preset.num_langevin_steps, 4 * preset.step_size, denoise=False)
+    one, two = sampler.plan(levels), twice.plan(2 * levels)
+    assert two.step_sizes == pytest.approx(one.step_sizes)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("denoise", [True, False])
+def test_calls_are_spent_from_the_first_level_on(num_steps, denoise):
+    sampler = Langevin(num_steps, denoise=denoise)
+    for n in (60, 61, 62, 100):
+        counts = sampler.spend(n)
+        assert sum(counts) == n
+        assert len(counts) == (n - denoise) // num_steps
+        assert counts[-1] == num_steps + denoise
+        assert all(a in (b, b + 1) for a, b in itertools.pairwise(counts[:-1]))
+
+
+def test_the_loop_counts_its_calls_and_asks_at_the_levels_of_the_plan(generator):
+    """`sample` is the loop: with `follow_chain` the network is told other levels than those of the grid."""
+    sigmas = torch.logspace(1, -2, 12, **DOUBLE)
+    for sampler in (Langevin(), Langevin(follow_chain=True), Consistent(), TwoStep()):
+        asked = []
+
+        def denoiser(y, sigma, asked=asked):
+            asked.append(sigma)
+            return torch.zeros_like(y)
+
+        y = 10 * torch.randn(2, 1, 4, 4, generator=generator, **DOUBLE)
+        left = sample(sampler, denoiser, y, sigmas, generator)
+        assert asked == sampler.plan(sigmas).sigmas.tolist()
+        assert float(left.abs().max()) == 0
+    assert asked == sigmas.tolist()
+
+
+def test_where_the_chain_is_is_where_the_network_is_told(generator):
+    """Data that are one point: the noise in y at every call has the level of the plan, exactly.
+
+    The first step overshoots the ladder: the network is told no more than its largest level.
+    """
+    for jumps in (GaussianMixtureNoise([1.0], [1.0]), GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])):
+        for sampler in (
+            Langevin(follow_chain=True, jumps=jumps),
+            Langevin(2, follow_chain=True, jumps=jumps, exact=True),
+        ):
+            levels = torch.logspace(1, -2, len(sampler.spend(30)), **DOUBLE)
+            sigmas = levels.repeat_interleave(torch.tensor(sampler.spend(30)))
+            plan = sampler.plan(sigmas)
+            variance = float(sigmas[0] ** 2)
+            for i, told in enumerate(plan.sigmas.tolist()[:-1]):
+                assert told == pytest.approx(min(math.sqrt(variance), float(sigmas[0])), rel=1e-9)
+                # The law of one step on a point mass: kept and added variance, means over the jumps.
+                size, target = plan.step_sizes[i], plan.targets[i]
+                if sampler.exact:
+                    kept = float((jumps.weights * torch.exp(-2 * size * jumps.scales**2)).sum())
+                    variance = kept * variance + (1 - kept) * target**2
+                else:
+                    kept = float((jumps.weights * (1 - size * jumps.scales**2) ** 2).sum())
+                    variance = kept * variance + 2 * size * jumps.moment(2) * target**2
