@@ -13,6 +13,7 @@ from .pipelines import GMSGMPipeline as GMSGMPipeline
 from .pipelines import NCSNv2Pipeline as NCSNv2Pipeline
 from .processes.mixture import GaussianMixtureNoise as GaussianMixtureNoise
 from .schedulers import AnnealedLangevinScheduler as AnnealedLangevinScheduler
+from .schedulers import CalibratedMultistepScheduler as CalibratedMultistepScheduler
 from .schedulers import CLDSSCSScheduler as CLDSSCSScheduler
 from .schedulers import GMLangevinScheduler as GMLangevinScheduler
 from .version import __version__ as __version__

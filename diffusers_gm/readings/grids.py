@@ -1,6 +1,7 @@
 """How a budget of network calls is spread over noise levels."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def check_calibration(calibration: dict[str, Any] | None) -> None:
         raise ValueError(f"calibration must map numbers of calls to noise levels, got the keys {sorted(calibration)}")
     for key in budgets:
         levels = calibration[key]
-        falling = all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False))
+        falling = all(a > b > 0 for a, b in pairwise(levels))
         if len(levels) != int(key) or not falling or not levels[0] > 0:
             raise ValueError(
                 f"calibration for {key} calls must be {key} descending positive noise levels, got {levels}"

@@ -11,6 +11,7 @@ from .langevin import Consistent as Consistent
 from .langevin import Langevin as Langevin
 from .mixture import Ancestral as Ancestral
 from .mixture import TwoStep as TwoStep
+from .multistep import Multistep as Multistep
 from .sampler import Memory as Memory
 from .sampler import Sampler as Sampler
 from .sampler import sample as sample

@@ -1,3 +1,4 @@
 from .scheduling_annealed_langevin import AnnealedLangevinScheduler as AnnealedLangevinScheduler
+from .scheduling_calibrated_multistep import CalibratedMultistepScheduler as CalibratedMultistepScheduler
 from .scheduling_cld_sscs import CLDSSCSScheduler as CLDSSCSScheduler
 from .scheduling_gm_langevin import GMLangevinScheduler as GMLangevinScheduler

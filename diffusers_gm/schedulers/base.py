@@ -15,9 +15,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..random import Draw, Generators, check_generators, randn
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
+from ..random import Draw, Generators, check_generators
 from ..readings import ImageReading, NoiseSpace, Reading
-from ..readings.grids import shift_flow
+from ..readings.grids import calibrated_levels, check_calibration, even_levels, shift_flow
 from ..samplers import Memory, Sampler
 from .run import Run
 from .swap import (
@@ -56,11 +57,17 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         reading: how the network sees noise.
         noise_space: the `NoiseSpace` of a network that sees a noisy image; None for one that sees a velocity.
         sampler: what a run does.
+        model_mixture: the law of the noise that the network was trained with.
         algorithms: the values of `algorithm_type`, the default first.
+        reads_mixtures: whether networks of mixture noise are read for what they are, rather than refused.
+        calibrates: whether `grid="calibrated"` is what a config of another scheduler becomes.
     """
 
     order = 1
     algorithms: ClassVar[tuple[str, ...]] = ()
+    reads_mixtures: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
+    model_mixture: GaussianMixtureNoise = GAUSSIAN
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
 
     config: Any
@@ -77,14 +84,29 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
         if isinstance(config, dict):
-            name = next(c.__name__ for c in cls.__mro__ if "algorithms" in c.__dict__)
             others = {algorithm for c in SamplerScheduler.__subclasses__() for algorithm in c.algorithms}
-            config = from_own_config(config, name, cls.algorithms, others)
+            config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config and "noise_space" not in kwargs:
                 config = from_source_config(config)
+            cls._check_mixture(config)
+            # The grid belongs to the sampler.
+            if cls.calibrates and "corrector" not in config:
+                config = {**config, "grid": "calibrated"}
+            elif not cls.calibrates and config.get("grid") == "calibrated":
+                config = {**config, "grid": None}
         if "timestep_spacing" in kwargs:
             kwargs = {"grid": None, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _check_mixture(cls, config: dict[str, Any]) -> None:
+        """Raise a ValueError for a network of mixture noise that this class would read as one of Gaussian noise."""
+        unit = (config.get("mixture_scales") or [1.0]) == [1.0]
+        if config.get("model_noise") == "mixture" and not unit and not cls.reads_mixtures:
+            raise ValueError(
+                f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
+                "GMLangevinScheduler or CalibratedMultistepScheduler"
+            )
 
     def register_to_config(self, **kwargs: Any) -> None:
         super().register_to_config(**kwargs)
@@ -130,6 +152,7 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}")
         if sum(bool(config[flag]) for flag in SPACING_FLAGS) > 1:
             raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
+        check_calibration(config.calibration)
         self.reading = reading_from_config(config)
         self.noise_space = self.reading.space if isinstance(self.reading, ImageReading) else None
         self.sampler = sampler
@@ -243,9 +266,24 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
 
     def _grid(self, num_levels: int, shift: float) -> Tensor:
         config = self.config
+        if config.grid == "calibrated":
+            return self._calibrated_grid(num_levels, shift)
         flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
         spacing = flags[0] if flags else config.grid or config.timestep_spacing
         return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
+
+    def _calibrated_grid(self, num_levels: int, shift: float) -> Tensor:
+        """The labels of the calibrated levels, or of `even_levels`; between the ends of what the network was trained
+        at, the first one at its end. `flow`: of a calibration without a shift, moved by it."""
+        first, last = self.reading.timestep_range
+        low, high = self.reading.sigma(torch.tensor([first, last], dtype=torch.float64)).tolist()
+        if self.config.calibration is None:
+            levels = even_levels(high, low, num_levels) * shift
+        else:
+            levels = calibrated_levels(self.config.calibration, num_levels)
+            levels = levels * shift / self.config.calibration.get("shift", 1.0)
+        labels = self.reading.timestep(levels.clamp(low, high))
+        return torch.cat([torch.tensor([last], dtype=torch.float64), labels[1:]])
 
     def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
         """Labels of custom noise levels, without a final 0; in `flow` space they are s before the shift."""
@@ -304,9 +342,10 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     def initial_sample(
         self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The sample a run starts from, of `shape`: `init_noise_sigma` times unit noise; with velocities
-        `(B, 2C, ...)` from the prior. Call `set_timesteps` first."""
-        return self.reading.initial_sample(randn(shape, generator, device, dtype), self._first_sigma)
+        """The sample a run starts from, of `shape`: `init_noise_sigma` times unit noise, of the law that the network
+        was trained with; with velocities `(B, 2C, ...)` from the prior. Call `set_timesteps` first."""
+        noise = self.model_mixture.sample(shape, generator, device, dtype)
+        return self.reading.initial_sample(noise, self._first_sigma)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The network's input for the sample in the pipeline: the identity in `vp` and `flow` space; `alpha * sample`
@@ -394,8 +433,17 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
     def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
-        """D at a call, clipped, and what the sampler is to know of it besides."""
-        return self.clip(self.reading.denoised(output, state, call)), memory
+        """D at a call, clipped, and what the sampler is to know of it besides.
+
+        A score is not a denoiser under mixture noise: its displacement from y, `sigma^2 score`, is w times that to D.
+        Samplers that need the score are told w, which D alone would give them less exactly.
+        """
+        denoised = self.reading.denoised(output, state, call)
+        if self.model_mixture.is_standard_gaussian or self.config.prediction_type not in ("score", "scaled_score"):
+            return self.clip(denoised), memory
+        displacement = denoised - y
+        w = self.model_mixture.displacement_precision(displacement, memory.level or call.sigma)
+        return self.clip(y + displacement / w), memory._replace(precision=w)
 
     def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
         """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
@@ -422,3 +470,19 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             return denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return denoised
+
+
+def network_noise(config: Any) -> tuple[GaussianMixtureNoise, GaussianMixtureNoise]:
+    """The mixture that a config describes, and the law of the noise that its network was trained with.
+
+    Raises:
+        ValueError: for a mixture that is none.
+    """
+    if config.model_noise not in ("gaussian", "mixture"):
+        raise ValueError(f"unknown model_noise {config.model_noise!r}: use 'gaussian' or 'mixture'")
+    if (config.mixture_weights is None) != (config.mixture_scales is None):
+        raise ValueError("mixture_weights and mixture_scales go together: give both or none")
+    mixture = GaussianMixtureNoise(
+        config.mixture_weights or [1.0], config.mixture_scales or [1.0], config.mixture_per_element
+    )
+    return mixture, mixture if config.model_noise == "mixture" else GAUSSIAN

@@ -1,6 +1,6 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
-from typing import Literal
+from typing import Any, Literal
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
@@ -41,7 +41,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         timestep_spacing: `log_snr` (equal ratios of sigma), `karras`, `beta`, or diffusers' `linspace`, `leading`,
             `trailing`. Noise levels are between the ends of the trained range.
         steps_offset: as in diffusers.
-        grid: a spacing that takes the place of `timestep_spacing`. `from_config` sets `trailing` where the config of a
+        grid: a spacing that takes the place of `timestep_spacing`, or `calibrated`: the levels of `calibration`, see
+            `CalibratedMultistepScheduler`. `from_config` sets `trailing` where the config of a
             scheduler of diffusers has `leading` or `linspace`, unless it is given a `timestep_spacing`.
         use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: as in diffusers; short for
             `karras`, `log_snr`, `log_snr` and `beta`, and taking precedence.
@@ -95,6 +96,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         use_exponential_sigmas: bool = False,
         use_lu_lambdas: bool = False,
         use_beta_sigmas: bool = False,
+        calibration: dict[str, Any] | None = None,
         num_langevin_steps: int = 1,
         step_size: float | None = None,
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",

@@ -1,6 +1,6 @@
 """Samplers of critically-damped Langevin diffusion, for velocity networks and, through the lift, for any network."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -48,8 +48,8 @@ class CLDSSCSScheduler(SamplerScheduler):
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on D.
         timestep_spacing: `uniform` or `quadratic` in t, `log_snr` (equal ratios of `sigma_eff`); lifted also
             `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
-        steps_offset, grid, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: lifted, as in
-            `AnnealedLangevinScheduler`.
+        steps_offset, grid, calibration, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas:
+            lifted, as in `AnnealedLangevinScheduler`.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.
         mass, gamma: M, and the variance of the initial velocity in units of M. In lifted mode no network was trained
             on them: they are the sampler's own.
@@ -104,6 +104,7 @@ class CLDSSCSScheduler(SamplerScheduler):
         use_exponential_sigmas: bool = False,
         use_lu_lambdas: bool = False,
         use_beta_sigmas: bool = False,
+        calibration: dict[str, Any] | None = None,
         beta_0: float = 4.0,
         beta_1: float = 0.0,
         mass: float = 0.25,

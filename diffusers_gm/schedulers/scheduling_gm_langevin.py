@@ -1,19 +1,14 @@
 """Samplers of Gaussian-mixture score-based models: large jumps and small roaming."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
-
-import torch
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
-from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..random import Generators
-from ..samplers import Ancestral, Langevin, Memory, Sampler, TwoStep
-from .base import SamplerScheduler
+from ..processes.mixture import GAUSSIAN
+from ..samplers import Ancestral, Langevin, Sampler, TwoStep
+from .base import SamplerScheduler, network_noise
 from .scheduling_annealed_langevin import check_network_level
 
 
@@ -60,6 +55,7 @@ class GMLangevinScheduler(SamplerScheduler):
             for too few calls.
     """
 
+    reads_mixtures = True
     algorithms = ("ancestral", "langevin", "jump", "exponential", "ode")
 
     @register_to_config
@@ -95,6 +91,7 @@ class GMLangevinScheduler(SamplerScheduler):
         use_exponential_sigmas: bool = False,
         use_lu_lambdas: bool = False,
         use_beta_sigmas: bool = False,
+        calibration: dict[str, Any] | None = None,
         mixture_weights: list[float] | None = None,
         mixture_scales: list[float] | None = None,
         mixture_per_element: bool = False,
@@ -112,13 +109,7 @@ class GMLangevinScheduler(SamplerScheduler):
     ):
         self.check_algorithm(algorithm_type)
         check_network_level(network_level)
-        if model_noise not in ("gaussian", "mixture"):
-            raise ValueError(f"unknown model_noise {model_noise!r}: use 'gaussian' or 'mixture'")
-        if (mixture_weights is None) != (mixture_scales is None):
-            raise ValueError("mixture_weights and mixture_scales go together: give both or none")
-        self.mixture = GaussianMixtureNoise(mixture_weights or [1.0], mixture_scales or [1.0], mixture_per_element)
-        # The law of the noise that the network was trained with.
-        self.model_mixture = self.mixture if model_noise == "mixture" else GAUSSIAN
+        self.mixture, self.model_mixture = network_noise(self.config)
         self._setup(self._make_sampler())
 
     def _make_sampler(self) -> Sampler:
@@ -137,20 +128,3 @@ class GMLangevinScheduler(SamplerScheduler):
             exact=config.algorithm_type == "exponential",
             noise=self.model_mixture,
         )
-
-    def initial_sample(
-        self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """The sample a run starts from: noise of the law that the network was trained with."""
-        noise = self.model_mixture.sample(shape, generator, device, dtype)
-        return self.reading.initial_sample(noise, self._first_sigma)
-
-    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
-        """A score is not a denoiser under mixture noise: its displacement from y, `sigma^2 score`, is w times that to
-        D. Samplers that need the score are told w, which D alone would give them less exactly."""
-        denoised = self.reading.denoised(output, state, call)
-        if self.model_mixture.is_standard_gaussian or self.config.prediction_type not in ("score", "scaled_score"):
-            return self.clip(denoised), memory
-        displacement = denoised - y
-        w = self.model_mixture.displacement_precision(displacement, memory.level or call.sigma)
-        return self.clip(y + displacement / w), memory._replace(precision=w)

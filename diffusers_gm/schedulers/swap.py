@@ -94,32 +94,17 @@ def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
 # --- From other schedulers to ours ---
 
 
-def from_own_config(
-    config: dict[str, Any], scheduler: str, algorithms: tuple[str, ...], others: set[str]
-) -> dict[str, Any]:
-    """A config for the class called `scheduler`: what was kept from diffusers is back in its place, and a sampler that
-    belongs to another class is left out.
-
-    Args:
-        algorithms: the values of `algorithm_type` that the class has.
-        others: those of all classes of ours.
-
-    Raises:
-        ValueError: if the network was trained with mixture noise and the class reads it as one of Gaussian noise.
-    """
+def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others: set[str]) -> dict[str, Any]:
+    """A config of ours, for a class with these `algorithms`: what was kept from diffusers is back in its place, and a
+    sampler that belongs to another class (`others`: those of all) is left out. Configs of others are left alone."""
     if isinstance(config, SwapConfig):
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
     if OWN in config:
         added = {OWN, *config[OWN].get("added", ())}
         config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
-    if "noise_space" not in config:
-        return config
     algorithm = config.get("algorithm_type")
-    if algorithm not in algorithms and algorithm in (*others, *SOLVERS):
+    if "noise_space" in config and algorithm not in algorithms and algorithm in (*others, *SOLVERS):
         config = {key: value for key, value in config.items() if key != "algorithm_type"}
-    unit = (config.get("mixture_scales") or [1.0]) == [1.0]
-    if scheduler != "GMLangevinScheduler" and config.get("model_noise") == "mixture" and not unit:
-        raise ValueError(f"the network was trained with mixture noise, which {scheduler} would take for Gaussian: use GMLangevinScheduler")  # fmt: skip # noqa: E501
     return config
 
 
