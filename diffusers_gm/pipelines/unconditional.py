@@ -23,6 +23,7 @@ class UnconditionalPipeline(HubPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    calibration_batch_size = 64
     unet: UNet2DModel
     scheduler: Any
 

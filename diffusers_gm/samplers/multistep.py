@@ -11,7 +11,6 @@ reverse diffusion as SDE-DPM-Solver++ (arXiv 2211.01095) and SA-Solver (arXiv 23
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,33 +65,31 @@ class Multistep:
         return one_a_level(num_calls)
 
     def plan(self, sigmas: Tensor) -> MultistepPlan:
-        clock = (-sigmas.log()).tolist()
-        a, tau = 1 + self.stochasticity**2, self.stochasticity
-        decay, spread = [], []
-        predictor: list[list[list[float]]] = []
-        corrector: list[list[list[float]]] = [[]]
-        for i, (start, end) in enumerate(pairwise(clock)):
-            h = end - start
-            decay.append(math.exp(-a * h))
-            spread.append(math.exp(-end) * math.sqrt(-math.expm1(-2 * tau**2 * h)))
-            known = distinct(clock[: i + 1])[: self.order]
-            damping = 1 / (1 + DAMPING * h**4) if tau else 1.0
-            first = [exponential_weights(start, end, known[:1], a)[0]]
-            weights = [exponential_weights(start, end, known[:k], a) for k in range(1, len(known) + 1)]
-            predictor.append([damped(w, first, damping) for w in weights])
-            corrector.append(
-                [self._correction(start, end, known[:k], a, predictor[-1][k - 1]) for k in range(1, len(known) + 1)]
-            )
-        return MultistepPlan(sigmas, sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], [*predictor, []], corrector)
-
-    def _correction(
-        self, start: float, end: float, known: list[float], a: float, predicted: list[float]
-    ) -> list[float]:
-        """What the corrector adds to y: the weights of the new D and of the known ones, less those already used."""
-        if not self.corrector or end == start:
-            return []
-        new, *old = exponential_weights(start, end, [end, *known], a)
-        return [new, *(w - used for w, used in zip(old, predicted, strict=True))]
+        clock, n = -sigmas.log(), len(sigmas)
+        a, tau, h = 1 + self.stochasticity**2, self.stochasticity, clock.diff()
+        decay = torch.exp(-a * h).tolist()
+        spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
+        blend = 1 / (1 + DAMPING * h**4) if tau else torch.ones_like(h)
+        known = [distinct(clock[: i + 1].tolist())[: self.order] for i in range(n - 1)]
+        predictor: list[list[list[float]]] = [[] for _ in range(n)]
+        corrector: list[list[list[float]]] = [[] for _ in range(n)]
+        for k in range(1, self.order + 1):
+            steps = [i for i in range(n - 1) if len(known[i]) >= k]
+            if not steps:
+                break
+            nodes = torch.tensor([known[i][:k] for i in steps], dtype=torch.float64)
+            start, end = clock[steps], clock[[i + 1 for i in steps]]
+            weights = exponential_weights(start, end, nodes, a)
+            first = exponential_weights(start, end, nodes[:, :1], a)
+            weights = torch.lerp(torch.nn.functional.pad(first, (0, k - 1)), weights, blend[steps][:, None])
+            # What corrects y: the weights of the new D and of the known ones, less those already used.
+            correction = exponential_weights(start, end, torch.cat([end[:, None], nodes], 1), a)
+            correction[:, 1:] -= weights
+            for row, i in enumerate(steps):
+                predictor[i].append(weights[row].tolist())
+                if self.corrector and h[i] > 0:
+                    corrector[i + 1].append(correction[row].tolist())
+        return MultistepPlan(sigmas, sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], predictor, corrector)
 
     def step(
         self, plan: MultistepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
@@ -116,13 +113,6 @@ def distinct(clock: list[float]) -> list[float]:
     return list(dict.fromkeys(reversed(clock)))
 
 
-def damped(weights: list[float], first: list[float], damping: float) -> list[float]:
-    """A blend of a predictor's weights and those of first order."""
-    return [
-        damping * w + (1 - damping) * b for w, b in zip(weights, [*first, *[0.0] * (len(weights) - 1)], strict=True)
-    ]
-
-
 def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor]) -> Tensor:
     """`factor * y` and the weighted images, a new tensor."""
     if not weights:
@@ -133,36 +123,42 @@ def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor
     return total
 
 
-def exponential_weights(start: float, end: float, nodes: list[float], a: float) -> list[float]:
-    """`int_start^end a e^{-a (end - r)} l_j(r) dr` for the Lagrange polynomials l_j of distinct `nodes`.
+def exponential_weights(start: Tensor, end: Tensor, nodes: Tensor, a: float) -> Tensor:
+    """`int_start^end a e^{-a (end - r)} l_j(r) dr` for the Lagrange polynomials l_j of distinct nodes.
 
-    The weights that integrate `1, u, u^2, ...` exactly, `u = (r - start) / (end - start)`.
+    The weights that integrate `1, u, u^2, ...` exactly, `u = (r - start) / (end - start)`; 0 for a step of no length.
+
+    Args:
+        start, end: clocks `(...)`, float64.
+        nodes: `(..., K)`.
+
+    Returns:
+        `(..., K)`.
     """
-    h = end - start
-    if h == 0:
-        return [0.0] * len(nodes)
-    u = torch.tensor([(node - start) / h for node in nodes], dtype=torch.float64)
-    powers = u ** torch.arange(len(nodes), dtype=torch.float64)[:, None]
-    moments = torch.tensor(exponential_moments(a * h, len(nodes)), dtype=torch.float64)
-    return torch.linalg.solve(powers, moments).tolist()
+    h = (end - start)[..., None]
+    still = h == 0
+    h = torch.where(still, 1.0, h)
+    count = nodes.shape[-1]
+    u = (nodes - start[..., None]) / h
+    powers = u[..., None, :] ** torch.arange(count, dtype=torch.float64)[:, None]
+    weights = torch.linalg.solve(powers, exponential_moments(a * h[..., 0], count))
+    return torch.where(still, 0.0, weights)
 
 
-def exponential_moments(x: float, count: int) -> list[float]:
-    """`m_k = int_0^1 x e^{-x (1 - u)} u^k du` for `k < count`, x > 0, to 14 digits.
+def exponential_moments(x: Tensor, count: int) -> Tensor:
+    """`m_k = int_0^1 x e^{-x (1 - u)} u^k du`, `(..., count)`, for x > 0 `(...)` float64, to 14 digits.
 
     `m_0 = 1 - e^{-x}` and `m_k = 1 - k / x m_{k-1}`, which cancels for small x: there the series
     `m_k = x sum_j (-x)^j k! / (k + j + 1)!`.
     """
-    if x > 2:
-        moments = [-math.expm1(-x)]
-        for k in range(1, count):
-            moments.append(1 - k / x * moments[-1])
-        return moments
-    moments = []
+    moments, series = [-torch.expm1(-x)], []
+    for k in range(1, count):
+        moments.append(1 - k / x * moments[-1])
+    small = x.clamp(max=2.0)
     for k in range(count):
-        term, total = x / (k + 1), 0.0
-        for j in range(1, 40):
-            total += term
-            term *= -x / (k + j + 1)
-        moments.append(total)
-    return moments
+        term, total = small / (k + 1), torch.zeros_like(x)
+        for j in range(1, 30):
+            total = total + term
+            term = term * -small / (k + j + 1)
+        series.append(total)
+    return torch.where(x[..., None] > 2, torch.stack(moments, -1), torch.stack(series, -1))

@@ -273,17 +273,21 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
 
     def _calibrated_grid(self, num_levels: int, shift: float) -> Tensor:
-        """The labels of the calibrated levels, or of `even_levels`; between the ends of what the network was trained
-        at, the first one at its end. `flow`: of a calibration without a shift, moved by it."""
-        first, last = self.reading.timestep_range
-        low, high = self.reading.sigma(torch.tensor([first, last], dtype=torch.float64)).tolist()
-        if self.config.calibration is None:
+        """The labels of `calibrated_or_even_levels`, the first one at the end of what the network was trained at."""
+        last = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
+        return torch.cat([last, self.reading.timestep(self.calibrated_or_even_levels(num_levels, shift))[1:]])
+
+    def calibrated_or_even_levels(self, num_levels: int, shift: float = 1.0) -> Tensor:
+        """The noise levels of the config's calibration, or without one `even_levels`: `(num_levels,)` float64, between
+        the ends of what the network was trained at. `flow`: moved by the shift of the resolution."""
+        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
+        low, high = self.reading.sigma(ends).tolist()
+        calibration = self.config.calibration
+        if calibration is None:
             levels = even_levels(high, low, num_levels) * shift
         else:
-            levels = calibrated_levels(self.config.calibration, num_levels)
-            levels = levels * shift / self.config.calibration.get("shift", 1.0)
-        labels = self.reading.timestep(levels.clamp(low, high))
-        return torch.cat([torch.tensor([last], dtype=torch.float64), labels[1:]])
+            levels = calibrated_levels(calibration, num_levels) * (shift / calibration.get("shift", 1.0))
+        return levels.clamp(low, high)
 
     def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
         """Labels of custom noise levels, without a final 0; in `flow` space they are s before the shift."""

@@ -1,0 +1,278 @@
+"""`calibrate(pipe)`: from a pipeline to a scheduler whose config holds the noise levels made for its network."""
+
+import inspect
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..random import Draw
+from ..readings.grids import calibrated_levels
+from ..samplers import Memory, Multistep
+from ..schedulers import CalibratedMultistepScheduler
+from .oracle import MANY, with_denoiser
+from .search import LocalDefects, fine_ladder, gram, nearest, search
+from .trajectory import Denoiser, Trajectories
+
+CALLS = (5, 8, 10, 15, 20, 30, 50)
+
+# Network calls that a budget may cost, besides the teacher's run, in units of itself.
+MAX_RUNS, MAX_CALLS = 60, 600
+
+# Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
+NUM_FAST, NUM_MARTINGALE = 56, 48
+
+# Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
+LOW = 0.01
+
+
+@dataclass
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        scheduler: the result.
+        levels: of each budget.
+        errors: of each budget, the mean square distance of the last D to the teacher's: of the fixed grid, of the best
+            start, of what was found. None with `effort="fast"`.
+        martingale_defect: rho, see `martingale_defect`; None with `effort="fast"`.
+        network_calls: in all, each for the whole batch.
+        seconds: of work beside the network, and of the network and the pipeline around it.
+    """
+
+    scheduler: CalibratedMultistepScheduler
+    levels: dict[int, list[float]] = field(default_factory=dict)
+    errors: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    martingale_defect: float | None = None
+    network_calls: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+
+def calibrate(
+    pipe: Any,
+    calls: Sequence[int] = CALLS,
+    *,
+    effort: Literal["full", "fast"] = "full",
+    stochasticity: float | None = None,
+    progress: bool = True,
+    **arguments: Any,
+) -> CalibratedMultistepScheduler:
+    """The sampler made for a pipeline's network: `pipe.scheduler = calibrate(pipe, prompt=..., guidance_scale=...)`.
+
+    The pipeline is run as you run it: its prompt, guidance, resolution and batch are what the levels are made for. For
+    each number of calls, a few levels are compared with very many along the same trajectories, and moved until the last
+    denoised images are closest (see `trajectory`). No data, no training.
+
+    Args:
+        pipe: a pipeline with a network and a scheduler; its scheduler is put back at the end.
+        calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
+        effort: `full`; or `fast`: one run of 56 calls, from whose denoised images the local errors of all steps are
+            estimated; good on many networks and poor on some.
+        stochasticity: tau of the sampler, 0 (the probability flow) unless given.
+        progress: show a bar.
+        arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
+            unless told; others need as many images as fit: 4 will do.
+
+    Returns:
+        a `CalibratedMultistepScheduler` for the network; `save_pretrained` and `push_to_hub` carry its levels.
+
+    Raises:
+        ValueError: for a pipeline whose scheduler cannot be swapped or that cannot be calibrated, numbers of calls out
+            of range, a denoised image that is not finite.
+    """
+    return calibrate_in_full(
+        pipe, calls, effort=effort, stochasticity=stochasticity, progress=progress, **arguments
+    ).scheduler
+
+
+def calibrate_in_full(
+    pipe: Any,
+    calls: Sequence[int] = CALLS,
+    *,
+    effort: Literal["full", "fast"] = "full",
+    stochasticity: float | None = None,
+    progress: bool = True,
+    **arguments: Any,
+) -> Calibration:
+    """`calibrate`, with all that was measured."""
+    budgets = _checked_calls(calls)
+    if effort not in ("full", "fast"):
+        raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
+    scheduler = _swapped(pipe)
+    tau = stochasticity or 0.0
+    sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector, tau)
+    ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
+    low, high = scheduler.reading.sigma(ends).tolist()
+    result = Calibration(scheduler)
+    bar = tqdm(total=None, desc="calibrating", unit="call", disable=not progress)
+    clock = _Clock()
+
+    def work(denoiser: Denoiser, start: Tensor) -> None:
+        timed = clock.around(denoiser, bar)
+        if effort == "fast":
+            _from_one_run(result, timed, start, high, max(low, LOW), sampler, budgets)
+        else:
+            _from_trajectories(result, timed, start, high, max(low, LOW), sampler, budgets)
+        result.network_calls = clock.calls
+
+    with bar, _quiet(pipe):
+        _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
+    calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
+    if tau:
+        calibration["stochasticity"] = {str(n): tau for n in result.levels}
+    if shift != 1.0:
+        calibration["shift"] = shift
+    result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
+    result.seconds = (clock.total() - clock.network, clock.network)
+    return result
+
+
+def _from_one_run(
+    result: Calibration,
+    denoiser: Denoiser,
+    start: Tensor,
+    high: float,
+    low: float,
+    sampler: Multistep,
+    budgets: list[int],
+) -> None:
+    sigmas = fine_ladder(high, low, NUM_FAST)
+    teacher = Trajectories(denoiser, start, sigmas, sampler).teacher
+    defects = LocalDefects(sigmas, gram(teacher.denoised), 1 + sampler.stochasticity**2)
+    for n in budgets:
+        result.levels[n] = sigmas[defects.best(n)].tolist()
+
+
+def _from_trajectories(
+    result: Calibration,
+    denoiser: Denoiser,
+    start: Tensor,
+    high: float,
+    low: float,
+    sampler: Multistep,
+    budgets: list[int],
+) -> None:
+    trajectories = Trajectories(denoiser, start, fine_ladder(high, low), sampler)
+    sigmas, every = trajectories.sigmas, 3
+    some = list(range(0, len(sigmas), every))
+    defects = LocalDefects(
+        sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]), 1 + sampler.stochasticity**2
+    )
+    for n in budgets:
+        starts = [[some[k] for k in defects.best(n)]] if n <= len(some) // 2 else []
+        if result.levels:  # what suits fewer calls, with levels in between
+            known = {str(m): levels for m, levels in result.levels.items()}
+            places = nearest(sigmas, calibrated_levels(known, n))
+            starts += [places] if places is not None else []
+        fixed = nearest(sigmas, result.scheduler.calibrated_or_even_levels(n))
+        starts += [fixed] if fixed is not None else []
+        best, first = search(trajectories, n, starts, min(MAX_RUNS * n, MAX_CALLS))
+        error = trajectories.run(fixed).error if fixed is not None else math.nan
+        result.levels[n] = sigmas[best.index].tolist()
+        result.errors[n] = (error, first, best.error)
+    result.martingale_defect = martingale_defect(denoiser, start, high, low)
+
+
+def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
+    """`rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2` along a run of the reverse diffusion.
+
+    For an exact denoiser D is a martingale there, and rho about 0 (+.1 with 48 levels); errors of a network that vary
+    from level to level make it negative. Levels from sigma 40 to .05, where the network has them.
+    """
+    sigmas = torch.logspace(
+        math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
+    )
+    y = start * (float(sigmas[0]) / high)
+    sampler, memory, draw = Multistep(1, corrector=False, stochasticity=1.0), Memory(), None
+    plan, before = sampler.plan(sigmas), None
+    draw = Draw.like(y, torch.Generator().manual_seed(seed))
+    products = squares = 0.0
+    for i, sigma in enumerate(sigmas.tolist()):
+        denoised = denoiser(y, sigma).float()
+        if before is not None:
+            change = denoised - before
+            products += float((before * change).mean())
+            squares += float(change.square().mean())
+        before = denoised
+        y, memory = sampler.step(plan, i, y, denoised, memory, draw)
+    return products / squares
+
+
+class _Clock:
+    """Seconds of the network and of everything else."""
+
+    def __init__(self) -> None:
+        self.began, self.network, self.calls = time.perf_counter(), 0.0, 0
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+    def around(self, denoiser: Denoiser, bar: Any) -> Denoiser:
+        def timed(y: Tensor, sigma: float) -> Tensor:
+            began = time.perf_counter()
+            denoised = denoiser(y, sigma)
+            self.network += time.perf_counter() - began
+            self.calls += 1
+            bar.update()
+            return denoised
+
+        return timed
+
+
+def _checked_calls(calls: Sequence[int]) -> list[int]:
+    wrong = [n for n in calls if int(n) != n or not 2 <= n <= 80]
+    if wrong or not calls:
+        raise ValueError(f"calls must be whole numbers from 2 to 80, at least one, got {list(calls)}")
+    return sorted({int(n) for n in calls})
+
+
+def _swapped(pipe: Any) -> CalibratedMultistepScheduler:
+    """Our scheduler for the pipeline's network."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or not hasattr(scheduler, "config"):
+        raise ValueError(f"a {type(pipe).__name__} has no scheduler that can be swapped: calibrate needs one")
+    try:
+        return CalibratedMultistepScheduler.from_config(scheduler.config, calibration=None)
+    except ValueError as error:
+        raise ValueError(f"the scheduler of this {type(pipe).__name__} cannot be swapped: {error}") from error
+
+
+def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the call: many steps, a seed, and no decoding, where the pipeline knows of these."""
+    if "num_inference_steps" in given:
+        raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "num_inference_steps" not in parameters:
+        raise ValueError(f"a {type(pipe).__name__} takes no num_inference_steps: it cannot be calibrated")
+    arguments: dict[str, Any] = {"num_inference_steps": MANY}
+    if "generator" in parameters:
+        arguments["generator"] = torch.Generator().manual_seed(0)
+    if hasattr(pipe, "calibration_batch_size"):
+        arguments["batch_size"] = pipe.calibration_batch_size
+    return arguments | given
+
+
+class _quiet:
+    """The pipeline's own progress bar is off inside."""
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+
+    def __enter__(self) -> None:
+        self.kept = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        if hasattr(self.pipe, "set_progress_bar_config"):
+            self.pipe.set_progress_bar_config(**{**self.kept, "disable": True})
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self.pipe, "set_progress_bar_config"):
+            self.pipe.set_progress_bar_config(**{"disable": False, **self.kept})
+
+
+def _rounded(levels: list[float]) -> list[float]:
+    """Six digits are plenty, and a config is to be read."""
+    return [float(f"{sigma:.6g}") for sigma in levels]

@@ -1,0 +1,174 @@
+"""A pipeline as a denoiser: whatever it does around its network (prompt, guidance, control) is in its D.
+
+The pipeline runs once, with a scheduler that never ends: at every step it hands D to the one who asks and is told which
+noise level, and which y, to call the network at next. The asker works in a thread of its own.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..random import Generators
+from ..samplers import Memory
+from ..schedulers import CalibratedMultistepScheduler
+from ..schedulers.base import LangevinSchedulerOutput
+
+# Steps that the pipeline is told of; it is stopped before.
+MANY = 20_000
+
+
+class _Done(Exception):
+    """Ends the pipeline's loop."""
+
+
+class AskedScheduler(CalibratedMultistepScheduler):
+    """A scheduler whose steps go where another thread wants them."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        self.shift_of_run = self._flow_shift(mu)
+        given = next((x for x in (timesteps, sigmas) if x is not None), None)
+        count = int(num_inference_steps) if given is None else len(given)  # type: ignore[arg-type]
+        top = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
+        super().set_timesteps(timesteps=top, device=device)
+        # The loop holds views of this tensor: what is written into it is the timestep of a step to come.
+        self.timesteps = torch.full((count,), float(top), device=device, dtype=torch.float32)
+        self.num_inference_steps = count
+        self.sigmas = torch.zeros(count + 1)
+        self._taken = 0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        per_token_timesteps: Tensor | None = None,
+    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+        """D of the call that was asked for; the sample of the next one."""
+        call = self.asked
+        told = float(torch.as_tensor(timestep).flatten()[0])
+        if abs(told - call.label) > 1e-3 * max(1.0, abs(call.label)):
+            raise ValueError(
+                f"the pipeline called its network at timestep {told:g}, not at {call.label:g}: it takes its timesteps "
+                "from elsewhere than the scheduler, and cannot be calibrated"
+            )
+        output, state = self.without_variance(model_output, sample).float(), sample.float()
+        y, companion = self.reading.coordinates(state, call)
+        denoised, _ = self._denoised(output, state, y, call, Memory())
+        sigma, y = self.exchange(denoised, y)
+        self._taken += 1
+        label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))
+        self.ask(label)
+        if self._taken < len(self.timesteps):
+            self.timesteps[self._taken] = float(label)
+        prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
+        denoised = denoised.to(sample.dtype)
+        return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def ask(self, label: Tensor) -> None:
+        """The next call is at `label` `(1,)`."""
+        self.asked = self.reading.calls(label)[0]
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return self.reading.initial_scale(self.asked.sigma)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        return self.reading.model_input(sample, timestep, self.asked)
+
+    exchange: Callable[[Tensor, Tensor], tuple[float, Tensor]]
+
+
+def with_denoiser(
+    pipe: Any, scheduler: CalibratedMultistepScheduler, work: Callable[[Any, Tensor], Any], **arguments: Any
+) -> tuple[Any, float]:
+    """Run `work(denoiser, start)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is D of the pipeline's batch,
+    `start` its y at the first level.
+
+    Returns:
+        what `work` returns, and the factor by which the pipeline shifts the levels of its resolution (`flow`).
+
+    Raises:
+        ValueError: for a pipeline that ends before the work is done; whatever the pipeline or the work raises.
+    """
+    asked = AskedScheduler.from_config(scheduler.config)
+    asked.ask(torch.tensor([asked.reading.timestep_range[1]], dtype=torch.float64))
+    asker = _Asker(work)
+    asked.exchange = asker.exchange
+    original, pipe.scheduler = pipe.scheduler, asked
+    try:
+        with torch.no_grad():
+            pipe(**arguments)
+    except _Done:
+        pass
+    except BaseException as error:
+        asker.answers.put(error)
+        raise
+    else:
+        asker.answers.put(ValueError("the pipeline has ended"))
+        raise ValueError(
+            f"a {type(pipe).__name__} ended before the calibration did: it makes fewer network calls than its "
+            "num_inference_steps, or the calibration needs more than there are: give fewer calls"
+        )
+    finally:
+        pipe.scheduler = original
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
+    return asker.result(), asked.shift_of_run
+
+
+class _Asker:
+    """The thread that asks a pipeline for denoised images."""
+
+    def __init__(self, work: Callable[[Any, Tensor], Any]):
+        self.work = work
+        self.answers: queue.Queue[Any] = queue.Queue()
+        self.requests: queue.Queue[Any] = queue.Queue()
+        self.thread: threading.Thread | None = None
+        self.outcome: Any = None
+
+    def exchange(self, denoised: Tensor, y: Tensor) -> tuple[float, Tensor]:
+        """Called by the pipeline: D of the call that was asked for; the level and y of the next one."""
+        if self.thread is None:
+            # D of the first call is asked for again: the work need not know of this one.
+            self.thread = threading.Thread(target=self._run, args=(y,), daemon=True)
+            self.thread.start()
+        else:
+            self.answers.put(denoised)
+        request = self.requests.get()
+        if request is None:
+            raise _Done
+        return request
+
+    def denoiser(self, y: Tensor, sigma: float) -> Tensor:
+        """Called by the work."""
+        self.requests.put((sigma, y))
+        answer = self.answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _run(self, start: Tensor) -> None:
+        try:
+            with torch.no_grad():
+                self.outcome = self.work(self.denoiser, start)
+        except BaseException as error:
+            self.outcome = error
+        self.requests.put(None)
+
+    def result(self) -> Any:
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome

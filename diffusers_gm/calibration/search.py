@@ -1,0 +1,156 @@
+"""The noise levels of a number of calls at which a student ends closest to its teacher."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..readings.grids import power_levels
+from ..samplers.multistep import exponential_weights
+from .trajectory import Run, Trajectories
+
+NUM_FINE = 160
+POWERS = (1.5, 2.0, 3.0)
+LAST_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4)
+MOVES = (8, 4, 2, 1)
+
+
+def fine_ladder(high: float, low: float, num_levels: int = NUM_FINE) -> Tensor:
+    """The teacher's levels, `(num_levels,)` float64, from `high` to `low`."""
+    return power_levels(high, low, num_levels, 3.0)
+
+
+def nearest(sigmas: Tensor, levels: Tensor) -> list[int] | None:
+    """The places of levels on the ladder, the first at its top; None if two fall on one."""
+    places = (sigmas.log()[:, None] - levels.log()).abs().argmin(0).tolist()
+    places[0] = 0
+    return places if len(set(places)) == len(places) and places == sorted(places) else None
+
+
+def search(
+    trajectories: Trajectories,
+    num_calls: int,
+    starts: list[list[int]],
+    max_calls: int,
+    progress: Callable[[int], None] = lambda calls: None,
+) -> tuple[Run, float]:
+    """The best levels that are found with about `max_calls` network calls, and the error of the best start.
+
+    Coordinate descent on the levels' places on the fine ladder, with halving moves, from the best of `starts` and of
+    `power_levels`. Levels are moved from the last to the first: a run is the same up to the level that moves, so the
+    last ones cost little.
+
+    Raises:
+        ValueError: if the ladder has not as many levels.
+    """
+    sigmas = trajectories.sigmas
+    if not 2 <= num_calls <= len(sigmas) // 2:
+        raise ValueError(f"calls must be between 2 and {len(sigmas) // 2}, got {num_calls}")
+    spent = trajectories.num_calls
+
+    def left() -> bool:
+        progress(trajectories.num_calls)
+        return trajectories.num_calls - spent < max_calls
+
+    candidates = list(starts)
+    high, low = float(sigmas[0]), float(sigmas[-1])
+    for power in POWERS:
+        for last in LAST_LEVELS:
+            if low < last < high / 2:
+                places = nearest(sigmas, power_levels(high, last, num_calls, power))
+                candidates += [places] if places is not None else []
+    best = trajectories.run(candidates[0])
+    for places in candidates[1:]:
+        if trajectories.num_calls - spent < max_calls // 2:
+            trial = trajectories.run(places)
+            best = min(best, trial, key=lambda run: run.error)
+    first = best.error
+    for move in MOVES:
+        for j in reversed(range(1, num_calls)):
+            for signed in (move, -move):
+                places = list(best.index)
+                places[j] += signed
+                end = len(sigmas) if j == num_calls - 1 else places[j + 1]
+                if not places[j - 1] < places[j] < end or not left():
+                    continue
+                trial = trajectories.run(places, best)
+                if trial.error < best.error:
+                    best = trial
+                    break
+    return best, first
+
+
+# --- From one run: local defects and dynamic programming -------------------------------------------------------------
+
+
+def gram(denoised: list[Tensor]) -> Tensor:
+    """`mean D_k D_l` over images and elements, `(K, K)` float64."""
+    flat = torch.stack([d.flatten().float() for d in denoised])
+    return (flat @ flat.T / flat.shape[1]).double().cpu()
+
+
+class LocalDefects:
+    """How far the predictor and the corrector of a single step are from the integral that they stand for.
+
+    By the Gram matrix of D along a run, for every triple of its levels (previous, current, next), as quadratic forms.
+
+    Args:
+        sigmas: levels of the run, `(K,)`.
+        matrix: `gram` of its D's.
+        a: `1 + tau^2`.
+    """
+
+    def __init__(self, sigmas: Tensor, matrix: Tensor, a: float = 1.0):
+        clock, n = -sigmas.log(), len(sigmas)
+        self.sigmas, self.matrix = sigmas, matrix
+        eye = torch.eye(n, dtype=torch.float64)
+        # The integral from each level to each later one, of D linear between neighbouring levels: weights of all D's.
+        between = exponential_weights(clock[:-1], clock[1:], torch.stack([clock[:-1], clock[1:]], -1), a)
+        pieces = between[:, :1] * eye[:-1] + between[:, 1:] * eye[1:]
+        exact = torch.zeros(n, n, n, dtype=torch.float64)
+        for k in range(n - 1):
+            total = torch.zeros(n, dtype=torch.float64)
+            for m in range(k + 1, n):
+                total = total * torch.exp(-a * (clock[m] - clock[m - 1])) + pieces[m - 1]
+                exact[k, m] = total
+        j, k, m = torch.combinations(torch.arange(n), 3).T
+        # (previous, current, next); the first step has no previous one: it is written as (current, current, next).
+        self.cost = torch.full((n, n, n), math.inf, dtype=torch.float64)
+        self.cost[j, k, m] = self._costs(exact[k, m], clock, m, [k, j], k, a)
+        zero, later = torch.zeros(n - 1, dtype=torch.long), torch.arange(1, n)
+        self.cost[0, 0, 1:] = self._costs(exact[zero, later], clock, later, [zero], zero, a)
+
+    def _costs(self, exact: Tensor, clock: Tensor, end: Tensor, known: list[Tensor], start: Tensor, a: float) -> Tensor:
+        """`(e_c^2 + e_p^2 / 4) s^2 / (s^2 + sigma^2)` of steps from levels `start` to `end`, with D of `known`."""
+        signal = self.matrix[-1, -1]
+        damping = signal / (signal + self.sigmas[end] ** 2)
+        total = torch.zeros(len(end), dtype=torch.float64)
+        for nodes, share in ((known, 0.25), ([end, *known], 1.0)):
+            places = torch.stack(nodes, -1)
+            weights = exponential_weights(clock[start], clock[end], clock[places], a)
+            defect = exact.clone().scatter_add_(1, places, -weights)
+            total += share * torch.einsum("ik,kl,il->i", defect, self.matrix, defect).clamp(min=0)
+        return total * damping
+
+    def best(self, num_calls: int) -> list[int]:
+        """The levels of the smallest sum of defects, and of the distance of the last D to the end of the run, by
+        dynamic programming over (previous, current)."""
+        n, last = len(self.sigmas), num_calls - 1
+        value = torch.full((n, n), math.inf, dtype=torch.float64)
+        value[0, 0] = 0.0
+        came_from: list[Tensor] = []
+        for _ in range(last):
+            total = value[:, :, None] + self.cost
+            value, choice = total.min(0)
+            came_from.append(choice)
+        g = self.matrix
+        end = g[-1, -1] - 2 * g[-1] + g.diagonal()
+        total = value + end
+        flat = int(total.argmin())
+        previous, current = divmod(flat, n)
+        path = [current, previous]
+        for choice in reversed(came_from[1:]):
+            previous, current = int(choice[previous, current]), previous
+            path.append(previous)
+        return path[::-1][-num_calls:]
