@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import HfArgumentParser
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
-from diffusers_gm import training as tr
 from diffusers_gm.evaluation.options import build_parser, check_options
 from diffusers_gm.evaluation.sampling import build_scheduler
+from diffusers_gm.training.network import new_unet
+from diffusers_gm.training.parser import OptionParser
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def commands(**variables):
     lines = printed.replace("\\\n", " ").splitlines()
     training = next(line for line in lines if "train_gm_sgm.py" in line).partition("train_gm_sgm.py")[2]
     evaluation = next(line for line in lines if "evaluation" in line).partition("-m diffusers_gm.evaluation")[2]
-    parsed = HfArgumentParser(tr.TrainingArguments).parse_args_into_dataclasses(shlex.split(training))[0]
+    parsed = OptionParser("").parse(shlex.split(training))
     return parsed, build_parser("").parse_args(shlex.split(evaluation))
 
 
@@ -47,7 +47,7 @@ def test_the_three_methods_differ_in_nothing_else(scale):
 def test_the_network_has_the_size_that_is_said(scale, parameters):
     args, _ = commands(SCALE=scale)
     with torch.device("meta"):
-        assert tr.new_unet(args, 32, 3).num_parameters() == parameters
+        assert new_unet(args, 32, 3).num_parameters() == parameters
 
 
 def test_a_slice_goes_on_by_itself_and_the_evaluation_is_of_the_same_model_and_data(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .options import TrainingArguments
+from .options import TrainingArguments, free_on_resume
 
 CHECKPOINT = "checkpoint-"
 STATE_FILE = "training_state.json"
@@ -118,39 +118,6 @@ def publish(source: Path, folder: Path) -> None:
 
 # --- Checkpoints ---
 
-# Options that may change when a training is resumed: they do not change what is learned.
-FREE_ON_RESUME = {
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "dataloader_num_workers",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "mixed_precision",
-    "num_train_epochs",
-    "max_train_minutes",
-    "algorithm_type",
-    "timestep_spacing",
-    "splitting_order",
-    "num_langevin_steps",
-    "step_size",
-    "step_size_criterion",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "num_validation_images",
-    "validation_inference_steps",
-    "eval_batch_size",
-    "logging_steps",
-    "report_to",
-    "dry_run",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_strategy",
-}
-
 
 @dataclass
 class TrainingState:
@@ -193,9 +160,7 @@ def read_checkpoint(checkpoint: Path, args: TrainingArguments, record: dict[str,
         ValueError: if it was started with other options than `record`.
     """
     content = json.loads((checkpoint / STATE_FILE).read_text())
-    free = set(FREE_ON_RESUME)
-    if args.lr_scheduler in ("constant", "constant_with_warmup"):
-        free.add("max_train_steps")  # other schedules are laid out for a length
+    free = free_on_resume(args)
     before, now = content["arguments"], json.loads(json.dumps(record))
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
