@@ -27,8 +27,7 @@ from diffusers_gm.studies.common import (
 )
 from diffusers_gm.studies.page import page
 from diffusers_gm.studies.report import Report, Table, command_line
-
-from ..training.options import TrainingArguments
+from diffusers_gm.training.options import TrainingArguments
 
 
 class Answer:

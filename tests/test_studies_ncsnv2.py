@@ -10,10 +10,9 @@ from diffusers_gm.studies import lifted, ncsnv2
 from diffusers_gm.studies.common import tie, trained
 from diffusers_gm.studies.ncsnv2_trained import last_call, verdict_of
 from diffusers_gm.studies.report import Report
-
-from ..training.network import build_scheduler
-from ..training.options import TrainingArguments
-from ..training.plan import make_plan
+from diffusers_gm.training.network import build_scheduler
+from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.plan import make_plan
 
 
 class Answer:
