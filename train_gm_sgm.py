@@ -20,7 +20,8 @@ A folder of images (or of parquet files, or `--dataset_name` of the Hub) on two 
 Several processes on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`.
 What a training would do, without doing it: add `--dry_run`. After an interruption, add
 `--resume_from_checkpoint latest`: it ends with the same weights as if nothing had happened. With
-`--max_train_minutes 9` beside it, the same command, again and again, trains in slices of nine minutes. All options:
+`--max_train_minutes 9` beside it, the same command, again and again, trains in slices of nine minutes. Options can be
+kept in a YAML file, and some come with the package: `--config cifar10-cpu --method cld`. All options:
 `python train_gm_sgm.py --help`.
 """
 

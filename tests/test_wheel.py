@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.slow  # a minute, and the build backend comes from PyPI
+
 
 def run(*command, cwd, **environment):
     """What a command prints; none of this repository is on its path."""

@@ -1,6 +1,5 @@
 """The options of `train_gm_sgm.py`."""
 
-from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields
 from typing import Literal
 
@@ -230,9 +229,10 @@ class TrainingArguments(MethodOptions):
         return self.train_data_dir is None and self.dataset_name == "digits"
 
 
-def changed_options(args: TrainingArguments) -> Iterator[Field]:
-    """The options that have another value than their default."""
-    return (f for f in fields(args) if getattr(args, f.name) != f.default)
+def changed_options(args: TrainingArguments) -> list[Field]:
+    """The options that have another value than their default, `method` first."""
+    changed = [f for f in fields(args) if getattr(args, f.name) != f.default]
+    return sorted(changed, key=lambda f: f.name != "method")
 
 
 def names_of(kind: Literal["path", "private"]) -> set[str]:

@@ -77,7 +77,7 @@ def make_plan(
 
 def training_record(args: TrainingArguments, plan: Plan) -> dict[str, Any]:
     """All options as resolved, JSON-safe, without tokens and places on this host; None where the method has none."""
-    record = asdict(args) | asdict(plan) | dict.fromkeys(options_of_others(args.method))
+    record = {"method": args.method} | asdict(args) | asdict(plan) | dict.fromkeys(options_of_others(args.method))
     for name in names_of("path"):
         record[name] = portable(record[name])
     return {name: value for name, value in record.items() if name not in names_of("private")}
