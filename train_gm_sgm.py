@@ -239,8 +239,6 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
             steps = state.step - logged_step
             mean_loss = float(accelerator.reduce(losses, "mean")) / steps
             health.check_loss(state.step, mean_loss)
-            if last or save:
-                health.check_network(state.step)
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
             losses.zero_()
             logged_step, logged_time = state.step, time.monotonic()
@@ -258,6 +256,8 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
 
         paused = time.monotonic()
         state.seconds = paused - started
+        if last or save:
+            health.check_network(state.step)
         if save:
             tr.save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:

@@ -89,7 +89,7 @@ def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and keeps their names by itself
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -98,9 +98,8 @@ def sync(path: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """`sync` a folder with everything in it."""
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, [*folder.rglob("*"), folder]))
 
 
 # --- Checksums ---
