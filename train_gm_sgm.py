@@ -37,22 +37,21 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_gm import cards, hub
+from diffusers_gm import cards, files, hub
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
 from diffusers_gm.training.folder import (
     ARGS_FILE,
+    UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
     check_output_dir,
     find_checkpoint,
-    fresh_folder,
-    publish,
     read_checkpoint,
     read_log,
     save_checkpoint,
     start_output_dir,
-    write_json,
 )
+from diffusers_gm.training.health import Health
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
     averaged_weights,
@@ -61,6 +60,7 @@ from diffusers_gm.training.network import (
     build_objective,
     build_optimizer,
     build_scheduler,
+    check_precision,
     check_processes,
     fit_unet,
     given_unet,
@@ -71,6 +71,7 @@ from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images
+from diffusers_gm.training.training_data import distance_measured_once, training_data
 
 
 def main() -> None:
@@ -97,6 +98,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(output_dir / args.logging_dir)),
     )
     check_processes(accelerator)
+    check_precision(accelerator)
     device, num_processes = accelerator.device, accelerator.num_processes
 
     # --- The data, and what the options come to for them ---
@@ -114,14 +116,17 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         source = subset(source, args.max_train_samples, args.seed)
     side, channels = native_shape(unet, args.method)
     examination = examine(source, args.seed, args.resolution or side, channels)
-    plan = make_plan(args, examination, source.num_images, source.image_column, num_processes)
+    largest_distance = distance_measured_once(accelerator, checkpoint)
+    plan = make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
             f"--train_batch_size {args.train_batch_size} is more than the {source.num_images} training images have for "
             f"{num_processes} process(es): it is {plan.train_batch_size}"
         )
-    record = training_record(args, plan)
-    state = read_checkpoint(checkpoint, args, record) if checkpoint else TrainingState()
+    record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
+    images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
+    data = training_data(args, plan, examination, source.num_images, images_per_step)
+    state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
     unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
@@ -140,7 +145,6 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         if ema:
             ema.to(device)
 
-    images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
         f"{plan.resolution}x{plan.resolution}\n"
@@ -228,14 +232,14 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         )
         grid = sample_grid()
         log_grid(accelerator, grid, state.step)
-        temporary = fresh_folder(output_dir / "tmp-pipeline")
+        temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)
         with averaged_weights(unet, ema):
             pipeline.save_pretrained(temporary)
         grid.save(temporary / "samples.png")
-        write_json(temporary / ARGS_FILE, record | {"versions": versions()} | result.figures())
+        files.write_json(temporary / ARGS_FILE, record | {"versions": versions()} | result.figures())
         cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
         cards.forget_quality(output_dir)
-        publish(temporary, output_dir)
+        files.publish_contents(temporary, output_dir, last="model_index.json")
 
     def upload() -> str:
         """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
@@ -257,6 +261,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
     started = time.monotonic() - state.seconds
     deadline = time.monotonic() + 60 * (args.max_train_minutes or math.inf)
     out_of_time = False
+    health = Health(accelerator, unet, ema, objective, examination.images[:16], output_dir, plan.learning_rate)
     losses = torch.zeros((), device=device)
     logged_step, logged_time = state.step, time.monotonic()
     while state.step < plan.max_train_steps and not out_of_time:
@@ -265,7 +270,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
                 loss = loss_of_next_batch()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    health.note_gradient(state.step + 1, norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses += loss.detach() / args.gradient_accumulation_steps
@@ -283,11 +289,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         if last or save or state.step % args.logging_steps == 0:
             steps = state.step - logged_step
             mean_loss = float(accelerator.reduce(losses, "mean")) / steps
-            if not math.isfinite(mean_loss):
-                raise RuntimeError(
-                    f"the loss is {mean_loss} at step {state.step}: resume from an earlier checkpoint, or "
-                    f"start anew with a --learning_rate below {plan.learning_rate:g}"
-                )
+            health.check_loss(state.step, mean_loss)
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
             losses.zero_()
             logged_step, logged_time = state.step, time.monotonic()
@@ -305,8 +307,10 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
 
         paused = time.monotonic()
         state.seconds = paused - started
+        if last or save:
+            health.check_network(state.step)
         if save:
-            save_checkpoint(accelerator, output_dir, state, record, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
                 if accelerator.is_main_process:
                     write_pipeline()
@@ -315,7 +319,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         if args.validation_steps and state.step % args.validation_steps == 0 and not last:
             if accelerator.is_main_process:
                 grid = sample_grid()
-                grid.save(output_dir / "samples" / f"step-{state.step:07d}.png")
+                with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
+                    grid.save(path)
                 log_grid(accelerator, grid, state.step)
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused

@@ -97,8 +97,8 @@ class TrainingArguments(MethodOptions):
     )
 
     # Optimisation
-    train_batch_size: int = optimisation(128, "Images per step and process.", at_least=1)
-    gradient_accumulation_steps: int = optimisation(1, "Batches per optimizer step.", at_least=1)
+    train_batch_size: int = optimisation(128, "Images per step and process.", at_least=1, free_on_resume=True)
+    gradient_accumulation_steps: int = optimisation(1, "Batches per optimizer step.", at_least=1, free_on_resume=True)
     num_train_epochs: int | None = optimisation(
         None,
         "Length of the training in passes over the data (100).",
@@ -241,7 +241,10 @@ def names_of(kind: Literal["path", "private"]) -> set[str]:
 
 
 def free_on_resume(args: TrainingArguments) -> set[str]:
-    """The options that may change when a training is resumed: they do not change what is learned."""
+    """The options that may change when a training is resumed: they do not change what is learned.
+
+    How the images of a step are split is free; their number is not, see `TrainingData`.
+    """
     free = {f.name for f in fields(args) if f.metadata["free_on_resume"]} | options_of_others(args.method)
     if args.lr_scheduler in ("constant", "constant_with_warmup"):
         free.add("max_train_steps")  # other schedules are laid out for a length

@@ -2,12 +2,16 @@
 
 import importlib.metadata
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..data import Examination
 from ..likelihood import check_levels
+from ..processes.annealed import max_pairwise_distance
 from ..version import __version__
 from .methods import METHODS, options_of_others
 from .methods.method import Noise
@@ -33,8 +37,11 @@ def make_plan(
     num_images: int,
     image_column: str | None,
     num_processes: int,
+    largest_distance: Callable[[Tensor], float] = max_pairwise_distance,
 ) -> Plan:
     """Resolve what was left open. Batches larger than the data are made as large as the data.
+
+    `largest_distance` of the images is asked for only where `sigma_max` needs it.
 
     Raises:
         ValueError: for options that do not fit the data.
@@ -48,7 +55,7 @@ def make_plan(
         except ValueError as error:
             raise ValueError(f"--dequantize {args.dequantize}: {error}") from error
     method = METHODS[args.method]
-    noise = method.noise(args, examination.images)
+    noise = method.noise(args, examination.images, largest_distance)
     if noise.num_train_timesteps < 2:
         raise ValueError(f"--num_train_timesteps must be at least 2, got {noise.num_train_timesteps}")
 

@@ -13,7 +13,7 @@ from ...processes.cld import CLD
 from ...schedulers import CLDSSCSScheduler
 from ..option import noise as option
 from ..option import number_or_auto, sampler, trained
-from .method import Method, Noise, NoiseOptions
+from .method import LargestDistance, Method, Noise, NoiseOptions
 
 # Training is on times from here to 1.
 FIRST_TIME = 1e-5
@@ -39,7 +39,7 @@ def check(args: CLDOptions) -> None:
     CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
 
 
-def noise(args: CLDOptions, images: Tensor) -> Noise:
+def noise(args: CLDOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
     return Noise(int(args.num_train_timesteps), sigma_max=None, mixture_weights=None, mixture_scales=None)
 
 

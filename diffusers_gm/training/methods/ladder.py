@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...losses import denoising_loss
-from ...processes.annealed import ladder_length, max_pairwise_distance
+from ...processes.annealed import ladder_length
 from ...processes.mixture import GaussianMixtureNoise
 from ..option import noise, number_or_auto, sampler, trained
-from .method import Noise, NoiseOptions
+from .method import LargestDistance, Noise, NoiseOptions
 
 
 @dataclass
@@ -47,11 +47,13 @@ def check_ladder(args: LadderOptions) -> None:
     number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
 
 
-def ladder_noise(args: LadderOptions, images: Tensor, mixture: GaussianMixtureNoise | None = None) -> Noise:
+def ladder_noise(
+    args: LadderOptions, images: Tensor, largest_distance: LargestDistance, mixture: GaussianMixtureNoise | None = None
+) -> Noise:
     """The ladder for these images, and the law of the noise on it."""
     sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
     if sigma_max is None:
-        sigma_max = round(max_pairwise_distance(images), 4)
+        sigma_max = round(largest_distance(images), 4)
     if not args.sigma_min < sigma_max:
         raise ValueError(
             f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"

@@ -30,6 +30,9 @@ class Noise:
     mixture_scales: list[float] | None
 
 
+LargestDistance = Callable[[Tensor], float]
+
+
 @dataclass(frozen=True)
 class Method:
     """All that tells one method of training from another. `args` are all options of a training, its own among them.
@@ -40,7 +43,8 @@ class Method:
         pipeline: the class that draws images from what was trained.
         options: dataclasses of the options that say something about it, beside those for all methods.
         check: `(args)` raises a ValueError for options that do not go together.
-        noise: `(args, images)` is the `Noise` for images `(n, C, H, W)` like those of the training.
+        noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
+            The largest distance of two of them takes long to measure: a function, to be called where it is needed.
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
         loss: `(args, noise, scheduler, network, images)` is one loss per image, `(B,)`, of `(B, C, H, W)`. Times and
             noise are drawn from the global generator of the images' device.
@@ -56,7 +60,7 @@ class Method:
     pipeline: Any
     options: tuple[type, ...]
     check: Callable[[Any], None]
-    noise: Callable[[Any, Tensor], Noise]
+    noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
     loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor], Tensor]
     noise_in_words: Callable[[Any, Noise], str]
