@@ -1,6 +1,7 @@
 """What a training is told: options, their names in diffusers, and what is said where they cannot be had."""
 # ruff: noqa: F401, F811 - fixtures of the other file
 
+import ast
 import json
 import re
 from dataclasses import fields, replace
@@ -338,3 +339,17 @@ def test_what_is_free_on_resume():
     assert "max_train_steps" not in free
     assert "max_train_steps" in free_on_resume(replace(args, lr_scheduler="constant"))
     assert "mixture_weights" in free_on_resume(arguments(method="ncsnv2")), "version 0.1.0 wrote [1.0] there"
+
+
+def test_methods_are_told_apart_in_their_own_files_alone():
+    """A fourth method is a file in `training/methods`, and the line that lists it."""
+    package = ROOT / "diffusers_gm"
+    paths = [ROOT / "train_gm_sgm.py", *package.glob("cards.py"), *package.glob("hub*/*.py"), *package.glob("hub.py")]
+    paths += [path for path in (package / "training").rglob("*.py") if path.parent.name != "methods"]
+    said = {
+        (path.name, node.value)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in METHODS
+    }
+    assert said == {("options.py", "gm-sgm")}, "the default of --method"
