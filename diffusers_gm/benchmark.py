@@ -16,7 +16,8 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, GaussianMixtureNoise, GMLangevinScheduler
 from diffusers_gm.schedulers.scheduling_cld_sscs import CLDSSCSScheduler
-from diffusers_gm.training import TrainingArguments, new_unet
+from diffusers_gm.training.network import new_unet
+from diffusers_gm.training.options import TrainingArguments
 
 BATCH = 256
 REPEATS = 40

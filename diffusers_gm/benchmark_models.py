@@ -13,13 +13,13 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from . import AnnealedLangevinScheduler, CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler, GMSGMPipeline
-from . import training as tr
 from .demo import SAMPLERS
 from .evaluation import sliced_wasserstein
 from .evaluation.sampling import NoGridError, num_steps_for
 from .exact import ExactDenoiser
 from .readings import NoiseSpace
 from .studies.common import over_floor, trained, trained_ddpm
+from .training.options import TrainingArguments
 
 WIDTH = 0.1
 SOURCE = DDPMScheduler(clip_sample=False)
@@ -233,7 +233,7 @@ def ddpm_model(num_samples: int, steps: int, parts: Path) -> Model:
 
 def own_model(method: Literal["gm-sgm", "ncsnv2", "cld"], num_samples: int, steps: int, parts: Path) -> Model:
     """A network of the digits that we trained, in the pipeline of its method."""
-    unet, described = trained(tr.TrainingArguments(method=method, max_train_steps=steps), parts)
+    unet, described = trained(TrainingArguments(method=method, max_train_steps=steps), parts)
     pipeline: Any = (CLDPipeline if method == "cld" else GMSGMPipeline)(unet, described)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diffusers_gm import training as tr
 from diffusers_gm.data import split_digits
 from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
 from diffusers_gm.studies.command import parse, study_parser
@@ -28,6 +27,7 @@ from diffusers_gm.studies.common import (
 )
 from diffusers_gm.studies.page import page
 from diffusers_gm.studies.report import Report, Table, command_line
+from diffusers_gm.training.options import TrainingArguments
 
 
 class Answer:
@@ -107,9 +107,9 @@ def test_an_interrupted_training_leaves_nothing_that_looks_finished(tmp_path, ti
 
 
 def test_networks_are_named_after_their_options():
-    args = tr.TrainingArguments(method="ncsnv2", max_train_steps=7, seed=1, conditioning="none")
+    args = TrainingArguments(method="ncsnv2", max_train_steps=7, seed=1, conditioning="none")
     assert name_of(args) == "ncsnv2 conditioning=none max_train_steps=7 seed=1"
-    assert name_of(tr.TrainingArguments()) == "gm-sgm"
+    assert name_of(TrainingArguments()) == "gm-sgm"
 
 
 def test_a_floor_is_of_as_many_images_as_there_are_samples():

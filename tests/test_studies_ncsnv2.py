@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from diffusers_gm import training as tr
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.studies import lifted, ncsnv2
 from diffusers_gm.studies.common import tie, trained
 from diffusers_gm.studies.ncsnv2_trained import last_call, verdict_of
 from diffusers_gm.studies.report import Report
+from diffusers_gm.training.network import build_scheduler
+from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.plan import make_plan
 
 
 class Answer:
@@ -22,7 +24,7 @@ class Answer:
 
 
 def test_technique_3_reaches_the_networks_of_the_studies(tmp_path):
-    args = tr.TrainingArguments(method="ncsnv2", max_train_steps=1, train_batch_size=2, conditioning="none")
+    args = TrainingArguments(method="ncsnv2", max_train_steps=1, train_batch_size=2, conditioning="none")
     unet, _ = trained(args, tmp_path)
     x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     assert torch.equal(unet(x, 3).sample, unet(x, 900).sample)
@@ -68,8 +70,8 @@ def test_verdicts_need_more_than_the_spread_of_sampling_and_of_the_seeds():
 
 def test_the_last_call_removes_what_technique_4_says_is_left(tiny_unet):
     """A network that sees data at 0: before the last call, what is left is the chain's own noise."""
-    args = tr.TrainingArguments(method="ncsnv2")
-    scheduler = tr.build_scheduler(args, tr.make_plan(args, *_digits(), None, 1))
+    args = TrainingArguments(method="ncsnv2")
+    scheduler = build_scheduler(args, make_plan(args, *_digits(), None, 1))
     level, calls = 0.1, 30
 
     def black(x, t):

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import UNet2DModel
 
 from .. import CLDSSCSScheduler
-from .. import training as tr
+from ..training.options import TrainingArguments
 from .common import TIE, Network, draw, over_floor, parts_of, trained
 
 GRIDS = ("uniform", "quadratic", "log_snr")
@@ -22,7 +22,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CLDSSCSScheduler]:
     """A velocity network on the digits, and the scheduler that describes it; kept beside the reports."""
-    arguments = tr.TrainingArguments(method="cld", max_train_steps=args.steps, train_batch_size=args.batch, **options)
+    arguments = TrainingArguments(method="cld", max_train_steps=args.steps, train_batch_size=args.batch, **options)
     return trained(arguments, parts_of(args.output))
 
 

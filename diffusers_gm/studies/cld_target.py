@@ -8,11 +8,12 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import training as tr
 from ..data import split_digits
 from ..exact import ExactDenoiser
 from ..losses import cld_loss
 from ..processes.cld import CLD, lift, perturb
+from ..training.methods.cld import FIRST_TIME
+from ..training.options import TrainingArguments
 from .cld_common import TIMES, as_network, train_cld
 from .common import TIE, kept_unet, parts_of, save_picture, train_on_digits
 from .report import Report, Table
@@ -38,7 +39,7 @@ def vp_loss(network: Callable[..., Any], images: Tensor, times: Tensor, noise: T
 
 
 def vp_training(network: Callable[..., Any], images: Tensor) -> Tensor:
-    times = tr.FIRST_TIME + (1 - tr.FIRST_TIME) * torch.rand(len(images), dtype=torch.float64)
+    times = FIRST_TIME + (1 - FIRST_TIME) * torch.rand(len(images), dtype=torch.float64)
     return vp_loss(network, images, times, torch.randn_like(images))
 
 
@@ -87,7 +88,7 @@ def target(args: argparse.Namespace) -> Report:
     """Loss and Jacobian of a CLD and a VP network over time."""
     cld, scheduler = train_cld(args)
     # The same network for one image in place of image and velocity, and the same training.
-    arguments = tr.TrainingArguments(max_train_steps=args.steps, train_batch_size=args.batch)
+    arguments = TrainingArguments(max_train_steps=args.steps, train_batch_size=args.batch)
     name = f"vp max_train_steps={args.steps} train_batch_size={args.batch}"
     vp = kept_unet(parts_of(args.output) / name, lambda: train_on_digits(arguments, vp_training, name))
     images, generator = split_digits()[0][: args.num_samples], torch.Generator().manual_seed(1)

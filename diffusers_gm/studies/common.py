@@ -17,10 +17,21 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from .. import training as tr
 from ..data import Examination, ImageStream, split_digits
 from ..evaluation import sliced_wasserstein
 from ..exact import ExactDenoiser
+from ..training.network import (
+    TrainingLoss,
+    build_ema,
+    build_lr_scheduler,
+    build_objective,
+    build_optimizer,
+    build_scheduler,
+    fit_unet,
+    new_unet,
+)
+from ..training.options import TrainingArguments
+from ..training.plan import Plan, make_plan
 
 # A network or an exact answer: `(scaled sample, timestep) -> output`.
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -50,13 +61,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
-def plan_for_digits(args: tr.TrainingArguments) -> tr.Plan:
+def plan_for_digits(args: TrainingArguments) -> Plan:
     """The plan that `train_gm_sgm.py` makes for the digits."""
     train, _ = split_digits()
-    return tr.make_plan(args, Examination(train, 0), len(train), None, num_processes=1)
+    return make_plan(args, Examination(train, 0), len(train), None, num_processes=1)
 
 
-def train_on_digits(args: tr.TrainingArguments, loss: tr.TrainingLoss, name: str) -> Any:
+def train_on_digits(args: TrainingArguments, loss: TrainingLoss, name: str) -> Any:
     """A network trained with the recipe of `train_gm_sgm.py` (optimizer, schedule, average) on the training digits.
 
     The global random state is the caller's again afterwards.
@@ -65,10 +76,10 @@ def train_on_digits(args: tr.TrainingArguments, loss: tr.TrainingLoss, name: str
     plan, start = plan_for_digits(args), time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        unet = tr.fit_unet(tr.new_unet(args, plan.resolution, 1), args, plan.resolution)
-        optimizer = tr.build_optimizer(args, plan, unet)
-        schedule = tr.build_lr_scheduler(args, plan, optimizer)
-        average = tr.build_ema(args, unet, torch.device("cpu"))
+        unet = fit_unet(new_unet(args, plan.resolution, 1), args, plan.resolution)
+        optimizer = build_optimizer(args, plan, unet)
+        schedule = build_lr_scheduler(args, plan, optimizer)
+        average = build_ema(args, unet, torch.device("cpu"))
         stream = iter(ImageStream(len(images), args.train_batch_size, args.seed))
         for _ in range(plan.max_train_steps):
             mean = loss(unet, images[[index for _, index in next(stream)]]).mean()
@@ -93,7 +104,7 @@ def parts_of(output: Path) -> Path:
     return parts
 
 
-def ddpm_loss(scheduler: DDPMScheduler) -> tr.TrainingLoss:
+def ddpm_loss(scheduler: DDPMScheduler) -> TrainingLoss:
     """The objective of diffusers' own training example: the squared error of the predicted noise."""
 
     def loss(network: Callable[..., Any], images: Tensor) -> Tensor:
@@ -139,15 +150,15 @@ def _read(folder: Path) -> Any:
     return UNet2DModel.from_pretrained(folder).eval().requires_grad_(False)
 
 
-def trained(args: tr.TrainingArguments, parts: Path) -> tuple[Any, Any]:
+def trained(args: TrainingArguments, parts: Path) -> tuple[Any, Any]:
     """The digits network that `train_gm_sgm.py` would train with these options, and its scheduler.
 
     It is kept in a folder of `parts` named after the options.
     """
     plan = plan_for_digits(args)
-    scheduler = tr.build_scheduler(args, plan)
+    scheduler = build_scheduler(args, plan)
     name = name_of(args)
-    objective = tr.build_objective(args, plan, scheduler)
+    objective = build_objective(args, plan, scheduler)
     return kept_unet(parts / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
 
 
@@ -155,12 +166,12 @@ def trained_ddpm(steps: int, seed: int, parts: Path) -> tuple[Any, DDPMScheduler
     """An ordinary DDPM network of the digits, of the same size and budget as ours, and the scheduler it was trained
     with: linear betas, 1000 steps, the noise predicted."""
     scheduler = DDPMScheduler()
-    args = tr.TrainingArguments(method="ncsnv2", max_train_steps=steps, seed=seed)
+    args = TrainingArguments(method="ncsnv2", max_train_steps=steps, seed=seed)
     name = f"ddpm max_train_steps={steps} seed={seed}"
     return kept_unet(parts / name, lambda: train_on_digits(args, ddpm_loss(scheduler), name)), scheduler
 
 
-def name_of(args: tr.TrainingArguments) -> str:
+def name_of(args: TrainingArguments) -> str:
     """The method and the options that are not the default, in words that make a file name."""
     given = {f.name: getattr(args, f.name) for f in fields(args)}
     words = [f"{f.name}={given[f.name]}" for f in fields(args) if given[f.name] != f.default and f.name != "method"]

@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from .. import GMLangevinScheduler, GMSGMPipeline
-from .. import training as tr
+from ..training.options import TrainingArguments
 from .command import at_least, parse, study_parser
 from .common import (
     Cells,
@@ -61,7 +61,7 @@ def model(args: argparse.Namespace, name: str, seed: int, parts: Path) -> tuple[
     if name == GAUSSIAN:
         unet, scheduler = trained(k1_arguments(args, seed), parts)
         return unet, GMLangevinScheduler.from_config(scheduler.config, algorithm_type="langevin")
-    return trained(tr.TrainingArguments(max_train_steps=args.steps, seed=seed, **MODELS[name]), parts)
+    return trained(TrainingArguments(max_train_steps=args.steps, seed=seed, **MODELS[name]), parts)
 
 
 # --- Is a mixture better? ---

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import AnnealedLangevinScheduler, NCSNv2Pipeline
-from .. import training as tr
 from ..data import split_digits
 from ..processes.annealed import (
     PRESETS,
@@ -20,6 +19,7 @@ from ..processes.annealed import (
     max_pairwise_distance,
     optimal_step_size,
 )
+from ..training.options import TrainingArguments
 from .common import (
     Cells,
     images_of,
@@ -42,8 +42,8 @@ SIGMA_MIN = 0.01
 TOO_SMALL = PRESETS["ncsn"].sigma_max / PRESETS["ncsnv2-cifar10"].sigma_max
 
 
-def arguments(args: argparse.Namespace, seed: int, **options: Any) -> tr.TrainingArguments:
-    return tr.TrainingArguments(method="ncsnv2", max_train_steps=args.steps, seed=seed, **options)
+def arguments(args: argparse.Namespace, seed: int, **options: Any) -> TrainingArguments:
+    return TrainingArguments(method="ncsnv2", max_train_steps=args.steps, seed=seed, **options)
 
 
 def technique_1() -> float:

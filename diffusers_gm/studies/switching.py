@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import GaussianMixtureNoise, GMLangevinScheduler
-from .. import training as tr
 from ..data import split_digits
 from ..exact import ExactDenoiser
+from ..training.methods.gm_sgm import build_mixture
+from ..training.options import TrainingArguments
 from .common import Network, exact_network, parts_of, save_picture, trained
 from .report import Report, Table
 
@@ -42,7 +43,7 @@ def switches(found: Tensor) -> Tensor:
 def switching(args: argparse.Namespace) -> Report:
     calls = args.calls[0] if args.calls else 50
     n, parts = args.num_samples, parts_of(args.output)
-    unet, described = trained(tr.TrainingArguments(max_train_steps=args.steps), parts)
+    unet, described = trained(TrainingArguments(max_train_steps=args.steps), parts)
     train, _ = split_digits()
 
     def with_mixture(mixture: GaussianMixtureNoise) -> tuple[Any, ExactDenoiser]:
@@ -58,7 +59,7 @@ def switching(args: argparse.Namespace) -> Report:
         return torch.stack([mixture.responsibilities(y - denoised, sigma) for y, denoised, sigma in run])
 
     two, two_exact = with_mixture(described.mixture)
-    three, three_exact = with_mixture(tr.build_mixture(tr.TrainingArguments(num_components=3)))
+    three, three_exact = with_mixture(build_mixture(TrainingArguments(num_components=3)))
     run = exact_run(two, two_exact)
     sigmas = [sigma for _, _, sigma in run]
     runs = {
