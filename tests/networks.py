@@ -51,11 +51,21 @@ def tiny_network(in_channels=1, out_channels=1, **config):
 
 
 def perfect_network(scheduler, denoiser):
-    """`(input, label) -> output` of an `ExactDenoiser`, in the words of the network that the scheduler describes."""
-    kind = scheduler.config.prediction_type
+    """`(input, label) -> output` of `denoiser(y, sigma) -> D`, in the words of the network that the scheduler
+    describes; a score needs an `ExactDenoiser`."""
+    kind, space = scheduler.config.prediction_type, scheduler.noise_space
     if isinstance(scheduler.reading, VelocityReading):
         return velocity_network(scheduler.reading.process, denoiser, kind)
-    return lambda x, t: denoiser.network_output(x, t.double(), scheduler.noise_space, kind)
+    if isinstance(denoiser, ExactDenoiser):
+        return lambda x, t: denoiser.network_output(x, t.double(), space, scheduler.reading.prediction_type)
+
+    def network(x, t):
+        sigma = float(space.sigma(t.double()))
+        y = x / float(space.alpha(torch.tensor(sigma)))
+        denoised = denoiser(y, sigma)
+        return space.output(denoised, (y - denoised) / sigma, sigma, scheduler.reading.prediction_type)
+
+    return network
 
 
 def velocity_network(process, denoiser, prediction_type="velocity_score", num_train_timesteps=1000):

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
+from networks import CPU, final_variance, perfect_network, run, tiny_network, velocity_network
 from scipy import integrate
 
+from diffusers_gm import CLDPipeline, CLDSSCSScheduler
 from diffusers_gm.exact import ExactDenoiser
-from diffusers_gm.pipelines.pipeline_cld import CLDPipeline
-from diffusers_gm.processes.cld import CLD, lift, score_coefficients
-from diffusers_gm.schedulers import scheduling_cld_sscs
-from diffusers_gm.schedulers.scheduling_cld_sscs import CLDSSCSScheduler
+from diffusers_gm.processes.cld import CLD, lift
+from diffusers_gm.readings.velocity import score_coefficients
 
 DOUBLE = {"dtype": torch.float64}
 PROCESS = CLD()
@@ -36,53 +36,22 @@ def lifted(**kwargs):
     return CLDSSCSScheduler(beta_schedule="linear", prediction_type="epsilon", **kwargs)
 
 
-def denoiser_network(denoiser, scheduler):
-    """The ordinary network of an exact denoiser."""
-    return lambda sample, t: denoiser.network_output(sample, t, scheduler.noise_space, scheduler.config.prediction_type)
-
-
-def velocity_network(denoiser, num_train_timesteps=1000):
-    """The velocity network, `cat([x, v], 1)` to score, of an exact denoiser."""
-
-    def network(sample, t):
-        at = lift(PROCESS.marginal(PROCESS.clock(t.double() / num_train_timesteps)))
-        x, v = sample.chunk(2, 1)
-        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
-
-    return network
-
-
-def run(scheduler, network, sample, generator=None):
-    for t in scheduler.timesteps:
-        sample = scheduler.step(network(sample, t), t, sample, generator=generator).prev_sample
-    return sample
-
-
 # --- Exact moments ---
 
 
-def terminal_variance(scheduler, num_calls, monkeypatch, data_variance=0.25, begin=0):
-    """Var(x) of the scheduler's own steps with the exact score of N(0, data_variance), without sampling.
+def terminal_variance(scheduler, num_calls, data_variance=0.25, begin=0):
+    """Var(x) of the scheduler's own sampler and grid with the exact score of N(0, data_variance), without samples.
 
-    A run is linear in what it draws, so a batch of runs, each with one unit draw and zeros else, gives x as a
-    combination of independent draws: two of the start, two of each step.
+    A run starts from the prior; one that begins midway, from the exact marginal of that call.
     """
-    drawn = iter(torch.eye(2 * num_calls, **DOUBLE).view(2 * num_calls, num_calls, 2, 1).unbind(1))
-    next(drawn)  # the start
-    monkeypatch.setattr(scheduling_cld_sscs, "randn", lambda *_: next(drawn))
-    scheduler.set_timesteps(num_calls)
-    scheduler.set_begin_index(begin)
-    state = torch.zeros(2 * num_calls, 2, **DOUBLE)
-    for i, t in enumerate(scheduler.timesteps[begin:]):
-        marginal = PROCESS.marginal(PROCESS.clock(t.double() / 1000))
-        m = marginal.transition[:, 0]
-        exact = marginal.covariance + data_variance * torch.outer(m, m)
-        if i == 0:
-            start = exact if begin else torch.diag(torch.tensor([1, PROCESS.mass], **DOUBLE))
-            state[:2] = torch.linalg.cholesky(start).T
-        score = -state @ torch.linalg.inv(exact)[1]
-        state = scheduler.step(score[:, None], t, state).prev_sample
-    return state[:, 0].square().sum().item()
+    reading = scheduler.reading
+    labels = reading.grid(num_calls, scheduler.config.timestep_spacing)[begin:]
+    call = reading.calls(labels)[0]
+
+    def prior(draw):
+        return reading.coordinates(reading.initial_sample(draw.normal((draw.size, 2, 1, 1)), call.sigma), call)
+
+    return final_variance(scheduler.sampler, reading.sigma(labels), data_variance, None if begin else prior)
 
 
 @pytest.mark.parametrize(
@@ -94,26 +63,25 @@ def terminal_variance(scheduler, num_calls, monkeypatch, data_variance=0.25, beg
         ("sscs", "quadratic", 0.2410),
     ],
 )
-def test_terminal_variance_of_the_paper(algorithm, spacing, expected, monkeypatch):
+def test_terminal_variance_of_the_paper(algorithm, spacing, expected):
     scheduler = native(algorithm_type=algorithm, timestep_spacing=spacing)
-    assert terminal_variance(scheduler, 50, monkeypatch) == pytest.approx(expected, abs=5.1e-5)
+    assert terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
 
 
 @pytest.mark.parametrize(("order", "tolerance"), [(1, 0.15), (2, 0.3)])
-def test_native_order_through_the_scheduler(order, tolerance, monkeypatch):
+def test_native_order_through_the_scheduler(order, tolerance):
     errors = [
-        abs(terminal_variance(native(splitting_order=order, timestep_spacing="quadratic"), n, monkeypatch) - 0.25)
-        for n in (51, 101)
+        abs(terminal_variance(native(splitting_order=order, timestep_spacing="quadratic"), n) - 0.25) for n in (51, 101)
     ]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=tolerance)
 
 
 @pytest.mark.parametrize("algorithm", [{"splitting_order": 2}, {"algorithm_type": "euler_maruyama"}])
-def test_run_that_begins_midway(algorithm, monkeypatch):
+def test_run_that_begins_midway(algorithm):
     """From an exact marginal, the rest of the run is as accurate as a whole one."""
     scheduler = native(timestep_spacing="uniform", **algorithm)
-    whole = terminal_variance(scheduler, 201, monkeypatch) - 0.25
-    rest = terminal_variance(scheduler, 201, monkeypatch, begin=150) - 0.25
+    whole = terminal_variance(scheduler, 201) - 0.25
+    rest = terminal_variance(scheduler, 201, begin=150) - 0.25
     assert abs(rest) < abs(whole) + 1e-4
 
 
@@ -139,13 +107,13 @@ def test_native_and_lifted_runs_agree(algorithm, generator):
     y = ends[0] * torch.randn(16, 1, 1, 1, generator=generator, **DOUBLE)
     c = torch.randn(y.shape, generator=copy_of(noise), **DOUBLE)
     u = torch.cat(lift(PROCESS.marginal(PROCESS.clock(torch.tensor(1.0)))).state(y, c), 1)
-    network = velocity_network(POINTS)
+    network = velocity_network(PROCESS, POINTS)
     velocity_noise = copy_of(noise)
     torch.randn(y.shape, generator=velocity_noise, **DOUBLE)  # the companion
     for i, (t, label) in enumerate(zip(plain.timesteps, velocity.timesteps, strict=True)):
         one = plain.step(POINTS(y, float(plain.noise_space.sigma(t))), t, y, generator=noise)
         # Labels are float32: a velocity network is a steep function of them, the comparison is not exact.
-        two = velocity.step(network(u, label), label, u, generator=velocity_noise)
+        two = velocity.step(network(velocity.scale_model_input(u), label), label, u, generator=velocity_noise)
         torch.testing.assert_close(two.pred_original_sample, one.pred_original_sample, rtol=0, atol=5e-3)
         y, u = one.prev_sample, two.prev_sample
         assert i == 11 or (y - lift_of(velocity, i + 1).image(*u.chunk(2, 1))[0]).abs().max() < 5e-3
@@ -187,18 +155,16 @@ def test_probability_flow_converges_to_the_ode_with_order_two(generator):
     for num_calls in (81, 161, 321):
         scheduler.set_timesteps(num_calls)
         seeded = torch.Generator().manual_seed(1)
-        sample = start
-        for t in scheduler.timesteps[:-1]:
-            output = POINTS.network_output(sample, t.double(), scheduler.noise_space, "epsilon")
-            sample = scheduler.step(output, t, sample, generator=seeded).prev_sample
-        last = scheduler._calls[-1]
-        results[num_calls] = sample.flatten() / last.alpha
+        network = perfect_network(scheduler, POINTS)
+        results[num_calls] = run(scheduler, network, start, seeded, scheduler.timesteps[:-1]).flatten()
 
-    first = scheduler._calls[0]
-    clocks = PROCESS.clock_of_sigma(torch.tensor([first.sigma, last.sigma])).tolist()
+    # The visible sample of vp space is alpha y.
+    first, last = scheduler.noise_space.sigma(torch.tensor([999.0, 0.0]))
+    results = {n: result / float(scheduler.noise_space.alpha(last)) for n, result in results.items()}
+    clocks = PROCESS.clock_of_sigma(torch.stack([first, last])).tolist()
     c = torch.randn(start.shape, generator=torch.Generator().manual_seed(1), **DOUBLE)
     at = lift(PROCESS.marginal(torch.tensor(clocks[0])))
-    u = torch.stack(at.state(start.flatten() / first.alpha, c.flatten()))
+    u = torch.stack(at.state(start.flatten() / float(scheduler.noise_space.alpha(first)), c.flatten()))
 
     def slope(clock, flat):
         u = torch.from_numpy(flat).view(2, 7)
@@ -220,7 +186,7 @@ def test_probability_flow_converges_to_the_ode_with_order_two(generator):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("num_calls", [2, 3, 10])
+@pytest.mark.parametrize("num_calls", [1, 2, 3, 10])
 @pytest.mark.parametrize("make", [native, lifted])
 def test_calls_are_counted_and_grids_fall(make, algorithm, num_calls):
     spacings = ["uniform", "quadratic", "log_snr"] + ["leading", "trailing", "linspace", "karras"] * (make is lifted)
@@ -231,7 +197,7 @@ def test_calls_are_counted_and_grids_fall(make, algorithm, num_calls):
         assert (scheduler.timesteps.diff() < 0).all()
         if make is native:
             assert scheduler.timesteps.dtype == torch.float32
-            assert scheduler.timesteps[[0, -1]].tolist() == pytest.approx([1000, 1])
+            assert scheduler.timesteps[[0, -1]].tolist() == pytest.approx([1000, 1 if num_calls > 1 else 1000])
 
 
 def test_lifted_run_starts_at_the_network_s_own_level():
@@ -254,7 +220,7 @@ def test_generators_decide_every_sample(make, algorithm):
     def sample(seeds):
         scheduler.set_timesteps(6)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        start = scheduler.initial_sample((len(seeds), channels, 3, 3), generators, torch.device("cpu"), torch.float32)
+        start = scheduler.initial_sample((len(seeds), channels, 3, 3), generators, CPU, torch.float32)
         return run(scheduler, lambda u, t: torch.tanh(-u[:, -1:] if scores else u), start, generators)
 
     four = sample([1, 2, 3, 4])
@@ -264,19 +230,23 @@ def test_generators_decide_every_sample(make, algorithm):
 
 
 def test_companion_is_state_of_the_run(generator):
-    """Kept over steps, reset by set_timesteps, carried by deepcopy, redrawn for a sample of another shape."""
+    """Kept over steps, carried by deepcopy, drawn anew after set_timesteps; a sample of another shape is refused."""
     scheduler = lifted()
-    scheduler.set_timesteps(6)
     sample = torch.randn(2, 1, 4, 4, generator=generator)
-    t0, t1, t2 = scheduler.timesteps[:3]
-    sample = scheduler.step(sample, t0, sample, generator=generator).prev_sample
-    twin, seed = copy.deepcopy(scheduler), copy_of(generator)
-    one = scheduler.step(sample, t1, sample, generator=generator).prev_sample
-    two = twin.step(sample, t1, sample, generator=seed).prev_sample
-    assert torch.equal(one, two)
-    assert scheduler.step(one[:1, :, :3], t2, one[:1, :, :3], generator=generator).prev_sample.shape == (1, 1, 3, 4)
-    scheduler.set_timesteps(6)
-    assert scheduler._companion is None
+
+    def two_steps(seed, again):
+        scheduler.set_timesteps(6)
+        noise = torch.Generator().manual_seed(seed)
+        scheduler.step(sample, scheduler.timesteps[0], sample, generator=noise)
+        where = copy.deepcopy(scheduler) if again else scheduler
+        return where.step(sample, where.timesteps[1], sample, generator=torch.Generator().manual_seed(9)).prev_sample
+
+    assert torch.equal(two_steps(0, False), two_steps(0, False))
+    assert torch.equal(two_steps(0, False), two_steps(0, True))
+    assert not torch.equal(two_steps(0, False), two_steps(1, False)), "the second step has the companion of the first"
+    other = sample[:1, :, :3]
+    with pytest.raises(ValueError, match=r"sample has shape \(1, 1, 3, 4\), this run began with \(2, 1, 4, 4\)"):
+        scheduler.step(other, scheduler.timesteps[2], other, generator=generator)
 
 
 @pytest.mark.parametrize("make", [native, lifted])
@@ -321,14 +291,13 @@ def test_clipping_acts_on_the_denoised_image(make, generator):
         plain.set_timesteps(6)
         for scheduler in (clipped, plain):
             scheduler.set_begin_index(t)
-        label, call = plain.timesteps[t], plain._calls[t]
+        label = plain.timesteps[t]
 
-        def output(denoised, label=label, call=call):
-            if make is native:
-                at = lift(PROCESS.marginal(PROCESS.clock(label.double() / 1000)))
-                x, v = sample.chunk(2, 1)
-                return at.velocity_score(x, v, denoised.expand_as(x))
-            return (sample / call.alpha - denoised) / call.sigma
+        def output(denoised, label=label):
+            shape = sample[:, :1] if make is native else sample
+            return perfect_network(plain, lambda y, sigma: denoised.expand_as(shape))(
+                plain.scale_model_input(sample, label), label
+            )
 
         five, one = torch.tensor(5.0, **DOUBLE), torch.tensor(1.0, **DOUBLE)
         a = clipped.step(output(five), label, sample, torch.Generator().manual_seed(0))
@@ -350,13 +319,13 @@ def test_native_add_noise_has_the_law_of_the_process(generator):
 def test_lifted_scheduler_reads_other_configs(generator):
     ddpm = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     scheduler = CLDSSCSScheduler.from_config(ddpm.config)
-    assert not scheduler.native
+    assert scheduler.noise_space is not None
     assert scheduler.noise_space.kind == "vp"
     images, noise = torch.randn(2, 2, 3, 4, 4, generator=generator)
     t = torch.tensor([10, 500])
     torch.testing.assert_close(scheduler.add_noise(images, noise, t), ddpm.add_noise(images, noise, t))
     again = CLDSSCSScheduler.from_config(native(mass=1.0, beta_1=2.0).config)
-    assert again.native
+    assert again.noise_space is None
     assert again.process == CLD(beta_1=2.0, mass=1.0)
 
 
@@ -380,11 +349,11 @@ def test_arguments_out_of_range(arguments, message):
 
 def test_bad_calls():
     scheduler = native()
-    with pytest.raises(ValueError, match="at least 2"):
-        scheduler.set_timesteps(1)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        scheduler.set_timesteps(0)
     with pytest.raises(ValueError, match="set_timesteps"):
         scheduler.step(torch.zeros(1, 1, 2, 2), 1.0, torch.zeros(1, 2, 2, 2))
-    with pytest.raises(ValueError, match="'uniform', 'quadratic' or 'log_snr'"):
+    with pytest.raises(ValueError, match="'uniform', 'quadratic', 'log_snr' or 'karras'"):
         native(timestep_spacing="leading").set_timesteps(5)
     scheduler.set_timesteps(5)
     t = scheduler.timesteps[0]
@@ -393,7 +362,7 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="even number"):
         scheduler.step(torch.zeros(1, 1, 2, 2), t, torch.zeros(1, 3, 2, 2))
     with pytest.raises(ValueError, match="even number"):
-        scheduler.initial_sample((1, 3, 2, 2), None, torch.device("cpu"), torch.float32)
+        scheduler.initial_sample((1, 3, 2, 2), torch.Generator(), CPU, torch.float32)
     with pytest.raises(ValueError, match="times"):
         scheduler.add_noise(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, 2), torch.tensor([1001.0]))
     with pytest.raises(ValueError, match="noise"):
@@ -414,8 +383,8 @@ def test_lifted_samples_of_known_data(generator):
     scheduler = lifted()
     scheduler.set_timesteps(60)
     number = 4000
-    start = scheduler.initial_sample((number, 1, 1, 1), generator, torch.device("cpu"), torch.float64)
-    x = run(scheduler, denoiser_network(POINTS, scheduler), start, generator).flatten()
+    start = scheduler.initial_sample((number, 1, 1, 1), generator, CPU, torch.float64)
+    x = run(scheduler, perfect_network(scheduler, POINTS), start, generator).flatten()
     centres = torch.tensor([-0.8, 0.1, 0.9], **DOUBLE)
     shares = torch.bincount((x[:, None] - centres).abs().argmin(1), minlength=3) / number
     # A bias of 0.02 is the first order of 60 calls.
@@ -424,27 +393,12 @@ def test_lifted_samples_of_known_data(generator):
     assert x.square().mean().item() == pytest.approx(expected, abs=0.02 + 5 * x.square().std().item() / number**0.5)
 
 
-def unet(channels_in, channels_out):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=channels_in,
-            out_channels=channels_out,
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-        ).eval()
-
-
 @pytest.mark.parametrize("mode", ["native", "lifted"])
 def test_pipeline(mode, tmp_path):
     if mode == "native":
-        pipeline = CLDPipeline(unet(6, 3), CLDSSCSScheduler(prediction_type="cld_mixed"))
+        pipeline = CLDPipeline(tiny_network(6, 3), CLDSSCSScheduler(prediction_type="cld_mixed"))
     else:
-        pipeline = CLDPipeline(unet(3, 3), lifted())
+        pipeline = CLDPipeline(tiny_network(3, 3), lifted())
     pipeline.set_progress_bar_config(disable=True)
     calls = []
     pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(args))
@@ -469,6 +423,6 @@ def test_pipeline(mode, tmp_path):
 
 def test_pipeline_wants_the_channels_of_the_mode():
     with pytest.raises(ValueError, match="network with 6 input channels"):
-        CLDPipeline(unet(3, 3), CLDSSCSScheduler(prediction_type="cld_mixed"))(1, 3)
+        CLDPipeline(tiny_network(3, 3), CLDSSCSScheduler(prediction_type="cld_mixed"))(1, 3)
     with pytest.raises(ValueError, match="network with 3 input channels"):
-        CLDPipeline(unet(6, 3), lifted())(1, 3)
+        CLDPipeline(tiny_network(6, 3), lifted())(1, 3)

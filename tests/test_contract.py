@@ -156,10 +156,9 @@ def test_sources_that_say_little(cls):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (diffusers.EDMEulerScheduler(), "EDM"),
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "count flow time backwards .invert_sigmas=True."),
         (diffusers.FlowMatchLCMScheduler(invert_sigmas=True), "invert_sigmas"),
-        (diffusers.CMStochasticIterativeScheduler(), "EDM"),
+        (diffusers.CMStochasticIterativeScheduler(), "a consistency model answers .* not a denoised image"),
         (diffusers.VQDiffusionScheduler(num_vec_classes=3), "no noise space can be inferred.*pass noise_space='vp'"),
     ],
     ids=lambda case: type(case).__name__,
@@ -249,7 +248,7 @@ def test_the_grid_of_a_number_may_be_given_back_as_timesteps(cls, generator):
     samples = []
     x = torch.randn(2, 1, 4, 4, generator=generator)
     scheduler.set_timesteps(20)
-    labels = [call.timestep for call in scheduler._calls]
+    labels = scheduler.timesteps.tolist()
     for arguments in ({"num_inference_steps": 20}, {"timesteps": labels}):
         scheduler.set_timesteps(**arguments)
         sample = x
@@ -257,7 +256,7 @@ def test_the_grid_of_a_number_may_be_given_back_as_timesteps(cls, generator):
         for t in scheduler.timesteps:
             sample = scheduler.step(0.5 * sample, t, sample, generator=noise).prev_sample
         samples.append(sample)
-    assert torch.equal(*samples)
+    torch.testing.assert_close(*samples, rtol=1e-4, atol=1e-4)  # labels are float32
 
 
 @every_scheduler
@@ -285,12 +284,12 @@ def test_flow_sigmas_are_s_before_the_shift(cls):
     [
         ({}, "exactly one of"),
         ({"num_inference_steps": 3, "timesteps": [3, 2, 1]}, "exactly one of"),
-        ({"timesteps": [3, 2, 1], "sigmas": [3, 2, 1]}, "exactly one of"),
+        ({"timesteps": [3, 2, 1], "sigmas": [3, 2]}, "must be as many, got 3 and 2"),
         ({"timesteps": [10, 20, 5]}, "none above the one before"),
         ({"timesteps": [1000, 20, 5]}, r"in \[0, 999\]"),
         ({"timesteps": [20, 5, -1]}, r"in \[0, 999\]"),
-        ({"timesteps": [20]}, "at least two"),
-        ({"timesteps": [float("nan"), 20, 1]}, "at least two"),
+        ({"timesteps": []}, "at least one"),
+        ({"timesteps": [float("nan"), 20, 1]}, "at least one"),
         ({"sigmas": [1e6, 1.0, 0.1]}, "custom sigmas"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 100_000}, "more than the 1000 that the network"),

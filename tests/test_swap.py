@@ -11,11 +11,12 @@ from diffusers import (
     ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers_gm.processes.noise_space import PREDICTION_TYPES
+from networks import POINTS, WEIGHTS, check_four_points, four_points, perfect_network, run
 from test_contract import every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.exact import ExactDenoiser
+from diffusers_gm.readings.noise_space import PREDICTION_TYPES
 
 SOURCES = {
     "vp": DDPMScheduler(clip_sample=False),
@@ -25,17 +26,6 @@ SOURCES = {
     "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
 }
 every_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
-POINTS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).view(4, 1, 1, 2)
-WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
-
-
-def run(scheduler, denoiser, sample, timesteps, generator):
-    """The loop of a pipeline around a perfect network."""
-    for t in timesteps:
-        model_input = scheduler.scale_model_input(sample, t)
-        output = denoiser.network_output(model_input, t, scheduler.noise_space, scheduler.config.prediction_type)
-        sample = scheduler.step(output, t, sample, generator=generator).prev_sample
-    return sample
 
 
 @every_scheduler
@@ -53,13 +43,8 @@ def test_four_points_from_pure_noise_and_from_noised_data(cls, source, start, ge
         noise = torch.randn(chosen.shape, generator=generator)
         sample = scheduler.add_noise(chosen, noise, scheduler.timesteps[start].expand(n))
         scheduler.set_begin_index(start)
-    denoiser = ExactDenoiser(POINTS, weights=WEIGHTS)
-    samples = run(scheduler, denoiser, sample, scheduler.timesteps[start:], generator)
-    distances, nearest = torch.cdist(samples.flatten(1), POINTS.flatten(1)).min(1)
-    assert float((distances < 0.15).float().mean()) > 0.98
-    counts = torch.bincount(nearest, minlength=4) / n
-    # Five standard errors, and 3% for the discretisation of the Langevin samplers.
-    assert ((counts - WEIGHTS).abs() < 5 * (WEIGHTS * (1 - WEIGHTS) / n).sqrt() + 0.03).all(), counts
+    network = perfect_network(scheduler, four_points())
+    check_four_points(run(scheduler, network, sample, generator, scheduler.timesteps[start:]))
 
 
 @every_scheduler
@@ -72,7 +57,7 @@ def test_equal_networks_of_other_prediction_types_give_equal_samples(cls, name):
         scheduler.set_timesteps(12)
         generator = torch.Generator().manual_seed(0)
         sample = scheduler.init_noise_sigma * torch.randn(3, 1, 1, 2, dtype=torch.float64, generator=generator)
-        results[prediction_type] = run(scheduler, denoiser, sample, scheduler.timesteps, generator)
+        results[prediction_type] = run(scheduler, perfect_network(scheduler, denoiser), sample, generator)
     for prediction_type, result in results.items():
         torch.testing.assert_close(result, results["sample"], rtol=1e-4, atol=1e-4, msg=prediction_type)
 
@@ -99,7 +84,7 @@ def test_defaults_reach_the_floor_at_200_calls(cls):
         generator = torch.Generator().manual_seed(seed)
         scheduler.set_timesteps(200)
         start = torch.randn(n, 1, 8, 8, generator=generator)
-        samples = run(scheduler, ExactDenoiser(train, 0.1), start, scheduler.timesteps, generator)
+        samples = run(scheduler, perfect_network(scheduler, ExactDenoiser(train, 0.1)), start, generator)
         distances.append(sliced_wasserstein(samples, reference))
     assert sum(distances) / seeds < 1.2 * floor, (distances, floor)
 

@@ -1,0 +1,107 @@
+"""Every reading with every sampler: the law of known data, and the same samples as the pure loop."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from networks import check_four_points, final_variance, four_points, output_of, samples_of
+
+from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm.readings import VelocityReading
+from diffusers_gm.samplers import sample
+
+READINGS = {
+    "vp": {"beta_schedule": "linear"},
+    "vp v": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "ve": {"sigma_min": 0.02, "sigma_max": 20.0},
+    "ve unscaled": {"sigma_min": 0.02, "sigma_max": 20.0, "scale_input": False, "prediction_type": "scaled_score"},
+    "flow": {"shift": 3.0, "prediction_type": "flow_prediction"},
+    "edm": {"noise_space": "edm", "sigma_min": 0.02, "sigma_max": 80.0, "sigma_data": 0.5},
+    "svd": {"noise_space": "edm", "sigma_min": 0.02, "sigma_max": 80.0, "prediction_type": "v_prediction"},
+    "velocity score": {"prediction_type": "velocity_score"},
+    "scaled velocity score": {"prediction_type": "scaled_velocity_score", "beta_0": 3.0, "beta_1": 2.0},
+    "mixed score": {"prediction_type": "cld_mixed", "mass": 0.5, "gamma": 0.1},
+}
+MIX = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62]}
+SAMPLERS = {
+    "langevin": (AnnealedLangevinScheduler, {}),
+    "langevin, three steps": (AnnealedLangevinScheduler, {"num_langevin_steps": 3}),
+    "langevin, chain": (AnnealedLangevinScheduler, {"network_level": "chain"}),
+    "consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
+    "gm langevin": (GMLangevinScheduler, {"algorithm_type": "langevin"}),
+    "jump": (GMLangevinScheduler, {"algorithm_type": "jump", **MIX}),
+    "exponential": (GMLangevinScheduler, {"algorithm_type": "exponential", **MIX}),
+    "ancestral": (GMLangevinScheduler, {"algorithm_type": "ancestral"}),
+    "ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
+    "sscs": (CLDSSCSScheduler, {"splitting_order": 1, "network_at": "step_start"}),
+    "sscs, second order": (CLDSSCSScheduler, {"splitting_order": 2}),
+    "sscs, half step": (CLDSSCSScheduler, {"splitting_order": 1, "network_at": "half_step"}),
+    "euler maruyama": (CLDSSCSScheduler, {"algorithm_type": "euler_maruyama"}),
+    "probability flow": (CLDSSCSScheduler, {"algorithm_type": "probability_flow"}),
+}
+every_pair = pytest.mark.parametrize(
+    ("reading", "name"), list(itertools.product(READINGS, SAMPLERS)), ids=lambda value: value
+)
+
+
+def make(reading, name, **arguments):
+    cls, options = SAMPLERS[name]
+    return cls(**(READINGS[reading] | options | arguments))
+
+
+@every_pair
+def test_four_points_in_their_proportions(reading, name, generator):
+    scheduler = make(reading, name)
+    # Euler-Maruyama and the published order go wrong at the steps that log sigma has near t = 1.
+    slack = 0.03 if name not in ("euler maruyama", "sscs, half step") else 0.06
+    check_four_points(samples_of(scheduler, four_points(), 100, (1000, 1, 1, 2), generator), slack)
+
+
+@every_pair
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["32", "64"])
+def test_the_scheduler_is_the_pure_loop(reading, name, dtype, tolerance):
+    """From one start and with one generator: `sample` on y, and the pipeline's loop on what the network sees."""
+    scheduler = make(reading, name)
+    labels = scheduler.reading.grid(50, "log_snr")
+    levels = scheduler.reading.sigma(labels)
+    plan = scheduler.sampler.plan(levels)
+    calls = scheduler.reading.calls(labels, plan.sigmas)
+    denoised = lambda y, sigma: 0.3 * torch.tanh(y / (0.3 + sigma)) + y / (1 + sigma**2) / 2
+
+    y = levels[0].to(dtype) * torch.randn(2, 1, 4, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    expected = sample(scheduler.sampler, denoised, y, levels, torch.Generator().manual_seed(2))
+
+    noise = torch.Generator().manual_seed(2)
+    # A network of CLD brings the companion that CLD's samplers draw first.
+    native, cld = isinstance(scheduler.reading, VelocityReading), isinstance(scheduler, CLDSSCSScheduler)
+    companion = torch.randn(y.shape, dtype=dtype, generator=noise) if native and cld else torch.ones_like(y)
+    state = scheduler.reading.visible(y, companion, calls[0])
+    scheduler.set_timesteps(timesteps=labels.tolist())
+    for t, call in zip(scheduler.timesteps, calls, strict=False):
+        there, _ = scheduler.reading.coordinates(state, call)
+        output = output_of(scheduler.reading, denoised(there, call.sigma), state, call)
+        state = scheduler.step(output, t, state, generator=noise).prev_sample
+    torch.testing.assert_close(scheduler.reading.image(state), expected, rtol=0, atol=tolerance * 10)
+
+
+LINEAR = [name for name in SAMPLERS if name not in ("jump", "exponential")]
+
+
+@pytest.mark.parametrize(("reading", "name"), list(itertools.product(READINGS, LINEAR)), ids=lambda value: value)
+def test_exact_moments_of_a_gaussian(reading, name):
+    """Without samples: the variance after a run tends to that of the data, and faster for the second-order samplers."""
+    scheduler = make(reading, name)
+    first, last = scheduler.reading.timestep_range
+    ends = scheduler.reading.sigma(torch.tensor([last, first], dtype=torch.float64)).log()
+    errors = []
+    for n in (100, 400):
+        steps = scheduler.config.get("num_langevin_steps", 1)
+        levels = torch.linspace(*ends.tolist(), n, dtype=torch.float64).exp()
+        levels = levels[::steps].repeat_interleave(steps)[:n]
+        variance = final_variance(scheduler.sampler, levels, 0.25)
+        narrowed = 0.25**2 / (0.25 + float(levels[-1]) ** 2)  # D at the last level
+        errors.append(abs(variance / narrowed - 1))
+    assert errors[1] < (0.02 if name in ("ode", "sscs, second order", "probability flow") else 0.2)
+    assert errors[1] < 0.7 * errors[0] or errors[0] < 1e-3
+    assert math.isfinite(errors[0])
