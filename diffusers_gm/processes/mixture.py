@@ -46,6 +46,8 @@ class GaussianMixtureNoise:
             raise ValueError(f"weights must be non-negative and sum to one, got {self.weights.tolist()}")
         if not bool((self.scales > 0).all() and torch.isfinite(self.scales).all()):
             raise ValueError(f"scales must be positive and finite, got {self.scales.tolist()}")
+        # Whether this is unit Gaussian noise: one component of scale 1.
+        self.is_standard_gaussian = self.scales.tolist() == [1.0]
 
     def __repr__(self) -> str:
         return f"GaussianMixtureNoise({self.weights.tolist()}, {self.scales.tolist()}, per_element={self.per_element})"
@@ -53,11 +55,6 @@ class GaussianMixtureNoise:
     def __len__(self) -> int:
         """The number of components K."""
         return len(self.weights)
-
-    @property
-    def is_standard_gaussian(self) -> bool:
-        """Whether this is unit Gaussian noise: one component of scale 1."""
-        return len(self) == 1 and float(self.scales[0]) == 1.0
 
     # --- Constructors ---
 

@@ -114,15 +114,17 @@ class Langevin:
     def step(
         self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
     ) -> tuple[Tensor, Memory]:
-        target: float | Tensor = plan.targets[i]
-        memory, level = self._advanced(plan, i, memory)
         if self.denoise and i == len(plan.targets) - 1:
             return denoised, memory
+        target: float | Tensor = plan.targets[i]
         if not self.noise.is_standard_gaussian:
+            memory, level = self._advanced(plan, i, memory)
             w = memory.precision
             w = self.noise.residual_precision(y - denoised, level) if w is None else w
             target = target / w**0.5
-        jump = self.jumps.sample_scales(y.shape, draw) ** 2 if len(self.jumps) > 1 else self.jumps.moment(2)
+        jump: float | Tensor = 1.0
+        if not self.jumps.is_standard_gaussian:
+            jump = self.jumps.sample_scales(y.shape, draw) ** 2
         update = exponential_step if self.exact else langevin_step
         return update(y, denoised, target, plan.step_sizes[i] * jump, draw.normal(y.shape)), memory
 

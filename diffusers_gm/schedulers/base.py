@@ -5,6 +5,7 @@ rest, and everything that changes during a run is in a `Run`.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from ..random import Draw, Generators, check_generators
 from ..readings import ImageReading, NoiseSpace, Reading
 from ..readings.grids import calibrated_levels, check_calibration, even_levels, shift_flow
 from ..samplers import Memory, Sampler
-from .run import Run
+from .run import TURN, Run
 from .swap import (
     SPACING_FLAGS,
     SwapConfig,
@@ -75,7 +76,6 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
     reading: Reading
     noise_space: NoiseSpace | None
     sampler: Sampler
-    timesteps: Tensor
     sigmas: Tensor
 
     # --- Configs ---
@@ -116,11 +116,14 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
         come back complete."""
         kept = self._internal_dict
-        self._internal_dict = saved_config(self.config, self.noise_space)
+        self._internal_dict = saved = saved_config(self.config, self.noise_space)
         try:
-            return super().to_json_string()
+            text = super().to_json_string()
         finally:
             self._internal_dict = kept
+        # As in diffusers, a config that was saved knows by which class and version.
+        self.register_to_config(**{name: saved[name] for name in ("_class_name", "_diffusers_version")})
+        return text
 
     def diffusers_config(self) -> dict[str, Any]:
         """The config by which schedulers of diffusers sample the network of this scheduler:
@@ -168,9 +171,10 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         first, last = self.reading.timestep_range
         labels = torch.linspace(last, first, config.num_train_timesteps, dtype=torch.float64)
         labels = labels.round() if self.reading.counts_levels else labels
-        self.timesteps, self.sigmas = self._as_timesteps(labels), self._visible_sigmas(labels)
+        self._timesteps, self.sigmas = self._as_timesteps(labels), self._visible_sigmas(labels)
         self.num_inference_steps: int | None = None
         self._run: Run | None = None
+        self._prepared: dict[int, Run] = {}  # by thread: its last run
         self._begin_index: int | None = None
 
     def __len__(self) -> int:
@@ -207,11 +211,23 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         if moved.any():  # a sampler that tells the network other levels than those of the grid
             labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
         calls = self.reading.calls(labels, plan.sigmas)
-        timesteps_of_run = self._as_timesteps(labels).to(device)
-        self._run = Run(calls, plan, timesteps_of_run).after(self._run)
-        self.timesteps, self.num_inference_steps = timesteps_of_run, len(labels)
-        self.sigmas = self._visible_sigmas(labels, plan.sigmas)
-        self._begin_index = None
+        run = Run(calls, plan, self._as_timesteps(labels).to(device))
+        visible_sigmas = self._visible_sigmas(labels, plan.sigmas)
+        with TURN:
+            waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
+            self._prepared = {**waiting, threading.get_ident(): run}
+            self._run = run.after(self._run)
+            self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas
+            self._begin_index = None
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The labels of the network calls of a run `(n,)`; before any, those that the network was trained at.
+
+        A thread that has prepared a run sees that one until it begins, so that it is told if another has ended it.
+        """
+        mine = self._prepared.get(threading.get_ident())
+        return self._timesteps if mine is None or mine.index is not None else mine.timesteps
 
     def _labels_and_levels(
         self,

@@ -1,6 +1,7 @@
 """One run of a scheduler: its calls, and where it is. All that changes while sampling is in here."""
 
 import math
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ ONE_RUN = (
     "a scheduler serves one run at a time; call set_timesteps before another one, or give each its own copy "
     "(copy.deepcopy(pipe.scheduler))"
 )
+
+# Threads that share a scheduler take turns at what says where its runs are.
+TURN = threading.Lock()
 
 
 @dataclass
@@ -38,9 +42,6 @@ class Run:
     former: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
     stopped_at: float | None = None
 
-    def __post_init__(self) -> None:
-        self._unclaimed = deque(range(len(self)))
-
     def __len__(self) -> int:
         """The number of network calls."""
         return len(self.calls) - 1
@@ -61,8 +62,14 @@ class Run:
         Raises:
             ValueError: if the step cannot be the next of this run.
         """
-        index = self.index
-        if any(_position(timestep, timesteps) is not None for timesteps in self.former):
+        with TURN:
+            index = self._claimed(timestep, begin_index, shape)
+            self.index, self.shape = index + 1, shape
+        return index
+
+    def _claimed(self, timestep: Tensor | float, begin_index: int | None, shape: torch.Size) -> int:
+        index, position = self.index, _position(timestep, self.timesteps)
+        if position is None and any(_position(timestep, timesteps) is not None for timesteps in self.former):
             raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
         if index is None:
             index = self._first(timestep) if begin_index is None else begin_index
@@ -70,19 +77,14 @@ class Run:
             raise ValueError(
                 f"all {len(self)} steps of this run have been taken: call set_timesteps before the next run"
             )
-        label, position, given = self.calls[index].label, _position(timestep, self.timesteps), self.value(timestep)
-        wrong_place = position is not None and position != index
-        if wrong_place or not (given is None or _same_label(given, label)):
-            where = f"step {position}" if wrong_place else f"{given:g}"
-            raise ValueError(f"step {index} of this run is at timestep {label:g}, not {where}: {ONE_RUN}")
+        label = self.calls[index].label
+        if position is not None and position != index:
+            raise ValueError(f"step {index} of this run is at timestep {label:g}, not step {position}: {ONE_RUN}")
+        given = self._value(timestep) if position is None else None
+        if given is not None and not _same_label(given, label):
+            raise ValueError(f"step {index} of this run is at timestep {label:g}, not {given:g}: {ONE_RUN}")
         if self.shape is not None and shape != self.shape:
             raise ValueError(f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}")
-        while self._unclaimed and self._unclaimed[0] < index:
-            self._unclaimed.popleft()
-        # One operation, so that of two threads at the same call one fails.
-        if not self._unclaimed or self._unclaimed.popleft() != index:
-            raise ValueError(f"step {index} of this run has been taken already: {ONE_RUN}")
-        self.index, self.shape = index + 1, shape
         return index
 
     def call_at(self, timestep: Any) -> Any | None:
@@ -90,11 +92,9 @@ class Run:
         position = _position(timestep, self.timesteps)
         return None if position is None else self.calls[position]
 
-    def value(self, timestep: Tensor | float) -> float | None:
+    @staticmethod
+    def _value(timestep: Tensor | float) -> float | None:
         """The value of a `timestep`; None if only waiting for the device would tell, or if there are several."""
-        call = self.call_at(timestep)
-        if call is not None:
-            return call.label
         if isinstance(timestep, Tensor) and (timestep.ndim > 0 or timestep.device.type != "cpu"):
             return None
         return float(timestep)
