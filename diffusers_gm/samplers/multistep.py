@@ -27,7 +27,8 @@ class MultistepPlan(Plan):
     """Attributes:
     levels: noise levels as floats.
     decay, spread: of every step, the factors on y and on the noise; 0 at the last call.
-    predictor: of every step and for each number of known D's, their weights, the newest first.
+    predictor: of every step and for each number of known D's, their weights, the newest first; none for a step of
+        no length.
     corrector: of every call likewise, the weights of the new D and of those that led to it, which correct y there.
     """
 
@@ -74,7 +75,7 @@ class Multistep:
         predictor: list[list[list[float]]] = [[] for _ in range(n)]
         corrector: list[list[list[float]]] = [[] for _ in range(n)]
         for k in range(1, self.order + 1):
-            steps = [i for i in range(n - 1) if len(known[i]) >= k]
+            steps = [i for i in range(n - 1) if len(known[i]) >= k and h[i] > 0]
             if not steps:
                 break
             nodes = torch.tensor([known[i][:k] for i in steps], dtype=torch.float64)
@@ -87,7 +88,7 @@ class Multistep:
             correction[:, 1:] -= weights
             for row, i in enumerate(steps):
                 predictor[i].append(weights[row].tolist())
-                if self.corrector and h[i] > 0:
+                if self.corrector:
                     corrector[i + 1].append(correction[row].tolist())
         return MultistepPlan(sigmas, sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], predictor, corrector)
 
@@ -102,7 +103,8 @@ class Multistep:
             y = combined(y, 1.0, plan.corrector[i][len(known) - 1], [denoised, *known])
         history = ((plan.levels[i], denoised), *(item for item in memory.denoised if item[0] > plan.levels[i]))
         history = history[: self.order]
-        y = combined(y, plan.decay[i], plan.predictor[i][len(history) - 1], [d for _, d in history])
+        if plan.predictor[i]:  # not a step of no length
+            y = combined(y, plan.decay[i], plan.predictor[i][len(history) - 1], [d for _, d in history])
         if plan.spread[i]:
             y = y.add_(draw.normal(y.shape), alpha=plan.spread[i])
         return y, memory._replace(denoised=history)
@@ -126,23 +128,19 @@ def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor
 def exponential_weights(start: Tensor, end: Tensor, nodes: Tensor, a: float) -> Tensor:
     """`int_start^end a e^{-a (end - r)} l_j(r) dr` for the Lagrange polynomials l_j of distinct nodes.
 
-    The weights that integrate `1, u, u^2, ...` exactly, `u = (r - start) / (end - start)`; 0 for a step of no length.
+    The weights that integrate `1, u, u^2, ...` exactly, `u = (r - start) / (end - start)`.
 
     Args:
-        start, end: clocks `(...)`, float64.
+        start, end: clocks `(...)`, float64, that differ.
         nodes: `(..., K)`.
 
     Returns:
         `(..., K)`.
     """
-    h = (end - start)[..., None]
-    still = h == 0
-    h = torch.where(still, 1.0, h)
-    count = nodes.shape[-1]
-    u = (nodes - start[..., None]) / h
+    h, count = end - start, nodes.shape[-1]
+    u = (nodes - start[..., None]) / h[..., None]
     powers = u[..., None, :] ** torch.arange(count, dtype=torch.float64)[:, None]
-    weights = torch.linalg.solve(powers, exponential_moments(a * h[..., 0], count))
-    return torch.where(still, 0.0, weights)
+    return torch.linalg.solve(powers, exponential_moments(a * h, count))
 
 
 def exponential_moments(x: Tensor, count: int) -> Tensor:

@@ -229,6 +229,11 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         mine = self._prepared.get(threading.get_ident())
         return self._timesteps if mine is None or mine.index is not None else mine.timesteps
 
+    @timesteps.setter
+    def timesteps(self, timesteps: Tensor) -> None:
+        self._prepared.pop(threading.get_ident(), None)
+        self._timesteps = timesteps
+
     def _labels_and_levels(
         self,
         num_calls: int | None,

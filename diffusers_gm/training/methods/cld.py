@@ -59,7 +59,8 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
 
 def loss(args: CLDOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
     process: CLD = scheduler.process
-    uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+    # Drawn on the CPU, where the coefficients are worked out in float64: not all devices have it.
+    uniform = torch.rand(len(images), dtype=torch.float64)
     x, v = torch.randn((2, *images.shape), device=images.device)
     initial = torch.randn_like(images) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(

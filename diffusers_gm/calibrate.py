@@ -1,0 +1,121 @@
+"""Calibrate the sampler of a saved pipeline on its own network, and keep the result in the pipeline's folder.
+
+    python -m diffusers_gm.calibrate outputs/demo --calls 5 8 10 20
+
+Writes the scheduler into the folder (of a model on the Hub: into --output_dir), and `calibration.png` beside it: the
+levels of each budget, how far the last image is from that of very many calls, before and after.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
+from .files import write_json, write_text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_gm.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
+    parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
+    parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: one run of 56 calls")
+    parser.add_argument("--stochasticity", type=float, default=None, help="tau of the sampler; default 0, the ODE")
+    parser.add_argument("--batch_size", type=int, default=None, help="images; default 64")
+    parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes; default the folder")
+    return parser
+
+
+def load(model: str) -> Any:
+    """The pipeline of a folder or of the Hub, ours or diffusers' own."""
+    from diffusers import DiffusionPipeline
+
+    import diffusers_gm
+
+    name = DiffusionPipeline.load_config(model)["_class_name"]
+    name = name if isinstance(name, str) else name[-1]
+    return getattr(diffusers_gm, name, DiffusionPipeline).from_pretrained(model)
+
+
+def keep(calibration: Calibration, folder: Path) -> list[Path]:
+    """Put the scheduler into the folder of its pipeline, whose `model_index.json` names its class; what was written."""
+    index = folder / "model_index.json"
+    config = (folder / "scheduler" if index.is_file() else folder) / "scheduler_config.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    write_text(config, calibration.scheduler.to_json_string())
+    if not index.is_file():
+        return [config]
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["scheduler"] = ["diffusers_gm", type(calibration.scheduler).__name__]
+    write_json(index, content)
+    return [config, index]
+
+
+def plot(calibration: Calibration, path: Path) -> None:
+    """The levels of each budget, and its errors before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    budgets = list(calibration.levels)
+    for row, n in enumerate(budgets):
+        left.plot(calibration.levels[n], [row] * n, marker="|", markersize=12, linewidth=0.5, color=f"C{row}")
+    left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels")
+    left.invert_xaxis()
+    left.set_yticks(range(len(budgets)), [str(n) for n in budgets])
+    if calibration.errors:
+        for at, (name, marker) in enumerate((("fixed grid", "o"), ("best start", "s"), ("calibrated", "^"))):
+            values = [calibration.errors[n][at] ** 0.5 for n in budgets]
+            right.plot(budgets, values, marker=marker, label=name, color=f"C{at}")
+        right.set(
+            xscale="log", yscale="log", xlabel="network calls", ylabel="root mean square, pixels in [-1, 1]",
+            title="distance to very many calls on the same path",
+        )  # fmt: skip
+        right.set_xticks(budgets, [str(n) for n in budgets])
+        right.minorticks_off()
+        right.legend()
+    else:
+        right.set_axis_off()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    folder = args.output_dir or Path(args.model)
+    if args.output_dir is None and not (folder / "model_index.json").is_file():
+        parser.error(f"{args.model} is not the folder of a pipeline: give --output_dir for a model of the Hub")
+    try:
+        pipe = load(args.model)
+        batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
+        calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=args.stochasticity, **batch)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    wrote = keep(calibration, folder)
+    for n, levels in calibration.levels.items():
+        print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
+        if n in calibration.errors:
+            fixed, _, found = (error**0.5 for error in calibration.errors[n])
+            print(f"    distance to very many calls: {fixed:.4f} on the fixed grid, {found:.4f} now")
+    if calibration.martingale_defect is not None:
+        print(f"rho = {calibration.martingale_defect:.2f} (about 0 for an exact network, negative where it errs)")
+    network, beside = calibration.seconds[1], calibration.seconds[0]
+    print(f"{calibration.network_calls} network calls, {network:.1f} s, and {beside:.1f} s beside them")
+    try:
+        plot(calibration, folder / "calibration.png")
+        wrote.append(folder / "calibration.png")
+    except ImportError:
+        print("no picture: pip install diffusers-gm[evaluation]")
+    print("wrote", *wrote)
+
+
+if __name__ == "__main__":
+    main()

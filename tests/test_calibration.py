@@ -1,0 +1,310 @@
+"""Calibration: coupled trajectories, the search, and whole pipelines as denoisers."""
+
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
+
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
+    CLDPipeline,
+    CLDSSCSScheduler,
+    NCSNv2Pipeline,
+    calibrate,
+)
+from diffusers_gm.calibration.calibrate import calibrate_in_full, martingale_defect
+from diffusers_gm.calibration.search import LocalDefects, fine_ladder, gram, nearest, search
+from diffusers_gm.calibration.trajectory import BrownianPath, Trajectories
+from diffusers_gm.readings.grids import even_levels
+from diffusers_gm.samplers import Multistep
+
+DOUBLE = {"dtype": torch.float64}
+HIGH, LOW = 40.0, 0.01
+POINTS = torch.tensor([-1.0, -0.2, 0.9]).double()
+
+
+def points(y, sigma):
+    """The denoiser of three narrow Gaussians."""
+    variance = 0.05**2 + sigma**2
+    share = torch.softmax(-((y[..., None] - POINTS.to(y)) ** 2) / (2 * variance), -1)
+    mean = share @ POINTS.to(y)
+    return mean + 0.05**2 / variance * (y - mean)
+
+
+def start(n=256):
+    return HIGH * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0), **DOUBLE)
+
+
+# --- Coupled trajectories ---
+
+
+def test_the_noise_of_a_path_is_that_of_its_parts():
+    """Unit variance over any step; in units of sigma, the noise of a long step is that of its two halves combined."""
+    sigmas, tau = fine_ladder(HIGH, LOW, 40), 0.7
+    path = BrownianPath(sigmas, tau, torch.zeros(40_000, **DOUBLE), seed=1)
+    clock = -sigmas.log()
+
+    def injected(start, end):
+        h = float(clock[end] - clock[start])
+        return math.sqrt(-math.expm1(-2 * tau**2 * h)) * path.between(start, end)
+
+    for steps in ((0, 1), (3, 17), (0, 39)):
+        assert float(path.between(*steps).var()) == pytest.approx(1, abs=5 * math.sqrt(2 / 40_000))
+    decay = math.exp(-(tau**2) * float(clock[30] - clock[12]))
+    torch.testing.assert_close(injected(5, 30), decay * injected(5, 12) + injected(12, 30))
+    independent = float((path.between(5, 12) * path.between(12, 30)).mean())
+    assert abs(independent) < 5 / math.sqrt(40_000)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_the_student_approaches_the_teacher(tau):
+    trajectories = Trajectories(points, start(), fine_ladder(HIGH, LOW), Multistep(stochasticity=tau))
+    errors = []
+    for n in (5, 10, 20, 40, 80):
+        errors.append(trajectories.run(nearest(trajectories.sigmas, even_levels(HIGH, LOW, n))).error)
+    assert errors[-1] < (0.1 if tau else 0.01) * errors[0]
+    assert trajectories.run(list(range(len(trajectories.sigmas)))).error == 0.0
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+def test_a_run_that_goes_on_from_another_is_the_run_itself(tau):
+    trajectories = Trajectories(points, start(8), fine_ladder(HIGH, LOW), Multistep(stochasticity=tau))
+    before = trajectories.run([0, 40, 80, 120, 140])
+    for index in ([0, 40, 80, 120, 150], [0, 40, 70, 120, 140], [0, 30, 80, 120, 140]):
+        calls = trajectories.num_calls
+        resumed = trajectories.run(index, before)
+        same = next(i for i in range(5) if index[i] != before.index[i])
+        assert trajectories.num_calls - calls == 5 - same
+        whole = trajectories.run(index)
+        assert resumed.error == whole.error
+        for (y, _), (other, _) in zip(resumed.states, whole.states, strict=True):
+            assert torch.equal(y, other)
+
+
+def test_the_search_improves_on_its_starts_and_keeps_to_its_limit():
+    trajectories = Trajectories(points, start(), fine_ladder(HIGH, LOW), Multistep())
+    fixed = nearest(trajectories.sigmas, even_levels(HIGH, LOW, 6))
+    calls = trajectories.num_calls
+    best, first = search(trajectories, 6, [fixed], max_calls=300)
+    assert best.error <= first <= trajectories.run(fixed).error
+    assert best.error < 0.7 * trajectories.run(fixed).error
+    assert trajectories.num_calls - calls < 300 + 6 + 12
+    assert best.index[0] == 0
+    assert all(a < b for a, b in pairwise(best.index))
+    with pytest.raises(ValueError, match="calls must be between 2 and 80"):
+        search(trajectories, 81, [], 10)
+
+
+def test_dynamic_programming_finds_the_best_of_all_grids():
+    """Against trying every choice of levels out of ten."""
+    import itertools
+
+    sigmas = fine_ladder(HIGH, LOW, 10)
+    trajectories = Trajectories(points, start(), sigmas, Multistep())
+    defects = LocalDefects(sigmas, gram(trajectories.teacher.denoised))
+    end = defects.matrix[-1, -1] - 2 * defects.matrix[-1] + defects.matrix.diagonal()
+
+    def total(index):
+        cost = defects.cost[0, 0, index[1]] + end[index[-1]]
+        return float(cost + sum(defects.cost[triple] for triple in zip(index, index[1:], index[2:], strict=False)))
+
+    for n in (2, 3, 5):
+        every = [(0, *rest) for rest in itertools.combinations(range(1, 10), n - 1)]
+        found = defects.best(n)
+        assert len(found) == n
+        assert total(found) == pytest.approx(min(map(total, every)), rel=1e-9)
+
+
+def test_denoised_images_that_are_not_finite_are_named():
+    def overflows(y, sigma):
+        return y / 0 if sigma < 1 else points(y, sigma)
+
+    with pytest.raises(ValueError, match=r"not finite at sigma = 0\.\d"):
+        Trajectories(overflows, start(2), fine_ladder(HIGH, LOW), Multistep())
+
+
+def test_the_martingale_defect_tells_a_network_that_errs():
+    exact = martingale_defect(points, start(2000), HIGH, LOW)
+    generator = torch.Generator().manual_seed(0)
+
+    def errs(y, sigma):
+        return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE)
+
+    assert exact > -0.05
+    assert martingale_defect(errs, start(2000), HIGH, LOW) < -0.3
+
+
+# --- Pipelines ---
+
+
+class PointsNetwork(UNet2DModel):
+    """The exact network of the three points behind a UNet's interface, for every pixel alike."""
+
+    def forward(self, sample, timestep, **_):
+        space = self.space
+        sigma = float(space.sigma(torch.as_tensor(timestep).double().flatten()[0]))
+        y = sample / float(space.alpha(torch.tensor(sigma)))
+        denoised = points(y, sigma)
+        self.count += 1
+        return type("Output", (), {"sample": space.output(denoised, (y - denoised) / sigma, sigma, "epsilon")})()
+
+
+def network(space):
+    with torch.random.fork_rng():
+        made = PointsNetwork(
+            sample_size=2, in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2,
+            layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        ).eval()  # fmt: skip
+    made.space, made.count = space, 0
+    return made
+
+
+def test_a_pipeline_of_diffusers_is_calibrated_as_its_denoiser_is(tmp_path):
+    """The same levels as from the denoiser itself; the scheduler is put back; what is saved has the levels."""
+    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+    pipe = DDPMPipeline(network(own.noise_space), DDPMScheduler(clip_sample=False))
+    original = pipe.scheduler
+    result = calibrate_in_full(pipe, (4, 6), progress=False, batch_size=32, output_type="np")
+    assert pipe.scheduler is original
+    assert pipe.unet.count == result.network_calls + 1
+    for n, (fixed, first, best) in result.errors.items():
+        assert best <= first
+        assert best < fixed
+        assert len(result.levels[n]) == n
+        assert result.levels[n][0] == pytest.approx(157.4, rel=1e-3)
+    again = calibrate(pipe, (4, 6), progress=False, batch_size=32, output_type="np")
+    assert again.config.calibration == result.scheduler.config.calibration, "the same every time"
+    result.scheduler.save_pretrained(tmp_path)
+    loaded = CalibratedMultistepScheduler.from_pretrained(tmp_path)
+    for n in (4, 5, 6):
+        loaded.set_timesteps(n)
+        assert len(loaded.timesteps) == n
+    pipe.scheduler = loaded
+    assert pipe(2, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images.shape
+    # Schedulers of diffusers can use the levels.
+    theirs = EulerDiscreteScheduler.from_config(DDPMScheduler().config)
+    theirs.set_timesteps(sigmas=[*result.levels[4], 0.0])
+    torch.testing.assert_close(theirs.sigmas[:4], torch.tensor(result.levels[4]), rtol=1e-5, atol=1e-6)
+
+
+def test_one_run_is_enough_for_the_fast_effort():
+    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+    pipe = DDPMPipeline(network(own.noise_space), DDPMScheduler(clip_sample=False))
+    result = calibrate_in_full(pipe, (3, 8), effort="fast", progress=False, batch_size=8, output_type="np")
+    assert result.network_calls == 56
+    assert [len(levels) for levels in result.levels.values()] == [3, 8]
+    assert result.errors == {}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        AnnealedLangevinScheduler(sigma_max=20.0),
+        AnnealedLangevinScheduler.from_config(EDMEulerScheduler(sigma_max=20.0).config),
+    ],
+    ids=["ve", "edm"],
+)
+def test_our_own_pipelines_of_every_space(scheduler, tiny_unet):
+    pipe = NCSNv2Pipeline(tiny_unet, scheduler)
+    made = calibrate(pipe, (3,), progress=False, batch_size=2, effort="fast")
+    assert made.noise_space.kind == scheduler.noise_space.kind
+    pipe.scheduler = made
+    assert pipe(1, 3, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()
+
+
+def test_a_velocity_network(tiny_velocity_unet):
+    pipe = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed"))
+    pipe.scheduler = calibrate(pipe, (3,), progress=False, batch_size=2)
+    assert pipe(1, 3, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()
+
+
+def test_guidance_is_part_of_the_denoiser():
+    """Stable Diffusion: the prompt, guidance and the latents of the pipeline's own run."""
+    from test_swap_pipelines import stable_diffusion
+
+    pipe = stable_diffusion(StableDiffusionPipeline)
+    arguments = {"prompt": "a cat", "height": 16, "width": 16, "output_type": "latent", "num_images_per_prompt": 2}
+    plain, guided = (
+        calibrate_in_full(pipe, (3,), progress=False, guidance_scale=scale, **arguments) for scale in (1.0, 7.0)
+    )
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    assert plain.errors[3] != guided.errors[3]
+    pipe.scheduler = guided.scheduler
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calls": (1,)}, "from 2 to 80"),
+        ({"calls": ()}, "at least one"),
+        ({"calls": (5.5,)}, "whole numbers"),
+        ({"effort": "some"}, "unknown effort 'some'"),
+        ({"num_inference_steps": 5}, "is what is calibrated"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(arguments, message, tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, progress=False, **arguments)
+
+
+def test_pipelines_that_cannot_be_calibrated_are_named(tiny_unet):
+    class Bare:
+        pass
+
+    with pytest.raises(ValueError, match="no scheduler that can be swapped"):
+        calibrate(Bare())
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    pipe.scheduler = type("Odd", (), {"config": {"rho": 7.0}})()
+    with pytest.raises(ValueError, match="cannot be swapped: no noise space"):
+        calibrate(pipe)
+
+
+def test_what_the_pipeline_raises_is_passed_on(tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 30:
+            raise RuntimeError("out of memory")
+
+    handle = tiny_unet.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        calibrate(pipe, (3,), progress=False, output_type="np")
+    handle.remove()
+    assert isinstance(pipe.scheduler, DDPMScheduler)
+
+
+def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
+    pipe = NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0))
+    pipe.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "diffusers_gm.calibrate", tmp_path / "model", "--calls", "3", "5"]
+    run = subprocess.run([*command, "--batch_size", "2"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "5 calls: 20, " in run.stdout
+    assert (tmp_path / "model" / "calibration.png").stat().st_size > 5000
+    loaded = NCSNv2Pipeline.from_pretrained(tmp_path / "model")
+    assert isinstance(loaded.scheduler, CalibratedMultistepScheduler)
+    assert sorted(loaded.scheduler.config.calibration) == ["3", "5"]
+    assert json.loads((tmp_path / "model" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    missing = subprocess.run([*command[:3], tmp_path / "none"], capture_output=True, text=True, check=False)
+    assert missing.returncode == 2
+    assert "is not the folder of a pipeline" in missing.stderr

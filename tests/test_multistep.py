@@ -1,0 +1,226 @@
+"""The multistep sampler: exact moments, its orders, noise that leaves the law alone, and its scheduler."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from scipy import integrate
+
+from diffusers_gm import CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm.readings.grids import calibrated_levels, even_levels
+from diffusers_gm.samplers import Multistep, TwoStep, sample
+from diffusers_gm.samplers.multistep import exponential_moments, exponential_weights
+
+DOUBLE = {"dtype": torch.float64}
+VARIANCE = 0.25
+
+
+def gaussian(y, sigma):
+    """The denoiser of N(0, VARIANCE)."""
+    return VARIANCE / (VARIANCE + sigma**2) * y
+
+
+def levels(n, high=20.0, low=0.01):
+    return torch.logspace(math.log10(high), math.log10(low), n, **DOUBLE)
+
+
+@pytest.mark.parametrize("x", [1e-7, 0.3, 1.99, 2.01, 30.0])
+def test_moments_are_the_integrals(x):
+    for k, moment in enumerate(exponential_moments(torch.tensor(x, **DOUBLE), 4).tolist()):
+        exact, _ = integrate.quad(lambda u, k=k: x * math.exp(-x * (1 - u)) * u**k, 0, 1, epsabs=0, epsrel=1e-13)
+        assert moment == pytest.approx(exact, rel=1e-11)
+
+
+def test_weights_are_exact_for_polynomials():
+    start, end, a = 0.4, 1.7, 1.36
+    nodes = torch.tensor([0.4, 0.1, -0.5], **DOUBLE)
+    weights = exponential_weights(torch.tensor(start, **DOUBLE), torch.tensor(end, **DOUBLE), nodes, a)
+    exact, _ = integrate.quad(lambda r: a * math.exp(-a * (end - r)) * (3 * r**2 - r + 0.5), start, end)
+    assert float(weights @ (3 * nodes**2 - nodes + 0.5)) == pytest.approx(exact, rel=1e-12)
+
+
+def flow_error(sampler, n):
+    """Error of the probability flow of Gaussian data, whose solution scales y by the ratio of deviations."""
+    sigmas = levels(n)
+    first, last = (math.sqrt(VARIANCE + float(s) ** 2) for s in (sigmas[0], sigmas[-1]))
+    exact = gaussian(last / first, float(sigmas[-1]))
+    return abs(float(sample(sampler, gaussian, torch.ones(1, **DOUBLE), sigmas)) - exact)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("corrector", [False, True])
+def test_order_of_the_probability_flow(order, corrector):
+    errors = [flow_error(Multistep(order, corrector), n) for n in (80, 160, 320)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert slopes[-1] == pytest.approx(order + corrector, abs=0.15), (errors, slopes)
+
+
+def test_third_order_is_at_least_that():
+    errors = [flow_error(Multistep(3, False), n) for n in (20, 40)]
+    assert math.log2(errors[0] / errors[1]) > 2.9
+
+
+def run_variance(sampler, n):
+    """Var of the last D of a run on Gaussian data, exactly: sample 0 answers to a unit pulse at the start, sample i + 1
+    to one in the noise of call i, and squares add up."""
+    sigmas = levels(n)
+    pulses = torch.eye(n + 1, **DOUBLE).view(n + 1, n + 1, 1)
+    calls = iter(range(1, n + 1))
+
+    class Pulses:
+        def normal(self, shape):
+            return pulses[next(calls)].clone()
+
+    from diffusers_gm.samplers import Memory
+
+    plan, memory, y = sampler.plan(sigmas), Memory(), pulses[0].clone()
+    for i, sigma in enumerate(sigmas.tolist()):
+        y, memory = sampler.step(plan, i, y, gaussian(y, sigma), memory, Pulses())
+    start = VARIANCE + float(sigmas[0]) ** 2
+    return float(start * y[0] ** 2 + y[1:].square().sum())
+
+
+@pytest.mark.parametrize("tau", [0.4, 1.0])
+@pytest.mark.parametrize(("order", "corrector", "expected"), [(1, False, 1), (2, False, 2), (1, True, 2), (2, True, 2)])
+def test_weak_order_of_the_reverse_diffusion(tau, order, corrector, expected):
+    """At least the promised one; the spread of noise over a step is exact, D is what is approximated."""
+    limit = VARIANCE**2 / (VARIANCE + 1e-4)
+    errors = [abs(run_variance(Multistep(order, corrector, tau), n) - limit) for n in (160, 320, 640)]
+    slopes = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert slopes[-1] > expected - 0.2, (errors, slopes)
+
+
+def test_without_the_corrector_it_is_dpm_solver_to_second_order(generator):
+    """The polynomial through two D's, integrated exactly, and D at the middle of the step agree as steps shrink."""
+    y = torch.randn(64, **DOUBLE, generator=generator)
+    differences = [
+        float((sample(Multistep(2, False), gaussian, y, grid) - sample(TwoStep(), gaussian, y, grid)).abs().max())
+        for grid in (levels(40), levels(80))
+    ]
+    assert math.log2(differences[0] / differences[1]) > 1.8
+
+
+@pytest.mark.parametrize("arguments", [{"order": 4}, {"order": 0}, {"stochasticity": -1.0}])
+def test_bad_samplers_are_named(arguments):
+    with pytest.raises(ValueError, match=r"order|stochasticity"):
+        Multistep(**arguments)
+
+
+def test_repeated_levels_change_nothing(generator):
+    """A call at the level of the one before takes its place: without the corrector the same run, with a call more."""
+    y, sigmas = torch.randn(8, **DOUBLE, generator=generator), levels(9)
+    twice, plain = torch.cat([sigmas[:4], sigmas[3:]]), Multistep(corrector=False)
+    torch.testing.assert_close(
+        sample(plain, gaussian, y, twice), sample(plain, gaussian, y, sigmas), rtol=1e-9, atol=1e-9
+    )
+
+
+# --- Levels ---
+
+
+def test_even_levels_end_higher_for_fewer_calls():
+    for n in (2, 5, 20, 50):
+        grid = even_levels(157.0, 0.01, n)
+        assert len(grid) == n
+        assert (grid.diff() < 0).all()
+        assert float(grid[0]) == pytest.approx(157)
+        assert float(grid[-1]) == pytest.approx(1 / n)
+    assert float(even_levels(157.0, 0.3, 20)[-1]) == pytest.approx(0.3)
+    assert even_levels(157.0, 0.01, 1).tolist() == [157.0]
+
+
+def test_calibrated_levels_between_budgets():
+    calibration = {"4": [16.0, 4.0, 1.0, 0.25], "8": [16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125], "stochasticity": {}}
+    assert calibrated_levels(calibration, 4).tolist() == pytest.approx([16.0, 4.0, 1.0, 0.25])
+    assert calibrated_levels(calibration, 8).tolist() == pytest.approx(calibration["8"])
+    six = calibrated_levels(calibration, 6)
+    assert (six.diff() < 0).all()
+    assert 0.125 < float(six[-1]) < 0.25
+    assert float(calibrated_levels(calibration, 2)[-1]) == pytest.approx(0.25)
+    assert calibrated_levels(calibration, 1).tolist() == [16.0]
+    assert len(calibrated_levels(calibration, 30)) == 30
+
+
+@pytest.mark.parametrize(
+    "calibration", [{}, {"four": [1.0]}, {"2": [1.0]}, {"2": [1.0, 2.0]}, {"2": [1.0, 0.0]}, {"2": [1.0, 1.0]}]
+)
+def test_what_is_no_calibration_is_refused(calibration):
+    with pytest.raises(ValueError, match="calibration"):
+        CalibratedMultistepScheduler(calibration=calibration)
+
+
+# --- The scheduler ---
+
+
+def test_its_configs_survive_the_disk_and_other_schedulers(tmp_path):
+    levels_of = {"3": [150.0, 2.0, 0.2], "stochasticity": {"3": 0.4}}
+    ours = CalibratedMultistepScheduler.from_config(DDPMScheduler(beta_end=0.015).config, calibration=levels_of)
+    ours.save_pretrained(tmp_path)
+    for again in (
+        CalibratedMultistepScheduler.from_pretrained(tmp_path),
+        CalibratedMultistepScheduler.from_config(ours.config),
+        CalibratedMultistepScheduler.from_config(UniPCMultistepScheduler.from_config(ours.config).config),
+    ):
+        again.set_timesteps(3)
+        assert again.sigmas[1:3].tolist() == pytest.approx([2.0, 0.2], rel=1e-5)
+        assert again.sampler.stochasticity == 0.4
+        assert again.config.beta_end == 0.015
+    theirs = UniPCMultistepScheduler.from_pretrained(tmp_path)
+    assert theirs.config.beta_end == 0.015
+    theirs.set_timesteps(5)
+
+
+def test_every_scheduler_can_take_the_levels():
+    calibration = {"4": [150.0, 4.0, 1.0, 0.25]}
+    for cls in (CLDSSCSScheduler, GMLangevinScheduler):
+        scheduler = cls(beta_schedule="linear", calibration=calibration, grid="calibrated")
+        scheduler.set_timesteps(4)
+        assert scheduler.sigmas[1:4].tolist() == pytest.approx([4.0, 1.0, 0.25], rel=1e-5)
+        # The grid belongs to the sampler: what is swapped onto a calibrated config keeps its own, unless told.
+        calibrated = CalibratedMultistepScheduler(beta_schedule="linear", calibration=calibration)
+        assert cls.from_config(calibrated.config).config.grid is None
+        assert cls.from_config(calibrated.config, grid="calibrated").config.grid == "calibrated"
+
+
+def test_a_swap_uses_the_calibrated_grid_whatever_the_source_says():
+    for source in (DDPMScheduler(), DDPMScheduler(timestep_spacing="trailing"), UniPCMultistepScheduler()):
+        scheduler = CalibratedMultistepScheduler.from_config(source.config)
+        scheduler.set_timesteps(5)
+        assert float(scheduler.sigmas[4]) == pytest.approx(0.2, rel=1e-5)
+    other = CalibratedMultistepScheduler.from_config(DDPMScheduler().config, timestep_spacing="trailing")
+    other.set_timesteps(5)
+    assert other.timesteps.tolist() == [999, 799, 599, 399, 199]
+
+
+def test_levels_follow_the_shift_of_flow():
+    one, three = (
+        CalibratedMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=shift).config)
+        for shift in (1.0, 3.0)
+    )
+    for scheduler in (one, three):
+        scheduler.set_timesteps(6)
+    s_one, s_three = one.sigmas[1:6], three.sigmas[1:6]
+    torch.testing.assert_close(s_three / (1 - s_three), 3 * s_one / (1 - s_one), rtol=1e-4, atol=1e-5)
+    calibrated = CalibratedMultistepScheduler.from_config(
+        three.config, calibration={"3": [100.0, 3.0, 0.3], "shift": 3.0}
+    )
+    calibrated.set_timesteps(3)
+    torch.testing.assert_close(calibrated.sigmas[1], torch.tensor(0.75))
+
+
+def test_edits_between_steps_stay():
+    """The correction is added to the sample that is given: with D = 0, an edit of the sample is scaled and no more."""
+    ends = []
+    for edit in (0.0, 1.0):
+        scheduler = CalibratedMultistepScheduler(beta_schedule="linear", prediction_type="sample")
+        scheduler.set_timesteps(6)
+        x = torch.ones(1, 1, 2, 2, **DOUBLE)
+        for i, t in enumerate(scheduler.timesteps[:4]):
+            x = x + edit * (i == 3)
+            x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
+        ends.append(x)
+    visible = scheduler.noise_space.alpha(scheduler.sigmas[3:5].double())
+    expected = float(scheduler.sigmas[4] / scheduler.sigmas[3] * visible[1] / visible[0])
+    torch.testing.assert_close(ends[1] - ends[0], torch.full_like(ends[0], expected), rtol=1e-5, atol=1e-7)
