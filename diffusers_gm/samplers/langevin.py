@@ -72,7 +72,7 @@ class Langevin:
             raise ValueError(f"num_langevin_steps must be at least 1, got {self.num_steps}")
         if num_calls == 1 and self.denoise:
             return [1]
-        check_calls(num_calls, 2 * self.num_steps + self.denoise)
+        check_calls(num_calls, 2 * self.num_steps + self.denoise, or_one=self.denoise)
         budget = int(num_calls) - self.denoise
         num_levels = budget // self.num_steps
         steps, rest = divmod(budget, num_levels)

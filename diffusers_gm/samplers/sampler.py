@@ -81,10 +81,11 @@ def sample(
 # --- What samplers share ---
 
 
-def check_calls(num_calls: Any, at_least: int = 1) -> None:
-    """Raise a ValueError unless `num_calls` is an integer, and enough."""
+def check_calls(num_calls: Any, at_least: int = 1, or_one: bool = False) -> None:
+    """Raise a ValueError unless `num_calls` is an integer, and enough; `or_one`: a single call will do too."""
     if int(num_calls) != num_calls or num_calls < at_least:
-        raise ValueError(f"num_inference_steps must be an integer of at least {at_least}, got {num_calls!r}")
+        one = "1 (the denoised image at the first level) or " if or_one else ""
+        raise ValueError(f"num_inference_steps must be {one}an integer of at least {at_least}, got {num_calls!r}")
 
 
 def one_a_level(num_calls: Any, at_least: int = 1) -> list[int]:

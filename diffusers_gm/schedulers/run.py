@@ -116,7 +116,8 @@ class Run:
                     "a new one there, call set_begin_index"
                 )
             return found
-        raise ValueError(f"timestep {timestep} is not one of scheduler.timesteps: call set_timesteps first")
+        hint = "call set_timesteps first" if self.stopped_at is None else ONE_RUN
+        raise ValueError(f"timestep {timestep} is not one of scheduler.timesteps: {hint}")
 
 
 def _position(timestep: Any, timesteps: Tensor) -> int | None:
@@ -131,5 +132,5 @@ def _position(timestep: Any, timesteps: Tensor) -> int | None:
 
 def _same_label(given: float, label: float) -> bool:
     """Whether a number stands for a label: rounded, or cut to an integer as users do."""
-    integral = given == round(given) and given in (math.floor(label), round(label))
+    integral = given == round(given) and given in (int(label), round(label))
     return integral or math.isclose(given, label, rel_tol=0.01, abs_tol=0.01)
