@@ -1,6 +1,5 @@
 """diffusers' scheduler contract: configs in every direction, custom grids, states that must not go stale."""
 
-import copy
 import inspect
 
 import diffusers
@@ -300,73 +299,7 @@ def test_bad_grids_are_named(cls, arguments, message):
         cls(**VP).set_timesteps(**arguments)
 
 
-# --- State ---
-
-
-def loop(scheduler, sample, timesteps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for t in timesteps:
-        sample = scheduler.step(0.3 * sample, t, sample, generator=generator).prev_sample
-    return sample
-
-
-@every_scheduler
-def test_a_second_run_in_between_is_an_error_and_a_copy_is_not(cls, generator):
-    x, other = torch.randn(1, 1, 4, 4, generator=generator), torch.randn(3, 1, 4, 4, generator=generator)
-    scheduler = cls(**VP)
-    scheduler.set_timesteps(12)
-    alone = loop(scheduler, x, scheduler.timesteps)
-
-    scheduler.set_timesteps(12)
-    timesteps = scheduler.timesteps
-    half = loop(scheduler, x, timesteps[:6])
-    twin = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(12)
-    loop(scheduler, other, scheduler.timesteps[:3])
-    with pytest.raises(ValueError, match="one run at a time"):
-        scheduler.step(half, timesteps[6], half)
-    # The copy has kept everything; with the noise of the whole run, its second half is that of the run alone.
-    noise = torch.Generator().manual_seed(0)
-    first = copy.deepcopy(twin)
-    first.set_timesteps(12)
-    sample = x
-    for t in first.timesteps[:6]:
-        sample = first.step(0.3 * sample, t, sample, generator=noise).prev_sample
-    assert torch.equal(sample, half)
-    for t in twin.timesteps[6:]:
-        sample = twin.step(0.3 * sample, t, sample, generator=noise).prev_sample
-    assert torch.equal(sample, alone)
-
-
-@every_scheduler
-def test_runs_after_an_interrupted_one_or_of_another_size_start_afresh(cls, generator):
-    scheduler = cls(**VP)
-    runs = []
-    for size, stop in ((2, 12), (2, 5), (2, 12), (5, 12), (2, 12)):
-        x = torch.randn(size, 1, 4, 4, generator=torch.Generator().manual_seed(7))
-        scheduler.set_timesteps(12)
-        runs.append(loop(scheduler, x, scheduler.timesteps[:stop]))
-    assert torch.equal(runs[0], runs[2])
-    assert torch.equal(runs[0], runs[4])
-
-
-@every_scheduler
-def test_callbacks_may_edit_the_sample(cls, generator):
-    """A step acts on the sample that it is given: an edit shows, and nothing of the old one comes back."""
-    scheduler = cls(**VP, prediction_type="sample")
-    x = torch.randn(2, 1, 4, 4, generator=generator)
-    left = []
-    for edit in (torch.zeros_like(x), torch.ones_like(x)):
-        scheduler.set_timesteps(10)
-        noise = torch.Generator().manual_seed(0)
-        sample = x
-        for i, t in enumerate(scheduler.timesteps[:6]):
-            sample = edit if i == 5 else sample
-            sample = scheduler.step(torch.zeros_like(x), t, sample, generator=noise).prev_sample
-        left.append(sample)
-    # With D = 0 a step is linear in the sample, with the same noise: the difference is a multiple of the edit's.
-    difference = left[1] - left[0]
-    torch.testing.assert_close(difference, difference.mean().expand_as(difference), rtol=1e-5, atol=1e-5)
+# --- The step ---
 
 
 @every_scheduler

@@ -136,6 +136,14 @@ def test_schedulers_of_diffusers_run_in_our_pipelines(cls, tiny_unet):
     assert torch.equal(*images)
 
 
+def test_a_single_network_call(pipeline):
+    seen = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
+    images = pipeline(2, 1, torch.Generator().manual_seed(0), output_type="pt").images
+    assert seen == [999]
+    assert images.isfinite().all()
+
+
 def test_the_progress_bar_counts_network_calls(tiny_unet, capsys):
     GMSGMPipeline(tiny_unet, gm_scheduler())(1, 12, torch.Generator().manual_seed(0))
     assert "12/12" in capsys.readouterr().err
@@ -147,7 +155,7 @@ def test_the_progress_bar_counts_network_calls(tiny_unet, capsys):
         ({"batch_size": 0}, "batch_size"),
         ({"output_type": "latent"}, "output_type 'latent'"),
         ({"generator": seeds(0)}, "list of 1"),
-        ({"num_inference_steps": 1}, "num_inference_steps"),
+        ({"num_inference_steps": -1}, "num_inference_steps"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents must have shape \(2, 1, 8, 8\)"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
     ],
