@@ -66,6 +66,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
             args.train_data_dir,
             args.image_column,
             args.cache_dir,
+            args.background,
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)

@@ -120,7 +120,7 @@ def test_every_mode_becomes_a_tensor_between_minus_one_and_one(mode):
         image = Image.fromarray(np.array([[0, 65535], [32768, 0]], dtype=np.uint16))
     else:
         image = Image.fromarray(np.array([[0, 255], [128, 0]], dtype=np.uint8)).convert(mode)
-    tensor = data.image_to_tensor(image)
+    tensor = data.pixels.as_tensor(data.decode(image), {"uint16": data.pixels.range_of("uint16", 0, 65535)})
     assert tensor.dtype == torch.float32
     assert len(tensor) == (3 if mode in ("RGB", "RGBA", "P") else 1)
     assert torch.equal(tensor[:, 0], torch.tensor([[-1.0, 1.0]]).expand(len(tensor), -1))
@@ -226,7 +226,7 @@ def test_processes_share_the_stream():
 
 def test_crops_and_flips_are_decided_by_seed_epoch_and_index():
     wide = torch.linspace(-1, 1, 8 * 30).reshape(1, 8, 30)
-    source = data.ImageSource(lambda index: wide, 40)
+    source = data.TensorImages(wide.expand(40, -1, -1, -1))
     images = data.TrainingImages(source, 8, 1, seed=0, random_flip=True)
     again = data.TrainingImages(source, 8, 1, seed=0, random_flip=True)
     keys = [(epoch, index) for epoch in range(2) for index in range(40)]

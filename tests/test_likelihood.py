@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.likelihood import (
-    bits_per_dimension,
-    check_levels,
-    cld_bits_per_dimension,
-    cld_nll,
-    dequantized,
-    normal_log_prob,
-)
+from diffusers_gm.data import check_levels, dequantized
+from diffusers_gm.evaluation import cld_bits_per_dimension
+from diffusers_gm.likelihood import bits_per_dimension, cld_nll, normal_log_prob
 from diffusers_gm.processes.cld import CLD, score_coefficients
 
 

@@ -46,6 +46,7 @@ class TrainingArguments:
     dataset_config_name: str | None = option(None, "Configuration of the Hub data set.")
     train_data_dir: str | None = option(None, "Folder of images or of parquet files, in place of --dataset_name.")
     image_column: str | None = option(None, "Column with the images; default 'image' or 'img'.")
+    background: str | None = option(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
     cache_dir: str | None = option(None, "Where downloaded data sets and models are kept.")
     resolution: int | None = option(None, "Side of the training images; default that of the data.")
     center_crop: bool = option(False, "Crop images that are not square at the centre rather than at random.")

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..data import Examination
-from ..likelihood import check_levels
+from ..data import Examination, check_levels
 from ..pipelines import CLDPipeline, GMSGMPipeline, NCSNv2Pipeline
 from ..processes.annealed import ladder_length, max_pairwise_distance
 from ..version import __version__
