@@ -206,13 +206,18 @@ def open_source(
     Raises:
         ValueError: if there are no such data, no such column or no such background.
     """
-    if train_data_dir is not None:
-        try:
-            return open_folder(Path(train_data_dir), image_column, cache_dir, background)
-        except ValueError as error:
-            raise ValueError(f"--train_data_dir {train_data_dir!r}: {error}") from error
-    if dataset_name == "digits":
+    folder, option = train_data_dir, "--train_data_dir"
+    if folder is None and dataset_name == "digits":
         return TensorImages(split_digits()[0])
+    if folder is None and dataset_name is not None and dataset_config_name is None:
+        # A data set of the Hub that was downloaded; one without image files is left to `datasets`, which reads more.
+        if Path(dataset_name).is_dir() and list_folder(Path(dataset_name)).images:
+            folder, option = dataset_name, "--dataset_name"
+    if folder is not None:
+        try:
+            return open_folder(Path(folder), image_column, cache_dir, background)
+        except ValueError as error:
+            raise ValueError(f"{option} {folder!r}: {error}") from error
     dataset = load_hub(dataset_name, dataset_config_name, cache_dir)
     return TableImages(dataset, image_column, colour(background or "white"), str(dataset_name))
 

@@ -1,6 +1,6 @@
 """How fast the training is beside that of diffusers: `python -m diffusers_gm.studies.throughput`.
 
-CPU seconds per step of `train_gm_sgm.py` and of `diffusers_loop.py`: the same folder of PNGs (the digits, unless another
+CPU seconds per step of `train_gm_sgm.py` and of `diffusers_loop.py`: the same folder of PNGs (the digits, or one that
 is given), the same network, the same batch, in processes of one thread. A run of few steps is taken from one of many,
 so that what happens once does not count. The runs take turns; the medians and their ratio are printed, with machine
 and versions.
@@ -117,10 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             numbers = resolution, args.train_batch_size, steps
             return [sys.executable, "-m", "diffusers_gm.studies.diffusers_loop", folder, config, *numbers]
 
+        versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
         print(
-            f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, diffusers {diffusers.__version__}; {open_folder(folder).num_images} images of "
-            f"{channels}x{resolution}x{resolution}, batches of {args.train_batch_size}, {unet.num_parameters():,} "
-            f"parameters, {args.method}; {args.steps} steps a run"
+            f"{platform.machine()}, {platform.system()}, {versions}; images of {channels}x{resolution}x{resolution}, "
+            f"batches of {args.train_batch_size}, {unet.num_parameters():,} parameters, {args.method}; {args.steps} "
+            "steps a run"
         )
         found = measure({"train_gm_sgm.py": ours, "diffusers": theirs}, args.steps, args.repeats, cwd)
     print("\n| loop | CPU ms per step, median | range | images per CPU second |\n|---|---|---|---|")
