@@ -19,8 +19,8 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 def save(folder, *images, suffix="tif", **options):
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
-        image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        image.save(folder / f"{i:03d}.{suffix}", **options)
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        picture.save(folder / f"{i:03d}.{suffix}", **options)
     return folder
 
 
@@ -72,9 +72,9 @@ def test_black_and_white_and_palettes(tmp_path):
 def test_wide_pixels_are_scaled_by_what_the_set_holds(tmp_path, caplog, dtype, white, words):
     """The second image is dark: it is scaled as the first is."""
     folder = tmp_path / "images"
-    for name, pixels in (("a", RAMP * white), ("b", RAMP * white * 0.2)):
-        folder.mkdir(exist_ok=True)
-        pixels = pixels if dtype is np.float32 else pixels.round()
+    folder.mkdir()
+    for name, share in (("a", 1), ("b", 0.2)):
+        pixels = RAMP * white * share if dtype is np.float32 else (RAMP * white * share).round()
         if dtype == ">u2":
             Image.frombytes("I;16B", (8, 8), pixels.astype(dtype).tobytes()).save(folder / f"{name}.tif")
         else:

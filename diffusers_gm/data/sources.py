@@ -209,10 +209,8 @@ def open_source(
     folder, option = train_data_dir, "--train_data_dir"
     if folder is None and dataset_name == "digits":
         return TensorImages(split_digits()[0])
-    if folder is None and dataset_name is not None and dataset_config_name is None:
-        # A data set of the Hub that was downloaded; one without image files is left to `datasets`, which reads more.
-        if Path(dataset_name).is_dir() and list_folder(Path(dataset_name)).images:
-            folder, option = dataset_name, "--dataset_name"
+    if folder is None and dataset_config_name is None and _holds_image_files(dataset_name):
+        folder, option = dataset_name, "--dataset_name"
     if folder is not None:
         try:
             return open_folder(Path(folder), image_column, cache_dir, background)
@@ -220,6 +218,11 @@ def open_source(
             raise ValueError(f"{option} {folder!r}: {error}") from error
     dataset = load_hub(dataset_name, dataset_config_name, cache_dir)
     return TableImages(dataset, image_column, colour(background or "white"), str(dataset_name))
+
+
+def _holds_image_files(dataset_name: str | None) -> bool:
+    """Whether this is a downloaded set of image files; others are left to `datasets`, which reads more kinds."""
+    return dataset_name is not None and Path(dataset_name).is_dir() and bool(list_folder(Path(dataset_name)).images)
 
 
 def open_folder(

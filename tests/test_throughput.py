@@ -1,0 +1,32 @@
+"""The comparison of the training with diffusers' own loop, as a command."""
+
+import re
+
+import pytest
+from test_data import save_images
+
+from diffusers_gm.studies import throughput
+
+
+@pytest.mark.slow  # eight trainings in processes of their own
+@pytest.mark.parametrize("method", ["gm-sgm", "cld"])
+def test_the_command_prints_the_ratio(tmp_path, capsys, method):
+    folder = save_images(tmp_path / "images", 24, mode="RGB")
+    words = ["--train_data_dir", folder, "--block_out_channels", 8, 8, "--train_batch_size", 8, "--method", method,
+             "--steps", 20, "--repeats", 1]  # fmt: skip
+    throughput.main(list(map(str, words)))
+    printed = capsys.readouterr().out
+    assert "images of 3x8x8, batches of 8" in printed
+    assert 0.1 < float(re.search(r"rate of train_gm_sgm.py over that of diffusers: (\S+)", printed).group(1)) < 10
+
+
+def test_bad_options(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+        (["--resolution", "12"], "--resolution 12: the digits come in multiples of 8"),
+        (["--train_data_dir", str(tmp_path / "empty")], "empty: it holds no images"),
+        (["--steps", "0"], "--steps: must be at least 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            throughput.main(words)
+        assert message in capsys.readouterr().err
