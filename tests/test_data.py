@@ -141,6 +141,9 @@ def test_examination_takes_size_and_channels_from_the_images(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "gray" / "colour.png")
     source = open_folder(tmp_path / "gray")
     assert data.examine(source, seed=0).images.shape == (25, 3, 8, 8)
+    examined = data.examine(source, seed=0)
+    gray = data.examine(source, seed=0, channels=1).images
+    assert torch.equal(gray.expand(-1, 3, -1, -1), examined.images), "the colour image is black"
     Image.new("RGB", (9, 9)).save(tmp_path / "gray" / "larger.png")
     source = open_folder(tmp_path / "gray")
     with pytest.raises(ValueError, match=r"differ in size .* set --resolution"):
@@ -153,6 +156,8 @@ def test_examination_is_bounded():
     assert len(data.examine(source, seed=0, max_elements=640).images) == 10
     large = data.examine(data.TensorImages(torch.zeros(1, 3, 256, 256, dtype=torch.uint8).expand(600, -1, -1, -1)), 0)
     assert 200e6 < large.images.numel() * 4 < 400e6, "bytes"
+    with pytest.raises(ValueError, match="no training images in the data"):
+        data.examine(data.TensorImages(torch.zeros(0, 1, 8, 8)), 0)
 
 
 def test_unreadable_images_are_skipped_and_counted(tmp_path, caplog):

@@ -1,6 +1,7 @@
 """What the data are like."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,10 +55,12 @@ def examine(
         ValueError: if the images differ in size and no resolution is given, or too many cannot be read.
     """
     order = torch.randperm(source.num_images, generator=generator_for(seed, EXAMINATION)).tolist()[:num_images]
-    images: list[Tensor] = []
+    if not order:
+        raise ValueError("there are no training images in the data")
+    images = torch.empty(0, channels or 1, 0, 0)
+    num_read = 0
     unreadable: list[str] = []
     failure: Exception | None = None
-    most_channels = channels or 1
     for index, image in source.fetch_each(order):
         if isinstance(image, Exception):
             unreadable.append(source.name(index))
@@ -65,35 +68,39 @@ def examine(
             continue
         if resolution is None:
             _check_size(image, images)
-        # A copy, where it is a part of the image: the rest need not be kept.
-        images.append(fit(image, resolution or image.shape[-1]).contiguous())
-        most_channels = channels or max(most_channels, len(image))
-        if len(images) * most_channels * images[0][0].numel() >= max_elements:
+        square = scaled(fit(image, resolution or image.shape[-1]))
+        num_channels = channels or max(len(square), images.shape[1])
+        if num_read == 0 or num_channels > images.shape[1]:
+            # Room for all that may come: memory that is not written to costs nothing.
+            most = math.ceil(max_elements / (num_channels * square[0].numel()))
+            room = torch.empty(max(num_read + 1, min(most, len(order))), num_channels, *square.shape[1:])
+            if num_read:
+                room[:num_read] = images[:num_read]
+            images = room
+        images[num_read] = as_channels(square, num_channels)
+        num_read += 1
+        if num_read == len(images):
             break
-    num_read = len(images) + len(unreadable)
-    if not images or len(unreadable) > MAX_UNREADABLE * num_read:
+    num_drawn = num_read + len(unreadable)
+    if not num_read or len(unreadable) > MAX_UNREADABLE * num_drawn:
         raise ValueError(
-            f"{len(unreadable)} of {num_read} training images examined cannot be read, the last, {unreadable[-1]}: "
+            f"{len(unreadable)} of {num_drawn} training images examined cannot be read, the last, {unreadable[-1]}: "
             f"{failure}"
         ) from failure
     if unreadable:
         names = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
         logger.warning(
-            f"{len(unreadable)} of {num_read} training images examined cannot be read and are skipped: {names}; the "
+            f"{len(unreadable)} of {num_drawn} training images examined cannot be read and are skipped: {names}; the "
             f"last: {failure}"
         )
-    result = torch.empty(len(images), most_channels, *images[0].shape[1:])
-    for i in range(len(images)):
-        result[i] = as_channels(scaled(images[i]), most_channels)
-        images[i] = images[i][:0]  # the image itself is freed: not all are in memory twice
-    return Examination(result, len(unreadable))
+    return Examination(images[:num_read], len(unreadable))
 
 
-def _check_size(image: Tensor, images: list[Tensor]) -> None:
+def _check_size(image: Tensor, images: Tensor) -> None:
     """Raise a ValueError unless the image is a square, as large as those before it."""
     size = f"{image.shape[-2]}x{image.shape[-1]}"
     if image.shape[-2] != image.shape[-1]:
         raise ValueError(f"the images are not square ({size}): set --resolution")
-    native = images[0].shape[-1] if images else image.shape[-1]
+    native = images.shape[-1] or image.shape[-1]
     if image.shape[-1] != native:
         raise ValueError(f"the images differ in size ({native}x{native}, {size}): set --resolution")
