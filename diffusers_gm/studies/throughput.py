@@ -97,8 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             parser.error(f"--train_data_dir {folder}: {error}")
         resolution, channels = examination.resolution, examination.channels
-        with torch.device("meta"):  # for its shape alone
-            unet = new_unet(TrainingArguments(block_out_channels=args.block_out_channels), resolution, channels)
+        shape = TrainingArguments(block_out_channels=args.block_out_channels)
+        with torch.device("meta"):  # no weights are needed
+            unet = new_unet(shape, resolution, channels)
         config = cwd / "config.json"
         config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
 
