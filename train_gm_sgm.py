@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_gm import cards, hub
+from diffusers_gm import cards, files, hub
 from diffusers_gm import training as tr
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
 
@@ -54,6 +54,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(output_dir / args.logging_dir)),
     )
     tr.check_processes(accelerator)
+    tr.check_precision(accelerator)
     device, num_processes = accelerator.device, accelerator.num_processes
 
     # --- The data, and what the options come to for them ---
@@ -72,9 +73,12 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         source = subset(source, args.max_train_samples, args.seed)
     side, channels = tr.native_shape(unet, args.method)
     examination = examine(source, args.seed, args.resolution or side, channels)
-    plan = tr.make_plan(args, examination, source.num_images, source.image_column, num_processes)
-    record = tr.training_record(args, plan)
-    state = tr.read_checkpoint(checkpoint, args, record) if checkpoint else tr.TrainingState()
+    largest_distance = tr.distance_measured_once(accelerator, checkpoint)
+    plan = tr.make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)
+    record = tr.training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
+    images_per_step = args.train_batch_size * num_processes * args.gradient_accumulation_steps
+    data = tr.training_data(args, plan, examination, source.num_images, images_per_step)
+    state = tr.read_checkpoint(checkpoint, args, record, data) if checkpoint else tr.TrainingState()
 
     # --- Network, noise, optimizer ---
     unet = tr.fit_unet(unet or tr.new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
@@ -93,7 +97,6 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         if ema:
             ema.to(device)
 
-    images_per_step = args.train_batch_size * num_processes * args.gradient_accumulation_steps
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
         f"{plan.resolution}x{plan.resolution}\n"
@@ -179,14 +182,14 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         )
         grid = sample_grid()
         tr.log_grid(accelerator, grid, state.step)
-        temporary = tr.fresh_folder(output_dir / "tmp-pipeline")
+        temporary = files.fresh_folder(output_dir / tr.UNFINISHED_PIPELINE)
         with tr.averaged_weights(unet, ema):
             pipeline.save_pretrained(temporary)
         grid.save(temporary / "samples.png")
-        tr.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
+        files.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
         cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
         cards.forget_quality(output_dir)
-        tr.publish(temporary, output_dir)
+        files.publish_contents(temporary, output_dir, last="model_index.json")
 
     def upload() -> str:
         """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
@@ -208,6 +211,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
     started = time.monotonic() - state.seconds
     deadline = time.monotonic() + 60 * (args.max_train_minutes or math.inf)
     out_of_time = False
+    health = tr.Health(accelerator, unet, ema, objective, examination.images[:16], output_dir, plan.learning_rate)
     losses = torch.zeros((), device=device)
     logged_step, logged_time = state.step, time.monotonic()
     while state.step < plan.max_train_steps and not out_of_time:
@@ -216,7 +220,8 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
                 loss = loss_of_next_batch()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    health.note_gradient(state.step + 1, norm)
                 optimizer.step()
                 optimizer.zero_grad()
             losses += loss.detach() / args.gradient_accumulation_steps
@@ -234,11 +239,7 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         if last or save or state.step % args.logging_steps == 0:
             steps = state.step - logged_step
             mean_loss = float(accelerator.reduce(losses, "mean")) / steps
-            if not math.isfinite(mean_loss):
-                raise RuntimeError(
-                    f"the loss is {mean_loss} at step {state.step}: resume from an earlier checkpoint, or "
-                    f"start anew with a --learning_rate below {plan.learning_rate:g}"
-                )
+            health.check_loss(state.step, mean_loss)
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
             losses.zero_()
             logged_step, logged_time = state.step, time.monotonic()
@@ -256,8 +257,10 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
 
         paused = time.monotonic()
         state.seconds = paused - started
+        if last or save:
+            health.check_network(state.step)
         if save:
-            tr.save_checkpoint(accelerator, output_dir, state, record, args.checkpoints_total_limit)
+            tr.save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
                 if accelerator.is_main_process:
                     write_pipeline()
@@ -266,7 +269,8 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         if args.validation_steps and state.step % args.validation_steps == 0 and not last:
             if accelerator.is_main_process:
                 grid = sample_grid()
-                grid.save(output_dir / "samples" / f"step-{state.step:07d}.png")
+                with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
+                    grid.save(path)
                 tr.log_grid(accelerator, grid, state.step)
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused

@@ -3,19 +3,17 @@
 from .folder import ARGS_FILE as ARGS_FILE
 from .folder import CHECKPOINT as CHECKPOINT
 from .folder import LOG_FILE as LOG_FILE
-from .folder import STATE_FILE as STATE_FILE
+from .folder import UNFINISHED_PIPELINE as UNFINISHED_PIPELINE
 from .folder import TrainingState as TrainingState
 from .folder import append_log as append_log
 from .folder import check_output_dir as check_output_dir
 from .folder import find_checkpoint as find_checkpoint
-from .folder import fresh_folder as fresh_folder
 from .folder import list_checkpoints as list_checkpoints
-from .folder import publish as publish
 from .folder import read_checkpoint as read_checkpoint
 from .folder import read_log as read_log
 from .folder import save_checkpoint as save_checkpoint
 from .folder import start_output_dir as start_output_dir
-from .folder import write_json as write_json
+from .health import Health as Health
 from .network import FIRST_TIME as FIRST_TIME
 from .network import TrainingLoss as TrainingLoss
 from .network import averaged_weights as averaged_weights
@@ -24,6 +22,7 @@ from .network import build_lr_scheduler as build_lr_scheduler
 from .network import build_objective as build_objective
 from .network import build_optimizer as build_optimizer
 from .network import build_scheduler as build_scheduler
+from .network import check_precision as check_precision
 from .network import check_processes as check_processes
 from .network import fit_unet as fit_unet
 from .network import given_unet as given_unet
@@ -45,3 +44,7 @@ from .samples import hardware as hardware
 from .samples import image_grid as image_grid
 from .samples import log_grid as log_grid
 from .samples import sample_images as sample_images
+from .training_data import STATE_FILE as STATE_FILE
+from .training_data import TrainingData as TrainingData
+from .training_data import distance_measured_once as distance_measured_once
+from .training_data import training_data as training_data

@@ -257,6 +257,14 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise a ValueError for fp16 on a CPU, where accelerate, by an option or its own settings, would take fp32."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no (it may also come from accelerate's settings)"
+        )
+
+
 @contextmanager
 def averaged_weights(unet: nn.Module, ema: EMAModel | None) -> Iterator[None]:
     """Inside, `unet` is in evaluation mode and has the averaged weights."""

@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..data import Examination, check_levels
 from ..pipelines import CLDPipeline, GMSGMPipeline, NCSNv2Pipeline
@@ -37,8 +40,9 @@ def make_plan(
     num_images: int,
     image_column: str | None,
     num_processes: int,
+    largest_distance: Callable[[Tensor], float] = max_pairwise_distance,
 ) -> Plan:
-    """Resolve what was left open.
+    """Resolve what was left open; `largest_distance` of the images is asked for only where `sigma_max` needs it.
 
     Raises:
         ValueError: for options that do not fit the data.
@@ -54,8 +58,10 @@ def make_plan(
         except ValueError as error:
             raise ValueError(f"--dequantize {args.dequantize}: {error}") from error
     sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
-    if sigma_max is None:
-        sigma_max = round(max_pairwise_distance(examination.images), 4)
+    if args.method == "cld":
+        sigma_max = math.nan  # no ladder
+    elif sigma_max is None:
+        sigma_max = round(largest_distance(examination.images), 4)
     if args.method != "cld" and not args.sigma_min < sigma_max:
         raise ValueError(
             f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
