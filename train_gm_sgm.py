@@ -111,6 +111,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
             args.train_data_dir,
             args.image_column,
             args.cache_dir,
+            args.background,
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)

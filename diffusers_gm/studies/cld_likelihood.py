@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import CLDPipeline
 from ..data import split_digits
-from ..likelihood import cld_bits_per_dimension, mean_and_error
+from ..evaluation import cld_bits_per_dimension
+from ..likelihood import mean_and_error
 from .cld_common import as_network, train_cld
 from .common import TIE, draw, over_floor, save_picture
 from .report import Report, Table

@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from ..likelihood import dequantized
+from ..data import dequantized
 from .methods import METHODS
 from .options import TrainingArguments
 from .plan import Plan

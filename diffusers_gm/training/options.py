@@ -39,6 +39,7 @@ class TrainingArguments(MethodOptions):
         path=True,
     )
     image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
+    background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
     resolution: int | None = data(None, "Side of the training images; default that of the data.", at_least=1)
     center_crop: bool = data(False, "Crop images that are not square at the centre rather than at random.")

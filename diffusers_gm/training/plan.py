@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data import Examination
-from ..likelihood import check_levels
+from ..data import Examination, check_levels
 from ..processes.annealed import max_pairwise_distance
 from ..version import __version__
 from .methods import METHODS, options_of_others
