@@ -304,7 +304,7 @@ def _like(coefficient: Tensor, image: Tensor) -> Tensor:
     """A coefficient shaped to multiply an image: one per sample, or a scalar on the CPU, which any device takes."""
     if coefficient.ndim == 0:
         return coefficient
-    return coefficient.to(image)[(...,) + (None,) * (image.ndim - 1)]
+    return coefficient.to(image.dtype).to(image.device)[(...,) + (None,) * (image.ndim - 1)]
 
 
 def _matrix(xx: Tensor, xv: Tensor, vx: Tensor, vv: Tensor) -> Tensor:

@@ -106,4 +106,4 @@ class Reading(Protocol):
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
     """Coefficients `(B,)` or scalar, in the dtype and on the device of `like` `(B, ...)`, to broadcast against it."""
-    return coefficient.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return coefficient.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
