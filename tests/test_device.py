@@ -1,0 +1,129 @@
+"""No float64 where there is none: Apple's GPUs."""
+
+import pytest
+import torch
+from test_matrix import READINGS, SAMPLERS, make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
+from diffusers_gm.losses import cld_loss, denoising_loss
+from diffusers_gm.processes.cld import CLD
+from diffusers_gm.readings.noise_space import PREDICTION_TYPES
+
+DEVICE = torch.device("meta")
+MIX = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62]}
+
+
+class NoFloat64(TorchDispatchMode):
+    """The meta device stands for a GPU without float64: no operation there may read or give it, nor any copy to it.
+
+    Meta tensors have no values, so that waiting for the device is an error besides.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device != DEVICE:
+            return result
+        leaves, _ = tree_flatten((args, kwargs, result))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        there = [t for t in tensors if t.device == DEVICE]
+        self.seen += len(there)
+        assert all(t.dtype != torch.float64 for t in there), f"float64 on the device: {func}"
+        # A copy that moves float64 first and converts then is one operation too.
+        if there and func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            sources = [t for t in tensors if t.device != DEVICE]
+            assert all(t.dtype != torch.float64 or t.ndim == 0 for t in sources), f"float64 moved to the device: {func}"
+        return result
+
+
+@pytest.fixture
+def no_float64():
+    with NoFloat64() as mode:
+        yield mode
+    assert mode.seen > 0
+
+
+def images(channels=1, dtype=torch.float32):
+    return torch.empty(2, channels, 4, 4, device=DEVICE, dtype=dtype)
+
+
+def test_the_guard_sees_float64(no_float64):
+    images()
+    with pytest.raises(AssertionError, match="float64"):
+        images().double()
+    with pytest.raises(AssertionError, match="float64"):
+        torch.ones(3, dtype=torch.float64).to(DEVICE)
+    with pytest.raises(AssertionError, match="float64"):
+        torch.ones(3, dtype=torch.float64).to(images())
+    torch.ones(3, dtype=torch.float64).to(torch.float32).to(DEVICE)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run(reading, name, no_float64):
+    for dtype, clip in ((torch.float32, {"clip_sample": True}), (torch.float16, {"thresholding": True})):
+        scheduler = make(reading, name, **clip)
+        native = scheduler.noise_space is None
+        scheduler.set_timesteps(60, device=DEVICE)
+        sample = scheduler.initial_sample(images(1 + native).shape, None, DEVICE, dtype)
+        for t in scheduler.timesteps[-3:]:
+            model_input = scheduler.scale_model_input(sample, t)
+            output = model_input[:, :1] if native else model_input
+            result = scheduler.step(output, t, sample)
+            sample = result.prev_sample
+            assert sample.dtype == result.pred_original_sample.dtype == dtype
+        scheduler.scale_model_input(sample, 3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "scaled_score"])
+@pytest.mark.parametrize("algorithm", GMLangevinScheduler.algorithms)
+def test_a_run_of_a_mixture_network(algorithm, prediction_type, no_float64):
+    kinds = {"model_noise": "mixture", "algorithm_type": algorithm, "prediction_type": prediction_type}
+    for per_element in (False, True):
+        scheduler = GMLangevinScheduler(**MIX, **kinds, mixture_per_element=per_element)
+        scheduler.set_timesteps(60, device=DEVICE)
+        sample = scheduler.initial_sample(images().shape, None, DEVICE, torch.float32)
+        for t in scheduler.timesteps[-3:]:
+            output = scheduler.scale_model_input(sample, t)
+            sample = scheduler.step(output, t, sample).prev_sample
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_training_asks(reading, dtype, no_float64):
+    scheduler = make(reading, "ancestral")
+    native = scheduler.noise_space is None
+    clean, noise = images(dtype=dtype), images(1 + native, dtype)
+    on_cpu = torch.tensor([3.0, 1.0]) if reading not in ("edm", "svd") else torch.tensor([0.5, -0.5])
+    for timesteps in [on_cpu] if native else [on_cpu, on_cpu.to(DEVICE)]:
+        assert scheduler.add_noise(clean, noise, timesteps).dtype == dtype
+        if not native:
+            assert scheduler.get_velocity(clean, noise, timesteps).dtype == dtype
+    scheduler.set_timesteps(60, device=DEVICE)
+    scheduler.add_noise(clean, noise, on_cpu)
+
+
+@pytest.mark.parametrize("reading", [name for name in READINGS if "score" not in name])
+def test_the_denoising_loss(reading, no_float64):
+    space = make(reading, "ancestral").noise_space
+    timesteps = torch.empty(2, device=DEVICE)
+    for mixture in (GaussianMixtureNoise([1.0], [1.0]), GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])):
+        for prediction_type in [kind for kind in PREDICTION_TYPES[space.kind] if kind != "score"]:
+            loss = denoising_loss(lambda x, t: x, images(), timesteps, images(), space, mixture, prediction_type)
+            assert loss.shape == (2,)
+
+
+@pytest.mark.parametrize("weighting", ["ell", "likelihood"])
+@pytest.mark.parametrize("velocity", [False, True])
+def test_the_cld_loss(weighting, velocity, no_float64):
+    v0 = images() if velocity else None
+    times = torch.tensor([0.1, 0.9])
+    loss = cld_loss(
+        lambda u, t: u[:, :1], images(), times, images(2), CLD(), "cld_mixed", velocity=v0, weighting=weighting
+    )
+    assert loss.device == DEVICE
