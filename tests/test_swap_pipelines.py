@@ -1,20 +1,26 @@
 """The real pipelines of diffusers, around tiny untrained networks, with each of our schedulers swapped in."""
 
+import math
+
 import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from networks import build, seeded
 from test_contract import every_scheduler
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-
-
-def build(make, *args, **kwargs):
-    """A module with weights that are always the same."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make(*args, **kwargs).eval()
 
 
 def vae(channels=4):
@@ -174,6 +180,21 @@ def test_stable_diffusion_image_to_image(cls):
 
 
 @every_scheduler
+def test_image_to_image_with_a_single_call(cls):
+    """Two calls asked for and half of the strength: one call, at the middle of the grid, and D is the result."""
+    pipeline = swapped(stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline), cls)
+    arguments = {**TEXT, "num_inference_steps": 2, "image": IMAGE, "strength": 0.5}
+    if cls is AnnealedLangevinScheduler:
+        with pytest.raises(ValueError, match="num_inference_steps must be 1 .* or an integer of at least 3, got 2"):
+            pipeline(**arguments)
+        pipeline = swapped(pipeline, cls, algorithm_type="consistent")
+    told = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: told.append(float(args[1])))
+    check(pipeline, **arguments)
+    assert told == [float(pipeline.scheduler.timesteps[1])] * 3
+
+
+@every_scheduler
 @pytest.mark.parametrize("in_channels", [4, 9])
 def test_stable_diffusion_inpainting(cls, in_channels):
     pipeline = stable_diffusion(diffusers.StableDiffusionInpaintPipeline, unet=unet(in_channels))
@@ -313,3 +334,193 @@ def test_video(cls):
     with torch.random.fork_rng():  # the pipeline builds a network of its own from these
         pipeline = diffusers.AnimateDiffPipeline(*parts)
     check(swapped(pipeline, cls), **TEXT, num_frames=2, height=16, width=16)
+
+
+# --- Pipelines with wishes of their own ---
+
+
+@every_scheduler
+def test_stable_video_diffusion(cls):
+    """Labels `log(sigma) / 4`, levels from 700 down to 0.002, an input of twice the channels."""
+    network = svd_network()
+    decoder = build(diffusers.AutoencoderKLTemporalDecoder, block_out_channels=(32,), latent_channels=4)
+    vision = CLIPVisionConfig(
+        hidden_size=8, projection_dim=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, intermediate_size=8,
+        patch_size=8,
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        interpolation_type="linear",
+        num_train_timesteps=1000,
+        prediction_type="v_prediction",
+        sigma_max=700.0,
+        sigma_min=0.002,
+        steps_offset=1,
+        timestep_spacing="leading",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+    )
+    processor = CLIPImageProcessor(crop_size={"height": 16, "width": 16}, size=16)
+    encoder = build(CLIPVisionModelWithProjection, vision)
+    pipeline = diffusers.StableVideoDiffusionPipeline(decoder, encoder, network, scheduler, processor)
+    theirs = diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
+    theirs.set_timesteps(5)
+    told = []
+    network.register_forward_pre_hook(lambda module, args: told.append(float(args[1])))
+    arguments = {"num_inference_steps": 5, "height": 16, "width": 16, "num_frames": 2, "output_type": "latent"}
+    check(swapped(pipeline, cls), count=1, image=IMAGE[:1], **arguments)
+    ours = pipeline.scheduler
+    assert told[:5] == ours.timesteps.tolist()
+    assert ours.timesteps.tolist() == pytest.approx(
+        [math.log(sigma) / 4 for sigma in ours.sigmas[:-1].tolist()], rel=1e-5
+    )
+    assert float(ours.init_noise_sigma) == pytest.approx(700, rel=1e-3)
+    if cls is not AnnealedLangevinScheduler:  # whose last level comes twice
+        torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-3, atol=1e-5)
+
+
+def svd_network():
+    return build(
+        diffusers.UNetSpatioTemporalConditionModel,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        projection_class_embeddings_input_dim=24,
+        addition_time_embed_dim=8,
+    )
+
+
+@every_scheduler
+def test_cogview4_is_told_its_timesteps_at_the_levels_of_its_sigmas(cls):
+    """The pipeline passes whole numbers as timesteps, and sigmas that are shifted by the size of the image."""
+    transformer = build(
+        diffusers.CogView4Transformer2DModel,
+        patch_size=2,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        out_channels=4,
+        text_embed_dim=8,
+        time_embed_dim=8,
+        condition_dim=4,
+        rope_axes_dim=(8, 8),
+    )
+    theirs = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+    )
+    pipeline = diffusers.CogView4Pipeline(None, None, vae(4), transformer, theirs)
+    told = []
+    hook = lambda module, args, kwargs: told.append(float(kwargs["timestep"][0]))
+    transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    g = torch.Generator().manual_seed(2)
+    arguments = {"prompt_embeds": torch.randn(2, 4, 8, generator=g), "guidance_scale": 1.0, "output_type": "latent"}
+    arguments |= {"num_inference_steps": 5, "height": 16, "width": 16}
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(**arguments, generator=seeded(0)[0])
+    levels = theirs.sigmas.clone()
+    expected, told[:] = list(told), []
+    check(swapped(pipeline, cls), **arguments)
+    assert told[:5] == expected == [1000, 750, 500, 250, 1]
+    torch.testing.assert_close(pipeline.scheduler.sigmas, levels, rtol=1e-5, atol=1e-6)
+    assert float(levels[1]) != 0.75, "the levels are shifted, the labels are not"
+
+
+@every_scheduler
+def test_timesteps_and_sigmas_together(cls):
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = cls.from_config(theirs.config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(timesteps=[1000.0, 600.0, 300.0], sigmas=[1.0, 0.5, 0.2])
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist() == [1000, 600, 300]
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas)
+
+
+def ltx():
+    transformer = build(
+        diffusers.LTXVideoTransformer3DModel,
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=8,
+    )
+    autoencoder = build(
+        diffusers.AutoencoderKLLTXVideo,
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+        patch_size_t=1,
+    )
+    pipeline = diffusers.LTXConditionPipeline(FlowMatchEulerDiscreteScheduler(), autoencoder, None, None, transformer)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def ltx_arguments(**changes):
+    g = torch.Generator().manual_seed(2)
+    mask = torch.ones(1, 4)
+    return {
+        "prompt_embeds": torch.randn(1, 4, 8, generator=g),
+        "prompt_attention_mask": mask,
+        "num_frames": 9,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+        "image_cond_noise_scale": 0.0,
+        "num_inference_steps": 4,
+    } | changes
+
+
+@every_scheduler
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_ltx_conditions_tokens_on_frames(cls, strength):
+    """Tokens of a frame that is given have levels of their own: `per_token_timesteps`."""
+    pipeline = swapped(ltx(), cls)
+    image = IMAGE[:1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    results = []
+    for seed in (0, 0, 1):
+        with torch.random.fork_rng():  # the pipeline hands step no generator
+            torch.manual_seed(seed)
+            arguments = ltx_arguments(image=image, strength=strength, generator=seeded(seed)[0])
+            results.append(pipeline(**arguments)[0])
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+    free, given = results[0][:, :, 1:], results[0][:, :, :1]
+    assert not torch.equal(free, results[2][:, :, 1:])
+    if strength == 1:
+        # The frame that is given stays what the pipeline made of it, as under diffusers' own scheduler.
+        theirs = ltx()(**ltx_arguments(image=image, strength=strength, generator=seeded(0)[0]))[0]
+        assert torch.equal(given, theirs[:, :, :1])
+
+
+@pytest.mark.parametrize("strength", [None, 1.0, 0.7])
+def test_ltx_agrees_with_flow_match_euler_where_both_are_of_first_order(strength):
+    """Two calls: the first step of the two-step method is Euler's, and the last one is D."""
+    image = {} if strength is None else {"image": IMAGE[:1].repeat_interleave(2, 2).repeat_interleave(2, 3)}
+    image |= {} if strength is None else {"strength": strength}
+    results = []
+    for make in (lambda scheduler: scheduler, lambda scheduler: GMLangevinScheduler.from_config(scheduler.config, algorithm_type="ode")):  # fmt: skip # noqa: E501
+        pipeline = ltx()
+        pipeline.scheduler = make(pipeline.scheduler)
+        results.append(pipeline(**ltx_arguments(**image, num_inference_steps=2, generator=seeded(0)[0]))[0])
+    # s = 1 is sigma = 4096 here.
+    torch.testing.assert_close(*results, rtol=0, atol=1e-3)
+    assert float(results[0].std()) > 0.3
