@@ -15,12 +15,19 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import logging as diffusers_logging
 
-from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
+from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, GMLangevinScheduler
 from diffusers_gm.schedulers.scheduling_cld_sscs import CLDSSCSScheduler
 
 # Every scheduler that swaps into pipelines of diffusers.
-SCHEDULERS = {"annealed": AnnealedLangevinScheduler, "gm": GMLangevinScheduler, "cld": CLDSSCSScheduler}
+SCHEDULERS = {
+    "annealed": AnnealedLangevinScheduler,
+    "gm": GMLangevinScheduler,
+    "cld": CLDSSCSScheduler,
+    "calibrated": CalibratedMultistepScheduler,
+}
 every_scheduler = pytest.mark.parametrize("cls", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+# Those whose levels are the spacings of diffusers and ours, rather than a calibration's.
+every_spaced_scheduler = pytest.mark.parametrize("cls", list(SCHEDULERS.values())[:3], ids=list(SCHEDULERS)[:3])
 VP = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 FLOW = FlowMatchEulerDiscreteScheduler().config
 
@@ -116,7 +123,7 @@ def test_flags_replace_the_spacing(cls):
         cls(**VP, use_karras_sigmas=True, use_beta_sigmas=True)
 
 
-@every_scheduler
+@every_spaced_scheduler
 def test_karras_and_beta_levels_are_those_of_diffusers(cls):
     """Between the same ends, as far as diffusers' interpolation in sigma agrees with ours in log sigma."""
     for flag in ("use_karras_sigmas", "use_beta_sigmas"):
@@ -242,7 +249,8 @@ def test_custom_timesteps_and_sigmas_are_one_network_call_each(cls):
 @every_scheduler
 def test_the_grid_of_a_number_may_be_given_back_as_timesteps(cls, generator):
     """Custom labels that repeat are the Langevin steps of a level: the same run."""
-    steps = {} if cls is CLDSSCSScheduler else {"num_langevin_steps": 3, "algorithm_type": "langevin"}
+    langevin = cls in (AnnealedLangevinScheduler, GMLangevinScheduler)
+    steps = {"num_langevin_steps": 3, "algorithm_type": "langevin"} if langevin else {}
     scheduler = cls(**VP, **steps)
     samples = []
     x = torch.randn(2, 1, 4, 4, generator=generator)
@@ -291,12 +299,17 @@ def test_flow_sigmas_are_s_before_the_shift(cls):
         ({"timesteps": [float("nan"), 20, 1]}, "at least one"),
         ({"sigmas": [1e6, 1.0, 0.1]}, "custom sigmas"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
-        ({"num_inference_steps": 100_000}, "more than the 1000 that the network"),
     ],
 )
 def test_bad_grids_are_named(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         cls(**VP).set_timesteps(**arguments)
+
+
+@every_spaced_scheduler
+def test_more_levels_than_the_network_was_trained_at(cls):
+    with pytest.raises(ValueError, match="more than the 1000 that the network"):
+        cls(**VP).set_timesteps(100_000)
 
 
 # --- The step ---

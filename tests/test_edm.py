@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from networks import CPU, check_four_points, four_points, samples_of
-from test_contract import every_scheduler
+from test_contract import every_scheduler, every_spaced_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler
 
@@ -47,7 +47,7 @@ def calls_of(cls, n):
     return n + 1 if cls is AnnealedLangevinScheduler else n
 
 
-@every_scheduler
+@every_spaced_scheduler
 @every_source
 def test_levels_and_labels_are_those_of_diffusers(cls, source):
     ours = cls.from_config(source.config)
@@ -59,7 +59,7 @@ def test_levels_and_labels_are_those_of_diffusers(cls, source):
     torch.testing.assert_close(ours.timesteps, ours.sigmas[:-1].log() / 4, rtol=1e-5, atol=1e-5)
 
 
-@every_scheduler
+@every_spaced_scheduler
 @every_source
 def test_one_network_is_read_alike(cls, source, generator):
     """Input and denoised image of the same network output: `precondition_inputs` and `precondition_outputs`."""
@@ -117,7 +117,7 @@ def test_the_law_of_an_exact_denoiser(cls, name, generator):
 # --- Stable Video Diffusion ---
 
 
-@every_scheduler
+@every_spaced_scheduler
 def test_video_diffusion_is_told_the_logarithm(cls, tmp_path, generator):
     SVD.save_pretrained(tmp_path / "theirs")
     for config in (SVD.config, EulerDiscreteScheduler.load_config(tmp_path / "theirs")):

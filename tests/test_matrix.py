@@ -7,7 +7,12 @@ import pytest
 import torch
 from networks import check_four_points, final_variance, four_points, output_of, samples_of
 
-from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+)
 from diffusers_gm.readings import VelocityReading
 from diffusers_gm.samplers import sample
 
@@ -39,6 +44,9 @@ SAMPLERS = {
     "sscs, half step": (CLDSSCSScheduler, {"splitting_order": 1, "network_at": "half_step"}),
     "euler maruyama": (CLDSSCSScheduler, {"algorithm_type": "euler_maruyama"}),
     "probability flow": (CLDSSCSScheduler, {"algorithm_type": "probability_flow"}),
+    "multistep": (CalibratedMultistepScheduler, {}),
+    "multistep, third order": (CalibratedMultistepScheduler, {"multistep_order": 3}),
+    "multistep, stochastic": (CalibratedMultistepScheduler, {"stochasticity": 1.0}),
 }
 every_pair = pytest.mark.parametrize(
     ("reading", "name"), list(itertools.product(READINGS, SAMPLERS)), ids=lambda value: value
