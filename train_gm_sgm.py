@@ -36,9 +36,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_gm import cards, hub
 from diffusers_gm import training as tr
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.evaluation.card import forget_quality
+from diffusers_gm.hub import cards, push
 
 
 def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to bottom
@@ -184,16 +185,16 @@ def main() -> None:  # noqa: PLR0912, PLR0915 - a script, to be read from top to
         grid.save(temporary / "samples.png")
         tr.write_json(temporary / tr.ARGS_FILE, record | {"versions": tr.versions()} | result.figures())
         cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
-        cards.forget_quality(output_dir)
+        forget_quality(output_dir)
         tr.publish(temporary, output_dir)
 
     def upload() -> str:
         """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
         repository = args.hub_model_id or "", args.hub_private_repo
         try:
-            print(f"uploaded to {hub.push_to_hub(output_dir, *repository, args.hub_token)}")
+            print(f"uploaded to {push.push_to_hub(output_dir, *repository, args.hub_token)}")
         except Exception as error:
-            return hub.failure(error, output_dir, *repository)
+            return push.failure(error, output_dir, *repository)
         return ""
 
     model.train()

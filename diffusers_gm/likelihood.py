@@ -1,14 +1,7 @@
-"""A bound on the likelihood that a model of critically-damped Langevin diffusion gives to images.
+"""A bound on the likelihood that a model of critically-damped Langevin diffusion gives to images."""
 
-    python -m diffusers_gm.likelihood outputs/digits-cld
-
-prints it for the held-out digits, in bits per dimension.
-"""
-
-import argparse
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,31 +181,3 @@ def cld_bits_per_dimension(
         for batch in images.split(batch_size)
     ]
     return bits_per_dimension(torch.cat(nats), images[0].numel(), num_levels)
-
-
-def mean_and_error(values: Sequence[float] | Tensor) -> tuple[float, float]:
-    """Mean and standard error."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
-
-
-def main() -> None:
-    from . import CLDPipeline
-    from .data import split_digits
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a model trained by train_gm_sgm.py --method cld on the digits")
-    parser.add_argument("--num_images", type=int, default=360, help="held-out digits, at most 360")
-    parser.add_argument("--num_steps", type=int, default=50, help="steps of the solver, four network calls each")
-    args = parser.parse_args()
-    pipeline = CLDPipeline.from_pretrained(args.folder)
-    for name, images in zip(("training", "held-out"), split_digits(), strict=True):
-        bits = cld_bits_per_dimension(
-            pipeline, images[: args.num_images], 17, args.num_steps, generator=torch.Generator().manual_seed(0)
-        )
-        mean, error = mean_and_error(bits)
-        print(f"{name} digits: at most {mean:.3f} +- {error:.3f} bits per dimension ({len(bits)} images)")
-
-
-if __name__ == "__main__":
-    main()

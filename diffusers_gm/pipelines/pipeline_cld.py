@@ -10,7 +10,7 @@ from torch import Tensor
 from ..random import Generators
 from ..schedulers import CLDSSCSScheduler
 from .cld_ode import ODE_SOLVERS, lifted_model, native_model, solve, start_and_ends
-from .common import CALLBACK_TENSORS, UnconditionalPipeline
+from .unconditional import CALLBACK_TENSORS, UnconditionalPipeline
 
 
 @dataclass

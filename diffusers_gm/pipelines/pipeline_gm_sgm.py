@@ -1,6 +1,6 @@
 """Unconditional generation with a Gaussian-mixture score-based model."""
 
-from .common import UnconditionalPipeline
+from .unconditional import UnconditionalPipeline
 
 
 class GMSGMPipeline(UnconditionalPipeline):

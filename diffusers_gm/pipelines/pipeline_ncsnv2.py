@@ -1,6 +1,6 @@
 """Unconditional generation with annealed Langevin dynamics."""
 
-from .common import UnconditionalPipeline
+from .unconditional import UnconditionalPipeline
 
 
 class NCSNv2Pipeline(UnconditionalPipeline):

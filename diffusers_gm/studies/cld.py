@@ -19,15 +19,17 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import CLDSSCSScheduler
+from ..evaluation.report import plot_curves
+from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
-from .cld_common import GRIDS, SAMPLERS, against
+from ..schedulers import CLDSSCSScheduler
+from .cld_digits import GRIDS, SAMPLERS, against, as_curves
 from .cld_likelihood import likelihood
 from .cld_target import target
 from .cld_training import losses, robustness, samplers
 from .command import at_least, parse, study_parser
-from .common import machine, save_picture
-from .report import Report, Table
+from .pictures import save_picture
+from .report import Report
 
 CALLS = (10, 20, 50, 100, 200)
 
@@ -64,25 +66,23 @@ def terminal_variance(scheduler: CLDSSCSScheduler, num_calls: int, data_variance
 def terminal(args: argparse.Namespace) -> Report:
     """The error of the variance of every sampler on every grid."""
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    rows, on_quadratic = [], {}
+    variances: dict[str, list[float]] = {}
+    styles = {}
     for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-        for spacing, style in zip(GRIDS, (":^", "-o", "--s"), strict=True):
+        for spacing, style in zip(GRIDS, (":", "-", "--"), strict=True):
             scheduler = CLDSSCSScheduler(prediction_type="velocity_score", timestep_spacing=spacing, **config)
-            values = [terminal_variance(scheduler, n) for n in args.calls]
-            rows.append([f"{name}, {spacing}", *values])
-            errors = [abs(value - 0.25) for value in values]
-            if spacing == "quadratic":
-                on_quadratic[name] = errors
-            axis.loglog(args.calls, errors, style, color=color, label=rows[-1][0], markersize=3)
-    axis.set(xlabel="network calls", ylabel="|Var(x) - 0.25|", title="Gaussian data, exact score")
-    axis.set_xticks(args.calls, [str(n) for n in args.calls])
-    axis.minorticks_off()
+            variances[f"{name}, {spacing}"] = [terminal_variance(scheduler, n) for n in args.calls]
+            styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
+    errors = {name: [abs(value - 0.25) for value in values] for name, values in variances.items()}
+    on_quadratic = {name: errors[f"{name}, quadratic"] for name in SAMPLERS}
+    plot_curves(axis, as_curves(errors, args.calls), styles=styles)
+    axis.set(ylabel="|Var(x) - 0.25|", title="Gaussian data, exact score")
     axis.legend(fontsize=7)
     sentences = [against(name, "euler_maruyama", on_quadratic, args.calls) for name in ("sscs", "sscs, order 2")]
     accidents = [
         f"{name} at {calls}"
-        for name, errors in on_quadratic.items()
-        for calls, error, following in zip(args.calls, errors, errors[1:], strict=False)
+        for name, of_name in on_quadratic.items()
+        for calls, error, following in zip(args.calls, of_name, of_name[1:], strict=False)
         if error < following
     ]
     if accidents:
@@ -92,7 +92,13 @@ def terminal(args: argparse.Namespace) -> Report:
         title="CLD: variance of samples of a Gaussian",
         question="With the exact score of N(0, 0.25), what variance do samples have after n calls?",
         verdict="Error of the variance, all on the quadratic grid. " + " ".join(sentences),
-        tables=[Table("Var(x); the data have 0.25.", ["", *(f"{n} calls" for n in args.calls)], rows)],
+        tables=[
+            Table(
+                "Var(x); the data have 0.25.",
+                ["", *(f"{n} calls" for n in args.calls)],
+                [[name, *values] for name, values in variances.items()],
+            )
+        ],
         pictures=[save_picture(figure, args.output / "cld_terminal.png")],
         conditions="Exact: the product of the matrices of the steps, no sampling.",
     )

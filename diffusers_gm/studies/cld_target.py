@@ -8,14 +8,17 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import training as tr
 from ..data import split_digits
-from ..exact import ExactDenoiser
+from ..evaluation.table import Table
+from ..likelihood import FIRST_TIME
 from ..losses import cld_loss
 from ..processes.cld import CLD, lift, perturb
-from .cld_common import TIMES, as_network, train_cld
-from .common import TIE, kept_unet, parts_of, save_picture, train_on_digits
-from .report import Report, Table
+from ..training.options import TrainingArguments
+from .cld_digits import TIMES, as_network, train_cld
+from .digits import TIE, kept_unet, parts_of, train_on_digits
+from .exact import ExactDenoiser
+from .pictures import save_picture
+from .report import Report
 
 HEADER = [
     *("t", "noise level CLD", "noise level VP", "loss CLD", "least", "loss VP", "least"),
@@ -38,7 +41,7 @@ def vp_loss(network: Callable[..., Any], images: Tensor, times: Tensor, noise: T
 
 
 def vp_training(network: Callable[..., Any], images: Tensor) -> Tensor:
-    times = tr.FIRST_TIME + (1 - tr.FIRST_TIME) * torch.rand(len(images), dtype=torch.float64)
+    times = FIRST_TIME + (1 - FIRST_TIME) * torch.rand(len(images), dtype=torch.float64)
     return vp_loss(network, images, times, torch.randn_like(images))
 
 
@@ -87,7 +90,7 @@ def target(args: argparse.Namespace) -> Report:
     """Loss and Jacobian of a CLD and a VP network over time."""
     cld, scheduler = train_cld(args)
     # The same network for one image in place of image and velocity, and the same training.
-    arguments = tr.TrainingArguments(max_train_steps=args.steps, train_batch_size=args.batch)
+    arguments = TrainingArguments(max_train_steps=args.steps, train_batch_size=args.batch)
     name = f"vp max_train_steps={args.steps} train_batch_size={args.batch}"
     vp = kept_unet(parts_of(args.output) / name, lambda: train_on_digits(arguments, vp_training, name))
     images, generator = split_digits()[0][: args.num_samples], torch.Generator().manual_seed(1)

@@ -7,11 +7,14 @@ Every study writes its tables, pictures and verdict into a folder; this puts the
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluation.report import markdown, verdict
 from ..evaluation.results import Results
+from ..files import write_text
+from .command import program
 from .report import Report
 
 INTRODUCTION = """\
@@ -77,8 +80,8 @@ def anchor(title: str) -> str:
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=program("page"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reports", type=Path, default=Path("model_cards/results"), help="folder of the reports")
     parser.add_argument("--output", type=Path, default=Path("model_cards/results.md"), help="the page")
     args = parser.parse_args(arguments)
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = page(args.reports, args.output)
     except ValueError as error:
         parser.error(str(error))
-    args.output.write_text(text, encoding="utf-8")
+    write_text(args.output, text)
     print(f"wrote {args.output}")
 
 

@@ -1,5 +1,6 @@
 """What `train_gm_sgm.py` is made of."""
 
+from ..launch import check_processes as check_processes
 from .folder import ARGS_FILE as ARGS_FILE
 from .folder import CHECKPOINT as CHECKPOINT
 from .folder import LOG_FILE as LOG_FILE
@@ -24,7 +25,6 @@ from .network import build_lr_scheduler as build_lr_scheduler
 from .network import build_objective as build_objective
 from .network import build_optimizer as build_optimizer
 from .network import build_scheduler as build_scheduler
-from .network import check_processes as check_processes
 from .network import fit_unet as fit_unet
 from .network import given_unet as given_unet
 from .network import make_unconditional as make_unconditional
