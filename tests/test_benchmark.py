@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
+from diffusers_gm.studies.common import Cells
 from PIL import Image
 
 from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
 from diffusers_gm import benchmark_models as models
 from diffusers_gm import benchmark_samplers as bench
-from diffusers_gm.studies.common import Cells
 from diffusers_gm.studies.report import Report
 
 

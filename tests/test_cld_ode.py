@@ -10,9 +10,9 @@ from scipy.integrate import solve_ivp
 from test_likelihood import exact_network
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.pipelines.cld_ode import ODE_SOLVERS, lifted_model, native_model, solve, start_and_ends
 from diffusers_gm.processes.cld import lift
+from diffusers_gm.studies.exact import ExactDenoiser
 
 VARIANCE = 0.25
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from scipy import integrate
 
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.pipelines.pipeline_cld import CLDPipeline
 from diffusers_gm.processes.cld import CLD, lift, score_coefficients
 from diffusers_gm.schedulers import scheduling_cld_sscs
 from diffusers_gm.schedulers.scheduling_cld_sscs import CLDSSCSScheduler
+from diffusers_gm.studies.exact import ExactDenoiser
 
 DOUBLE = {"dtype": torch.float64}
 PROCESS = CLD()

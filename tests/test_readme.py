@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers_gm.demo import SAMPLERS
+from diffusers_gm.pictures import CALLS
 from PIL import Image
 
 from diffusers_gm import GMLangevinScheduler
-from diffusers_gm.demo import SAMPLERS
-from diffusers_gm.pictures import CALLS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,9 +10,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, GaussianMixtureNoise, GMLangevinScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.annealed import PRESETS
 from diffusers_gm.schedulers import scheduling_annealed_langevin, scheduling_gm_langevin
+from diffusers_gm.studies.exact import ExactDenoiser
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 2)
 MIX = {"mixture_weights": MIXTURE.weights.tolist(), "mixture_scales": MIXTURE.scales.tolist()}

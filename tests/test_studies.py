@@ -9,11 +9,6 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from diffusers import DDPMScheduler
-
-from diffusers_gm import training as tr
-from diffusers_gm.data import split_digits
-from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
-from diffusers_gm.studies.command import parse, study_parser
 from diffusers_gm.studies.common import (
     Cells,
     ddpm_loss,
@@ -26,6 +21,11 @@ from diffusers_gm.studies.common import (
     parts_of,
     quality_axes,
 )
+
+from diffusers_gm import training as tr
+from diffusers_gm.data import split_digits
+from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
+from diffusers_gm.studies.command import parse, study_parser
 from diffusers_gm.studies.page import page
 from diffusers_gm.studies.report import Report, Table, command_line
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.studies import gm_sgm, rare_modes
+from diffusers_gm.studies.exact import ExactDenoiser
 from diffusers_gm.studies.increments import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
 from diffusers_gm.studies.switching import states, switches

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers_gm.studies.common import tie, trained
 
 from diffusers_gm import training as tr
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.studies import lifted, ncsnv2
-from diffusers_gm.studies.common import tie, trained
 from diffusers_gm.studies.ncsnv2_trained import last_call, verdict_of
 from diffusers_gm.studies.report import Report
 

@@ -14,8 +14,8 @@ from diffusers import (
 from test_contract import every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.noise_space import PREDICTION_TYPES
+from diffusers_gm.studies.exact import ExactDenoiser
 
 SOURCES = {
     "vp": DDPMScheduler(clip_sample=False),

@@ -55,7 +55,12 @@ def _demo_quality(folder: Path) -> tuple[str, list[EvalResult]] | None:
     results = Results(folder / "results of the demo", {})
     results.floor = [{SLICED_WASSERSTEIN: found["floor"]}]
     results.cells = [
-        Cell(old["sampler"], old["calls"], 0, {} if old["distance"] is None else {SLICED_WASSERSTEIN: old["distance"]})
+        Cell(
+            old["sampler"],
+            old["calls"],
+            0,
+            {} if old["ratio"] is None else {SLICED_WASSERSTEIN: old["ratio"] * found["floor"]},
+        )
         for old in next(cells for cells in found.values() if isinstance(cells, list))
     ]
     over_floor = ratios(results)
