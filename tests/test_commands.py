@@ -2,13 +2,14 @@
 
 import runpy
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 import diffusers_gm
 
+# Some modules are imported already.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 PACKAGE = Path(diffusers_gm.__file__).parent
 
 
@@ -26,8 +27,7 @@ def help_of(tmp_path, monkeypatch, capsys):
 
     def run(module):
         monkeypatch.setattr(sys, "argv", [module, "--help"])
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            warnings.simplefilter("ignore", RuntimeWarning)  # some are imported already
+        with pytest.raises(SystemExit) as ended:
             runpy.run_module(module, run_name="__main__")
         assert ended.value.code in (None, 0)
         assert not list(tmp_path.iterdir()), "something was done"
