@@ -137,14 +137,20 @@ def test_components_of_a_run_are_those_of_its_noise():
 
 
 def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
+    """Which makes another run of the same network and draws, but for its first call."""
     config = {"noise_space": "ve", "algorithm_type": "langevin", "mixture_weights": [0.7, 0.3]}
     config |= {"mixture_scales": [0.5, 1.6], "model_noise": "mixture"}
-    for kind, aware in ((GMLangevinScheduler, True), (gm_sgm.Unaware, False)):
-        scheduler = kind(**config)
+    runs = []
+    for kind in (GMLangevinScheduler, gm_sgm.Unaware):
+        scheduler, draws = kind(**config), torch.Generator().manual_seed(0)
         scheduler.set_timesteps(20)
-        sample = torch.ones(2, 1, 8, 8)
-        scheduler.step(sample, scheduler.timesteps[0], sample, generator=torch.Generator().manual_seed(0))
-        assert (scheduler._level is not None) == aware
+        sample, run = torch.full((8, 1, 8, 8), 40.0), []
+        for t in scheduler.timesteps:
+            sample = scheduler.step(0.5 * sample / 50, t, sample, generator=draws).prev_sample
+            run.append(sample)
+        runs.append(run)
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.allclose(runs[0][-1], runs[1][-1])
 
 
 # --- The commands, in small ---
