@@ -14,6 +14,8 @@ from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError, sample
 from diffusers_gm.studies import sampler_benchmark as bench
 from diffusers_gm.studies import sampler_benchmark_models as models
+from diffusers_gm.studies import step_cost
+from diffusers_gm.studies.demo import SAMPLERS
 from diffusers_gm.studies.digits import pipeline_of
 from diffusers_gm.studies.exact import NetworkOf
 from diffusers_gm.studies.report import Report
@@ -162,3 +164,21 @@ def test_arguments_out_of_range(words, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(words)
     assert message in capsys.readouterr().err
+
+
+# --- The cost of a step ---
+
+
+def test_the_cost_of_a_step_is_that_of_every_scheduler(capsys):
+    """All of them on all shapes, beside two of diffusers, of which each is 1 over itself."""
+    threads = torch.get_num_threads()
+    step_cost.main(["--steps", "1", "--threads", str(threads)])
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    of_peer, of_unipc, milliseconds = (part.splitlines() for part in said.split("| scheduler | ")[1:])
+    for cls, named in SAMPLERS.items():
+        for name in named:
+            (row,) = (line for line in milliseconds if line.startswith(f"| {cls.__name__}, {name} |"))
+            assert all(float(value) > 0 for value in row.split("|")[2:-1])
+    assert "| Euler ancestral | 1.00 | 1.00 | 1.00 | 1.00 |" in of_peer
+    assert "| UniPC | 1.00 | 1.00 | 1.00 | 1.00 |" in of_unipc

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from ..pipelines.repository import QUALITY, QUALITY_FILES
-from .report import WITH_RATIO, curve_table, curves, markdown, ratios, statistic
+from .report import WITH_RATIO, curve_table, curves, ratios, statistic, table
 from .results import Cell, Results
 from .scoring import SLICED_WASSERSTEIN
 
@@ -64,8 +64,7 @@ def _demo_quality(folder: Path) -> tuple[str, list[EvalResult]] | None:
         for old in next(cells for cells in found.values() if isinstance(cells, list))
     ]
     over_floor = ratios(results)
-    table = curve_table(OF_DEMO.format(**found), "sampler", over_floor).markdown()
-    return table, [
+    return curve_table(OF_DEMO.format(**found), "sampler", over_floor).markdown(), [
         _eval_result(
             ("digits", "handwritten digits of scikit-learn"),
             "sliced-wasserstein-ratio",
@@ -95,7 +94,7 @@ def _evaluation_quality(folder: Path) -> tuple[str, list[EvalResult]] | None:
                     name = f"{name} (real images: {floor.mean:.4g})"
                     entries.append(_eval_result((data, data), kind, name, round(value.mean, 4)))
     picture = "\n![quality against network calls](results.png)\n" if (folder / "results.png").is_file() else ""
-    return markdown(results) + picture, entries
+    return table(results).markdown() + "\n" + picture, entries
 
 
 def _eval_result(dataset: tuple[str, str], metric_type: str, metric_name: str, value: float) -> EvalResult:

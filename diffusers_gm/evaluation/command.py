@@ -91,7 +91,7 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
 
 def write_report(results: Results, model: str | None, output_dir: Path) -> list[Path]:
     """Table and picture beside the results, and both in the card of the model where `output_dir` is its folder."""
-    write_text(output_dir / "results.md", report.markdown(results))
+    write_text(output_dir / "results.md", report.table(results).markdown() + "\n")
     written = ["results.json", "results.md"]
     if any(cell.calls is not None for cell in results.cells):
         report.plot(results, output_dir / "results.png")
@@ -116,5 +116,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state.destroy_process_group()
     if not state.is_main_process:
         return
-    print("\n" + report.markdown(results))
+    print("\n" + report.table(results).markdown() + "\n")
     print("wrote", *write_report(results, args.model, args.output_dir))

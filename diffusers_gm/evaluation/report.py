@@ -64,8 +64,8 @@ def ratios(results: Results, metric: str = SLICED_WASSERSTEIN) -> dict[str, dict
     }
 
 
-def markdown(results: Results) -> str:
-    """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why below."""
+def table(results: Results) -> Table:
+    """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why in the caption."""
     conditions, metrics = results.conditions, [name for name in results.floor[0] if name != "num_nan"]
     floor = {name: statistic(results.floor, name) for name in metrics}
 
@@ -99,9 +99,10 @@ def markdown(results: Results) -> str:
         f"Features: {conditions['features'] or 'none'}.\n\n"
         "Floor: as many real images that are not among the others. Mean ± standard deviation over seeds (for the "
         "floor, over draws); in brackets, over the floor. The kernel distance is unbiased: its floor is chance."
+        + ("\n\nWithout a value:\n\n" + "\n".join(sorted(notes)) if notes else "")
     )
     header = ["scheduler", "network calls", *metrics, "images with NaN", "sampling s", "scoring s"]
-    return "\n".join([Table(caption, header, rows).markdown(), *(["", *sorted(notes)] if notes else []), ""])
+    return Table(caption, header, rows)
 
 
 def verdict(results: Results) -> str:

@@ -36,7 +36,7 @@ GRID = 10
 OWN_STEP: dict[str, Any] = {"step_size": None, "denoise": True}
 CHAIN: dict[str, Any] = {"algorithm_type": "langevin", "network_level": "chain", **OWN_STEP}
 # The samplers of each scheduler for its own networks, by name: what to change in the config of the network.
-SAMPLERS: dict[type, dict[str, dict[str, Any]]] = {
+SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
     GMLangevinScheduler: {
         **{
             name: {"algorithm_type": name, **OWN_STEP}

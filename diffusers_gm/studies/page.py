@@ -8,10 +8,9 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.report import markdown, verdict
+from ..evaluation.report import table, verdict
 from ..evaluation.results import Results
 from ..files import write_text
 from .command import program
@@ -42,37 +41,27 @@ def page(reports: Path, output: Path) -> str:
     return f"{INTRODUCTION.format(reports=folder)}\n{contents}\n\n{sections}\n"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What `diffusers_gm.evaluation` measured, as a section of the page."""
-
-    results: Results
-    picture: str | None
-    question = "How far are the samples from real images, at several numbers of network calls?"
-
-    @property
-    def title(self) -> str:
-        conditions = self.results.conditions
-        return f"Evaluation: {conditions['model']} against {conditions['data']}"
-
-    def markdown(self, pictures: str = ".") -> str:
-        parts = [f"## {self.title}", self.question, f"```sh\n{self.results.command}\n```"]
-        parts += [f"![{self.title}]({pictures}/{self.picture})"] if self.picture else []
-        parts += [markdown(self.results).strip(), f"**Verdict.** {verdict(self.results)}"]
-        return "\n\n".join([*parts, f"*{self.results.conditions['versions']}.*"])
-
-
-def read(path: Path) -> Report | Evaluation:
-    """The report of a study, or the results of an evaluation.
+def read(path: Path) -> Report:
+    """The report of a study, or of what an evaluation has measured.
 
     Raises:
         ValueError: if the file is neither.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and "cells" in content:
-        picture = path.with_suffix(".png")
-        return Evaluation(Results.read(path), picture.name if picture.is_file() else None)
-    return Report.read(path)
+    if not (isinstance(content, dict) and "cells" in content):
+        return Report.read(path)
+    results, picture = Results.read(path), path.with_suffix(".png")
+    conditions = results.conditions
+    return Report(
+        path.stem,
+        f"Evaluation: {conditions['model']} against {conditions['data']}",
+        "How far are the samples from real images, at several numbers of network calls?",
+        verdict(results),
+        [table(results)],
+        [picture.name] if picture.is_file() else [],
+        f"{conditions['versions']}.",
+        results.command,
+    )
 
 
 def anchor(title: str) -> str:

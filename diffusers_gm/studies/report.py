@@ -39,7 +39,7 @@ class Report:
         parts = [f"## {self.title}", self.question, f"```sh\n{self.command}\n```"]
         parts += [f"![{self.title}]({pictures}/{name})" for name in self.pictures]
         parts += [t.markdown() for t in self.tables]
-        parts += [f"**Verdict.** {self.verdict}", f"*{self.conditions} {self.machine}*"]
+        parts += [f"**Verdict.** {self.verdict}", f"*{f'{self.conditions} {self.machine}'.strip()}*"]
         return "\n\n".join(parts)
 
     def write(self, folder: Path) -> None:

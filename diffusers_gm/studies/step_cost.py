@@ -18,23 +18,14 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, UniPCMulti
 
 from .. import schedulers
 from ..evaluation.table import Table, machine
+from ..schedulers import GMLangevinScheduler
 from .command import at_least, program
+from .demo import SAMPLERS
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (64, 3, 32, 32), (256, 3, 32, 32))
-MIXTURE = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62], "timestep_spacing": "log_snr"}
-# Schedulers of this package by name: the class, and what to change in the config.
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "annealed, langevin": ("AnnealedLangevinScheduler", {}),
-    "annealed, consistent": ("AnnealedLangevinScheduler", {"algorithm_type": "consistent"}),
-    **{
-        f"GM, {name}": ("GMLangevinScheduler", {"algorithm_type": name, **MIXTURE})
-        for name in ("langevin", "jump", "exponential", "ancestral", "ode")
-    },
-    "CLD, sscs, order 1": ("CLDSSCSScheduler", {"splitting_order": 1}),
-    "CLD, sscs, order 2": ("CLDSSCSScheduler", {"splitting_order": 2}),
-    "CLD, euler_maruyama": ("CLDSSCSScheduler", {"algorithm_type": "euler_maruyama"}),
-    "CLD, probability_flow": ("CLDSSCSScheduler", {"algorithm_type": "probability_flow"}),
-    "calibrated multistep": ("CalibratedMultistepScheduler", {}),
+# What suits a DDPM network; the mixture is for the samplers that jump.
+SWAPPED = {
+    GMLangevinScheduler: {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62], "timestep_spacing": "log_snr"}
 }
 PEERS = {"Euler ancestral": EulerAncestralDiscreteScheduler, "UniPC": UniPCMultistepScheduler}
 WARM_UP = 3
@@ -46,10 +37,12 @@ def all_schedulers() -> dict[str, Any]:
     """Every scheduler that is compared, made of the config of a DDPM network."""
     config = DDPMScheduler(clip_sample=False).config
     ours = {
-        name: getattr(schedulers, cls).from_config(config, **changes)
-        for name, (cls, changes) in OURS.items()
-        if hasattr(schedulers, cls)
+        f"{cls.__name__}, {name}": cls.from_config(config, **changes, **SWAPPED.get(cls, {}))
+        for cls, named in SAMPLERS.items()
+        for name, changes in named.items()
     }
+    if hasattr(schedulers, "CalibratedMultistepScheduler"):
+        ours["CalibratedMultistepScheduler"] = schedulers.CalibratedMultistepScheduler.from_config(config)
     return ours | {name: cls.from_config(config) for name, cls in PEERS.items()}
 
 
