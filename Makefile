@@ -14,12 +14,15 @@ OLDEST_TESTS ?= $(addprefix tests/test_,hub.py pipelines.py schedulers.py contra
 METHOD ?= gm-sgm
 demo compare: OUTPUT ?= outputs/demo$(if $(filter-out gm-sgm,$(METHOD)),-$(METHOD))
 DEMO ?=
-demo compare benchmark: STEPS ?= 1200
+benchmark: STEPS ?= 1200
 RESULTS ?= outputs/benchmark
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TRAIN := $(BIN)/accelerate launch --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train_gm_sgm.py
+TRAIN := $(BIN)/accelerate launch --quiet --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train_gm_sgm.py
+
+# STEPS=500: another length than that of the recipe.
+LENGTH = $(if $(STEPS),--max_train_steps $(STEPS))
 
 .PHONY: demo compare cifar10 test test-oldest test-slow lint format benchmark clean-env
 
@@ -29,9 +32,9 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@touch $@
 
 # Interrupted, it goes on where it was: a complete training is not done again, nor a cell that is measured.
-TRAINED = test -f $(1)/model_index.json && grep -q '"training_seconds"' $(1)/training_args.json && \
-	grep -q '"max_train_steps": $(STEPS),\{0,1\}$$' $(1)/training_args.json
-TRAIN_DIGITS = { $(TRAINED); } || $(TRAIN) --dataset_name digits --method $(METHOD) --max_train_steps $(STEPS) \
+TRAINED = test -f $(1)/model_index.json && grep -q '"training_seconds"' $(1)/training_args.json$(if \
+	$(STEPS), && grep -q '"max_train_steps": $(STEPS),\{0,1\}$$' $(1)/training_args.json)
+TRAIN_DIGITS = { $(TRAINED); } || $(TRAIN) --config digits --method $(METHOD) $(LENGTH) \
 	--checkpointing_steps 100 --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(1)
 
 demo: $(STAMP)
@@ -43,9 +46,7 @@ compare: demo
 	$(call TRAIN_DIGITS,$(OUTPUT)-k1) --mixture_weights 1 --mixture_scales 1
 	$(BIN)/python -m diffusers_gm.studies.demo $(OUTPUT) --compare $(OUTPUT)-k1 $(DEMO)
 
-# CIFAR-10, from the Hub or a folder of parquet files or images. METHOD and what its network answers aside, all is the same.
-# gpu: network, batch, dropout, flips, learning rate and averaging of DDPM, at a quarter of its 800,000 steps.
-# cpu: a network of a thirtieth of the size and 3000 steps of 32 images, half an hour, to see the recipe work.
+# CIFAR-10, from the Hub or a folder of parquet files or images, by diffusers_gm/training/recipes/cifar10-$(SCALE).yaml.
 # At its end the model is measured under the samplers of its method and, where they can read it, diffusers' (K = 1 can).
 SCALE ?= gpu
 DATA ?= uoft-cs/cifar10
@@ -54,25 +55,14 @@ ifeq ($(filter cpu gpu,$(SCALE)),)
 $(error SCALE must be cpu or gpu, got '$(SCALE)')
 endif
 cifar10: OUTPUT ?= outputs/cifar10-$(METHOD)-$(SCALE)
-cifar10: STEPS ?= $(STEPS_$(SCALE))
 cifar10: EVALUATION ?= $(EVALUATION_$(SCALE))
 cifar10: CALLS ?= $(CALLS_$(SCALE))
 cifar10: SAMPLERS ?= $(SAMPLERS_$(METHOD))
 
-STEPS_gpu := 200000
 CALLS_gpu := 10 20 50 200
 EVALUATION_gpu := --num_samples 2000
-RECIPE_gpu := --block_out_channels 128 256 256 256 --layers_per_block 2 --attention_resolutions 16 --dropout 0.1 \
-	--train_batch_size 128 --mixed_precision bf16 --dataloader_num_workers 4 \
-	--learning_rate 2e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 5000 --ema_decay 0.9999 \
-	--checkpointing_steps 5000 --validation_steps 20000 --logging_steps 100
-
-STEPS_cpu := 3000
 CALLS_cpu := 10 20 50
 EVALUATION_cpu := --num_samples 250 --num_reference 2000
-RECIPE_cpu := --block_out_channels 32 64 64 --layers_per_block 1 --attention_resolutions 8 \
-	--train_batch_size 32 --learning_rate 1e-3 --lr_scheduler one_cycle --ema_decay 0.999 \
-	--checkpointing_steps 500 --validation_steps 1000 --logging_steps 10
 
 SAMPLERS_gm-sgm := --scheduler GMLangevinScheduler --scheduler GMLangevinScheduler algorithm_type=ode \
 	--scheduler GMLangevinScheduler algorithm_type=langevin network_level=chain
@@ -83,17 +73,12 @@ SAMPLERS_ncsnv2 := --scheduler AnnealedLangevinScheduler --scheduler AnnealedLan
 SAMPLERS_cld := --scheduler CLDSSCSScheduler --scheduler CLDSSCSScheduler splitting_order=2 \
 	--scheduler CLDSSCSScheduler algorithm_type=probability_flow
 
-# What errs by e about the noise errs by sigma e about the image: too much at the first levels, after a short training.
-# The mixed score of CLD has the same remedy built in.
-PREDICTION_gm-sgm := --prediction_type v_prediction
-PREDICTION_ncsnv2 := --prediction_type v_prediction
-
 DATA_IN = $(if $(wildcard $(DATA)),--train_data_dir,--dataset_name) $(DATA)
 
 # One slice of the training a call. The folder holds a pipeline when the training is complete, and not before.
 cifar10: $(STAMP)
-	$(TRAIN) $(DATA_IN) --method $(METHOD) --random_flip $(RECIPE_$(SCALE)) $(PREDICTION_$(METHOD)) --max_train_steps $(STEPS) \
-		--max_train_minutes $(MINUTES) --resume_from_checkpoint latest --checkpoints_total_limit 2 --output_dir $(OUTPUT)
+	$(TRAIN) --config cifar10-$(SCALE) $(DATA_IN) --method $(METHOD) $(LENGTH) \
+		--max_train_minutes $(MINUTES) --resume_from_checkpoint latest --output_dir $(OUTPUT)
 	test ! -f $(OUTPUT)/model_index.json || $(BIN)/python -m diffusers_gm.evaluation $(OUTPUT) $(DATA_IN) \
 		--calls $(CALLS) $(EVALUATION) $(SAMPLERS) --output_dir $(OUTPUT)
 

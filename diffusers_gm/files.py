@@ -1,14 +1,136 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are whole or not there: also after a kill, also after a power cut."""
 
+import json
 import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+UNFINISHED = "tmp-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Inside, a temporary path of the same suffix to write to; what is there afterwards replaces `path` at once."""
+    temporary = path.with_name(UNFINISHED + path.name)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8: a reader, or a crash, meets the file of before or all of the new one."""
-    unfinished = path.with_name(f"{path.name}.part{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Write UTF-8 text; a reader sees the old content or all of the new."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def fresh_folder(path: Path) -> Path:
+    """An empty folder; what a killed run left there is removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    return path
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Give a finished folder its name; the contents are on disk before the name is. Same file system.
+
+    What had that name before is removed, after the new folder has taken its place.
+    """
+    sync_tree(source)
+    old = target.with_name(UNFINISHED + "old-" + target.name)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_contents(source: Path, folder: Path, last: str) -> None:
+    """Move everything in the folder `source` to `folder`, replacing what has the same name. Same file system.
+
+    The file `last` goes first and comes last: where it is, everything is whole and of one making.
+    """
+    sync_tree(source)
+    (folder / last).unlink(missing_ok=True)
+    sync(folder)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        target = folder / path.name
+        if path.name == last:
+            sync(folder)
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    sync(folder)
+    source.rmdir()
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, which loses its name before its contents."""
+    nameless = folder.with_name(UNFINISHED + folder.name)
+    shutil.rmtree(nameless, ignore_errors=True)
+    folder.rename(nameless)
+    shutil.rmtree(nameless)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and keeps their names by itself
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` a folder with everything in it."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sync, [*folder.rglob("*"), folder]))
+
+
+# --- Checksums ---
+
+
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """Size in bytes and CRC-32 of all files in `folder`, by their paths relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        sums = pool.map(_checksum, paths)
+    return {path.relative_to(folder).as_posix(): sums_of_file for path, sums_of_file in zip(paths, sums, strict=True)}
+
+
+def damage(folder: Path, expected: dict[str, list[int]]) -> list[str]:
+    """What is wrong with the files of `folder`, in words, where they are not as `checksums` saw them."""
+
+    def wrong(name: str) -> str:
+        path, (size, _) = folder / name, expected[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+        return "" if _checksum(path) == expected[name] else f"{name} is not what was written"
+
+    with ThreadPoolExecutor() as pool:
+        return [words for words in pool.map(wrong, expected) if words]
+
+
+def _checksum(path: Path) -> list[int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]

@@ -11,7 +11,8 @@ from diffusers_gm.processes import annealed
 def test_technique_1_is_the_largest_distance(generator):
     data = torch.randn(50, 3, 4, 4, generator=generator)
     brute = max(float((a - b).norm()) for a in data for b in data)
-    assert annealed.max_pairwise_distance(data, chunk_size=7) == pytest.approx(brute, rel=1e-5)
+    for chunk_size in (1, 7, 50, None):
+        assert annealed.max_pairwise_distance(data, chunk_size) == pytest.approx(brute, rel=1e-5)
     with pytest.raises(ValueError, match="at least two images"):
         annealed.max_pairwise_distance(data[:1])
 

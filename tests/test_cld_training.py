@@ -16,11 +16,14 @@ from PIL import Image
 from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, plan_for, same_state, train
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler, data
-from diffusers_gm import training as tr
-from diffusers_gm.hub import cards
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
+from diffusers_gm.training.folder import read_log
+from diffusers_gm.training.network import build_objective, build_scheduler, native_shape, new_unet
+from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.plan import Plan
+from diffusers_gm.training.samples import image_grid, sample_images
 
 FOUR_STEPS = f"{SMALL} --method cld --max_train_steps 4 --checkpointing_steps 2 --validation_steps 0 --logging_steps 1"
 
@@ -33,7 +36,7 @@ def test_resumed_equals_uninterrupted(options, train, tmp_path):
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     train(FOUR_STEPS, options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", checkpoint)
     assert same_state(load(tmp_path / "whole" / WEIGHTS), load(tmp_path / "resumed" / WEIGHTS))
-    losses = [[entry["loss"] for entry in tr.read_log(tmp_path / name)] for name in ("whole", "resumed")]
+    losses = [[entry["loss"] for entry in read_log(tmp_path / name)] for name in ("whole", "resumed")]
     assert losses[1] == losses[0][2:]
     with pytest.raises(ValueError, match=r"--gamma was 0.04 and is 0.25"):
         train(FOUR_STEPS, options, "--gamma 0.25 --output_dir", tmp_path / "x", "--resume_from_checkpoint", checkpoint)
@@ -54,7 +57,7 @@ def test_the_saved_pipeline_says_what_was_trained(digits_model):
     assert (pipeline.unet.config["in_channels"], pipeline.unet.config["out_channels"]) == (2, 1)
     assert (config["prediction_type"], config["mass"], config["beta_0"]) == ("cld_mixed", 1.0, 8.0)
     assert (config["splitting_order"], config["timestep_spacing"]) == (2, "quadratic")
-    grid = tr.image_grid(tr.sample_images(pipeline, 4, batch_size=3, num_inference_steps=4, seed=0))
+    grid = image_grid(sample_images(pipeline, 4, batch_size=3, num_inference_steps=4, seed=0))
     assert grid.tobytes() == Image.open(digits_model / "samples.png").tobytes()
 
     record = json.loads((digits_model / "training_args.json").read_text())
@@ -122,7 +125,7 @@ def test_options_of_other_methods_are_refused(options, said):
 
 def test_the_default_grid_is_the_best_for_trained_networks():
     args = arguments(method="cld")
-    assert tr.build_scheduler(args, plan_for(args)).config["timestep_spacing"] == "quadratic"
+    assert build_scheduler(args, plan_for(args)).config["timestep_spacing"] == "quadratic"
 
 
 def test_samplers_that_cannot_run_fail_before_the_training():
@@ -133,26 +136,20 @@ def test_samplers_that_cannot_run_fail_before_the_training():
     ):
         args = arguments(method="cld", **options)
         with pytest.raises(ValueError, match=said):
-            tr.build_scheduler(args, plan_for(args))
-
-
-def test_every_excluded_option_exists():
-    names = {f.name for f in fields(tr.TrainingArguments)} | {f.name for f in fields(tr.Plan)}
-    for excluded in tr.options.NOT_FOR.values():
-        assert excluded <= names
+            build_scheduler(args, plan_for(args))
 
 
 def test_networks_need_twice_the_channels():
     args = arguments(method="cld", block_out_channels=[8, 16])
     with torch.random.fork_rng():
-        unet = tr.new_unet(args, 8, 3)
-    assert tr.native_shape(unet, "cld") == (8, 3)
+        unet = new_unet(args, 8, 3)
+    assert native_shape(unet, "cld") == (8, 3)
     with pytest.raises(ValueError, match="--method gm-sgm needs a network .* goes from 6 to 3"):
-        tr.native_shape(unet, "gm-sgm")
+        native_shape(unet, "gm-sgm")
     with torch.random.fork_rng():
-        ordinary = tr.new_unet(arguments(block_out_channels=[8, 16]), 8, 1)
+        ordinary = new_unet(arguments(block_out_channels=[8, 16]), 8, 1)
     with pytest.raises(ValueError, match="--method cld needs a network from 2 or 6 channels"):
-        tr.native_shape(ordinary, "cld")
+        native_shape(ordinary, "cld")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +168,7 @@ def test_the_objective_takes_times_of_the_whole_interval(options):
     images = data.split_digits()[0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        loss = tr.build_objective(args, plan, tr.build_scheduler(args, plan))(network, images)
+        loss = build_objective(args, plan, build_scheduler(args, plan))(network, images)
     assert loss.shape == (len(images),)
     assert loss.isfinite().all()
     # Uniform on [1e-5, 1], labels in units of 1 / 1000.
@@ -185,10 +182,10 @@ def test_dequantised_training_sees_the_images_with_noise_of_a_level(method, monk
     args = arguments(method=method, dequantize=17)
     images = data.split_digits()[0]
     seen = []
-    for name in ("cld_loss", "denoising_loss"):
-        monkeypatch.setattr(tr.network, name, lambda network, images, *_: seen.append(images))
+    for name in ("cld.cld_loss", "ladder.denoising_loss"):
+        monkeypatch.setattr(f"diffusers_gm.training.methods.{name}", lambda network, images, *_: seen.append(images))
     plan = plan_for(args)
-    objective = tr.build_objective(args, plan, tr.build_scheduler(args, plan))
+    objective = build_objective(args, plan, build_scheduler(args, plan))
     for seed in (0, 0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -207,10 +204,6 @@ def test_only_images_of_the_levels_are_dequantised():
         with pytest.raises(ValueError, match=said):
             plan_for(arguments(dequantize=levels))
     plan_for(arguments(dequantize=33))  # every second level
-
-
-def test_hub_knows_the_method():
-    assert "cld" in cards.METHOD_NAMES
 
 
 # --- Studies ---

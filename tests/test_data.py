@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from diffusers_gm import data
 
@@ -96,7 +97,7 @@ def test_data_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"--train_data_dir .* is not a folder"):
         open_folder(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"--train_data_dir .* has no training images"):
+    with pytest.raises(ValueError, match=r"--train_data_dir .* holds no images, but nothing at all"):
         open_folder(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"--dataset_name 'nobody/nothing' has no training images"):
         data.open_source("nobody/nothing")
@@ -112,20 +113,6 @@ def test_a_subset_is_chosen_by_the_seed():
 
 
 # --- Transforms ---
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16", "RGB", "RGBA", "P"])
-def test_every_mode_becomes_a_tensor_between_minus_one_and_one(mode):
-    if mode == "I;16":
-        image = Image.fromarray(np.array([[0, 65535], [32768, 0]], dtype=np.uint16))
-    else:
-        image = Image.fromarray(np.array([[0, 255], [128, 0]], dtype=np.uint8)).convert(mode)
-    tensor = data.image_to_tensor(image)
-    assert tensor.dtype == torch.float32
-    assert len(tensor) == (3 if mode in ("RGB", "RGBA", "P") else 1)
-    assert torch.equal(tensor[:, 0], torch.tensor([[-1.0, 1.0]]).expand(len(tensor), -1))
-    if mode != "1":
-        assert tensor[0, 1, 0] == pytest.approx(0, abs=0.01)
 
 
 def test_gray_and_colour():
@@ -154,6 +141,9 @@ def test_examination_takes_size_and_channels_from_the_images(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "gray" / "colour.png")
     source = open_folder(tmp_path / "gray")
     assert data.examine(source, seed=0).images.shape == (25, 3, 8, 8)
+    examined = data.examine(source, seed=0)
+    gray = data.examine(source, seed=0, channels=1).images
+    assert torch.equal(gray.expand(-1, 3, -1, -1), examined.images), "the colour image is black"
     Image.new("RGB", (9, 9)).save(tmp_path / "gray" / "larger.png")
     source = open_folder(tmp_path / "gray")
     with pytest.raises(ValueError, match=r"differ in size .* set --resolution"):
@@ -164,6 +154,10 @@ def test_examination_is_bounded():
     source = data.open_source("digits")
     assert len(data.examine(source, seed=0, num_images=50).images) == 50
     assert len(data.examine(source, seed=0, max_elements=640).images) == 10
+    large = data.examine(data.TensorImages(torch.zeros(1, 3, 256, 256, dtype=torch.uint8).expand(600, -1, -1, -1)), 0)
+    assert 200e6 < large.images.numel() * 4 < 400e6, "bytes"
+    with pytest.raises(ValueError, match="no training images in the data"):
+        data.examine(data.TensorImages(torch.zeros(0, 1, 8, 8)), 0)
 
 
 def test_unreadable_images_are_skipped_and_counted(tmp_path, caplog):
@@ -226,7 +220,7 @@ def test_processes_share_the_stream():
 
 def test_crops_and_flips_are_decided_by_seed_epoch_and_index():
     wide = torch.linspace(-1, 1, 8 * 30).reshape(1, 8, 30)
-    source = data.ImageSource(lambda index: wide, 40)
+    source = data.TensorImages(wide.expand(40, -1, -1, -1))
     images = data.TrainingImages(source, 8, 1, seed=0, random_flip=True)
     again = data.TrainingImages(source, 8, 1, seed=0, random_flip=True)
     keys = [(epoch, index) for epoch in range(2) for index in range(40)]
@@ -237,6 +231,47 @@ def test_crops_and_flips_are_decided_by_seed_epoch_and_index():
     assert 25 <= flipped <= 55, "80 fair coins: three standard deviations are 27 to 53"
     centred = data.TrainingImages(source, 8, 1, seed=0, center_crop=True)
     assert torch.equal(centred[0, 0], wide[..., 11:19])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_batch_is_what_its_images_are_one_by_one(tmp_path, flip, channels):
+    """Bit by bit: of one size, of several, of both kinds of colours, with images that cannot be read."""
+    one_size = open_folder(save_images(tmp_path / "one"))
+    save_images(tmp_path / "mixed" / "a", 8, size=(8, 8))
+    save_images(tmp_path / "mixed" / "b", 8, size=(13, 8), mode="RGB")
+    save_images(tmp_path / "mixed" / "c", 8, size=(11, 20))
+    for name in ("a/002", "a/003"):
+        corrupt(tmp_path / "mixed" / f"{name}.png")
+    keys = [(epoch, index) for epoch in range(2) for index in (5, 2, 23, 2, 3, 15, 9)]
+    for source in (one_size, open_folder(tmp_path / "mixed"), data.open_source("digits")):
+        together = data.TrainingImages(source, 8, channels, seed=0, random_flip=flip).__getitems__(keys)
+        alone = data.TrainingImages(source, 8, channels, seed=0, random_flip=flip)
+        assert all(torch.equal(image, alone[key]) for image, key in zip(together, keys, strict=True))
+        assert all(image.dtype == torch.float32 for image in together)
+
+
+def test_an_unreadable_image_that_a_batch_holds_twice_is_counted_once(tmp_path):
+    folder = save_images(tmp_path / "images")
+    corrupt(folder / "003.png")
+    images = data.TrainingImages(open_folder(folder), 8, 1, seed=0)
+    batch = images.__getitems__([(0, 3), (0, 3), (0, 4)])
+    assert images.unreadable == {3}
+    assert torch.equal(torch.stack(batch), torch.stack([images[0, 4]] * 3))
+
+
+def test_a_batch_of_a_table_is_one_access(tmp_path, monkeypatch):
+    import datasets
+
+    folder, _ = save_parquet(tmp_path)
+    source = open_folder(folder)
+    accesses = []
+    access = datasets.Dataset.__getitem__
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda self, key: accesses.append(key) or access(self, key))
+    images, stream = data.TrainingImages(source, 8, 3, seed=0), data.ImageStream(24, 12, seed=0)
+    batch = next(iter(DataLoader(images, batch_sampler=stream, generator=torch.Generator())))
+    assert batch.shape == (12, 3, 8, 8)
+    assert len(accesses) == 1
 
 
 def test_seeds_do_not_collide():

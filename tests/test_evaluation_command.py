@@ -217,7 +217,7 @@ def test_samples_that_cannot_be_read(tmp_path):
         ("broken.npy", "--samples .*broken.npy cannot be read"),
         ("broken.safetensors", "--samples .*broken.safetensors cannot be read"),
         ("none.npy", "none.npy holds no images"),
-        ("folder", "--samples .*folder cannot be read: .* doesn't contain any data files"),
+        ("folder", "--samples .*folder cannot be read: it holds no images, but nothing at all"),
         ("integers.npy", "uint8 or floating point numbers, it has torch.int64"),
         ("two.safetensors", r"one tensor, it has \['a', 'b'\]"),
         ("nowhere", "must be a folder of images"),

@@ -1,19 +1,17 @@
 """The likelihood bound of CLD, against densities that are known."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.likelihood import (
-    bits_per_dimension,
-    check_levels,
-    cld_bits_per_dimension,
-    cld_nll,
-    dequantized,
-    normal_log_prob,
-)
+from diffusers_gm.data import check_levels, dequantized
+from diffusers_gm.evaluation import cld_bits_per_dimension
+from diffusers_gm.evaluation.likelihood import main
+from diffusers_gm.likelihood import bits_per_dimension, cld_nll, normal_log_prob
 from diffusers_gm.processes.cld import CLD, score_coefficients
 
 
@@ -149,3 +147,43 @@ def test_bad_input(tiny_unet):
         cld_nll(network, images, CLD(), "epsilon")
     with pytest.raises(ValueError, match="needs a velocity network.*'epsilon'"):
         cld_bits_per_dimension(CLDPipeline(tiny_unet, CLDSSCSScheduler()), images)
+
+
+# --- The command ---
+
+
+def test_the_command_says_which_models_it_takes(tmp_path):
+    """In one line, to a user of the default demo, whose model is another."""
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["diffusers_gm.pipelines", "GMSGMPipeline"]}')
+    command = [sys.executable, "-m", "diffusers_gm.likelihood", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is a GMSGMPipeline, and the bound is one for a CLDPipeline" in done.stderr
+    assert "make one with train_gm_sgm.py --method cld --dequantize 17" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_on_other_models(tmp_path, tiny_unet, tiny_velocity_unet, capsys):
+    CLDPipeline(tiny_unet, CLDSSCSScheduler()).save_pretrained(tmp_path / "lifted")
+    tiny_velocity_unet.register_to_config(sample_size=16)
+    native = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed"))
+    native.save_pretrained(tmp_path / "large")
+    (tmp_path / "empty").mkdir()
+    for name, words in [
+        ("lifted", "predicts no velocities"),
+        ("large", "is one of 1x16x16 images, and not of the digits"),
+        ("empty", "holds no trained model"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / name)])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_command_prints_a_bound(tmp_path, tiny_velocity_unet, capsys):
+    scheduler = CLDSSCSScheduler(prediction_type="cld_mixed")
+    CLDPipeline(tiny_velocity_unet, scheduler).save_pretrained(tmp_path)
+    main([str(tmp_path), "--num_images", "3", "--num_steps", "2"])
+    training, held_out = capsys.readouterr().out.splitlines()
+    assert training.startswith("training digits: at most ")
+    assert held_out.endswith(" bits per dimension (3 images)")

@@ -4,7 +4,6 @@ Functions of tensors, to be called from anywhere; `python -m diffusers_gm.evalua
 images that someone else made, against real data.
 """
 
-from ..likelihood import cld_bits_per_dimension as cld_bits_per_dimension
 from .distances import frechet_distance as frechet_distance
 from .distances import kernel_distance as kernel_distance
 from .distances import precision_recall_density_coverage as precision_recall_density_coverage
@@ -15,6 +14,7 @@ from .features import Extractor as Extractor
 from .features import features_of as features_of
 from .features import inception as inception
 from .features import lite0 as lite0
+from .likelihood import cld_bits_per_dimension as cld_bits_per_dimension
 from .sampling import num_steps_for as num_steps_for
 from .scoring import Reference as Reference
 from .scoring import score as score

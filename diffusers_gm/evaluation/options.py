@@ -30,6 +30,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--dataset_config_name", help="configuration of the Hub data set")
     add("--train_data_dir", help="real images: a folder of images or of parquet files")
     add("--image_column", help="column with the images; default 'image' or 'img'")
+    add("--background", default="white", help="colour seen through transparent pixels")
     add("--cache_dir", help="where downloaded data sets are kept")
     add("--resolution", type=int, help="side to which real images are resized; default: their own")
     add("--num_reference", type=int, default=NUM_REFERENCE, help="real images to compare with, at most")

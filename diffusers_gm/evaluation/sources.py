@@ -9,21 +9,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..data import ImageSource, examine, open_source, split_digits
+from ..data import ImageSource, TensorImages, examine, open_folder, open_source, scaled, split_digits
 from ..launch import process_state
 
 # Real images to compare with, where there are as many.
 NUM_REFERENCE = 10_000
+# 2 GiB of float32.
+MAX_ELEMENTS = 2**29
 
 
-def read_samples(path: Path, num_samples: int | None = None, cache_dir: str | None = None) -> Tensor:
+def read_samples(
+    path: Path, num_samples: int | None = None, cache_dir: str | None = None, background: str | None = None
+) -> Tensor:
     """Images `(n, C, H, W)` in [-1, 1].
 
     Args:
-        path: a folder of images; or a .npy file `(n, H, W)` or `(n, H, W, C)`, or a .safetensors file with one tensor
-            `(n, C, H, W)`, of uint8 or of floating point numbers in [0, 1], as pipelines return them.
+        path: a folder of images, see `open_folder`; or a .npy file `(n, H, W)` or `(n, H, W, C)`, or a .safetensors
+            file with one tensor `(n, C, H, W)`, of uint8 or of floating point numbers in [0, 1], as pipelines return
+            them.
         num_samples: of the images, the first; None for all.
-        cache_dir: where the loader of image folders keeps its files.
+        cache_dir: where the loader of parquet files keeps its files.
+        background: what is seen through transparent pixels; None: white.
 
     Raises:
         ValueError: if there are no such images, or fewer, or they cannot be read or differ in shape.
@@ -31,7 +37,7 @@ def read_samples(path: Path, num_samples: int | None = None, cache_dir: str | No
     if not path.is_dir() and not (path.is_file() and path.suffix in (".npy", ".safetensors")):
         raise ValueError(f"--samples {path} must be a folder of images, a .npy or a .safetensors file")
     try:
-        images = _read(path, num_samples, cache_dir)
+        images = _read(path, num_samples, cache_dir, background)
     except (ValueError, OSError, EOFError, SafetensorError) as error:  # each kind of file has its own
         raise ValueError(f"--samples {path} cannot be read: {error}") from error
     if len(images) == 0:
@@ -41,10 +47,9 @@ def read_samples(path: Path, num_samples: int | None = None, cache_dir: str | No
     return images[:num_samples]
 
 
-def _read(path: Path, num_samples: int | None, cache_dir: str | None) -> Tensor:
+def _read(path: Path, num_samples: int | None, cache_dir: str | None, background: str | None) -> Tensor:
     if path.is_dir():
-        source = open_source(None, train_data_dir=str(path), cache_dir=cache_dir)
-        return _stack([source.read(i) for i in range(source.num_images)[:num_samples]])
+        return _read_all(open_folder(path, cache_dir=cache_dir, background=background), num_samples)
     if path.suffix == ".npy":
         array = torch.from_numpy(np.load(path))
         array = array[..., None] if array.dim() == 3 else array
@@ -55,7 +60,12 @@ def _read(path: Path, num_samples: int | None, cache_dir: str | None) -> Tensor:
     return _in_range(next(iter(tensors.values())), "(n, 1 or 3, H, W)")
 
 
-def _stack(images: list[Tensor]) -> Tensor:
+def _read_all(source: ImageSource, num_images: int | None) -> Tensor:
+    images = []
+    for index, image in source.fetch_each(range(source.num_images)[:num_images]):
+        if isinstance(image, Exception):
+            raise ValueError(f"{source.name(index)}: {image}") from image
+        images.append(scaled(image))
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise ValueError(f"it holds images of different shapes: {shapes[:5]}")
@@ -102,11 +112,16 @@ def real_images(
         raise ValueError(f"the samples are {height}x{width}: only square images can be measured")
     with process_state().main_process_first():
         source = open_source(
-            args.dataset_name, args.dataset_config_name, args.train_data_dir, args.image_column, args.cache_dir
+            args.dataset_name,
+            args.dataset_config_name,
+            args.train_data_dir,
+            args.image_column,
+            args.cache_dir,
+            args.background,
         )
 
     def read(of: ImageSource, num_images: int) -> Tensor:
-        images = examine(of, 0, args.resolution, channels, num_images).images
+        images = examine(of, 0, args.resolution, channels, num_images, MAX_ELEMENTS).images
         if images.shape[-1] != height:
             raise ValueError(
                 f"the samples are {height}x{width}, the real images {images.shape[-2]}x{images.shape[-1]}: resize "
@@ -117,7 +132,7 @@ def real_images(
     if args.dataset_name == "digits":
         held_out = split_digits()[1]
         n = num_samples or len(held_out)
-        floor = read(ImageSource(held_out.__getitem__, len(held_out)), n * len(args.seeds))
+        floor = read(TensorImages(held_out), n * len(args.seeds))
         reference = read(source, max(n, args.num_reference))
         num_draws, most = len(floor) // n, len(held_out)
     else:

@@ -44,7 +44,7 @@ class Subject:
     def open(cls, args: argparse.Namespace, device: torch.device) -> "Subject":
         """What the options describe."""
         if args.samples is not None:
-            samples = read_samples(args.samples, args.num_samples, args.cache_dir)
+            samples = read_samples(args.samples, args.num_samples, args.cache_dir, args.background)
             channels, height, width = samples.shape[1:]
             content = fingerprint(samples.nan_to_num())
             return cls(name_of(args.samples), content, (channels, height, width), len(samples), samples=samples)

@@ -18,12 +18,7 @@ from huggingface_hub import ModelCard
 
 from ..evaluation.table import Table
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
-
-METHOD_NAMES = {
-    "gm-sgm": "a Gaussian-mixture score-based model (GM-SGM)",
-    "ncsnv2": "NCSNv2",
-    "cld": "critically-damped Langevin diffusion (CLD)",
-}
+from ..training.methods import METHODS
 
 NOT_MEASURED = "Not measured."
 
@@ -79,17 +74,18 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     name = options["hub_model_id"] if on_hub else Path(options["output_dir"]).name or options["method"]
     from_hub = options["train_data_dir"] is None and options["dataset_name"] != "digits"
     entries = result.final_entries
-    method, citation = _template(options["method"]).split("## Citation\n")
+    method = METHODS[options["method"]]
+    said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     body = Template(_template("model_card")).substitute(
         title=name.split("/")[-1],
         resolution=options["resolution"],
-        method_name=METHOD_NAMES[options["method"]],
+        method_name=method.title,
         version=result.versions["diffusers_gm"],
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
-        method=Template(method).substitute(_method(options, result.num_parameters)).strip(),
+        method=Template(method.card).substitute(said),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
         data=_data(options, result.num_images),
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
@@ -108,9 +104,9 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         command=result.command,
         options=_options(options),
         versions=", ".join(f"{name} {version}" for name, version in result.versions.items()),
-        citation=citation.strip(),
+        citation=method.citation,
     )
-    return model_card([options["method"]], [options["dataset_name"]] if from_hub else None, body)
+    return model_card([method.name], [options["dataset_name"]] if from_hub else None, body)
 
 
 def _template(name: str) -> str:
@@ -142,35 +138,6 @@ def keep_card(folder: Path, path: Path) -> None:
         card.data.model_name = name
     card.text = text
     card.save(path)
-
-
-def _method(options: dict[str, Any], num_parameters: int) -> dict[str, Any]:
-    """What the templates of the methods may say."""
-    if options["method"] == "cld":
-        return {
-            "parameters": f"{num_parameters:,}",
-            "mass": f"{options['mass']:g}",
-            "gamma": f"{options['gamma']:g}",
-            "initial": f"{options['gamma'] * options['mass']:g}",
-        }
-    told = (
-        "is not told the noise level (Technique 3)"
-        if options.get("conditioning") == "none"
-        else "is told the noise level"
-    )
-    answers = {"epsilon": "the noise (the denoiser)", "v_prediction": "the velocity (the denoiser)"}
-    learns = answers[options.get("prediction_type", "epsilon")]
-    pairs = zip(options.get("mixture_weights") or (), options.get("mixture_scales") or (), strict=True)
-    return {
-        "parameters": f"{num_parameters:,}",
-        "levels": options["num_train_timesteps"],
-        "sigma_min": f"{options['sigma_min']:g}",
-        "sigma_max": f"{options['sigma_max']:g}",
-        "told": told,
-        "per": "element" if options.get("mixture_per_element") else "image",
-        "components": ", ".join(f"{weight:.3g} of scale {scale:.3g}" for weight, scale in pairs),
-        "learns": "the score of the noisy images" if options["objective"] == "score" else learns,
-    }
 
 
 def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:

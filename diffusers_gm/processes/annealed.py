@@ -18,15 +18,18 @@ Criterion = Literal["prop3", "fixed_point"]
 # --- Techniques 1, 2: the ladder ---------------------------------------------------------------------------------
 
 
-def max_pairwise_distance(data: Tensor, chunk_size: int = 1024) -> float:
+def max_pairwise_distance(data: Tensor, chunk_size: int | None = None) -> float:
     """Technique 1: the largest Euclidean distance between two points of `data`, shape `(n, ...)`, n >= 2.
 
     It is the noise level at which annealing should start, in the units of the data. O(n^2): subsample large sets.
+    `chunk_size` points at a time are compared with as many others; default 1024, or fewer if they are large: beside the
+    data themselves, little memory is needed.
     """
     if len(data) < 2:
         raise ValueError(f"need at least two images to measure a pairwise distance, got {len(data)}")
     flat = data.flatten(1)
-    return max(float(torch.cdist(chunk, flat).max()) for chunk in flat.split(chunk_size))
+    chunks = flat.split(chunk_size or max(1, min(1024, 2**24 // max(1, flat.shape[1]))))
+    return max(float(torch.cdist(a, b).max()) for i, a in enumerate(chunks) for b in chunks[i:])
 
 
 def ladder_ratio(dim: int, overlap: float = 0.5) -> float:

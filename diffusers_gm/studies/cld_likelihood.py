@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
+from ..evaluation import cld_bits_per_dimension
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
-from ..likelihood import cld_bits_per_dimension
 from .cld_digits import results_of, train_cld
 from .digits import TIE, images_of, over_floor, pipeline_of
 from .pictures import save_picture

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..data import split_digits
 from ..evaluation.table import Table
-from ..likelihood import FIRST_TIME
 from ..losses import cld_loss
 from ..processes.cld import CLD, lift, perturb
+from ..training.methods.cld import FIRST_TIME
 from ..training.options import TrainingArguments
 from .cld_digits import TIMES, as_network, train_cld
 from .digits import TIE, kept_unet, parts_of, train_on_digits

@@ -1,46 +1,115 @@
 """The output folder: checkpoints, logs, the finished pipeline. Nothing in it is ever half-written."""
 
 import json
+import logging
+import re
 import shutil
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 
-from .options import TrainingArguments
+from .. import files
+from .options import TrainingArguments, free_on_resume
+from .training_data import STATE_FILE, TrainingData, read_state
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
-STATE_FILE = "training_state.json"
 ARGS_FILE = "training_args.json"
 LOG_FILE = "training_log.jsonl"
+SUPERSEDED = "superseded-"
+UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = [path.parent for path in folder.glob(f"{CHECKPOINT}*/{STATE_FILE}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(CHECKPOINT)))
+    """The complete checkpoints in `folder`, oldest first: those called `checkpoint-<digits>`, and no others."""
+    return [path for path in _numbered(folder) if (path / STATE_FILE).is_file()]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob(f"{CHECKPOINT}*") if _step(path) is not None]
+    return sorted(found, key=lambda path: _step(path) or 0)
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(rf"{CHECKPOINT}([0-9]+)", path.name)
+    return int(match[1]) if match else None
 
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:
-    """The checkpoint to resume from, if any; 'latest' is none where no training has written one yet.
+    """The checkpoint to resume from, if any; 'latest' is the newest whole one, none where there has been no training.
 
     Raises:
-        ValueError: if there is none where the option says.
+        ValueError: if there is none where the option says, or it is damaged.
     """
     resume = args.resume_from_checkpoint
     if resume is None:
         return None
-    available = list_checkpoints(Path(args.output_dir))
+    folder = Path(args.output_dir)
     if resume == "latest":
-        return available[-1] if available else None
-    for path in (Path(resume), Path(args.output_dir, resume)):
-        if (path / STATE_FILE).is_file():
+        return _newest_whole(folder)
+    for path in (Path(resume), folder / resume):
+        if (path / STATE_FILE).is_file() and not path.name.startswith(files.UNFINISHED):
+            wrong = damage(path)
+            if wrong:
+                raise ValueError(
+                    f"--resume_from_checkpoint {resume!r} is damaged: {wrong}; 'latest' takes the newest whole one"
+                )
             return path
     raise ValueError(
         f"--resume_from_checkpoint {resume!r}: there is no complete checkpoint; --output_dir has "
-        f"{[path.name for path in available] or 'none'}"
+        f"{[path.name for path in list_checkpoints(folder)] or 'none'}"
     )
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    passed_over = []
+    for path in reversed(_numbered(folder)):
+        wrong = damage(path)
+        if not wrong:
+            return path
+        passed_over.append(f"{path.name} ({wrong})")
+        logger.warning(f"--resume_from_checkpoint latest passes over {passed_over[-1]}")
+    if passed_over:
+        raise ValueError(
+            f"--resume_from_checkpoint latest: no checkpoint in {str(folder)!r} is whole: {', '.join(passed_over)}; "
+            "start anew in another --output_dir"
+        )
+    return None
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint, in words; empty for a whole one."""
+    try:
+        content = json.loads((checkpoint / STATE_FILE).read_bytes())
+        if content.keys() == {"state", "arguments"}:  # version 0.1.0 knew no checksums
+            return _unreadable(checkpoint)
+        seal = content.pop("seal")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{STATE_FILE} cannot be read: {error!r}"
+    if seal != _seal(content):
+        return f"{STATE_FILE} is not what was written"
+    return ", ".join(files.damage(checkpoint, content["files"]))
+
+
+def _unreadable(checkpoint: Path) -> str:
+    """Files that are cut short, from what their formats say of their length."""
+    wrong = [path.name for path in checkpoint.glob("*.bin") if not zipfile.is_zipfile(path)]
+    for path in checkpoint.glob("*.safetensors"):
+        try:
+            safe_open(path, "pt")
+        except (SafetensorError, OSError):
+            wrong.append(path.name)
+    return f"{', '.join(wrong)} cannot be read" if wrong else ""
+
+
+def _seal(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
@@ -68,20 +137,49 @@ def _inside(checkpoint: Path | None, folder: Path) -> bool:
 
 
 def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | None, step: int) -> None:
-    """Prepare the folder for a training that starts, or resumes from a checkpoint at `step`."""
+    """Prepare the folder for a training that starts, or resumes from a checkpoint at `step`.
+
+    What killed trainings left unfinished goes. Later checkpoints (of a branch that this training leaves, or
+    damaged) are set aside, so that 'latest' is always of the training that ran last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if not _inside(checkpoint, folder):
+    for path in folder.glob(f"{files.UNFINISHED}*"):
+        name = path.name.removeprefix(files.UNFINISHED)
+        if path.is_dir() and (path.name == UNFINISHED_PIPELINE or _step(path.with_name(name)) is not None):
+            shutil.rmtree(path)
+    if checkpoint is None or not _inside(checkpoint, folder):
         for old in list_checkpoints(folder):
-            shutil.rmtree(old)
-    write_json(folder / ARGS_FILE, record)
+            files.discard(old)
+    _set_aside([path for path in _numbered(folder) if (_step(path) or 0) > step])
+    if checkpoint is not None and _inside(checkpoint, folder) and _step(checkpoint) is None:
+        # One of another name: from now on 'latest' is this one, under a name that says how far it is.
+        target = folder / f"{CHECKPOINT}{step}"
+        _set_aside([target] if target.exists() else [])
+        shutil.copytree(checkpoint, folder / f"{files.UNFINISHED}{target.name}")
+        files.publish_folder(folder / f"{files.UNFINISHED}{target.name}", target)
+    files.write_json(folder / ARGS_FILE, record)
     log = read_log(folder)
-    (folder / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log if entry["step"] <= step))
+    kept = "".join(json.dumps(entry) + "\n" for entry in log if entry["step"] <= step)
+    files.write_text(folder / LOG_FILE, kept)
+
+
+def _set_aside(checkpoints: list[Path]) -> None:
+    """Rename checkpoints to `superseded-...`; each keeps the loss curve that led to it."""
+    for path in checkpoints:
+        target, number = path.with_name(SUPERSEDED + path.name), 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"{SUPERSEDED}{path.name}-{number}")
+        path.rename(target)
+        if target.is_dir() and (path.parent / LOG_FILE).is_file():
+            shutil.copyfile(path.parent / LOG_FILE, target / LOG_FILE)
+        logger.warning(f"{path.name} is later than where this training goes on: it is now {target.name}")
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The lines of the loss curve; one that was cut short by a kill is left out."""
     path = folder / LOG_FILE
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -90,66 +188,7 @@ def append_log(folder: Path, entry: dict[str, float]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def fresh_folder(path: Path) -> Path:
-    """An empty folder; what a killed training left there is removed."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    return path
-
-
-def publish(source: Path, folder: Path) -> None:
-    """Move everything in `source` to `folder`, replacing what has the same name. Same file system.
-
-    `model_index.json` goes first and comes last, so that a pipeline which loads is whole.
-    """
-    index = "model_index.json"
-    (folder / index).unlink(missing_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == index):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    source.rmdir()
-
-
 # --- Checkpoints ---
-
-# Options that may change when a training is resumed: they do not change what is learned.
-FREE_ON_RESUME = {
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "dataloader_num_workers",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "mixed_precision",
-    "num_train_epochs",
-    "max_train_minutes",
-    "algorithm_type",
-    "timestep_spacing",
-    "splitting_order",
-    "num_langevin_steps",
-    "step_size",
-    "step_size_criterion",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "validation_steps",
-    "num_validation_images",
-    "validation_inference_steps",
-    "eval_batch_size",
-    "logging_steps",
-    "report_to",
-    "dry_run",
-    "push_to_hub",
-    "hub_model_id",
-    "hub_private_repo",
-    "hub_strategy",
-}
 
 
 @dataclass
@@ -162,40 +201,50 @@ class TrainingState:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, folder: Path, state: TrainingState, record: dict[str, Any], limit: int | None
+    accelerator: Accelerator,
+    folder: Path,
+    state: TrainingState,
+    record: dict[str, Any],
+    data: TrainingData,
+    limit: int | None,
 ) -> None:
     """Save everything a training continues from to `folder/checkpoint-<step>`; call it on all processes.
 
-    The name appears when the checkpoint is complete, and only then do older ones beyond `limit` go.
+    The name appears when the checkpoint is complete and on disk, and only then do older ones beyond `limit` go.
     """
     target = folder / f"{CHECKPOINT}{state.step}"
-    temporary = folder / f"tmp-{target.name}"
+    temporary = folder / f"{files.UNFINISHED}{target.name}"
     if accelerator.is_main_process:
-        fresh_folder(temporary)
+        files.fresh_folder(temporary)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_json(temporary / STATE_FILE, {"state": asdict(state), "arguments": record})
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        content = {
+            "state": asdict(state),
+            "arguments": record,
+            "data": asdict(data),
+            "files": files.checksums(temporary),
+        }
+        content = json.loads(json.dumps(content))  # as it will be read
+        files.write_json(temporary / STATE_FILE, content | {"seal": _seal(content)})
+        files.publish_folder(temporary, target)
         if limit is not None:
             for old in list_checkpoints(folder)[:-limit]:
-                shutil.rmtree(old)
+                files.discard(old)
     accelerator.wait_for_everyone()
 
 
-def read_checkpoint(checkpoint: Path, args: TrainingArguments, record: dict[str, Any]) -> TrainingState:
+def read_checkpoint(
+    checkpoint: Path, args: TrainingArguments, record: dict[str, Any], data: TrainingData
+) -> TrainingState:
     """How far the training of a checkpoint was.
 
     Raises:
-        ValueError: if it was started with other options than `record`.
+        ValueError: if it was started with other options than `record`, or on other data.
     """
-    content = json.loads((checkpoint / STATE_FILE).read_text())
-    free = set(FREE_ON_RESUME)
-    if args.lr_scheduler in ("constant", "constant_with_warmup"):
-        free.add("max_train_steps")  # other schedules are laid out for a length
+    content = read_state(checkpoint)
+    free = free_on_resume(args)
     before, now = content["arguments"], json.loads(json.dumps(record))
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
@@ -207,6 +256,7 @@ def read_checkpoint(checkpoint: Path, args: TrainingArguments, record: dict[str,
             f"--resume_from_checkpoint {checkpoint.name} continues a training with other options: {'; '.join(changes)}"
         )
     state = TrainingState(**content["state"])
+    data.check_against(TrainingData.of(content), checkpoint.name)
     if state.step > record["max_train_steps"]:
         raise ValueError(f"--max_train_steps {record['max_train_steps']} is over: {checkpoint.name} is later")
     return state

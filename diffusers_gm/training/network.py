@@ -3,41 +3,67 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from ..likelihood import dequantized
-from ..losses import cld_loss, denoising_loss
-from ..processes.cld import CLD
-from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
-from .options import TrainingArguments, build_mixture
+from ..data import dequantized
+from .methods import METHODS
+from .options import TrainingArguments
 from .plan import Plan
-
-# CLD is trained on times from here to 1 (arXiv 2112.07068).
-FIRST_TIME = 1e-5
 
 
 def given_unet(args: TrainingArguments) -> UNet2DModel | None:
-    """The network that the options name: pretrained (also in a pipeline) or from a config; None if none."""
-    kwargs = {"cache_dir": args.cache_dir}
-    if args.model_config is not None:
-        return UNet2DModel.from_config(UNet2DModel.load_config(args.model_config, **kwargs))
-    if args.model_name_or_path is None:
-        return None
-    try:
-        return UNet2DModel.from_pretrained(args.model_name_or_path, subfolder="unet", **kwargs)
-    except OSError:
-        return UNet2DModel.from_pretrained(args.model_name_or_path, **kwargs)
+    """The network that the options name: pretrained (also in a pipeline) or from a config; None if none.
+
+    Raises:
+        ValueError: if there is none, or it needs more than a noisy image and a timestep.
+    """
+    for option, folders in (("model_config", [None]), ("model_name_or_path", ["unet", None])):
+        name = getattr(args, option)
+        if name is None:
+            continue
+        for folder in folders:
+            kwargs = {"cache_dir": args.cache_dir, "subfolder": folder}
+            try:
+                config = UNet2DModel.load_config(name, **kwargs)
+            except OSError:
+                continue
+            check_unconditional(f"--{option} {name}", config)
+            if option == "model_config":
+                return UNet2DModel.from_config(config)
+            return UNet2DModel.from_pretrained(name, **kwargs)
+        raise ValueError(f"--{option} {name}: there is no UNet2DModel, neither in such a folder nor on the Hub")
+    return None
+
+
+def check_unconditional(option: str, config: dict[str, Any]) -> None:
+    """Raise a ValueError if the network that `config` describes needs more than a noisy image and a timestep."""
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise ValueError(f"{option} is a {kind}: what is trained here is a UNet2DModel, of images without a prompt")
+    classes = [f"{name} = {config[name]!r}" for name in ("num_class_embeds", "class_embed_type") if config.get(name)]
+    if classes:
+        raise ValueError(
+            f"{option} needs a class for every image ({', '.join(classes)}), and images have none here: "
+            "take a network without"
+        )
+    embedding = config.get("time_embedding_type", "positional")
+    if embedding != "positional":
+        raise ValueError(
+            f"{option} has time_embedding_type = {embedding!r}, which does not take all timesteps between 0 and "
+            "num_train_timesteps: take a network with 'positional'"
+        )
 
 
 def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DModel:
-    """A network of the described shape, or of one that suits the resolution; for CLD from images and velocities."""
+    """A network of the described shape, or of one that suits the resolution."""
     small = resolution <= 16
     widths = args.block_out_channels
     if widths is None:
@@ -54,7 +80,7 @@ def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DM
     head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution,
-        in_channels=2 * channels if args.method == "cld" else channels,
+        in_channels=METHODS[args.method].input_factor * channels,
         out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -75,7 +101,7 @@ def native_shape(unet: UNet2DModel | None, method: str) -> tuple[int | None, int
     if unet is None:
         return None, None
     size, entering, channels = (unet.config[name] for name in ("sample_size", "in_channels", "out_channels"))
-    times = 2 if method == "cld" else 1
+    times = METHODS[method].input_factor
     if channels not in (1, 3) or entering != times * channels:
         raise ValueError(
             f"--method {method} needs a network from {times} or {3 * times} channels to 1 or 3, "
@@ -116,44 +142,9 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
     Raises:
         ValueError: if the sampler cannot run with `plan.validation_inference_steps` network calls.
     """
-    config: dict[str, Any] = {"num_train_timesteps": plan.num_train_timesteps}
-    for name in ("algorithm_type", "timestep_spacing"):
-        if getattr(args, name) is not None:
-            config[name] = getattr(args, name)
-    scheduler: Any
-    if args.method == "cld":
-        # A trained digits network at 10 and 15 calls: 1.43 and 1.23 times the floor, with log_snr 1.68 and 1.30.
-        scheduler = CLDSSCSScheduler(
-            **{"timestep_spacing": "quadratic"} | config,
-            prediction_type="cld_mixed" if args.cld_mixed_score else "scaled_velocity_score",
-            beta_0=args.beta_0,
-            beta_1=args.beta_1,
-            mass=args.mass,
-            gamma=args.gamma,
-            splitting_order=args.splitting_order,
-        )
-        scheduler.set_timesteps(plan.validation_inference_steps)
-        return scheduler
-    config |= {
-        "noise_space": "ve",
-        "sigma_min": args.sigma_min,
-        "sigma_max": plan.sigma_max,
-        "scale_input": args.scale_input,
-        "num_langevin_steps": args.num_langevin_steps,
-        "step_size": args.step_size,
-        "step_size_criterion": args.step_size_criterion,
-    }
-    if args.method == "ncsnv2":
-        scheduler = AnnealedLangevinScheduler(**config, prediction_type=args.prediction_type)
-    else:
-        scheduler = GMLangevinScheduler(
-            **config,
-            prediction_type="scaled_score" if args.objective == "score" else args.prediction_type,
-            mixture_weights=plan.mixture_weights,
-            mixture_scales=plan.mixture_scales,
-            mixture_per_element=args.mixture_per_element,
-            model_noise="mixture",
-        )
+    sampler = {name: getattr(args, name) for name in ("algorithm_type", "timestep_spacing")}
+    sampler = {name: value for name, value in sampler.items() if value is not None}
+    scheduler = METHODS[args.method].scheduler(args, plan, sampler)
     scheduler.set_timesteps(plan.validation_inference_steps)
     return scheduler
 
@@ -166,36 +157,14 @@ def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any) -> Trai
 
     It draws times and noise, that of `--dequantize` included, from the global generator of the images' device.
     """
+    loss = METHODS[args.method].loss
 
-    def mixture_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
-        timesteps = torch.randint(0, plan.num_train_timesteps, (len(images),), device=images.device)
-        noise = mixture.sample(images.shape, device=images.device)
-        space, kind = scheduler.noise_space, scheduler.config["prediction_type"]
-        return denoising_loss(lambda x, t: network(x, t).sample, images, timesteps, noise, space, mixture, kind)
+    def objective(network: Callable[..., Any], images: Tensor) -> Tensor:
+        if args.dequantize is not None:
+            images = dequantized(images, args.dequantize)
+        return loss(args, plan, scheduler, network, images)
 
-    def cld_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
-        process: CLD = scheduler.process
-        uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
-        x, v = torch.randn((2, *images.shape), device=images.device)
-        initial = torch.randn_like(images) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
-        return cld_loss(
-            lambda u, t: network(u, t).sample,
-            images,
-            FIRST_TIME + (1 - FIRST_TIME) * uniform,
-            torch.cat([x, v], 1),
-            process,
-            scheduler.config["prediction_type"],
-            initial,
-            cast(Any, args.cld_weighting),
-            plan.num_train_timesteps,
-        )
-
-    def dequantized_objective(network: Callable[..., Any], images: Tensor) -> Tensor:
-        return objective(network, dequantized(images, cast(int, args.dequantize)))
-
-    mixture = build_mixture(args)
-    objective = cld_objective if args.method == "cld" else mixture_objective
-    return objective if args.dequantize is None else dequantized_objective
+    return objective
 
 
 def build_optimizer(args: TrainingArguments, plan: Plan, unet: nn.Module) -> torch.optim.Optimizer:
@@ -243,6 +212,14 @@ def build_ema(args: TrainingArguments, unet: nn.Module, device: torch.device) ->
     )
     ema.to(device)
     return ema
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise a ValueError for fp16 on a CPU, where accelerate, by an option or its own settings, would take fp32."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16 needs a GPU: on a CPU use bf16 or no (it may also come from accelerate's settings)"
+        )
 
 
 @contextmanager

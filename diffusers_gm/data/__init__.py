@@ -1,0 +1,32 @@
+"""Training images: where they come from, how they become `(C, H, W)` tensors in [-1, 1], in which order.
+
+Everything random is a pure function of the seed and of where in the endless stream of images we are, so a
+training that is resumed sees exactly what it would have seen without the interruption, whatever the number of
+workers.
+"""
+
+from .digits import load_digits_images as load_digits_images
+from .digits import split_digits as split_digits
+from .examination import Examination as Examination
+from .examination import examine as examine
+from .folders import list_folder as list_folder
+from .levels import check_levels as check_levels
+from .levels import dequantized as dequantized
+from .pixels import as_channels as as_channels
+from .pixels import decode as decode
+from .pixels import fit as fit
+from .pixels import scaled as scaled
+from .seeds import AUGMENTATION as AUGMENTATION
+from .seeds import EXAMINATION as EXAMINATION
+from .seeds import ORDER as ORDER
+from .seeds import SAMPLES as SAMPLES
+from .seeds import STEP as STEP
+from .seeds import generator_for as generator_for
+from .seeds import seed_for as seed_for
+from .sources import ImageSource as ImageSource
+from .sources import TensorImages as TensorImages
+from .sources import open_folder as open_folder
+from .sources import open_source as open_source
+from .sources import subset as subset
+from .stream import ImageStream as ImageStream
+from .stream import TrainingImages as TrainingImages

@@ -1,0 +1,106 @@
+"""What the data are like."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pixels import as_channels, fit, scaled
+from .seeds import EXAMINATION, generator_for
+from .sources import ImageSource
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREADABLE = 0.1
+# 256 MiB of float32.
+MAX_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a seeded random subset says about the training images.
+
+    Attributes:
+        images: the subset `(n, channels, resolution, resolution)`, cropped at the centre.
+        num_unreadable: how many more were drawn that cannot be read.
+    """
+
+    images: Tensor
+    num_unreadable: int
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def resolution(self) -> int:
+        return self.images.shape[-1]
+
+
+def examine(
+    source: ImageSource,
+    seed: int,
+    resolution: int | None = None,
+    channels: int | None = None,
+    num_images: int = 2000,
+    max_elements: int = MAX_ELEMENTS,
+) -> Examination:
+    """Read up to `num_images` images, or as many as have `max_elements` elements.
+
+    `resolution=None` takes the images' own size, `channels=None` gray if all of them are.
+
+    Raises:
+        ValueError: if the images differ in size and no resolution is given, or too many cannot be read.
+    """
+    order = torch.randperm(source.num_images, generator=generator_for(seed, EXAMINATION)).tolist()[:num_images]
+    if not order:
+        raise ValueError("there are no training images in the data")
+    images = torch.empty(0, channels or 1, 0, 0)
+    num_read = 0
+    unreadable: list[str] = []
+    failure: Exception | None = None
+    for index, image in source.fetch_each(order):
+        if isinstance(image, Exception):
+            unreadable.append(source.name(index))
+            failure = image
+            continue
+        if resolution is None:
+            _check_size(image, images)
+        square = scaled(fit(image, resolution or image.shape[-1]))
+        num_channels = channels or max(len(square), images.shape[1])
+        if num_read == 0 or num_channels > images.shape[1]:
+            # Room for all that may come: memory that is not written to costs nothing.
+            most = math.ceil(max_elements / (num_channels * square[0].numel()))
+            room = torch.empty(max(num_read + 1, min(most, len(order))), num_channels, *square.shape[1:])
+            if num_read:
+                room[:num_read] = images[:num_read]
+            images = room
+        images[num_read] = as_channels(square, num_channels)
+        num_read += 1
+        if num_read == len(images):
+            break
+    num_drawn = num_read + len(unreadable)
+    if not num_read or len(unreadable) > MAX_UNREADABLE * num_drawn:
+        raise ValueError(
+            f"{len(unreadable)} of {num_drawn} training images examined cannot be read, the last, {unreadable[-1]}: "
+            f"{failure}"
+        ) from failure
+    if unreadable:
+        names = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
+        logger.warning(
+            f"{len(unreadable)} of {num_drawn} training images examined cannot be read and are skipped: {names}; the "
+            f"last: {failure}"
+        )
+    return Examination(images[:num_read], len(unreadable))
+
+
+def _check_size(image: Tensor, images: Tensor) -> None:
+    """Raise a ValueError unless the image is a square, as large as those before it."""
+    size = f"{image.shape[-2]}x{image.shape[-1]}"
+    if image.shape[-2] != image.shape[-1]:
+        raise ValueError(f"the images are not square ({size}): set --resolution")
+    native = images.shape[-1] or image.shape[-1]
+    if image.shape[-1] != native:
+        raise ValueError(f"the images differ in size ({native}x{native}, {size}): set --resolution")

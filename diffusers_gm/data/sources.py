@@ -1,0 +1,283 @@
+"""Where images are read from: tensors, files of a folder, tables."""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .digits import split_digits
+from .folders import list_folder, split_of_image, split_of_table, training_part
+from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, range_of, scaled
+from .seeds import SAMPLES, generator_for
+from .tables import holds_images, images_of, load_hub, load_parquet
+
+logger = logging.getLogger(__name__)
+
+# How many images of a set are looked at for what its pixels mean.
+NUM_EXAMINED = 1000
+
+
+class ImageSource(ABC):
+    """Images that are read by their index, many at a time. Can be pickled, for the workers of a DataLoader.
+
+    Attributes:
+        num_images: valid indices are `0 ... num_images - 1`.
+        image_column: the column of the data set they come from; None for tensors.
+    """
+
+    num_images: int
+    image_column: str | None = None
+
+    @abstractmethod
+    def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
+        """The images of these indices, `(1 or 3, H, W)`, uint8 or float32 in [-1, 1]; see `scaled`.
+
+        In place of one that cannot be read comes what its decoder raised.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What a person would look for: a file, or a row of a table."""
+
+    def read(self, index: int) -> Tensor:
+        """One image, `(1 or 3, H, W)` float32 in [-1, 1]; raises what the decoder raises."""
+        (image,) = self.fetch([index])
+        if isinstance(image, Exception):
+            raise image
+        return scaled(image)
+
+    def fetch_each(self, indices: Sequence[int], batch_size: int = 32) -> Iterator[tuple[int, Tensor | Exception]]:
+        """`fetch` for any number of images, of which `batch_size` are in memory: each with its index."""
+        for start in range(0, len(indices), batch_size):
+            some = indices[start : start + batch_size]
+            yield from zip(some, self.fetch(some), strict=True)
+
+
+class TensorImages(ImageSource):
+    """Images that are there already, `(n, 1 or 3, H, W)`, uint8 or float32 in [-1, 1]."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+        self.num_images = len(images)
+
+    def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
+        return list(self.images[list(indices)])
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class EncodedImages(ImageSource):
+    """Images as PIL opens them.
+
+    What the pixels mean where the mode does not say so, is told by the first look at the set: the same for all images
+    and, as it depends on the data alone, for every run. It is logged.
+
+    Raises:
+        ValueError: if there is no such meaning.
+    """
+
+    def __init__(self, num_images: int, background: Colour):
+        self.num_images = num_images
+        self.background = background
+        self.ranges: dict[str, PixelRange] = {}
+        extremes: dict[str, tuple[float, float]] = {}
+        examined = range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1)
+        for start in range(0, len(examined), 100):
+            for row in self._rows(list(examined[start : start + 100])):
+                try:
+                    with self._open(row) as image:
+                        if image.mode[0] not in "IF":
+                            continue
+                        pixels = decode(image, background)
+                except Exception:  # counted where images are read
+                    continue
+                low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
+                extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        for kind, (low, high) in extremes.items():
+            self.ranges[kind] = range_of(kind, low, high)
+            logger.warning(
+                f"{KINDS[kind]} images whose smallest value is {low:g} and largest value is {high:g}: read as "
+                f"{self.ranges[kind].words}"
+            )
+
+    @abstractmethod
+    def _rows(self, indices: list[int]) -> Sequence[Any]:
+        """Whatever `_open` makes images of; one access for all."""
+
+    @abstractmethod
+    def _open(self, row: Any) -> Image.Image: ...
+
+    def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
+        return [self._decode(row) for row in self._rows(list(indices))]
+
+    def _decode(self, row: Any) -> Tensor | Exception:
+        try:
+            with self._open(row) as image:
+                return as_tensor(decode(image, self.background), self.ranges)
+        except Exception as error:  # a decoder may raise anything; the share of failures is what counts
+            return error
+
+
+class FolderImages(EncodedImages):
+    """Image files, `paths` relative to a folder."""
+
+    image_column = "image"
+
+    def __init__(self, folder: Path, paths: list[str], background: Colour):
+        self.folder = str(folder)
+        self.paths = paths
+        super().__init__(len(paths), background)
+
+    def _rows(self, indices: list[int]) -> list[str]:
+        return [f"{self.folder}/{self.paths[index]}" for index in indices]
+
+    def _open(self, row: str) -> Image.Image:
+        return Image.open(row)
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}/{self.paths[index]}"
+
+
+class TableImages(EncodedImages):
+    """The images of a column of a `datasets.Dataset`."""
+
+    def __init__(self, dataset: Any, image_column: str | None, background: Colour, name: str):
+        self.dataset, self.image_column = images_of(dataset, image_column)
+        self.dataset_name = name
+        super().__init__(len(dataset), background)
+
+    def _rows(self, indices: list[int]) -> Sequence[Any]:
+        return self.dataset[indices][self.image_column]
+
+    def _open(self, row: Any) -> Image.Image:
+        if row["bytes"] is not None:
+            return Image.open(BytesIO(row["bytes"]))
+        import datasets
+
+        return datasets.Image().decode_example(row)  # a path, which may be one in an archive or of the Hub
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self.dataset_name}"
+
+
+class Subset(ImageSource):
+    """Some of the images of another source."""
+
+    def __init__(self, source: ImageSource, chosen: list[int]):
+        self.source = source
+        self.chosen = chosen
+        self.num_images = len(chosen)
+        self.image_column = source.image_column
+
+    def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
+        return self.source.fetch([self.chosen[index] for index in indices])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.chosen[index])
+
+
+def subset(source: ImageSource, num_images: int, seed: int) -> ImageSource:
+    """`num_images` images of `source` (all, if it has fewer), chosen at random by `seed`."""
+    order = torch.randperm(source.num_images, generator=generator_for(seed, SAMPLES))
+    return Subset(source, order.tolist()[:num_images])
+
+
+# --- By name ---
+
+
+def open_source(
+    dataset_name: str | None = "digits",
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    image_column: str | None = None,
+    cache_dir: str | None = None,
+    background: str | Sequence[int] | None = None,
+) -> ImageSource:
+    """Open the training images, as named by the options of the same names.
+
+    Raises:
+        ValueError: if there are no such data, no such column or no such background.
+    """
+    folder, option = train_data_dir, "--train_data_dir"
+    if folder is None and dataset_name == "digits":
+        return TensorImages(split_digits()[0])
+    if folder is None and dataset_config_name is None and _holds_image_files(dataset_name):
+        folder, option = dataset_name, "--dataset_name"
+    if folder is not None:
+        try:
+            return open_folder(Path(folder), image_column, cache_dir, background)
+        except ValueError as error:
+            raise ValueError(f"{option} {folder!r}: {error}") from error
+    dataset = load_hub(dataset_name, dataset_config_name, cache_dir)
+    return TableImages(dataset, image_column, colour(background or "white"), str(dataset_name))
+
+
+def _holds_image_files(dataset_name: str | None) -> bool:
+    """Whether this is a downloaded set of image files; others are left to `datasets`, which reads more kinds."""
+    return dataset_name is not None and Path(dataset_name).is_dir() and bool(list_folder(Path(dataset_name)).images)
+
+
+def open_folder(
+    folder: Path,
+    image_column: str | None = None,
+    cache_dir: str | None = None,
+    background: str | Sequence[int] | None = None,
+) -> ImageSource:
+    """The images under a folder: image files, or parquet files with a column of images.
+
+    Names do not decide, see `list_folder`, with one exception: where all is in splits, of which one is `train`, the
+    others are left out. Whatever is left out is counted and logged.
+
+    Args:
+        folder: the folder.
+        image_column: of parquet files; None: 'image' or 'img'.
+        cache_dir: where `datasets` keeps what it makes of parquet files.
+        background: what is seen through transparent pixels, a name or three numbers; None: white.
+
+    Raises:
+        ValueError: if it is no folder, holds no images, or both kinds, or parquet files without such a column.
+    """
+    rgb = colour(background or "white")
+    if not folder.is_dir():
+        raise ValueError("this is not a folder")
+    listing = list_folder(folder)
+    left_out = listing.left_out
+    tables = []
+    for path in listing.tables:
+        try:
+            if holds_images(folder / path, image_column):
+                tables.append(path)
+                continue
+        except ValueError:
+            if not listing.images:
+                raise
+        left_out["parquet files without a column of images"] += 1
+    if listing.images and tables:
+        raise ValueError(
+            f"it holds {len(listing.images)} image files, such as {listing.images[0]}, and {len(tables)} parquet files "
+            f"of images, such as {tables[0]}: which are meant? Give a folder of either"
+        )
+    if listing.images and image_column not in (None, "image"):
+        raise ValueError(f"--image_column {image_column!r} is not in the data: the files of a folder have no columns")
+
+    if listing.images:
+        chosen = training_part(listing.images, split_of_image, left_out)
+    else:
+        chosen = training_part(tables or listing.tables, split_of_table, left_out)
+    found = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
+    if not chosen:
+        raise ValueError(f"it holds no images, but {found or 'nothing at all'}")
+    if left_out:
+        logger.warning(f"{folder}: {len(chosen)} files are used, not used are {found}")
+    if listing.images:
+        return FolderImages(folder, chosen, rgb)
+    dataset = load_parquet([folder / path for path in chosen], cache_dir)
+    return TableImages(dataset, image_column, rgb, str(folder))

@@ -1,0 +1,138 @@
+"""In which order images come, and how each is cropped and flipped."""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .examination import MAX_UNREADABLE
+from .pixels import as_channels, fit, scaled
+from .seeds import AUGMENTATION, ORDER, generator_for
+from .sources import ImageSource
+
+logger = logging.getLogger(__name__)
+
+
+class ImageStream(Sampler[list[tuple[int, int]]]):
+    """Endless batches of `(epoch, index)`: one seeded shuffle after another, dealt out to the processes.
+
+    Args:
+        num_images: images in an epoch.
+        batch_size: per process.
+        seed: decides the order.
+        start: images seen so far, by all processes together.
+        num_processes, process_index: this process gets every `num_processes`-th batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start + process_index * batch_size
+        self.stride = num_processes * batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, []
+        position = self.start
+        while True:
+            batch = []
+            for p in range(position, position + self.batch_size):
+                if p // self.num_images != epoch:
+                    epoch = p // self.num_images
+                    generator = generator_for(self.seed, ORDER, epoch)
+                    order = torch.randperm(self.num_images, generator=generator).tolist()
+                batch.append((epoch, order[p % self.num_images]))
+            yield batch
+            position += self.stride
+
+
+class TrainingImages(Dataset):
+    """Training images by `(epoch, index)`, as `ImageStream` deals them out: `(C, R, R)` float32 in [-1, 1].
+
+    Crops and flips are decided by `(seed, epoch, index)`. In place of an unreadable image comes the next one.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        resolution: int,
+        channels: int,
+        seed: int,
+        center_crop: bool = False,
+        random_flip: bool = False,
+    ):
+        self.source = source
+        self.resolution = resolution
+        self.channels = channels
+        self.seed = seed
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.source.num_images
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """A batch, read in one go."""
+        fetched = self._read([index for _, index in keys])
+        images = [self._augmented(image, key) for image, key in zip(fetched, keys, strict=True)]
+        if all(image.dtype == torch.uint8 for image in images):
+            return list(scaled(torch.stack(images)))
+        return [scaled(image) for image in images]
+
+    def _augmented(self, image: Tensor, key: tuple[int, int]) -> Tensor:
+        image = as_channels(image, self.channels)
+        random_crop = not self.center_crop and image.shape[-2] != image.shape[-1]
+        if not (random_crop or self.random_flip):
+            return fit(image, self.resolution)
+        vertical, horizontal, flip = torch.rand(3, generator=generator_for(self.seed, AUGMENTATION, *key)).tolist()
+        image = fit(image, self.resolution, (vertical, horizontal) if random_crop else (0.5, 0.5))
+        return image.flip(-1) if self.random_flip and flip < 0.5 else image
+
+    def _read(self, indices: list[int]) -> list[Tensor]:
+        indices = [self._readable(index) for index in indices]
+        return [
+            self._replacement(index, image) if isinstance(image, Exception) else image
+            for index, image in zip(indices, self.source.fetch(indices), strict=True)
+        ]
+
+    def _replacement(self, index: int, failure: Exception) -> Tensor:
+        """The first image after this one that can be read."""
+        while True:
+            if index not in self.unreadable:  # as it is where a batch holds it twice
+                self._give_up(index, failure)
+            index = self._readable(index)
+            (image,) = self.source.fetch([index])
+            if not isinstance(image, Exception):
+                return image
+            failure = image
+
+    def _readable(self, index: int) -> int:
+        """The first image from this one on that is not known to be unreadable."""
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            if candidate not in self.unreadable:
+                return candidate
+        raise ValueError(f"none of the {len(self)} training images can be read")
+
+    def _give_up(self, index: int, failure: Exception) -> None:
+        """From now on the next image takes the place of this one."""
+        self.unreadable.add(index)
+        logger.warning(
+            f"training image {self.source.name(index)} cannot be read, {len(self.unreadable)} skipped so far: {failure}"
+        )
+        if len(self.unreadable) > MAX_UNREADABLE * len(self):
+            raise ValueError(f"{len(self.unreadable)} of {len(self)} training images cannot be read") from failure

@@ -1,0 +1,91 @@
+"""Tables of images: parquet files and data sets of the Hub, through `datasets`."""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+# What the column of the images is called, where nothing says so.
+USUAL_COLUMNS = ("image", "img")
+
+
+def holds_images(path: Path, image_column: str | None = None) -> bool:
+    """Whether a parquet file has a column of images.
+
+    That is one of the structure in which `datasets` keeps them, or one of bytes called `image_column`, or as usual.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def is_images(field: Any) -> bool:
+        if pa.types.is_struct(field.type):
+            return {"bytes", "path"} <= {inner.name for inner in field.type}
+        named = field.name == image_column or field.name in USUAL_COLUMNS
+        return named and (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type))
+
+    return any(map(is_images, schema))
+
+
+def load_parquet(paths: list[Path], cache_dir: str | None) -> Any:
+    """The rows of parquet files, one file after another.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    import datasets
+
+    files = [glob.escape(str(path.absolute())) for path in paths]
+    try:
+        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train")
+    except Exception as error:  # every loader and file system has its own
+        raise ValueError(f"its parquet files cannot be read: {error}") from error
+
+
+def load_hub(name: str | None, config_name: str | None, cache_dir: str | None) -> Any:
+    """The training split of a data set of the Hub.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config_name, cache_dir=cache_dir, split="train")
+    except Exception as error:  # as above
+        raise ValueError(
+            f"--dataset_name {name!r} has no training images that can be loaded; give 'digits', a data set of the Hub, "
+            f"or --train_data_dir for a folder of images or parquet files: {error}"
+        ) from error
+
+
+def images_of(dataset: Any, image_column: str | None) -> tuple[Any, str]:
+    """The column of images alone, not decoded, and its name.
+
+    Raises:
+        ValueError: if there is no such column, or none of images.
+    """
+    import datasets
+
+    columns = list(dataset.features)
+    if image_column is None:
+        image_column = next((name for name in USUAL_COLUMNS if name in columns), None)
+        if image_column is None:
+            raise ValueError(f"no column is called 'image' or 'img': set --image_column to one of {columns}")
+    elif image_column not in columns:
+        raise ValueError(f"--image_column {image_column!r} is not in the data: use one of {columns}")
+    try:
+        # Not decoded, so that one unreadable image does not end the training.
+        return dataset.select_columns([image_column]).cast_column(
+            image_column, datasets.Image(decode=False)
+        ), image_column
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"--image_column {image_column!r} holds {dataset.features[image_column]}, not images"
+        ) from error

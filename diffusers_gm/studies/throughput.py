@@ -1,0 +1,140 @@
+"""How fast the training is beside that of diffusers: `python -m diffusers_gm.studies.throughput`.
+
+CPU seconds per step of `train_gm_sgm.py` and of `diffusers_loop.py`: the same folder of PNGs (the digits, or one that
+is given), the same network, the same batch, in processes of one thread. A run of few steps is taken from one of many,
+so that what happens once does not count. The runs take turns; the medians and their ratio are printed, with machine
+and versions.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image
+
+from ..data import examine, open_folder, split_digits
+from ..training.network import new_unet
+from ..training.options import TrainingArguments
+from .command import at_least
+
+TRAINING_SCRIPT = Path(__file__).parents[2] / "train_gm_sgm.py"
+# What happens once is over after this many steps.
+FIRST_STEPS = 10
+
+
+def write_digits(folder: Path, resolution: int) -> None:
+    """The digits for training as gray PNGs, pixels repeated to a multiple of 8."""
+    folder.mkdir()
+    for i, image in enumerate((split_digits()[0][:, 0] + 1) * 127.5):
+        pixels = image.round().byte().numpy().repeat(resolution // 8, 0).repeat(resolution // 8, 1)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+
+
+def cpu_seconds(command: Sequence[object], cwd: Path) -> float:
+    """CPU seconds, of user and system, of a command and its children.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cwd)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TRAINING_SCRIPT.parent), environment.get("PYTHONPATH", "")])
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(
+    commands: dict[str, Callable[[int], Sequence[object]]], steps: int, repeats: int, cwd: Path
+) -> dict[str, list[float]]:
+    """CPU milliseconds per step of each loop, `repeats` values; `commands` make a command of a number of steps."""
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    for i in range(repeats):
+        for name, command in commands.items():
+            few, many = (cpu_seconds(command(n), cwd) for n in (FIRST_STEPS, FIRST_STEPS + steps))
+            found[name].append(1000 * (many - few) / steps)
+        print(f"run {i + 1} of {repeats}: " + ", ".join(f"{n} {v[-1]:.1f} ms" for n, v in found.items()), flush=True)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_gm.studies.throughput", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+    )
+    add = parser.add_argument
+    add("--train_data_dir", type=Path, help="a folder of images; default: the digits, as PNGs in a temporary folder")
+    add("--resolution", type=int, help="side of the images; default that of the data, which for the digits is 8")
+    add("--block_out_channels", type=at_least(1), nargs="+", help="of the network; default as for train_gm_sgm.py")
+    add("--train_batch_size", type=at_least(1), default=128)
+    add("--method", choices=["gm-sgm", "ncsnv2", "cld"], default="gm-sgm")
+    add("--steps", type=at_least(1), default=150, help="steps that are measured in a run")
+    add("--repeats", type=at_least(1), default=5, help="runs of each loop")
+    args = parser.parse_args(arguments)
+    if args.train_data_dir is None and (args.resolution or 8) % 8:
+        parser.error(f"--resolution {args.resolution}: the digits come in multiples of 8")
+
+    with tempfile.TemporaryDirectory() as name:
+        cwd = Path(name)
+        folder = args.train_data_dir and args.train_data_dir.resolve()
+        if folder is None:
+            folder = cwd / "digits"
+            write_digits(folder, args.resolution or 8)
+        try:
+            examination = examine(open_folder(folder), 0, args.resolution, num_images=100)
+        except ValueError as error:
+            parser.error(f"--train_data_dir {folder}: {error}")
+        resolution, channels = examination.resolution, examination.channels
+        shape = TrainingArguments(block_out_channels=args.block_out_channels)
+        with torch.device("meta"):  # no weights are needed
+            unet = new_unet(shape, resolution, channels)
+        config = cwd / "config.json"
+        config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
+
+        network = ["--model_config", config]
+        if args.method == "cld":  # whose networks see velocities too
+            network = ["--block_out_channels", *unet.config["block_out_channels"]]
+
+        def ours(steps: int) -> list[object]:
+            options = ["--train_data_dir", folder, "--resolution", resolution, "--method", args.method, *network,
+                       "--train_batch_size", args.train_batch_size, "--max_train_steps", steps,
+                       "--checkpointing_steps", 0, "--validation_steps", 0, "--num_validation_images", 1,
+                       "--validation_inference_steps", 2, "--output_dir", cwd / "ours",
+                       "--overwrite_output_dir"]  # fmt: skip
+            return [sys.executable, TRAINING_SCRIPT, *options]
+
+        def theirs(steps: int) -> list[object]:
+            numbers = resolution, args.train_batch_size, steps
+            return [sys.executable, "-m", "diffusers_gm.studies.diffusers_loop", folder, config, *numbers]
+
+        versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+        print(
+            f"{platform.machine()}, {platform.system()}, {versions}; images of {channels}x{resolution}x{resolution}, "
+            f"batches of {args.train_batch_size}, {unet.num_parameters():,} parameters, {args.method}; {args.steps} "
+            "steps a run"
+        )
+        found = measure({"train_gm_sgm.py": ours, "diffusers": theirs}, args.steps, args.repeats, cwd)
+    print("\n| loop | CPU ms per step, median | range | images per CPU second |\n|---|---|---|---|")
+    for name, values in found.items():
+        median = statistics.median(values)
+        rate = 1000 * args.train_batch_size / median
+        print(f"| {name} | {median:.1f} | {min(values):.1f} to {max(values):.1f} | {rate:.0f} |")
+    ratio = statistics.median(found["diffusers"]) / statistics.median(found["train_gm_sgm.py"])
+    print(f"\nrate of train_gm_sgm.py over that of diffusers: {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

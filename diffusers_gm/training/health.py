@@ -1,0 +1,133 @@
+"""Is the network still one? A training that diverged must end, and never take the place of what was good before."""
+
+import math
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from .folder import list_checkpoints
+from .network import TrainingLoss, averaged_weights
+
+# A network whose loss is this many times that of one that answers zero, on the same images under the same noise, is
+# not coming back. On the digits, steps of 1 per weight lead to 180 times and back; steps of 10 to 10^5 times, then nan.
+WORSE_THAN_SILENCE = 1000.0
+
+# GradScaler starts at 2^16 and halves at each gradient that is not finite.
+SMALLEST_SCALE = 2.0**-20
+
+# How many steps a gradient's norm may take to arrive: reading it at once would wait for the device. Where nothing
+# can be read without waiting, it is read with the losses.
+LAG = {"cpu": 0, "cuda": 1}
+
+
+class Health:
+    """Ends a training at the step at which its network diverges. All processes come to the same decision.
+
+    Args:
+        accelerator: of the training.
+        unet, ema: the network, and the average of its weights, if any.
+        objective: what is minimised.
+        images: some of the training images, `(B, C, H, W)`, the same in all processes.
+        folder: where the training's checkpoints are.
+        learning_rate: its peak.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        unet: UNet2DModel,
+        ema: EMAModel | None,
+        objective: TrainingLoss,
+        images: Tensor,
+        folder: Path,
+        learning_rate: float,
+    ):
+        self.accelerator = accelerator
+        self.unet = unet
+        self.ema = ema
+        self.objective = objective
+        self.images = images.to(accelerator.device)
+        self.folder = folder
+        self.learning_rate = learning_rate
+        self.norms: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def note_gradient(self, step: int, norm: Tensor | None) -> None:
+        """Take the norm of a step's gradient, over all processes; on a GPU it is looked at during the next step.
+
+        Under fp16 a norm that is not finite is no fault: the step is skipped, and the loss scaled down.
+        """
+        if norm is None or self.accelerator.scaler is not None:
+            return
+        event = None
+        if norm.device.type == "cuda":
+            norm, event = norm.detach().to("cpu", non_blocking=True), torch.cuda.Event()
+            event.record()
+        self.norms.append((step, norm.detach(), event))
+        self._look_at_gradients(but=LAG.get(norm.device.type if event is None else "cuda", math.inf))
+
+    def check_loss(self, step: int, loss: float) -> None:
+        """Raise a RuntimeError if a gradient up to `step`, or the loss since the last look, is not finite."""
+        self._look_at_gradients()
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"the loss is {loss}")
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < SMALLEST_SCALE:
+            raise self._diverged(step, f"the gradient is not finite even for losses scaled by {scaler.get_scale():g}")
+
+    def check_network(self, step: int) -> None:
+        """Raise a RuntimeError if the network, or the average, should not be saved.
+
+        Their weights must be finite, and so must their losses, up to `WORSE_THAN_SILENCE` times that of a network
+        that answers zero. Costs two forward passes; leaves the random state as it was.
+        """
+        networks: list[EMAModel | None] = [None, self.ema] if self.ema else [None]
+        measured = [self._measure(ema) for ema in networks]
+        # As one tensor: a single wait for the device, and one decision for all processes.
+        for name, (norm, loss, silence) in zip(
+            ("weights", "averaged weights"),
+            self.accelerator.reduce(torch.stack(measured), "mean").tolist(),
+            strict=False,
+        ):
+            if not math.isfinite(norm):
+                raise self._diverged(step, f"the {name} have norm {norm}")
+            if not loss <= WORSE_THAN_SILENCE * max(silence, 1):
+                raise self._diverged(step, f"the {name} have loss {loss:.3g}, a network that answers 0 {silence:.3g}")
+
+    @torch.no_grad()
+    def _measure(self, ema: EMAModel | None) -> Tensor:
+        """Norm of the weights, loss of the network and of silence, `(3,)`."""
+        device = self.accelerator.device
+        losses = []
+        with averaged_weights(self.unet, ema), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for network in (self.unet, self._silence):
+                torch.manual_seed(0)  # the same times and noise for both
+                losses.append(self.objective(network, self.images).mean().float())
+            norm = torch.nn.utils.get_total_norm(list(self.unet.parameters())).float()
+        return torch.stack([norm, *losses])
+
+    def _silence(self, *_: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=torch.zeros_like(self.images))
+
+    def _look_at_gradients(self, but: float = 0) -> None:
+        while len(self.norms) > but:
+            step, norm, event = self.norms.popleft()
+            if event is not None:
+                event.synchronize()
+            if not math.isfinite(norm):
+                raise self._diverged(step, f"the norm of the gradient is {float(norm)}")
+
+    def _diverged(self, step: int, what: str) -> RuntimeError:
+        checkpoints = list_checkpoints(self.folder)
+        good = f"{checkpoints[-1].name} is the last good one" if checkpoints else "there is no checkpoint of before"
+        precision = self.accelerator.mixed_precision
+        other = "" if precision == "no" else f", or resume with --mixed_precision no in place of {precision}"
+        return RuntimeError(
+            f"{what} at step {step}: the network has diverged, and was not saved; {good}. Start anew with a "
+            f"--learning_rate below {self.learning_rate:g} or a smaller --max_grad_norm{other}"
+        )

@@ -1,0 +1,138 @@
+"""GM-SGM: Gaussian-mixture noise, the tractable stand-in for heavy-tailed noise, on a ladder of levels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...pipelines import GMSGMPipeline
+from ...processes.mixture import GaussianMixtureNoise
+from ...schedulers import GMLangevinScheduler
+from ..option import noise as option
+from .ladder import (
+    CITATION,
+    LadderOptions,
+    check_ladder,
+    ladder_config,
+    ladder_in_words,
+    ladder_loss,
+    ladder_noise,
+    ladder_on_card,
+)
+from .method import Method, Noise
+
+EXPLICIT, STABLE, POWER = ("mixture_weights", "mixture_scales"), ("stable_alpha",), ("power_alpha", "power_base")
+COUNT = ("num_components",)
+
+
+@dataclass
+class MixtureOptions:
+    mixture_weights: list[float] | None = option(
+        None, "Probabilities of the components.", in_place_of=STABLE + POWER + COUNT
+    )
+    mixture_scales: list[float] | None = option(
+        None, "Their scales, which are normalised to E[c^2] = 1.", in_place_of=STABLE + POWER + COUNT
+    )
+    stable_alpha: float | None = option(
+        None, "Use the quantised alpha-stable law of this index instead.", in_place_of=EXPLICIT + POWER
+    )
+    power_alpha: float | None = option(
+        None, "Tail index of the power-law mixture, the default kind (1.5).", in_place_of=EXPLICIT + STABLE
+    )
+    power_base: float | None = option(
+        None, "Ratio of neighbouring scales of the power-law mixture (2).", in_place_of=EXPLICIT + STABLE
+    )
+    num_components: int | None = option(
+        None, "Components of the stable or power-law mixture (2).", at_least=1, in_place_of=EXPLICIT
+    )
+    mixture_per_element: bool = option(False, "Draw the component per element instead of per image.")
+
+
+@dataclass
+class GMSGMOptions(LadderOptions, MixtureOptions):
+    """Those of the ladder and of the mixture."""
+
+
+def build_mixture(args: MixtureOptions) -> GaussianMixtureNoise:
+    """The noise law that the options describe, with `E[c^2] = 1`.
+
+    Raises:
+        ValueError: for options that describe none, or more than one.
+    """
+    kinds = [kind for kind in (EXPLICIT, STABLE, POWER) if any(getattr(args, name) is not None for name in kind)]
+    names = [*(name for kind in kinds for name in kind), *COUNT]
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if len(kinds) > 1 or (EXPLICIT in kinds and args.num_components is not None):
+        raise ValueError(f"{given} do not go together: describe the mixture in one way")
+    per_element, num_components = args.mixture_per_element, args.num_components or 2
+    try:
+        if EXPLICIT in kinds:
+            if args.mixture_weights is None or args.mixture_scales is None:
+                raise ValueError("weights and scales go together")
+            return GaussianMixtureNoise(args.mixture_weights, args.mixture_scales, per_element).normalized()
+        if args.stable_alpha is not None:
+            return GaussianMixtureNoise.from_stable(args.stable_alpha, num_components, per_element)
+        alpha = 1.5 if args.power_alpha is None else args.power_alpha
+        base = 2.0 if args.power_base is None else args.power_base
+        return GaussianMixtureNoise.from_power_law(alpha, num_components, base, per_element)
+    except ValueError as error:
+        raise ValueError(f"{given or ['--num_components']}: {error}") from error
+
+
+def check(args: GMSGMOptions) -> None:
+    check_ladder(args)
+    build_mixture(args)
+
+
+def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLangevinScheduler:
+    return GMLangevinScheduler(
+        **ladder_config(args, noise, sampler),
+        prediction_type="scaled_score" if args.objective == "score" else args.prediction_type,
+        mixture_weights=noise.mixture_weights,
+        mixture_scales=noise.mixture_scales,
+        mixture_per_element=args.mixture_per_element,
+        model_noise="mixture",
+    )
+
+
+def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
+    return ladder_loss(build_mixture(args), scheduler, network, images)
+
+
+def on_card(record: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(record["mixture_weights"], record["mixture_scales"], strict=True)
+    return ladder_on_card(record) | {
+        "per": "element" if record["mixture_per_element"] else "image",
+        "components": ", ".join(f"{weight:.3g} of scale {scale:.3g}" for weight, scale in pairs),
+    }
+
+
+METHOD = Method(
+    name="gm-sgm",
+    title="a Gaussian-mixture score-based model (GM-SGM)",
+    pipeline=GMSGMPipeline,
+    options=(GMSGMOptions,),
+    check=check,
+    noise=lambda args, images, largest_distance: ladder_noise(args, images, largest_distance, build_mixture(args)),
+    scheduler=scheduler,
+    loss=loss,
+    noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder_in_words(args, noise)}",
+    card="""\
+A UNet of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed
+noise (one component per $per: $components); it learns $learns. Noise levels form a geometric ladder of $levels levels
+from $sigma_min to $sigma_max, for images in [-1, 1]. The network $told.
+
+The scheduler knows the mixture. Samplers are values of its `algorithm_type`: `langevin`, `jump`, `exponential`,
+`ancestral` and `ode`.""",
+    card_values=on_card,
+    citation="""\
+```bibtex
+@misc{gmsgm,
+  title = {Approximated Anomalous Diffusion: Gaussian Mixture Score-Based Generative Models}
+}
+```
+
+"""
+    + CITATION,
+)

@@ -1,0 +1,74 @@
+"""What a method of training is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from ..option import noise
+
+
+@dataclass
+class NoiseOptions:
+    """What is asked of every method."""
+
+    num_train_timesteps: str = noise(
+        "1000",
+        "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
+        aliases=("ddpm_num_steps",),
+    )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What the options of the noise come to for given data; None where a method has none. Named as the options."""
+
+    num_train_timesteps: int
+    sigma_max: float | None
+    mixture_weights: list[float] | None
+    mixture_scales: list[float] | None
+
+
+LargestDistance = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that tells one method of training from another. `args` are all options of a training, its own among them.
+
+    Attributes:
+        name: value of `--method`.
+        title: its name in sentences.
+        pipeline: the class that draws images from what was trained.
+        options: dataclasses of the options that say something about it, beside those for all methods.
+        check: `(args)` raises a ValueError for options that do not go together.
+        noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
+            The largest distance of two of them takes long to measure: a function, to be called where it is needed.
+        scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
+        loss: `(args, noise, scheduler, network, images)` is one loss per image, `(B,)`, of `(B, C, H, W)`. Times and
+            noise are drawn from the global generator of the images' device.
+        noise_in_words: `(args, noise)` is what the images are disturbed by.
+        card: what the model card says of it, a template.
+        card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
+        citation: BibTeX.
+        input_factor: channels that enter the network for each channel of an image.
+    """
+
+    name: str
+    title: str
+    pipeline: Any
+    options: tuple[type, ...]
+    check: Callable[[Any], None]
+    noise: Callable[[Any, Tensor, LargestDistance], Noise]
+    scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
+    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor], Tensor]
+    noise_in_words: Callable[[Any, Noise], str]
+    card: str
+    card_values: Callable[[dict[str, Any]], dict[str, Any]]
+    citation: str
+    input_factor: int = 1
+
+    @property
+    def option_names(self) -> set[str]:
+        return {f.name for cls in self.options for f in fields(cls)}

@@ -1,0 +1,97 @@
+"""An option of a training: one field of a dataclass, whose metadata say everything there is to say about it."""
+
+import math
+from dataclasses import Field, field
+from functools import partial
+from typing import Any
+
+
+def option(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    positive: bool = False,
+    below_one: bool = False,
+    aliases: tuple[str, ...] = (),
+    in_place_of: tuple[str, ...] = (),
+    free_on_resume: bool = False,
+    private: bool = False,
+    path: bool = False,
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        group: the heading that `--help` shows it under.
+        default: None where it follows from the data.
+        help: a sentence.
+        choices: the values that are known, where the type does not say it.
+        at_least: the smallest value that makes sense.
+        positive: whether it must be positive and finite.
+        below_one: whether it must be in [0, 1).
+        aliases: other names of it, those of diffusers' own training script.
+        in_place_of: options that a recipe may hold and that mean nothing beside this one.
+        free_on_resume: whether a training may be resumed with another value: it does not change what is learned.
+        private: never written down: a secret, or a place on this host.
+        path: may be a path, of which only the last part is written down.
+    """
+    return field(
+        default=default,
+        metadata={
+            "group": group,
+            "help": help,
+            "choices": choices,
+            "at_least": at_least,
+            "positive": positive,
+            "below_one": below_one,
+            "aliases": aliases,
+            "in_place_of": in_place_of,
+            "free_on_resume": free_on_resume,
+            "private": private,
+            "path": path,
+        },
+    )
+
+
+# The headings of `--help`, in its order.
+GROUPS = (
+    "What is trained",
+    "Data",
+    "Network",
+    "Noise",
+    "Sampler, as saved with the model",
+    "Optimisation",
+    "Checkpoints, samples and logs",
+    "Hub",
+)
+trained, data, network, noise, sampler, optimisation, output, hub = (partial(option, group) for group in GROUPS)
+
+
+def check_bounds(f: Field, value: Any) -> None:
+    """Raise a ValueError if `value` is out of the bounds of the option `f`; None is in."""
+    if value is None:
+        return
+    least, choices = f.metadata["at_least"], f.metadata["choices"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, got {value!r}")
+    if least is not None and not value >= least:
+        raise ValueError(f"--{f.name} must be at least {least}, got {value}")
+    if f.metadata["positive"] and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"--{f.name} must be positive, got {value}")
+    if f.metadata["below_one"] and not 0 <= value < 1:
+        raise ValueError(f"--{f.name} must be in [0, 1), got {value}")
+
+
+def number_or_auto(name: str, value: str, number: type) -> Any:
+    """`value` as a positive number, or None for 'auto'."""
+    if value == "auto":
+        return None
+    try:
+        parsed = number(value)
+    except ValueError:
+        parsed = math.nan
+    if not 0 < parsed < math.inf:
+        raise ValueError(f"--{name} must be a positive {number.__name__} or 'auto', got {value!r}")
+    return parsed

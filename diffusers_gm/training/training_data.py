@@ -1,0 +1,99 @@
+"""What a training learns from must be the same when it is resumed: the images, and how many make a step."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from ..data import Examination
+from ..processes.annealed import max_pairwise_distance
+from .options import TrainingArguments
+from .plan import Plan
+
+STATE_FILE = "training_state.json"
+
+# Decoders of different versions, and resizing on other machines, differ by far less in the mean of an image.
+SAME_BRIGHTNESS = 0.02
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a checkpoint remembers of the data. None: not known, as of version 0.1.0.
+
+    Attributes:
+        num_images: size of the training set.
+        images_per_step: of an optimizer step, over all batches and processes. How they are split among these
+            decides which noise is drawn for them, not what is learned.
+        brightness: means of some images that the seed chooses, so that others, or another order, are noticed.
+        largest_distance: between two images, where it was measured.
+    """
+
+    num_images: int | None = None
+    images_per_step: int | None = None
+    brightness: list[float] | None = None
+    largest_distance: float | None = None
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "TrainingData":
+        """From the content of a checkpoint's state file."""
+        if "data" in content:
+            return cls(**content["data"])
+        # Version 0.1.0 let the batch change, and did not write down the number of processes.
+        state, options = content["state"], content["arguments"]
+        per_process = options["train_batch_size"] * options["gradient_accumulation_steps"]
+        processes, rest = divmod(state["images_seen"], max(state["step"], 1) * per_process)
+        return cls(images_per_step=None if rest else processes * per_process)
+
+    def check_against(self, before: "TrainingData", checkpoint: str) -> None:
+        """Raise a ValueError if the training of a checkpoint had other data, or other steps."""
+        if before.images_per_step not in (None, self.images_per_step):
+            raise ValueError(
+                f"{checkpoint} was trained in steps of {before.images_per_step} images and these options make "
+                f"{self.images_per_step}: --train_batch_size times --gradient_accumulation_steps times the number "
+                f"of processes must stay {before.images_per_step}"
+            )
+        anew = "to train on others, start anew, from its finished pipeline with --model_name_or_path"
+        if before.num_images not in (None, self.num_images):
+            raise ValueError(
+                f"{checkpoint} was trained on {before.num_images} images and there are {self.num_images} now: {anew}"
+            )
+        pairs = zip(before.brightness or [], self.brightness or [], strict=False)
+        if any(abs(one - other) > SAME_BRIGHTNESS for one, other in pairs):
+            raise ValueError(
+                f"{checkpoint} was trained on other images, or on these in another order (are files renamed?): {anew}"
+            )
+
+
+def training_data(
+    args: TrainingArguments, plan: Plan, examination: Examination, num_images: int, images_per_step: int
+) -> TrainingData:
+    """What a checkpoint is to remember of the data."""
+    return TrainingData(
+        num_images=num_images,
+        images_per_step=images_per_step,
+        brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
+        largest_distance=plan.sigma_max if args.sigma_max == "auto" else None,
+    )
+
+
+def distance_measured_once(accelerator: Accelerator, checkpoint: Path | None) -> Callable[[Tensor], float]:
+    """The largest distance of images for all processes: what the checkpoint says, or the main process measures."""
+
+    def largest_distance(images: Tensor) -> float:
+        known = TrainingData.of(read_state(checkpoint)).largest_distance if checkpoint else None
+        # That a single image has none is for all processes to say: the others would wait for the main one.
+        if known is None and (accelerator.is_main_process or len(images) < 2):
+            known = max_pairwise_distance(images)
+        return broadcast_object_list([known])[0]
+
+    return largest_distance
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state file."""
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,34 @@
+"""The comparison of the training with diffusers' own loop, as a command."""
+
+import re
+
+import pytest
+from test_data import save_images
+
+from diffusers_gm.studies import throughput
+
+
+@pytest.mark.slow  # four trainings in processes of their own
+def test_the_command_prints_the_ratio(tmp_path, capsys):
+    folder = save_images(tmp_path / "images", 24, mode="RGB")
+    words = ["--train_data_dir", folder, "--block_out_channels", 8, 8, "--train_batch_size", 8, "--method", "cld",
+             "--steps", 100, "--repeats", 1]  # fmt: skip
+    throughput.main(list(map(str, words)))
+    printed = capsys.readouterr().out
+    assert "images of 3x8x8, batches of 8" in printed
+    ours, theirs = (float(value) for value in re.findall(r"\| (?:train_gm_sgm.py|diffusers) \| (\S+)", printed))
+    ratio = float(re.search(r"rate of train_gm_sgm.py over that of diffusers: (\S+)", printed).group(1))
+    assert ratio == pytest.approx(theirs / ours, rel=0.1)
+    assert 2 < ours < 500, "milliseconds"
+
+
+def test_bad_options(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+        (["--resolution", "12"], "--resolution 12: the digits come in multiples of 8"),
+        (["--train_data_dir", str(tmp_path / "empty")], "empty: it holds no images"),
+        (["--steps", "0"], "--steps: must be at least 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            throughput.main(words)
+        assert message in capsys.readouterr().err
