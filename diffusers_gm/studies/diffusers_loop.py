@@ -1,4 +1,4 @@
-"""Unconditional training from diffusers' public classes, as its example does it: what `.throughput` compares ours with."""
+"""Unconditional training from diffusers' public classes, as its example does it: for `.throughput`."""
 
 import argparse
 from typing import Any
