@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@touch $@
 
 # Interrupted, it goes on where it was: a complete training is not done again, nor a cell that is measured.
-TRAINED = test -f $(1)/model_index.json && grep -q '"training_seconds"' $(1)/training_args.json$(if \
-	$(STEPS), && grep -q '"max_train_steps": $(STEPS),\{0,1\}$$' $(1)/training_args.json)
+TRAINED = test -f $(1)/model_index.json && grep -q '"training_seconds"' $(1)/training_args.json \
+	$(if $(STEPS),&& grep -q '"max_train_steps": $(STEPS)[^0-9]*$$' $(1)/training_args.json)
 TRAIN_DIGITS = { $(TRAINED); } || $(TRAIN) --config digits --method $(METHOD) $(LENGTH) \
 	--checkpointing_steps 100 --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(1)
 
