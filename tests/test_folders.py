@@ -12,8 +12,9 @@ from test_data import corrupt, open_folder, save_images, save_parquet
 
 import train_gm_sgm
 from diffusers_gm import data
-from diffusers_gm import training as tr
 from diffusers_gm.evaluation.sources import read_samples
+from diffusers_gm.training.folder import ARGS_FILE, LOG_FILE
+from diffusers_gm.training.training_data import STATE_FILE
 
 
 def picture(path, gray=0):
@@ -104,7 +105,7 @@ def test_hidden_files_and_lists_of_files_are_no_data(tmp_path, caplog):
         assert words in caplog.text
 
 
-@pytest.mark.parametrize("name", [tr.ARGS_FILE, tr.LOG_FILE, tr.STATE_FILE, "model_index.json"])
+@pytest.mark.parametrize("name", [ARGS_FILE, LOG_FILE, STATE_FILE, "model_index.json"])
 def test_what_a_training_wrote_is_no_data(tmp_path, caplog, name):
     folder = save_images(tmp_path / "images", 6)
     picture(folder / "out" / "samples" / "step-0000500.png")
@@ -119,7 +120,7 @@ def test_what_a_training_wrote_is_no_data(tmp_path, caplog, name):
 def test_a_folder_that_a_training_wrote_to_itself(tmp_path):
     """Images in it are data, samples are not; unless these are what is asked for."""
     folder = save_images(tmp_path / "images", 6)
-    (folder / tr.ARGS_FILE).write_text("{}")
+    (folder / ARGS_FILE).write_text("{}")
     picture(folder / "samples.png")
     picture(folder / "samples" / "step-0000500.png")
     picture(folder / "samples" / "mine.png")
