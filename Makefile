@@ -12,7 +12,8 @@ OLDEST ?= .venv-oldest
 OLDEST_PATH = $(abspath $(OLDEST))
 OLDEST_TESTS ?= $(addprefix tests/test_,hub.py pipelines.py schedulers.py contract.py swap.py swap_pipelines.py)
 METHOD ?= gm-sgm
-demo compare: OUTPUT ?= outputs/demo
+demo compare: OUTPUT ?= outputs/demo$(if $(filter-out gm-sgm,$(METHOD)),-$(METHOD))
+DEMO ?=
 benchmark: STEPS ?= 1200
 RESULTS ?= outputs/benchmark
 
@@ -30,15 +31,20 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
+# Interrupted, it goes on where it was: a complete training is not done again, nor a cell that is measured.
+TRAINED = test -f $(1)/model_index.json && grep -q '"training_seconds"' $(1)/training_args.json \
+	$(if $(STEPS),&& grep -q '"max_train_steps": $(STEPS)[^0-9]*$$' $(1)/training_args.json)
+TRAIN_DIGITS = { $(TRAINED); } || $(TRAIN) --config digits --method $(METHOD) $(LENGTH) \
+	--checkpointing_steps 100 --checkpoints_total_limit 1 --resume_from_checkpoint latest --output_dir $(1)
+
 demo: $(STAMP)
-	$(TRAIN) --config digits --method $(METHOD) $(LENGTH) --output_dir $(OUTPUT) --overwrite_output_dir
-	$(BIN)/python -m diffusers_gm.demo $(OUTPUT)
+	$(call TRAIN_DIGITS,$(OUTPUT))
+	$(BIN)/python -m diffusers_gm.studies.demo $(OUTPUT) $(DEMO)
 
 # The same with one component (K = 1, NCSNv2's noise), and both in one table.
 compare: demo
-	$(TRAIN) --config digits --method $(METHOD) --mixture_weights 1 --mixture_scales 1 $(LENGTH) \
-		--output_dir $(OUTPUT)-k1 --overwrite_output_dir
-	$(BIN)/python -m diffusers_gm.demo $(OUTPUT) --compare $(OUTPUT)-k1
+	$(call TRAIN_DIGITS,$(OUTPUT)-k1) --mixture_weights 1 --mixture_scales 1
+	$(BIN)/python -m diffusers_gm.studies.demo $(OUTPUT) --compare $(OUTPUT)-k1 $(DEMO)
 
 # CIFAR-10, from the Hub or a folder of parquet files or images, by diffusers_gm/training/recipes/cifar10-$(SCALE).yaml.
 # At its end the model is measured under the samplers of its method and, where they can read it, diffusers' (K = 1 can).
@@ -105,14 +111,14 @@ format: $(STAMP)
 # where it was interrupted. QUICK=1: minutes, the exact denoiser alone.
 benchmark: $(STAMP)
 ifdef QUICK
-	$(BIN)/python -m diffusers_gm.benchmark_samplers --calls 5 10 20 --num_samples 250 --seeds 1 --output $(RESULTS)
+	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --calls 5 10 20 --num_samples 250 --seeds 1 --output $(RESULTS)
 else
-	$(BIN)/python -m diffusers_gm.benchmark_samplers --models exact --calls 5 10 20 50 200 1000 --output $(RESULTS)
-	$(BIN)/python -m diffusers_gm.benchmark_samplers --models ddpm ncsnv2 gm-sgm cld --num_samples 256 \
+	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models exact --calls 5 10 20 50 200 1000 --output $(RESULTS)
+	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models ddpm ncsnv2 gm-sgm cld --num_samples 256 \
 		--calls 5 10 20 50 200 1000 --steps $(STEPS) --output $(RESULTS)
 endif
 	$(BIN)/python -m diffusers_gm.studies.page --reports $(RESULTS) --output $(RESULTS)/results.md
-	$(BIN)/python -m diffusers_gm.benchmark
+	$(BIN)/python -m diffusers_gm.studies.step_cost
 
 clean-env:
 	rm -rf $(VENV) $(OLDEST)

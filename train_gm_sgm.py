@@ -37,8 +37,11 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_gm import cards, files, hub
+from diffusers_gm import files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.evaluation.card import forget_quality
+from diffusers_gm.hub import cards, push
+from diffusers_gm.launch import check_processes
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
@@ -61,7 +64,6 @@ from diffusers_gm.training.network import (
     build_optimizer,
     build_scheduler,
     check_precision,
-    check_processes,
     fit_unet,
     given_unet,
     native_shape,
@@ -239,16 +241,16 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         grid.save(temporary / "samples.png")
         files.write_json(temporary / ARGS_FILE, record | {"versions": versions()} | result.figures())
         cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
-        cards.forget_quality(output_dir)
+        forget_quality(output_dir)
         files.publish_contents(temporary, output_dir, last="model_index.json")
 
     def upload() -> str:
         """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
         repository = args.hub_model_id or "", args.hub_private_repo
         try:
-            print(f"uploaded to {hub.push_to_hub(output_dir, *repository, args.hub_token)}")
+            print(f"uploaded to {push.push_to_hub(output_dir, *repository, args.hub_token)}")
         except Exception as error:
-            return hub.failure(error, output_dir, *repository)
+            return push.failure(error, output_dir, *repository)
         return ""
 
     model.train()

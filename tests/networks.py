@@ -5,11 +5,11 @@ import math
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.cld import lift
 from diffusers_gm.readings import VelocityReading
 from diffusers_gm.readings.velocity import score_coefficients
 from diffusers_gm.samplers import Memory
+from diffusers_gm.studies.exact import ExactDenoiser
 
 CPU = torch.device("cpu")
 

@@ -1,17 +1,23 @@
 """The sampler benchmark: what counts as a network call, the best grid, resuming, the sentence of the verdict."""
 
 import argparse
-import json
+import contextlib
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from PIL import Image
 
 from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
-from diffusers_gm import benchmark_models as models
-from diffusers_gm import benchmark_samplers as bench
-from diffusers_gm.studies.common import Cells
+from diffusers_gm.evaluation.results import Results, Statistic
+from diffusers_gm.evaluation.sampling import NoGridError, sample
+from diffusers_gm.studies import sampler_benchmark as bench
+from diffusers_gm.studies import sampler_benchmark_models as models
+from diffusers_gm.studies import step_cost
+from diffusers_gm.studies.demo import SAMPLERS
+from diffusers_gm.studies.digits import pipeline_of
+from diffusers_gm.studies.exact import NetworkOf
 from diffusers_gm.studies.report import Report
 
 
@@ -28,14 +34,20 @@ def test_a_budget_is_network_calls(cls):
         calls += 1
         return torch.zeros_like(x)
 
-    assert models.budget(scheduler, 9) == (9 if scheduler.order == 1 else 5)
-    models.sample(network, scheduler, (1, 1, 8, 8), seed=0)
-    assert calls == 9
+    num_steps = bench.budget(scheduler, 9)
+    assert num_steps == (9 if scheduler.order == 1 else 5)
+    pipeline = pipeline_of(NetworkOf(network, (1, 8, 8)), scheduler)
+    _, said = sample(pipeline, scheduler, num_steps, num_images=1, seed=0, batch_size=1)
+    assert calls == said == 9
 
 
 def test_every_scheduler_has_a_run_on_some_grid():
     for name, by_grid in models.compatible(models.SOURCE.config).items():
-        assert any(models.budget(scheduler, 21) for scheduler in by_grid.values()), name
+        possible = []
+        for scheduler in by_grid.values():
+            with contextlib.suppress(NoGridError):
+                possible.append(bench.budget(scheduler, 21))
+        assert possible, name
         assert "default" in by_grid
 
 
@@ -49,46 +61,69 @@ def test_own_networks_are_given_to_diffusers_where_it_can_read_them():
     assert "UniPC" not in models.own_samplers(GMLangevinScheduler(**mixture))
 
 
-def test_best_grid_by_the_median_and_nothing_is_measured_twice(tmp_path):
-    asked = []
+# --- The best grid ---
 
-    def sample(scheduler, calls, seed):
-        asked.append((scheduler, seed))
-        return torch.tensor([float(seed), 3.0, 3.0, 3.0] if scheduler == "a" else [2.0, 2.0, 9.0, 2.0])
 
-    model = bench.Model("it", {"s": {"a": "a", "b": "b", "none": "none"}}, sample, lambda x: float(x.median()), "")
-    model.samplers["s"].pop("none")
-    cells = Cells(tmp_path / "cells.json")
-    best = bench.best_of(model, "s", 5, 3, cells, None)
-    assert (best.grid, best.ratios, best.median) == ("b", [2.0, 2.0, 2.0], 2.0)
-    assert str(best) == "2.00 ± 0.00 b"
-    again = bench.best_of(model, "s", 5, 3, Cells(tmp_path / "cells.json"), None)
+class Grid(DDPMScheduler):
+    """Answers an image of one value at every call; `runs` is the most calls that it has a grid for."""
+
+    def __init__(self, value=0.0, runs=1000):
+        super().__init__()
+        self.value, self.runs, self.asked = value, runs, 0
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        if num_inference_steps > self.runs:
+            raise ValueError("no run of so many calls")
+        super().set_timesteps(num_inference_steps, device)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        self.asked += 1
+        return DDPMSchedulerOutput(prev_sample=torch.full_like(sample, self.value))
+
+
+def model_with(**grids):
+    """Of which the reference is black, and the floor a little brighter."""
+    pipeline = pipeline_of(NetworkOf(lambda x, t: x, (1, 8, 8)), DDPMScheduler())
+    reference = torch.full((8, 1, 8, 8), -1.0)
+    return models.Model("it", pipeline, {"s": grids}, reference, torch.full((4, 1, 8, 8), -0.9), "", "x")
+
+
+def results_in(folder):
+    results = Results(folder / "cells.json", {"num_samples": 4})
+    results.floor = [{"sliced W2": 0.1 / 8}]
+    return results
+
+
+def test_the_best_grid_and_nothing_is_measured_twice(tmp_path):
+    model = model_with(a=Grid(-0.7), b=Grid(-0.8))
+    best = bench.best_of(model, "s", 5, 3, results_in(tmp_path), None)
+    assert best.grid == "b"
+    assert best.ratio.spread == 0
+    again = bench.best_of(model, "s", 5, 3, results_in(tmp_path), None)
     assert again == best
-    assert len(asked) == 6
-    assert bench.best_of(model, "s", 5, 3, cells, "a").grid == "a"
+    assert [grid.asked for grid in model.samplers["s"].values()] == [3 * 5, 3 * 5]
+    assert bench.best_of(model, "s", 5, 3, results_in(tmp_path), "a").grid == "a"
+    assert str(bench.Best("b", Statistic.of([2.0, 2.0]), 1.0)) == "2.00 ± 0.00 b"
 
 
 def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
-    """`a` is best at 20 calls and has no run at 50: `b` is the answer there, not a gap in the table."""
-
-    def sample(grid, calls, seed):
-        return None if (grid, calls) == ("a", 50) else torch.tensor([1.0 if grid == "a" else 2.0])
-
-    model = models.Model("it", {"s": {"a": "a", "b": "b"}}, sample, float, "")
-    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=1, output=tmp_path)
-    report = bench.benchmark("it", model, args, Cells(tmp_path / "cells.json"))
-    assert report.tables[0].rows == [["s", "1.00 a", "2.00 b"]]
+    """`b` is best at 20 calls and has no run at 50: `a` is the answer there, not a gap in the table."""
+    model = model_with(a=Grid(-0.7), b=Grid(-0.8, runs=20))
+    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=4, output=tmp_path)
+    report = bench.benchmark("it", model, args, Results(tmp_path / "cells.json", {"num_samples": 4}))
+    assert report.tables[0].rows == [["s", "2.00 b", "3.00 a"]]
 
 
 def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
-    answers = {"nan": torch.tensor([float("nan")]), "none": None}
-    model = bench.Model("it", {"s": {k: k for k in answers}}, lambda s, *_: answers[s], float, "")
-    assert bench.best_of(model, "s", 5, 1, Cells(tmp_path / "cells.json"), None) is None
-    assert set(json.loads((tmp_path / "cells.json").read_text()).values()) == {None}
+    model = model_with(nan=Grid(float("nan")), none=Grid(runs=1))
+    assert bench.best_of(model, "s", 5, 1, results_in(tmp_path), None) is None
+    cells = {cell.scheduler: cell for cell in Results.read(tmp_path / "cells.json").cells}
+    assert cells["s, nan"].scores == {"num_nan": 4}
+    assert "no run of so many calls" in cells["s, none"].reason or "network calls" in cells["s, none"].reason
 
 
 def test_the_command_in_small(tmp_path):
-    samplers = ["CLD, sscs", "DDPM", "Euler ancestral", "UniPC"]
+    samplers = ["CLD, sscs", "DDPM", "Euler ancestral"]
     words = ["--num_samples", "40", "--seeds", "1", "--calls", "5", "--output", str(tmp_path), "--samplers", *samplers]
     bench.main(words)
     report = Report.read(tmp_path / "samplers_exact_n40.json")
@@ -114,9 +149,9 @@ def test_the_exact_denoiser_of_any_images(tmp_path, generator):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--calls", "2"], "--calls must be at least 3"),
+        (["--calls", "2"], "--calls: must be at least 3, got 2"),
         (["--samplers", "SSCS"], "exact has CLD, sscs,"),
-        (["--seeds", "0"], "--seeds 0 is too small"),
+        (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
         (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
         (
             ["--models", "cld", "--num_samples", "40", "--resolution", "8"],
@@ -129,3 +164,21 @@ def test_arguments_out_of_range(words, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(words)
     assert message in capsys.readouterr().err
+
+
+# --- The cost of a step ---
+
+
+def test_the_cost_of_a_step_is_that_of_every_scheduler(capsys):
+    """All of them on all shapes, beside two of diffusers, of which each is 1 over itself."""
+    threads = torch.get_num_threads()
+    step_cost.main(["--steps", "1", "--threads", str(threads)])
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    of_peer, of_unipc, milliseconds = (part.splitlines() for part in said.split("| scheduler | ")[1:])
+    for cls, named in SAMPLERS.items():
+        for name in named:
+            (row,) = (line for line in milliseconds if line.startswith(f"| {cls.__name__}, {name} |"))
+            assert all(float(value) > 0 for value in row.split("|")[2:-1])
+    assert "| Euler ancestral | 1.00 | 1.00 | 1.00 | 1.00 |" in of_peer
+    assert "| UniPC | 1.00 | 1.00 | 1.00 | 1.00 |" in of_unipc

@@ -6,10 +6,12 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_gm import AnnealedLangevinScheduler, NCSNv2Pipeline, cards
+from diffusers_gm import AnnealedLangevinScheduler, NCSNv2Pipeline
 from diffusers_gm.evaluation import command
+from diffusers_gm.evaluation.card import add_quality
 from diffusers_gm.evaluation.report import verdict
 from diffusers_gm.evaluation.results import Cell, Results
+from diffusers_gm.hub import cards
 from diffusers_gm.studies.page import page
 
 CARD = """---
@@ -66,12 +68,12 @@ def test_an_evaluation_stands_in_the_card_of_its_model(measured):
     assert card.data.license == "mit"
 
     # Again is the same; and what was measured of another model is not this one's.
-    cards.add_quality(measured)
+    add_quality(measured)
     assert (measured / "README.md").read_text() == ModelCard.load(measured / "README.md").content
     record["conditions"]["model"] = "another"
     (measured / "results.json").write_text(json.dumps(record))
     (measured / "README.md").write_text(CARD)
-    cards.add_quality(measured)
+    add_quality(measured)
     assert (measured / "README.md").read_text() == CARD
 
 
@@ -85,7 +87,7 @@ def test_a_card_is_kept_without_its_model(measured, tmp_path):
     for name in ("samples", "results"):
         assert f"(kept-{name}.png)" in card.text
         assert (tmp_path / f"kept-{name}.png").read_bytes() == (measured / f"{name}.png").read_bytes()
-    assert cards.add_quality(tmp_path) is None
+    assert add_quality(tmp_path) is None
     for folder, path, message in [("nowhere", "a.md", "no card in nowhere"), ("runs/model", "a.txt", "ending in .md")]:
         with pytest.raises(ValueError, match=message):
             cards.keep_card(tmp_path.relative_to(tmp_path) / folder, tmp_path / path)

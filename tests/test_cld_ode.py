@@ -10,8 +10,8 @@ from networks import perfect_network
 from scipy.integrate import solve_ivp
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.pipelines.cld_ode import ODE_SOLVERS, network_model, solve, start_and_ends
+from diffusers_gm.studies.exact import ExactDenoiser
 
 VARIANCE = 0.25
 

@@ -12,9 +12,9 @@ from networks import CPU, final_variance, perfect_network, run, tiny_network, ve
 from scipy import integrate
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.cld import CLD, lift
 from diffusers_gm.readings.velocity import score_coefficients
+from diffusers_gm.studies.exact import ExactDenoiser
 
 DOUBLE = {"dtype": torch.float64}
 PROCESS = CLD()

@@ -1,4 +1,4 @@
-"""Distances against closed forms, other libraries and brute force; features; the quality table of the demo."""
+"""Distances against closed forms, other libraries and brute force; features."""
 
 import math
 import subprocess
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_gm import GMLangevinScheduler, GMSGMPipeline
 from diffusers_gm.evaluation import (
     Reference,
     features_of,
@@ -17,11 +16,9 @@ from diffusers_gm.evaluation import (
     inception,
     kernel_distance,
     lite0,
-    markdown_table,
     mode_weights_error,
     moment_errors,
     precision_recall_density_coverage,
-    quality,
     score,
     sliced_wasserstein,
 )
@@ -234,13 +231,13 @@ def test_inception_says_what_it_needs():
         inception()
 
 
-def test_cache_of_features(extractor, tmp_path, caplog, monkeypatch, generator):
+def test_cache_of_features(extractor, tmp_path, caplog, generator):
     images = torch.rand(3, 1, 8, 8, generator=generator)
     features = cached_features_of(images, extractor, tmp_path)
     (path,) = tmp_path.iterdir()
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusers_gm.evaluation.features.features_of", lambda *_: pytest.fail("computed again"))
-        assert torch.equal(cached_features_of(images, extractor, tmp_path), features)
+    hook = extractor.network.register_forward_pre_hook(lambda *_: pytest.fail("computed again"))
+    assert torch.equal(cached_features_of(images, extractor, tmp_path), features)
+    hook.remove()
     assert not caplog.records
 
     cached_features_of(images, replace(extractor, version="another"), tmp_path)
@@ -308,27 +305,3 @@ def test_packages_of_the_extra_are_imported_late_and_named_when_missing(monkeypa
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=r"pip install diffusers-gm\[evaluation\]"):
             call()
-
-
-# --- The table of the demo ---
-
-
-def test_quality_table_measures_every_cell_and_puts_the_scheduler_back(tiny_unet, generator):
-    original = GMLangevinScheduler()
-    pipeline = GMSGMPipeline(tiny_unet, original)
-    pipeline.set_progress_bar_config(disable=True)
-    jump = {"mixture_weights": [0.99, 0.01], "mixture_scales": [0.5, 8.0]}
-    schedulers = {
-        "ode": GMLangevinScheduler(algorithm_type="ode"),
-        "jump": GMLangevinScheduler(algorithm_type="jump", **jump),
-    }
-    reference = torch.rand(30, 1, 8, 8, generator=generator)
-    cells = list(quality(pipeline, schedulers, (5, 10), reference, floor=0.5, num_samples=8))
-    assert pipeline.scheduler is original
-    assert [(c.sampler, c.calls) for c in cells] == [("ode", 5), ("ode", 10), ("jump", 5), ("jump", 10)]
-    assert cells[0].ratio == cells[0].distance / 0.5 > 0
-    assert cells[2].distance is None
-    assert "no solution" in cells[2].reason
-    table = markdown_table(cells)
-    assert table.splitlines()[0] == "| sampler | 5 calls | 10 calls |"
-    assert table.splitlines()[3] == "| jump | - | - |"

@@ -25,9 +25,8 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
     NCSNv2Pipeline,
-    cards,
-    hub,
 )
+from diffusers_gm.evaluation.card import add_quality, forget_quality
 
 ROOT = Path(__file__).parents[1]
 TOKEN, OTHER = "hf_mine", "hf_other"
@@ -411,17 +410,17 @@ FAULTS = {
 PUSH_FAULTS = """
 import sys, shutil
 from pathlib import Path
-from diffusers_gm import hub
+from diffusers_gm.hub import push
 for name in sys.argv[2:]:
     try:
-        print("PUSHED", name, hub.push_to_hub(Path(sys.argv[1]), "me/" + name))
+        print("PUSHED", name, push.push_to_hub(Path(sys.argv[1]), "me/" + name))
     except Exception as error:
-        print(f"FAILED {name}:", hub.failure(error, Path(sys.argv[1]), "me/" + name), f":END {name}")
+        print(f"FAILED {name}:", push.failure(error, Path(sys.argv[1]), "me/" + name), f":END {name}")
 for repo_id, private in (("me/public", True), ("other/name", False)):
     try:
-        print("PUSHED", repo_id, hub.push_to_hub(Path(sys.argv[1]), repo_id, private))
+        print("PUSHED", repo_id, push.push_to_hub(Path(sys.argv[1]), repo_id, private))
     except Exception as error:
-        print(f"FAILED {repo_id}: {hub.explain(error)}")
+        print(f"FAILED {repo_id}: {push.explain(error)}")
 """
 
 
@@ -550,32 +549,41 @@ def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):
 def test_measurements_replace_those_of_before_and_nothing_else(tmp_path):
     text = "---\nlicense: mit\ntags: [mine]\n---\nMine.\n<!-- quality -->\nOld.\n<!-- end of quality -->\nAlso mine.\n"
     (tmp_path / "README.md").write_text(text)
-    cards.add_quality(tmp_path)
+    add_quality(tmp_path)
     assert (tmp_path / "README.md").read_text() == text, "nothing was measured"
     (tmp_path / "quality.json").write_text(json.dumps(QUALITY))
-    cards.add_quality(tmp_path)
+    add_quality(tmp_path)
     once = (tmp_path / "README.md").read_text()
-    cards.add_quality(tmp_path)
+    add_quality(tmp_path)
     assert (tmp_path / "README.md").read_text() == once
     card = ModelCard(once)
     assert card.data.license == "mit"
     assert card.text.startswith("Mine.\n<!-- quality -->\nSliced")
     assert card.text.endswith("<!-- end of quality -->\nAlso mine.\n")
     assert "Old." not in card.text
-    cards.forget_quality(tmp_path)
+    forget_quality(tmp_path)
     assert not (tmp_path / "quality.json").exists()
 
 
-def test_a_pipeline_takes_the_card_of_its_folder_along_and_no_other(folders, tmp_path, monkeypatch):
+PUSH_AS_IT_IS = """
+import os, sys
+from pathlib import Path
+from diffusers_gm import GMSGMPipeline
+os.chdir(sys.argv[1])
+loaded = GMSGMPipeline.from_pretrained(sys.argv[1])
+made = GMSGMPipeline(loaded.unet, loaded.scheduler)
+made.push_to_hub("me/made")
+loaded.push_to_hub("me/loaded")
+"""
+
+
+def test_a_pipeline_takes_the_card_of_its_folder_along_and_no_other(empty_server, folders, tmp_path):
     """Not that of the current folder, if the pipeline was made and not loaded."""
-    pushed = {}
-    monkeypatch.setattr(
-        hub, "push_to_hub", lambda folder, *_: pushed.update({p.name: p.read_text() for p in folder.glob("*.md")})
-    )
     shutil.copytree(folders / "gm", tmp_path / "model")
-    (tmp_path / "model/README.md").write_text("of the folder")
-    monkeypatch.chdir(tmp_path / "model")
-    new_pipelines()["gm"].push_to_hub("me/new")
-    assert pushed == {}
-    GMSGMPipeline.from_pretrained(tmp_path / "model").push_to_hub("me/new")
-    assert pushed == {"README.md": "of the folder"}
+    card = "---\nlicense: mit\n---\nof the folder\n"
+    (tmp_path / "model/README.md").write_text(card)
+    Client(empty_server, tmp_path / "home", TOKEN).run(PUSH_AS_IT_IS, tmp_path / "model")
+    assert empty_server.repos["me/loaded"].files["README.md"].decode() == card
+    made = empty_server.repos["me/made"].files["README.md"].decode()
+    assert "of the folder" not in made
+    assert "Nothing else is known of this model" in made

@@ -8,10 +8,10 @@ import torch
 from scipy import integrate, special, stats
 
 from diffusers_gm import GaussianMixtureNoise
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.losses import denoising_loss, denoising_target
 from diffusers_gm.processes.mixture import _positive_stable_partial_means
 from diffusers_gm.readings import NoiseSpace
+from diffusers_gm.studies.exact import ExactDenoiser
 
 MIXTURE = GaussianMixtureNoise([0.7, 0.2, 0.1], [0.5, 1.0, 3.0])
 PER_ELEMENT = GaussianMixtureNoise([0.7, 0.2, 0.1], [0.5, 1.0, 3.0], per_element=True)

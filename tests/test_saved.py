@@ -18,7 +18,7 @@ from diffusers_gm import (
     GMSGMPipeline,
     NCSNv2Pipeline,
 )
-from diffusers_gm.exact import ExactDenoiser
+from diffusers_gm.studies.exact import ExactDenoiser
 
 BY_0_1_0 = Path(__file__).parent / "saved_by_0_1_0"
 PIPELINES = {

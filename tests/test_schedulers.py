@@ -12,8 +12,8 @@ from networks import CPU, perfect_network
 from networks import run as run_from
 
 from diffusers_gm import AnnealedLangevinScheduler, GaussianMixtureNoise, GMLangevinScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.processes.annealed import PRESETS
+from diffusers_gm.studies.exact import ExactDenoiser
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 2)
 MIX = {"mixture_weights": MIXTURE.weights.tolist(), "mixture_scales": MIXTURE.scales.tolist()}

@@ -10,23 +10,26 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from diffusers_gm import GMLangevinScheduler, GMSGMPipeline
 from diffusers_gm.data import split_digits
+from diffusers_gm.evaluation.report import curve_table, plot_curves
+from diffusers_gm.evaluation.results import Results, Statistic
+from diffusers_gm.evaluation.sampling import NoGridError
+from diffusers_gm.evaluation.table import Table, command_line
 from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
 from diffusers_gm.studies.command import parse, study_parser
-from diffusers_gm.studies.common import (
-    Cells,
+from diffusers_gm.studies.digits import (
     ddpm_loss,
     floor_of_digits,
-    in_words,
+    kept_results,
     kept_unet,
-    mean_and_spread,
     name_of,
     over_floor,
     parts_of,
-    quality_axes,
+    quality,
 )
 from diffusers_gm.studies.page import page
-from diffusers_gm.studies.report import Report, Table, command_line
+from diffusers_gm.studies.report import Report
 from diffusers_gm.training.options import TrainingArguments
 
 
@@ -38,33 +41,56 @@ class Answer:
 # --- Trainings and measurements ---
 
 
-def test_cells_measure_once_and_survive_in_their_file(tmp_path):
+def test_cells_are_measured_once_and_survive_in_their_file(tmp_path):
     calls = []
-    path = tmp_path / "cells.json"
+
+    def make(seed):
+        calls.append(seed)
+        return {"error": seed / 2}
+
     for _ in range(2):
-        cells = Cells(path)
-        for _ in range(2):
-            assert cells("a", lambda: calls.append(1) or 2.5) == 2.5
-    assert calls == [1]
-    assert cells("nothing stable", lambda: None) is None
-    assert Cells(path).values == {"a": 2.5, "nothing stable": None}
+        results = Results(tmp_path / "cells.json", {"n": 4})
+        assert results.of_seeds("a", 5, 3, make) == [{"error": 0.0}, {"error": 0.5}, {"error": 1.0}]
+    assert calls == [0, 1, 2]
+    assert [(cell.scheduler, cell.calls, cell.seed) for cell in results.cells] == [("a", 5, seed) for seed in range(3)]
 
 
 def test_cells_of_seeds_are_all_there_or_none(tmp_path):
-    cells = Cells(tmp_path / "cells.json", {"known": 1})
-    assert cells.of_seeds("stable", lambda seed: seed / 2, 3) == [0, 0.5, 1]
-    assert cells.of_seeds("at times", lambda seed: None if seed else 0.0, 2) is None
-    assert cells.of_seeds("at times", lambda seed: 1 / 0, 1) == [0]
-    names = ["stable, seed 0", "stable, seed 1", "stable, seed 2", "at times, seed 0", "at times, seed 1"]
-    assert list(Cells(tmp_path / "cells.json").values) == ["settings", *names]
+    def at_times(seed):
+        if seed:
+            raise NoGridError("no stable step")
+        return {"error": 0.0}
+
+    for _ in range(2):
+        results = Results(tmp_path / "cells.json", {"known": 1})
+        assert results.of_seeds("at times", 5, 2, at_times) is None
+        assert results.of_seeds("at times", 5, 1, lambda seed: pytest.fail("measured again")) == [{"error": 0.0}]
+    assert [cell.reason for cell in results.cells] == ["", "no stable step"]
+
+
+def test_what_two_runs_measure_at_once_is_kept(tmp_path):
+    one, other = (Results(tmp_path / "cells.json", {}) for _ in range(2))
+    one.of_seeds("a", 5, 1, lambda seed: {"error": 1.0})
+    other.of_seeds("b", 5, 1, lambda seed: {"error": 2.0})
+    assert {cell.scheduler for cell in Results.read(tmp_path / "cells.json").cells} == {"a", "b"}
 
 
 def test_cells_are_not_mixed_between_settings(tmp_path):
-    path = tmp_path / "cells.json"
-    Cells(path, {"power law": {"alpha": 1.5}})("power law, 5 calls", lambda: 2.5)
-    assert Cells(path, {"stable": {"alpha": 1.8}})("power law, 5 calls", lambda: None) == 2.5
-    with pytest.raises(ValueError, match=r"cells.json was made with other settings \(power law = .*1.5}, now .*1.2}"):
-        Cells(path, {"power law": {"alpha": 1.2}})
+    kept_results("it", 4, tmp_path, steps=7, models={"power law": {"alpha": 1.5}}).save()
+    kept_results("it", 4, tmp_path, steps=7, models={"power law": {"alpha": 1.5}})
+    kept_results("it", 4, tmp_path, steps=8, models={"power law": {"alpha": 1.2}})
+    with pytest.raises(ValueError, match="it n=4 steps=7.json holds results under other conditions .*1.5.*now .*1.2"):
+        kept_results("it", 4, tmp_path, steps=7, models={"power law": {"alpha": 1.2}})
+
+
+def test_quality_is_over_the_floor_and_none_without_a_stable_step(tmp_path, tiny_unet):
+    results = kept_results("it", 4, tmp_path)
+    mixture = {"algorithm_type": "jump", "mixture_weights": [0.99, 0.01], "mixture_scales": [0.5, 8.0]}
+    assert quality(results, "jump", 5, 1, lambda _: GMSGMPipeline(tiny_unet, GMLangevinScheduler(**mixture))) is None
+    (cell,) = results.cells
+    assert "no solution" in cell.reason
+    (value,) = quality(results, "ode", 3, 1, lambda _: GMSGMPipeline(tiny_unet, GMLangevinScheduler()))
+    assert value == results.cells[1].scores["sliced W2"] / floor_of_digits(4)["sliced W2"]
 
 
 def test_a_network_of_other_options_is_not_taken_for_this_one(tmp_path, tiny_unet):
@@ -123,10 +149,14 @@ def test_parts_are_ignored_by_git(tmp_path):
 
 
 def test_seeds_in_words():
-    assert mean_and_spread([1.0, 2.0, 4.0]) == (7 / 3, 1.5)
-    assert in_words([1.0, 2.0]) == "1.50 ± 0.50"
-    assert in_words([1.234]) == "1.23"
-    assert in_words(None) == "-"
+    value = Statistic.of([1.0, 2.0, 4.0])
+    assert (value.mean, value.spread) == (pytest.approx(7 / 3), pytest.approx((7 / 3) ** 0.5))
+    assert value.error == pytest.approx((7 / 9) ** 0.5)
+    assert f"{Statistic.of([1.0, 2.0]):.2f}" == "1.50 ± 0.71"
+    assert f"{Statistic.of([1.234]):.2f}" == "1.23"
+    assert str(Statistic.of([1.0, 2.0]).over(2)) == "0.75 ± 0.35"
+    curves = {"a": {5: Statistic.of([1.0]), 10: None}, "b": {10: Statistic.of([2.0])}}
+    assert curve_table("", "x", curves, ["b"]).rows == [["a", "1.00", "-"], ["**b**", "-", "2.00"]]
 
 
 def test_the_loss_of_a_ddpm_is_nothing_for_a_network_that_knows_the_noise():
@@ -143,8 +173,7 @@ def test_the_loss_of_a_ddpm_is_nothing_for_a_network_that_knows_the_noise():
 def test_the_distance_is_readable_off_a_picture(highest):
     """Plain numbers at two places or more, the calls below, a line at the floor: no powers of ten."""
     figure, axis = plt.subplots()
-    axis.plot([10, 50], [highest, 0.9])
-    quality_axes(axis, [10, 50])
+    plot_curves(axis, {"it": {10: Statistic.of([highest]), 50: Statistic.of([0.9])}}, 1)
     figure.canvas.draw()
     low, high = axis.get_ylim()
     shown = [
@@ -251,7 +280,7 @@ def test_only_studies_over_the_floor_need_a_held_out_digit_for_every_sample():
     parser = study_parser("x", "What it is.\n\nMore.", ["tails", "claim"])
     args = parse(parser, ["tails", "--num_samples", "1000"], over_floor=["claim"])
     assert (args.study, args.num_samples, args.steps, args.seeds) == ("tails", 1000, 1200, 2)
-    assert parser.description == "What it is."
+    assert parser.description.startswith("What it is.")
     assert parser.prog == "python -m diffusers_gm.studies.x"
 
 

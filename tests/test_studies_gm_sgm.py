@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.studies import gm_sgm, rare_modes
+from diffusers_gm.studies.exact import ExactDenoiser, exact_network
 from diffusers_gm.studies.increments import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
 from diffusers_gm.studies.switching import states, switches
@@ -137,14 +137,22 @@ def test_components_of_a_run_are_those_of_its_noise():
 
 
 def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
+    """Which makes another run of the same network and draws, but for its first call, before which nothing lags."""
     config = {"noise_space": "ve", "algorithm_type": "langevin", "mixture_weights": [0.7, 0.3]}
     config |= {"mixture_scales": [0.5, 1.6], "model_noise": "mixture"}
-    for kind, aware in ((GMLangevinScheduler, True), (gm_sgm.Unaware, False)):
-        scheduler = kind(**config)
+    runs = []
+    for kind in (GMLangevinScheduler, gm_sgm.Unaware):
+        scheduler, draws = kind(**config), torch.Generator().manual_seed(0)
+        network = exact_network(ExactDenoiser(torch.zeros(1, 1, 2, 2), noise=scheduler.mixture), scheduler)
         scheduler.set_timesteps(20)
-        sample = torch.ones(2, 1, 8, 8)
-        scheduler.step(sample, scheduler.timesteps[0], sample, generator=torch.Generator().manual_seed(0))
-        assert (scheduler._level is not None) == aware
+        sample, run = scheduler.initial_sample((64, 1, 2, 2), draws, torch.device("cpu"), torch.float32), []
+        for t in scheduler.timesteps:
+            output = network(scheduler.scale_model_input(sample, t), t)
+            sample = scheduler.step(output, t, sample, generator=draws).prev_sample
+            run.append(sample)
+        runs.append(run)
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.allclose(runs[0][-2], runs[1][-2])
 
 
 # --- The commands, in small ---

@@ -5,14 +5,12 @@ import math
 import pytest
 import torch
 
-from diffusers_gm.processes.annealed import ladder_ratio
+from diffusers_gm import AnnealedLangevinScheduler
+from diffusers_gm.processes.annealed import chain_variance, ladder_ratio, optimal_step_size
 from diffusers_gm.studies import lifted, ncsnv2
-from diffusers_gm.studies.common import tie, trained
+from diffusers_gm.studies.digits import tie, trained
 from diffusers_gm.studies.ncsnv2_trained import last_call, verdict_of
 from diffusers_gm.studies.report import Report
-from diffusers_gm.training.network import build_scheduler
-from diffusers_gm.training.options import TrainingArguments
-from diffusers_gm.training.plan import make_plan
 
 
 class Answer:
@@ -24,8 +22,7 @@ class Answer:
 
 
 def test_technique_3_reaches_the_networks_of_the_studies(tmp_path):
-    args = TrainingArguments(method="ncsnv2", max_train_steps=1, train_batch_size=2, conditioning="none")
-    unet, _ = trained(args, tmp_path)
+    unet, _ = trained(tmp_path, method="ncsnv2", max_train_steps=1, train_batch_size=2, conditioning="none")
     x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     assert torch.equal(unet(x, 3).sample, unet(x, 900).sample)
 
@@ -70,8 +67,7 @@ def test_verdicts_need_more_than_the_spread_of_sampling_and_of_the_seeds():
 
 def test_the_last_call_removes_what_technique_4_says_is_left(tiny_unet):
     """A network that sees data at 0: before the last call, what is left is the chain's own noise."""
-    args = TrainingArguments(method="ncsnv2")
-    scheduler = build_scheduler(args, make_plan(args, *_digits(), None, 1))
+    scheduler = AnnealedLangevinScheduler(noise_space="ve", sigma_max=11.0, num_train_timesteps=1000)
     level, calls = 0.1, 30
 
     def black(x, t):
@@ -80,20 +76,11 @@ def test_the_last_call_removes_what_technique_4_says_is_left(tiny_unet):
 
     before, after = last_call(black, scheduler, level, calls, 64, seed=0)
     ratio = torch.tensor([(scheduler.config.sigma_max / level) ** (1 / (calls - 2))], dtype=torch.float64)
-    step = ncsnv2.optimal_step_size(ratio, 1)
-    from diffusers_gm.processes.annealed import chain_variance
-
+    step = optimal_step_size(ratio, 1)
     variance = level**2 * float(chain_variance(step, ratio, 1))
     found = float(before.square().mean())
     assert abs(found / variance - 1) < 5 * (2 / before.numel()) ** 0.5
     assert float(after.abs().max()) < 1e-5
-
-
-def _digits():
-    from diffusers_gm.data import Examination, split_digits
-
-    train, _ = split_digits()
-    return Examination(train, 0), len(train)
 
 
 # --- The commands, in small ---

@@ -15,8 +15,8 @@ from networks import POINTS, WEIGHTS, check_four_points, four_points, perfect_ne
 from test_contract import every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
-from diffusers_gm.exact import ExactDenoiser
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
+from diffusers_gm.studies.exact import ExactDenoiser
 
 SOURCES = {
     "vp": DDPMScheduler(clip_sample=False),

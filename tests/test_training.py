@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from test_data import corrupt, save_images, save_parquet
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, data, files
+from diffusers_gm.launch import check_processes
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.training.folder import LOG_FILE, append_log, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.methods.gm_sgm import build_mixture
@@ -32,7 +33,6 @@ from diffusers_gm.training.network import (
     build_lr_scheduler,
     build_objective,
     build_scheduler,
-    check_processes,
     fit_unet,
     new_unet,
 )

@@ -18,6 +18,3 @@ from .likelihood import cld_bits_per_dimension as cld_bits_per_dimension
 from .sampling import num_steps_for as num_steps_for
 from .scoring import Reference as Reference
 from .scoring import score as score
-from .table import Quality as Quality
-from .table import markdown_table as markdown_table
-from .table import quality as quality

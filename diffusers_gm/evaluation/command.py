@@ -12,27 +12,26 @@ An interrupted run goes on where it was. Several processes share the work: `acce
 
 import argparse
 import logging
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import diffusers
 from torch import Tensor
 
-from .. import cards
-from ..studies.report import command_line
-from ..training.network import check_processes
+from ..files import write_text
+from ..launch import check_processes, from_main, process_state
 from ..version import __version__
 from . import report
+from .card import add_quality
 from .distances import num_not_finite
 from .features import EXTRACTORS, cached_features_of, features_of, fingerprint
 from .options import build_parser, check_options
-from .processes import from_main, process_state
-from .results import Cell, Results
-from .sampling import NoGridError
+from .results import Results
 from .scoring import OF_FEATURES, Reference, check_metrics, score
 from .sources import real_images
 from .subject import Subject, name_of
+from .table import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,11 @@ def run(args: argparse.Namespace) -> Results:
     check_options(args)
     state = process_state()
     check_processes(state)
-    subject = Subject.open(args, state.device)
+    return measure(Subject.open(args, state.device), args)
+
+
+def measure(subject: Subject, args: argparse.Namespace) -> Results:
+    """Measure what is not measured yet of a subject, under the options of the command."""
     real, floor, n = real_images(args, subject.shape, subject.num_samples)
     extractor = EXTRACTORS[args.features]() if set(args.metrics) & set(OF_FEATURES) else None
     check_metrics(args.metrics, n, len(real), extractor)
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> Results:
 
     # Every process takes part in samples and features; the main one scores and writes.
     if extractor:
-        extractor.network.to(state.device)
+        extractor.network.to(process_state().device)
     reference = Reference(real, extractor, args.features_cache)
 
     def scores_of(images: Tensor, features: Tensor | None = None) -> dict[str, float]:
@@ -80,36 +83,23 @@ def run(args: argparse.Namespace) -> Results:
     for draw in draws:
         features = cached_features_of(draw, extractor, args.features_cache) if extractor else None
         results.floor.append(scores_of(draw, features))
-        from_main(results.save)
+        results.save()
     for key in missing:
-        start = time.perf_counter()
-        try:
-            images, network_calls = subject.images(*key, n, args.batch_size)
-            sampled = time.perf_counter()
-            scores = scores_of(images)
-            cell = Cell(*key, scores, network_calls, sampled - start, time.perf_counter() - sampled)
-        except NoGridError as error:
-            cell = Cell(*key, reason=str(error))
-        results.cells.append(cell)
-        from_main(results.save)
-        if state.is_main_process:
-            print(line(cell), flush=True)
+        results.measure(*key, partial(subject.images, *key, n, args.batch_size), scores_of)
     return results
 
 
-def subject_is_in(folder: Path, model: str | None) -> bool:
-    """Whether the model is the one in `folder`, and has a card there."""
-    return model is not None and Path(model).resolve() == folder.resolve() and (folder / "README.md").is_file()
-
-
-def line(cell: Cell) -> str:
-    """A finished cell in one line."""
-    where = cell.scheduler if cell.calls is None else f"{cell.scheduler}, {cell.calls} calls, seed {cell.seed}"
-    values = ", ".join(f"{name} {value:.4g}" for name, value in cell.scores.items())
-    return (
-        f"{where}: {cell.reason or values} "
-        f"(sampled in {cell.sampling_seconds:.1f} s, scored in {cell.scoring_seconds:.1f} s)"
-    )
+def write_report(results: Results, model: str | None, output_dir: Path) -> list[Path]:
+    """Table and picture beside the results, and both in the card of the model where `output_dir` is its folder."""
+    write_text(output_dir / "results.md", report.table(results).markdown() + "\n")
+    written = ["results.json", "results.md"]
+    if any(cell.calls is not None for cell in results.cells):
+        report.plot(results, output_dir / "results.png")
+        written.append("results.png")
+    if model is not None and Path(model).resolve() == output_dir.resolve() and (output_dir / "README.md").is_file():
+        add_quality(output_dir)
+        written.append("README.md")
+    return [output_dir / name for name in written]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -126,14 +116,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state.destroy_process_group()
     if not state.is_main_process:
         return
-    table = report.markdown(results)
-    (args.output_dir / "results.md").write_text(table, encoding="utf-8")
-    print("\n" + table)
-    written = ["results.json", "results.md"]
-    if any(cell.calls is not None for cell in results.cells):
-        report.plot(results, args.output_dir / "results.png")
-        written.append("results.png")
-    if subject_is_in(args.output_dir, args.model):
-        cards.add_quality(args.output_dir)
-        written.append("README.md, the model's card")
-    print("wrote", *(args.output_dir / name for name in written))
+    print("\n" + report.table(results).markdown() + "\n")
+    print("wrote", *write_report(results, args.model, args.output_dir))

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..launch import from_main, over_processes
 from .distances import num_not_finite
 from .extra import evaluation_extra
-from .processes import from_main, over_processes
 
 logger = logging.getLogger(__name__)
 

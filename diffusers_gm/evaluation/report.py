@@ -1,32 +1,22 @@
-"""Results as a table and as a picture."""
+"""Results as a table, as a picture and in words."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from .extra import evaluation_extra
-from .results import Cell, Results
+from .results import Cell, Results, Statistic
+from .scoring import SLICED_WASSERSTEIN
+from .table import Table
 
 # Distances: the smaller the better. Those with a floor that is not 0 in the mean are also given as multiples of it.
-DISTANCES = ("FD-Lite0", "FID", "KID-Lite0", "KID", "sliced W2")
-WITH_RATIO = ("FD-Lite0", "FID", "sliced W2")
+DISTANCES = ("FD-Lite0", "FID", "KID-Lite0", "KID", SLICED_WASSERSTEIN)
+WITH_RATIO = ("FD-Lite0", "FID", SLICED_WASSERSTEIN)
 
-
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and sample standard deviation over seeds; the spread is None for one seed."""
-
-    mean: float
-    spread: float | None
-
-    @classmethod
-    def of(cls, values: list[float]) -> "Statistic":
-        return cls(mean(values), stdev(values) if len(values) > 1 else None)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g}" + (f" ± {self.spread:.2g}" if self.spread is not None else "")
+# Quality by number of calls; None where there is none.
+Curve = Mapping[int, Statistic | None]
 
 
 def groups(results: Results) -> dict[tuple[str, int | None], list[Cell]]:
@@ -38,14 +28,44 @@ def groups(results: Results) -> dict[tuple[str, int | None], list[Cell]]:
     return grouped
 
 
-def statistic(cells: list[dict[str, float]], metric: str) -> Statistic | None:
+def statistic(cells: Sequence[Mapping[str, float]], metric: str) -> Statistic | None:
     """None unless every cell has the metric: a cell with NaN is not averaged away."""
     values = [scores[metric] for scores in cells if metric in scores]
     return Statistic.of(values) if values and len(values) == len(cells) else None
 
 
-def markdown(results: Results) -> str:
-    """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why below."""
+def curves(results: Results, metric: str) -> dict[str, dict[int, Statistic | None]]:
+    """A metric by scheduler and number of calls."""
+    found: dict[str, dict[int, Statistic | None]] = {}
+    for (scheduler, calls), cells in groups(results).items():
+        if calls is not None:
+            found.setdefault(scheduler, {})[calls] = statistic([cell.scores for cell in cells], metric)
+    return found
+
+
+def curve_table(caption: str, first: str, curves: Mapping[str, Curve], bold: Sequence[str] = ()) -> Table:
+    """A row per curve, a column per number of calls; `-` where there is no value."""
+    calls = sorted({n for curve in curves.values() for n in curve})
+    rows = []
+    for name, curve in curves.items():
+        values = [f"{value:.2f}" if (value := curve.get(n)) else "-" for n in calls]
+        rows.append([f"**{name}**" if name in bold else name, *values])
+    return Table(caption, [first, *(f"{n} calls" for n in calls)], rows)
+
+
+def ratios(results: Results, metric: str = SLICED_WASSERSTEIN) -> dict[str, dict[int, Statistic | None]]:
+    """`curves` of a distance over its mean floor."""
+    floor = statistic(results.floor, metric)
+    if floor is None:
+        raise ValueError(f"{results.path} has no floor of {metric}")
+    return {
+        name: {n: value and value.over(floor.mean) for n, value in curve.items()}
+        for name, curve in curves(results, metric).items()
+    }
+
+
+def table(results: Results) -> Table:
+    """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why in the caption."""
     conditions, metrics = results.conditions, [name for name in results.floor[0] if name != "num_nan"]
     floor = {name: statistic(results.floor, name) for name in metrics}
 
@@ -57,7 +77,6 @@ def markdown(results: Results) -> str:
             row.append(f"{value}{ratio}" if value else "-")
         return row
 
-    header = ["scheduler", "network calls", *metrics, "images with NaN", "sampling s", "scoring s"]
     rows = [["**real images (floor)**", "", *words(results.floor), "", "", ""]]
     notes = []
     for (scheduler, calls), cells in groups(results).items():
@@ -74,18 +93,16 @@ def markdown(results: Results) -> str:
             ]
         )
         notes += [f"- {scheduler}, {calls} calls: {reason}" for reason in {c.reason for c in cells} if reason]
-    lines = [
+    caption = (
         f"{conditions['num_samples']} samples of {conditions['model']}, against {conditions['num_reference']} real "
         f"images of {conditions['data']}, {'x'.join(map(str, conditions['shape']))}. "
-        f"Features: {conditions['features'] or 'none'}.",
-        "",
+        f"Features: {conditions['features'] or 'none'}.\n\n"
         "Floor: as many real images that are not among the others. Mean ± standard deviation over seeds (for the "
-        "floor, over draws); in brackets, over the floor. The kernel distance is unbiased: its floor is chance.",
-        "",
-        *("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)),
-        *(["", *sorted(notes)] if notes else []),
-    ]
-    return "\n".join(lines) + "\n"
+        "floor, over draws); in brackets, over the floor. The kernel distance is unbiased: its floor is chance."
+        + ("\n\nWithout a value:\n\n" + "\n".join(sorted(notes)) if notes else "")
+    )
+    header = ["scheduler", "network calls", *metrics, "images with NaN", "sampling s", "scoring s"]
+    return Table(caption, header, rows)
 
 
 def verdict(results: Results) -> str:
@@ -113,9 +130,12 @@ def plot(results: Results, path: Path) -> None:
 
     metrics = [name for name in DISTANCES if name in results.floor[0]]
     shown = metrics or [name for name in results.floor[0] if name != "num_nan"]
-    figure = Figure(figsize=(4.6 * len(shown), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 4.6 * len(shown)), 4.8), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        _plot_metric(axis, results, name)
+        scale = "log" if name in WITH_RATIO else "symlog" if name in DISTANCES else "linear"
+        floor = statistic(results.floor, name)
+        plot_curves(axis, curves(results, name), floor.mean if floor else None, scale=scale)
+        axis.set_title(name)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
     conditions = results.conditions
@@ -123,32 +143,40 @@ def plot(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _plot_metric(axis: Any, results: Results, name: str) -> None:
-    """One panel. The kernel distance, which may be negative, has an axis that is linear around 0."""
+def plot_curves(
+    axis: Any,
+    curves: Mapping[str, Curve],
+    floor: float | None = None,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
+    scale: str = "log",
+) -> None:
+    """Draw quality against network calls, with bars for the spread over seeds, ticks in plain numbers.
+
+    Args:
+        axis: of matplotlib.
+        curves: by name; what is None is left out.
+        floor: where to draw the line of real images.
+        styles: how to draw some of them.
+        scale: of the ordinate: `log`, `linear`, or `symlog`, which is linear around 0, for the kernel distance.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
-    floor = statistic(results.floor, name)
-    cells = groups(results)
-    ticks = sorted({calls for _, calls in cells if calls is not None})
-    for scheduler in dict.fromkeys(scheduler for scheduler, _ in cells):
-        points = [
-            (calls, statistic([cell.scores for cell in group], name))
-            for (of, calls), group in cells.items()
-            if of == scheduler
-        ]
-        kept = [(calls, value.mean, value.spread or 0.0) for calls, value in points if value]
+    for name, curve in curves.items():
+        kept = [(n, value.mean, value.spread or 0.0) for n, value in curve.items() if value]
         x, y, spread = zip(*kept, strict=True) if kept else ((), (), ())
-        axis.errorbar(x, y, spread, marker="o", capsize=3, label=scheduler)
-    if floor:
-        axis.axhline(floor.mean, color="gray", linestyle=":", label="floor: real images")
-    axis.set(xscale="log", xlabel="network calls", title=name)
+        style = {"marker": "o", "markersize": 4, "capsize": 2, **(styles or {}).get(name, {})}
+        axis.errorbar(x, y, spread, label=name, **style)
+    if floor is not None:
+        axis.axhline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
+    ticks = sorted({n for curve in curves.values() for n in curve})
+    axis.set(xscale="log", xlabel="network calls")
     axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.xaxis.minorticks_off()
-    if name in WITH_RATIO:
+    if scale == "log":
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
-    elif name in DISTANCES:
+    elif scale == "symlog":
         axis.set_yscale("symlog", linthresh=1e-2)
         axis.set_ylim(min(0.0, axis.dataLim.ymin) - 1e-2, 1.5 * max(axis.dataLim.ymax, 1e-2))

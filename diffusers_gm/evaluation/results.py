@@ -1,9 +1,17 @@
 """The file of results: every finished cell is in it at once, and none is measured twice."""
 
 import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from ..files import write_text
+from ..launch import from_main, process_state
+from .sampling import NoGridError
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,41 @@ class Cell:
     scoring_seconds: float = 0.0
     reason: str = ""
 
+    def __str__(self) -> str:
+        where = self.scheduler if self.calls is None else f"{self.scheduler}, {self.calls} calls, seed {self.seed}"
+        values = ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
+        seconds = f"(sampled in {self.sampling_seconds:.1f} s, scored in {self.scoring_seconds:.1f} s)"
+        return f"{where}: {self.reason or values} {seconds}"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and sample standard deviation over seeds; the spread is None for one seed."""
+
+    mean: float
+    spread: float | None
+    num_values: int = 1
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Statistic":
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; nan for one seed."""
+        return float("nan") if self.spread is None else self.spread / self.num_values**0.5
+
+    def over(self, unit: float) -> "Statistic":
+        """The same in another unit."""
+        return Statistic(self.mean / unit, None if self.spread is None else self.spread / unit, self.num_values)
+
+    def __format__(self, spec: str) -> str:
+        of_mean, of_spread = (spec, spec) if spec else (".4g", ".2g")
+        return f"{self.mean:{of_mean}}" + (f" ± {self.spread:{of_spread}}" if self.spread is not None else "")
+
+    def __str__(self) -> str:
+        return format(self)
+
 
 class Results:
     """Cells, the floor, and the conditions that they share, in a JSON file that is written whole or not at all.
@@ -46,16 +89,16 @@ class Results:
     def __init__(self, path: Path, conditions: dict[str, Any], command: str = ""):
         self.path = path
         self.command = command
-        self.conditions = conditions
+        self.conditions: dict[str, Any] = json.loads(json.dumps(conditions, default=str))
         self.floor: list[dict[str, float]] = []
         self.cells: list[Cell] = []
         if path.is_file():
             found = Results.read(path)
             theirs, self.floor, self.cells = found.conditions, found.floor, found.cells
             different = [
-                f"{name} {theirs.get(name)!r}, now {conditions.get(name)!r}"
-                for name in dict.fromkeys([*theirs, *conditions])
-                if theirs.get(name) != conditions.get(name)
+                f"{name} {theirs.get(name)!r}, now {self.conditions.get(name)!r}"
+                for name in dict.fromkeys([*theirs, *self.conditions])
+                if theirs.get(name) != self.conditions.get(name)
             ]
             if different:
                 raise ValueError(
@@ -87,14 +130,63 @@ class Results:
         wanted = (scheduler, calls, seed)
         return next((c for c in self.cells if (c.scheduler, c.calls, c.seed) == wanted), None)
 
+    def measure(
+        self,
+        scheduler: str,
+        calls: int | None,
+        seed: int | None,
+        draw: Callable[[], tuple[Any, int | None]],
+        score: Callable[[Any], dict[str, float]],
+    ) -> Cell:
+        """The finished cell; where there is none it is measured, written and printed. All processes take part.
+
+        Args:
+            scheduler, calls, seed: which cell.
+            draw: gives the samples, and the network calls that were made. Where it raises a `NoGridError`, that is
+                the reason why the cell has no scores.
+            score: of the samples; its values must be the same on all processes.
+        """
+        if (found := self.find(scheduler, calls, seed)) is not None:
+            return found
+        start = time.perf_counter()
+        try:
+            samples, network_calls = draw()
+            sampled = time.perf_counter()
+            scores = score(samples)
+            seconds = sampled - start, time.perf_counter() - sampled
+            cell = Cell(scheduler, calls, seed, scores, network_calls, *seconds)
+        except NoGridError as error:
+            cell = Cell(scheduler, calls, seed, reason=str(error))
+        self.cells.append(cell)
+        self.save()
+        if process_state().is_main_process:
+            print(cell, flush=True)
+        return cell
+
+    def of_seeds(
+        self, scheduler: str, calls: int | None, num_seeds: int, make: Callable[[int], dict[str, float]]
+    ) -> list[dict[str, float]] | None:
+        """Scores of the cells of seeds from 0 on, each `make(seed)` where it is not there; None if one has none."""
+        cells = [self.measure(scheduler, calls, seed, partial(_nothing, seed), make) for seed in range(num_seeds)]
+        return None if any(cell.reason for cell in cells) else [cell.scores for cell in cells]
+
     def save(self) -> None:
-        """Write the file."""
-        content = {
-            "command": self.command,
-            "conditions": self.conditions,
-            "floor": self.floor,
-            "cells": [asdict(cell) for cell in self.cells],
-        }
-        unfinished = self.path.with_suffix(".json.part")
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
+        """Write the file; the main process does. What another run has added to it meanwhile stays."""
+
+        def write() -> None:
+            there = Results.read(self.path).cells if self.path.is_file() else []
+            cells = [*self.cells, *(c for c in there if self.find(c.scheduler, c.calls, c.seed) is None)]
+            content = {
+                "command": self.command,
+                "conditions": self.conditions,
+                "floor": self.floor,
+                "cells": [asdict(cell) for cell in cells],
+            }
+            write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+        from_main(write)
+
+
+def _nothing(seed: int) -> tuple[int, None]:
+    """For scores that are not of one set of samples."""
+    return seed, None

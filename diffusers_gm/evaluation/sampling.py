@@ -11,12 +11,12 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
-import diffusers_gm
-
+from .. import pipelines, schedulers
 from ..data import SAMPLES, generator_for
+from ..launch import over_processes
 from ..pipelines.unconditional import UnconditionalPipeline
-from ..schedulers.base import SamplerScheduler
-from .processes import over_processes
+
+OUR_SCHEDULERS = tuple(cls for name, cls in vars(schedulers).items() if name.endswith("Scheduler"))
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> Any:
@@ -31,7 +31,7 @@ def load_pipeline(name_or_path: str, device: torch.device) -> Any:
     """
     name = DiffusionPipeline.load_config(name_or_path)["_class_name"]
     name = name if isinstance(name, str) else name[-1]
-    cls = getattr(diffusers_gm, name, None) or getattr(diffusers, name, None)
+    cls = getattr(pipelines, name, None) or getattr(diffusers, name, None)
     if cls is None:
         raise ValueError(f"{name_or_path} is a {name}, which neither diffusers nor diffusers_gm knows")
     pipeline = cls.from_pretrained(name_or_path)
@@ -89,7 +89,7 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
             network as something else than its own scheduler does.
     """
     name, *changes = words
-    cls: Any = getattr(diffusers_gm, name, None) or getattr(diffusers, name, None)
+    cls: Any = getattr(schedulers, name, None) or getattr(diffusers, name, None)
     is_scheduler = inspect.isclass(cls) and all(hasattr(cls, m) for m in ("from_config", "set_timesteps", "step"))
     if not is_scheduler:
         raise ValueError(f"--scheduler {name!r} is no scheduler of diffusers or diffusers_gm")
@@ -106,7 +106,7 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
         except json.JSONDecodeError:
             options[option] = value
     config = own.config
-    if isinstance(own, SamplerScheduler) and not issubclass(cls, SamplerScheduler):
+    if isinstance(own, OUR_SCHEDULERS) and not issubclass(cls, OUR_SCHEDULERS):
         try:
             config = own.diffusers_config()
         except ValueError as error:
@@ -140,7 +140,7 @@ SUITABLE = {
 
 def _noise_of(scheduler: Any) -> str:
     """The noise that it takes the network to be trained with: a noise space of ours, or else the scheduler's own."""
-    if isinstance(scheduler, SamplerScheduler):
+    if isinstance(scheduler, OUR_SCHEDULERS):
         return scheduler.noise_space.kind if scheduler.noise_space else "velocity"
     name = type(scheduler).__name__
     if name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
@@ -164,7 +164,7 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
     """
     trained_at = scheduler.config["num_train_timesteps"]
     for num_steps in range(num_calls, 0, -1):
-        if num_steps > trained_at and not isinstance(scheduler, SamplerScheduler):
+        if num_steps > trained_at and not isinstance(scheduler, OUR_SCHEDULERS):
             # Schedulers of diffusers do not say so, and break down in `step`.
             raise NoGridError(f"the network was trained at {trained_at} noise levels, and {num_calls} calls need more")
         try:
@@ -172,7 +172,7 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
         except ValueError as error:
             raise NoGridError(str(error)) from error
         timesteps = scheduler.timesteps
-        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, SamplerScheduler):
+        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, OUR_SCHEDULERS):
             # As `leading` of DPM-Solver++ has where there are as many steps as levels: `step` cannot find its place.
             raise NoGridError(f"its grid of {num_steps} steps has the first timestep twice")
         if len(timesteps) <= num_calls:

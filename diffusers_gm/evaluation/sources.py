@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data import ImageSource, TensorImages, examine, open_folder, open_source, scaled, split_digits
-from .processes import process_state
+from ..launch import process_state
 
 # Real images to compare with, where there are as many.
 NUM_REFERENCE = 10_000

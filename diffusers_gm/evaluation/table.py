@@ -1,82 +1,48 @@
-"""One network under several samplers and budgets, by sliced W2 alone: quick enough for the demo."""
+"""Figures as a Markdown table, and what they were made with."""
 
-import time
-from collections.abc import Iterator, Sequence
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from torch import Tensor
-
-from .distances import sliced_wasserstein
 
 
-@dataclass(frozen=True)
-class Quality:
-    """One cell of a quality table: a sampler at a number of network calls.
+@dataclass
+class Table:
+    """Rows under a header; numbers stay numbers until they are shown."""
 
-    Attributes:
-        sampler: its name.
-        calls: network calls.
-        distance: sliced W2 to the reference, in pixel units; None where the sampler has no stable step.
-        ratio: distance over the floor.
-        seconds: wall time of sampling.
-        reason: why there is no distance.
-    """
+    caption: str
+    header: list[str]
+    rows: list[list[Any]]
 
-    sampler: str
-    calls: int
-    distance: float | None
-    ratio: float | None
-    seconds: float
-    reason: str = ""
+    def markdown(self) -> str:
+        """Below its caption, where it has one; floats with four significant digits."""
+        words = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
+        lines = ["| " + " | ".join(row) + " |" for row in [self.header, *words]]
+        table = "\n".join([lines[0], "|---" * len(self.header) + "|", *lines[1:]])
+        return f"{self.caption}\n\n{table}" if self.caption else table
 
 
-def quality(
-    pipeline: Any,
-    schedulers: dict[str, Any],
-    calls: Sequence[int],
-    reference: Tensor,
-    floor: float,
-    num_samples: int,
-    seed: int = 0,
-) -> Iterator[Quality]:
-    """Sliced W2 of one network under several schedulers and budgets, one result at a time.
-
-    Args:
-        pipeline: an unconditional image pipeline; its scheduler is replaced, and put back at the end.
-        schedulers: samplers by name.
-        calls: numbers of network calls.
-        reference: real images `(n, C, H, W)` in [-1, 1].
-        floor: the same distance between `num_samples` real images that are not in the reference, and the reference.
-        num_samples: images per cell.
-        seed: decides the samples.
-    """
-    original = pipeline.scheduler
-    try:
-        for name, scheduler in schedulers.items():
-            pipeline.scheduler = scheduler
-            for count in calls:
-                start = time.perf_counter()
-                try:
-                    scheduler.set_timesteps(count)
-                except ValueError as error:
-                    yield Quality(name, count, None, None, 0.0, str(error))
-                    continue
-                generator = torch.Generator().manual_seed(seed)
-                images = pipeline(num_samples, count, generator, output_type="pt").images
-                seconds = time.perf_counter() - start
-                distance = sliced_wasserstein(images.cpu() * 2 - 1, reference)
-                yield Quality(name, count, distance, distance / floor, seconds)
-    finally:
-        pipeline.scheduler = original
+def machine() -> str:
+    """What the figures were made on."""
+    return (
+        f"{platform.machine()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    )
 
 
-def markdown_table(results: Sequence[Quality]) -> str:
-    """Ratios to the floor as Markdown: a row per sampler, a column per number of calls; `-` = no stable step."""
-    calls = sorted({r.calls for r in results})
-    cells = {(r.sampler, r.calls): f"{r.ratio:.2f}" if r.ratio is not None else "-" for r in results}
-    lines = ["| sampler | " + " | ".join(f"{n} calls" for n in calls) + " |", "|---" * (len(calls) + 1) + "|"]
-    for name in dict.fromkeys(r.sampler for r in results):
-        lines.append(f"| {name} | " + " | ".join(cells.get((name, n), "") for n in calls) + " |")
-    return "\n".join(lines)
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command of this process, `python -m module options`, without the folder of the results."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for option in ("--output", "--output_dir"):
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
+    return shlex.join(["python", "-m", module, *words])

@@ -12,7 +12,9 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import snapshot_download
 
+from .. import schedulers
 from ..version import __version__
+from .repository import CARD_FILES, short_card, upload
 
 LIBRARY = "diffusers_gm"
 
@@ -144,8 +146,6 @@ class HubPipeline(DiffusionPipeline):
         Raises:
             ValueError: if `private` is asked for and the repository already exists and is public.
         """
-        from ..hub import CARD_FILES
-
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
             source = Path(self.name_or_path) if self.name_or_path else None
@@ -163,18 +163,14 @@ class HubPipeline(DiffusionPipeline):
         token: str | None,
         create_pr: bool,
     ) -> str:
-        from .. import cards, hub  # here, as `hub` is a command too, which would be loaded twice
-
+        card = short_card(repo_id, type(self).__name__, self.default_num_inference_steps)
         message = message or f"Upload {type(self).__name__}"
-        card = cards.short_card(repo_id, type(self).__name__, self.default_num_inference_steps)
-        return hub.push_to_hub(Path(folder), repo_id, private, token, message, create_pr, card)
+        return upload(Path(folder), repo_id, private, token, message, create_pr, card)
 
 
 def _module_of(class_name: str) -> str:
     """The module of a class of this package; diffusers looks for code beside the model under the package's name."""
-    import diffusers_gm
-
-    found = getattr(diffusers_gm, class_name, None)
+    found = getattr(schedulers, class_name, None)
     if found is None:
         raise ValueError(f"diffusers_gm {__version__} has no {class_name}: the model needs a newer version")
     return found.__module__

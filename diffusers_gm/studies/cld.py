@@ -13,21 +13,28 @@ trainings that they have in common.
 """
 
 import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import CLDSSCSScheduler
+from ..evaluation.report import plot_curves
+from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
-from .cld_common import GRIDS, SAMPLERS, against
+from ..random import Draw
+from ..samplers import Memory
+from ..schedulers import CLDSSCSScheduler
+from .cld_digits import GRIDS, SAMPLERS, against, as_curves
 from .cld_likelihood import likelihood
 from .cld_target import target
 from .cld_training import losses, robustness, samplers
 from .command import at_least, parse, study_parser
-from .common import machine, save_picture
-from .report import Report, Table
+from .pictures import save_picture
+from .report import Report
 
 CALLS = (10, 20, 50, 100, 200)
 
@@ -35,54 +42,52 @@ CALLS = (10, 20, 50, 100, 200)
 
 
 def terminal_variance(scheduler: CLDSSCSScheduler, num_calls: int, data_variance: float = 0.25) -> float:
-    """Variance of x after a run with the exact score of `N(0, data_variance)`: no sampling, the matrices of the steps.
+    """Variance of x after a run with the exact denoiser of `N(0, data_variance)`, without sampling.
 
-    A run is linear in what it draws: the rows of `state` say how (x, v) depends on each draw so far.
+    A run is linear in what it draws: of a batch of runs, each has one unit draw and zeros else, and squares add up.
     """
-    process = scheduler.process
     scheduler.set_timesteps(num_calls)
-    clocks = process.clock(scheduler.timesteps.double() / scheduler.config["num_train_timesteps"])
-    marginal = process.marginal(clocks)
-    m = marginal.transition[..., 0]
-    exact = marginal.covariance + data_variance * m[..., :, None] * m[..., None, :]
-    scores = -torch.linalg.inv(exact)[:, 1]
-    state = torch.diag(torch.tensor([1.0, process.velocity_scale], dtype=torch.float64))
-    previous = torch.zeros(2, dtype=torch.float64)
-    for i, row in enumerate(scores):
-        at, update = scheduler._lifts[i], scheduler._updates[i]
-        score = state @ row
-        denoised = at.denoised(state[:, 0], state[:, 1], score)
-        answer = score + at.score_gain * scheduler._ahead[i] * (denoised - previous)
-        state = state @ update.matrix.T + answer[:, None] * update.gain
-        previous = denoised
-        if i < len(scores) - 1 and scheduler.config["algorithm_type"] != "probability_flow":
-            state = torch.cat([state, update.root.T])
-            previous = torch.nn.functional.pad(previous, (0, 2))
-    return float(state[:, 0].square().sum())
+    reading, sampler, num_runs = scheduler.reading, scheduler.sampler, 2 * num_calls + 2
+    draw = Pulses(unused=iter(torch.eye(num_runs, dtype=torch.float64)))
+    labels = scheduler.timesteps.double()
+    plan, start = sampler.plan(reading.sigma(labels)), reading.calls(labels)[0]
+    y, companion = reading.coordinates(reading.initial_sample(draw.normal((num_runs, 2)), start.sigma), start)
+    memory = Memory(companion=companion)
+    for i, sigma in enumerate(plan.sigmas.tolist()):
+        y, memory = sampler.step(plan, i, y, data_variance / (data_variance + sigma**2) * y, memory, draw)
+    return float(y.square().sum())
+
+
+@dataclass(frozen=True)
+class Pulses(Draw):
+    """Draws for as many runs as there are rows: every number drawn is 1 in one run of its own, and 0 in the others."""
+
+    unused: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.stack([next(self.unused) for _ in range(math.prod(shape[1:]))], -1).view(tuple(shape))
 
 
 def terminal(args: argparse.Namespace) -> Report:
     """The error of the variance of every sampler on every grid."""
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    rows, on_quadratic = [], {}
+    variances: dict[str, list[float]] = {}
+    styles = {}
     for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-        for spacing, style in zip(GRIDS, (":^", "-o", "--s"), strict=True):
+        for spacing, style in zip(GRIDS, (":", "-", "--"), strict=True):
             scheduler = CLDSSCSScheduler(prediction_type="velocity_score", timestep_spacing=spacing, **config)
-            values = [terminal_variance(scheduler, n) for n in args.calls]
-            rows.append([f"{name}, {spacing}", *values])
-            errors = [abs(value - 0.25) for value in values]
-            if spacing == "quadratic":
-                on_quadratic[name] = errors
-            axis.loglog(args.calls, errors, style, color=color, label=rows[-1][0], markersize=3)
-    axis.set(xlabel="network calls", ylabel="|Var(x) - 0.25|", title="Gaussian data, exact score")
-    axis.set_xticks(args.calls, [str(n) for n in args.calls])
-    axis.minorticks_off()
+            variances[f"{name}, {spacing}"] = [terminal_variance(scheduler, n) for n in args.calls]
+            styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
+    errors = {name: [abs(value - 0.25) for value in values] for name, values in variances.items()}
+    on_quadratic = {name: errors[f"{name}, quadratic"] for name in SAMPLERS}
+    plot_curves(axis, as_curves(errors, args.calls), styles=styles)
+    axis.set(ylabel="|Var(x) - 0.25|", title="Gaussian data, exact score")
     axis.legend(fontsize=7)
     sentences = [against(name, "euler_maruyama", on_quadratic, args.calls) for name in ("sscs", "sscs, order 2")]
     accidents = [
         f"{name} at {calls}"
-        for name, errors in on_quadratic.items()
-        for calls, error, following in zip(args.calls, errors, errors[1:], strict=False)
+        for name, of_name in on_quadratic.items()
+        for calls, error, following in zip(args.calls, of_name, of_name[1:], strict=False)
         if error < following
     ]
     if accidents:
@@ -92,7 +97,13 @@ def terminal(args: argparse.Namespace) -> Report:
         title="CLD: variance of samples of a Gaussian",
         question="With the exact score of N(0, 0.25), what variance do samples have after n calls?",
         verdict="Error of the variance, all on the quadratic grid. " + " ".join(sentences),
-        tables=[Table("Var(x); the data have 0.25.", ["", *(f"{n} calls" for n in args.calls)], rows)],
+        tables=[
+            Table(
+                "Var(x); the data have 0.25.",
+                ["", *(f"{n} calls" for n in args.calls)],
+                [[name, *values] for name, values in variances.items()],
+            )
+        ],
         pictures=[save_picture(figure, args.output / "cld_terminal.png")],
         conditions="Exact: the product of the matrices of the steps, no sampling.",
     )

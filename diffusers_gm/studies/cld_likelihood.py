@@ -2,19 +2,21 @@
 
 import argparse
 import math
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import CLDPipeline
 from ..data import split_digits
 from ..evaluation import cld_bits_per_dimension
-from ..likelihood import mean_and_error
-from .cld_common import as_network, train_cld
-from .common import TIE, draw, over_floor, save_picture
-from .report import Report, Table
+from ..evaluation.results import Statistic
+from ..evaluation.table import Table
+from .cld_digits import results_of, train_cld
+from .digits import TIE, images_of, over_floor, pipeline_of
+from .pictures import save_picture
+from .report import Report
 
 NUM_LEVELS = 17
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -43,22 +45,24 @@ def likelihood(args: argparse.Namespace) -> Report:
     train, held_out = split_digits()
     held_out = held_out[: args.num_samples]
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    results = results_of(args, "cld_likelihood", solver_steps=args.solver_steps)
     bits: dict[str, tuple[float, float]] = {}
     ratios: dict[str, float] = {}
-    for name, options in TRAININGS.items():
-        unet, scheduler = train_cld(args, **options)
-        values = cld_bits_per_dimension(
-            CLDPipeline(unet, scheduler),
-            held_out,
-            NUM_LEVELS,
-            args.solver_steps,
-            generator=torch.Generator().manual_seed(0),
-        )
-        bits[name] = mean_and_error(values)
-        axis.hist(values.tolist(), bins=15, histtype="step", linewidth=1.6, label=name)
-        samples = draw(as_network(unet), scheduler, (args.num_samples, 2, 8, 8), CALLS)
-        ratios[name] = over_floor(to_levels(samples) * 2 / (NUM_LEVELS - 1) - 1)
-        print(name, bits[name], ratios[name], flush=True)
+
+    def measure(name: str, seed: int) -> dict[str, float]:
+        pipeline = pipeline_of(*train_cld(args, **TRAININGS[name]))
+        generator = torch.Generator().manual_seed(seed)
+        values = cld_bits_per_dimension(pipeline, held_out, NUM_LEVELS, args.solver_steps, generator=generator)
+        samples, _ = images_of(pipeline, CALLS, args.num_samples, seed)
+        ratio = over_floor(to_levels(samples) * 2 / (NUM_LEVELS - 1) - 1)
+        return {"ratio": ratio, **{f"bits of image {i}": float(value) for i, value in enumerate(values)}}
+
+    for name in TRAININGS:
+        (found,) = results.of_seeds(name, CALLS, 1, partial(measure, name)) or [{}]
+        ratios[name] = found.pop("ratio")
+        of_name = Statistic.of(list(found.values()))
+        bits[name] = of_name.mean, of_name.error
+        axis.hist(list(found.values()), bins=15, histtype="step", linewidth=1.6, label=name)
     lines = {
         "uniform over the levels": math.log2(NUM_LEVELS),
         "independent pixels": float(independent_pixels(train, held_out).mean()),

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
-from ..exact import ExactDenoiser
+from ..evaluation.table import Table
 from ..losses import cld_loss
 from ..processes.cld import CLD, lift, perturb
 from ..training.methods.cld import FIRST_TIME
 from ..training.options import TrainingArguments
-from .cld_common import TIMES, as_network, train_cld
-from .common import TIE, kept_unet, parts_of, save_picture, train_on_digits
-from .report import Report, Table
+from .cld_digits import TIMES, as_network, train_cld
+from .digits import TIE, kept_unet, parts_of, train_on_digits
+from .exact import ExactDenoiser
+from .pictures import save_picture
+from .report import Report
 
 HEADER = [
     *("t", "noise level CLD", "noise level VP", "loss CLD", "least", "loss VP", "least"),

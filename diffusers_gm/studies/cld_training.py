@@ -7,23 +7,30 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import CLDPipeline, CLDSSCSScheduler
 from ..data import split_digits
-from ..exact import ExactDenoiser
+from ..evaluation.report import plot_curves
+from ..evaluation.sampling import describe_model
+from ..evaluation.table import Table
 from ..losses import cld_loss
+from ..pipelines import CLDPipeline
 from ..processes.cld import CLD, lift
-from .cld_common import (
+from ..schedulers import CLDSSCSScheduler
+from .cld_digits import (
     SAMPLERS,
     TIMES,
     against,
+    as_curves,
     as_network,
     digits_conditions,
-    ratio_to_floor,
+    ratio_table,
     ratios_to_floor,
+    results_of,
     train_cld,
 )
-from .common import TIE, Network, quality_axes, save_picture
-from .report import Report, Table
+from .digits import TIE
+from .exact import ExactDenoiser, Network, NetworkOf
+from .pictures import save_picture
+from .report import Report
 
 # --- Robustness ---
 
@@ -38,10 +45,10 @@ def robustness(args: argparse.Namespace) -> Report:
     equilibrium by t = 1, a heavy one less far.
     """
     settings = [(gamma, mass) for gamma in GAMMAS for mass in MASSES]
-    rows = []
+    results, rows = results_of(args, "cld_robustness"), []
     for gamma, mass in settings:
-        unet, scheduler = train_cld(args, gamma=gamma, mass=mass)
-        rows.append(ratios_to_floor(unet, scheduler, args, f"gamma {gamma:g}, mass {mass:g}"))
+        name, trained = f"gamma {gamma:g}, mass {mass:g}", train_cld(args, gamma=gamma, mass=mass)
+        rows.append(ratios_to_floor(results, name, *trained, args.calls))
     ratios = torch.tensor(rows).T.reshape(len(args.calls), len(GAMMAS), len(MASSES))
 
     figure, axes = plt.subplots(
@@ -118,32 +125,27 @@ def score_errors(unet: Any, scheduler: CLDSSCSScheduler, num_images: int, hybrid
 def losses(args: argparse.Namespace) -> Report:
     """Hybrid against denoising score matching, with the mixed score and without: the same network, steps and seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    ratios, errors, own = {}, {}, {}
+    results = results_of(args, "cld_losses")
+    ratios, errors, own, styles = {}, {}, {}, {}
     for (name, options), color in zip(LOSSES.items(), ("C0", "C1", "C0", "C1"), strict=True):
         unet, scheduler = train_cld(args, **options)
         hybrid = "cld_loss" not in options
-        ratios[name] = ratios_to_floor(unet, scheduler, args, name)
+        ratios[name] = ratios_to_floor(results, name, unet, scheduler, args.calls)
         errors[name] = score_errors(unet, scheduler, args.num_samples, True)
         own[name] = errors[name] if hybrid else score_errors(unet, scheduler, args.num_samples, False)
-        style: dict[str, Any] = {"color": color, "linestyle": "-" if hybrid else "--", "marker": "o", "label": name}
-        left.semilogx(args.calls, ratios[name], **style)
-        right.semilogy(TIMES, errors[name], **style)
-    left.set(xlabel="network calls", ylabel="sliced W2 over the floor", title="samples")
+        styles[name] = {"color": color, "linestyle": "-" if hybrid else "--", "marker": "o"}
+        right.semilogy(TIMES, errors[name], label=name, **styles[name])
+    plot_curves(left, as_curves(ratios, args.calls), 1, styles)
+    left.set(ylabel="sliced W2 over the floor", title="samples")
     right.set(xlabel="t", ylabel="HSM loss, held-out digits", title="error of the score")
     left.legend(fontsize=8)
-    left.set_xticks(args.calls, [str(n) for n in args.calls])
-    left.minorticks_off()
     return Report(
         name="cld_losses",
         title="CLD: hybrid score matching and the mixed score",
         question="What do hybrid score matching (HSM in place of DSM) and the mixed score add, all else equal?",
         verdict=verdict_on_losses(ratios, errors, args.calls),
         tables=[
-            Table(
-                "Sliced W2 over the floor.",
-                ["", *(f"{n} calls" for n in args.calls)],
-                [[k, *v] for k, v in ratios.items()],
-            ),
+            ratio_table("Sliced W2 over the floor.", ratios, args.calls),
             Table(
                 "Error of the score: the HSM loss (weight ell^-2) on the held-out digits, the same noise for all.",
                 ["", *(f"t = {t:g}" for t in TIMES), "mean"],
@@ -197,30 +199,31 @@ def samplers(args: argparse.Namespace) -> Report:
     else:
         unet, described = train_cld(args)
     exact = CLDSSCSScheduler.from_config(described.config, prediction_type="velocity_score")
-    models: dict[str, tuple[Network, CLDSSCSScheduler]] = {
-        "exact denoiser": (exact_velocity_score(exact.process, split_digits()[0]), exact),
-        "trained network": (as_network(unet), described),
+    models: dict[str, tuple[Any, CLDSSCSScheduler]] = {
+        "exact denoiser": (NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2), exact),
+        "trained network": (unet, described),
     }
+    results = results_of(args, "cld_samplers", model=describe_model(CLDPipeline(unet, described)))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     tables, sentences = [], []
     for axis, (model, (network, scheduler)) in zip(axes, models.items(), strict=True):
-        rows: list[list[Any]] = []
+        ratios: dict[str, list[float]] = {}
         best: dict[str, list[float]] = {}
+        styles: dict[str, dict[str, Any]] = {}
         for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-            for spacing, style in zip(args.grids, ("-o", "--s", ":^"), strict=False):
+            for spacing, style in zip(args.grids, ("-", "--", ":"), strict=False):
                 changed = CLDSSCSScheduler.from_config(
                     scheduler.config, timestep_spacing=spacing, **({"algorithm_type": "sscs"} | config)
                 )
-                ratios = [ratio_to_floor(network, changed, n, args) for n in args.calls]
-                rows.append([f"{name}, {spacing}", *ratios])
-                print(f"{model}, {rows[-1][0]}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
-                best[name] = [min(pair) for pair in zip(best.get(name, ratios), ratios, strict=True)]
-                axis.plot(args.calls, ratios, style, color=color, label=rows[-1][0], markersize=3)
-        tables.append(Table(f"Sliced W2 over the floor, {model}.", ["", *(f"{n} calls" for n in args.calls)], rows))
+                of_grid = ratios_to_floor(results, f"{model}, {name}, {spacing}", network, changed, args.calls)
+                ratios[f"{name}, {spacing}"] = of_grid
+                styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
+                best[name] = [min(pair) for pair in zip(best.get(name, of_grid), of_grid, strict=True)]
+        tables.append(ratio_table(f"Sliced W2 over the floor, {model}.", ratios, args.calls))
         sentences += [f"With the {model}:"]
         sentences += [against(name, "euler_maruyama", best, args.calls) for name in ("sscs", "sscs, order 2")]
-        quality_axes(axis, args.calls)
-        axis.set_title(model)
+        plot_curves(axis, as_curves(ratios, args.calls), 1, styles)
+        axis.set(title=model, ylabel="sliced W2 over the floor")
         axis.label_outer()
         axis.legend(fontsize=7)
     return Report(

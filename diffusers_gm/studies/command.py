@@ -14,6 +14,11 @@ matplotlib.use("Agg")  # pictures go to files
 Study = Callable[[argparse.Namespace], Report]
 
 
+def program(module: str) -> str:
+    """What to type for a module of this package."""
+    return f"python -m {__package__}.{module}"
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A `type` of argparse: whole numbers from `least` on."""
 
@@ -33,13 +38,13 @@ def study_parser(
 
     Args:
         module: its name in this package.
-        description: its docstring, of which the first line is shown.
+        description: its docstring, shown with the list of its studies.
         studies: names of its studies; where there is only one, the command does not ask which.
         steps: the default of `--steps`.
         seeds: whether there is an option `--seeds`.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m diffusers_gm.studies.{module}", description=(description or "").split("\n", maxsplit=1)[0]
+        prog=program(module), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, names = parser.add_argument, list(studies)
     if len(names) > 1:

@@ -1,9 +1,6 @@
-"""Unconditional training from diffusers' public classes, as its example does it: what ours is compared with.
+"""Unconditional training from diffusers' public classes, as its example does it: for `.throughput`."""
 
-python -m diffusers_gm.studies.diffusers_loop FOLDER CONFIG RESOLUTION BATCH_SIZE STEPS
-"""
-
-import sys
+import argparse
 from typing import Any
 
 import datasets
@@ -17,6 +14,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from .command import program
 
 
 def train(folder: str, config: str, resolution: int, batch_size: int, max_train_steps: int) -> None:  # noqa: PLR0915
@@ -98,5 +97,9 @@ def train(folder: str, config: str, resolution: int, batch_size: int, max_train_
 
 
 if __name__ == "__main__":
-    folder, config, *numbers = sys.argv[1:]
-    train(folder, config, *map(int, numbers))
+    parser = argparse.ArgumentParser(prog=program("diffusers_loop"), description=__doc__)
+    parser.add_argument("folder", help="of images")
+    parser.add_argument("config", help="of the network, a JSON file")
+    for name in ("resolution", "batch_size", "max_train_steps"):
+        parser.add_argument(name, type=int)
+    train(**vars(parser.parse_args()))

@@ -14,30 +14,25 @@ import argparse
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from torch import Tensor
 
-from .. import GMLangevinScheduler, GMSGMPipeline
-from ..training.options import TrainingArguments
+from ..evaluation.report import curve_table, plot_curves
+from ..evaluation.results import Statistic
+from ..evaluation.table import Table
+from ..random import Draw
+from ..samplers import Langevin, Memory, Sampler
+from ..samplers.langevin import LangevinPlan
+from ..schedulers import GMLangevinScheduler
 from .command import at_least, parse, study_parser
-from .common import (
-    Cells,
-    in_words,
-    mean_and_spread,
-    parts_of,
-    quality_axes,
-    quality_of,
-    save_picture,
-    tie,
-    trained,
-)
+from .digits import kept_results, pipeline_of, quality, statistic_of, tie, trained
 from .increments import increments
-from .ncsnv2_trained import arguments as k1_arguments
-from .ncsnv2_trained import conditions, verdict_of
+from .ncsnv2_trained import conditions, train_ncsnv2, verdict_of
+from .pictures import save_picture
 from .rare_modes import rare_modes
-from .report import Report, Table
+from .report import Report
 from .switching import switching
 
 SAMPLERS = ("langevin", "jump", "exponential", "ancestral", "ode")
@@ -56,12 +51,12 @@ GAUSSIAN = "K = 1"
 Found = dict[tuple[str, str, int], list[float] | None]
 
 
-def model(args: argparse.Namespace, name: str, seed: int, parts: Path) -> tuple[Any, Any]:
+def model(args: argparse.Namespace, name: str, seed: int) -> tuple[Any, Any]:
     """A trained digits network and a `GMLangevinScheduler` that describes it."""
     if name == GAUSSIAN:
-        unet, scheduler = trained(k1_arguments(args, seed), parts)
+        unet, scheduler = train_ncsnv2(args, seed)
         return unet, GMLangevinScheduler.from_config(scheduler.config, algorithm_type="langevin")
-    return trained(TrainingArguments(max_train_steps=args.steps, seed=seed, **MODELS[name]), parts)
+    return trained(args.output, max_train_steps=args.steps, seed=seed, **MODELS[name])
 
 
 # --- Is a mixture better? ---
@@ -70,14 +65,12 @@ def model(args: argparse.Namespace, name: str, seed: int, parts: Path) -> tuple[
 def claim(args: argparse.Namespace) -> Report:
     budgets = args.calls or [10, 20, 50, 200]
     names = args.models or list(MODELS)
-    parts = parts_of(args.output)
-    cells = Cells(parts / f"claim steps={args.steps} n={args.num_samples}.json", MODELS)
+    results = kept_results("claim", args.num_samples, args.output, steps=args.steps, models=MODELS)
     least = tie(args.seeds)
 
-    def measure(name: str, sampler: str, calls: int, seed: int) -> float | None:
-        unet, scheduler = model(args, name, seed, parts)
-        changed = GMLangevinScheduler.from_config(scheduler.config, algorithm_type=sampler)
-        return quality_of(GMSGMPipeline(unet, changed), calls, args.num_samples, seed)
+    def pipeline(name: str, sampler: str, seed: int) -> Any:
+        unet, scheduler = model(args, name, seed)
+        return pipeline_of(unet, GMLangevinScheduler.from_config(scheduler.config, algorithm_type=sampler))
 
     found: Found = {}
     for name in (GAUSSIAN, *names):
@@ -85,8 +78,8 @@ def claim(args: argparse.Namespace) -> Report:
             # With one component, jumps are Langevin steps, to the bit.
             same = "langevin" if name == GAUSSIAN and sampler == "jump" else sampler
             for calls in budgets:
-                cell = f"{name}, {same}, {calls} calls"
-                found[name, sampler, calls] = cells.of_seeds(cell, partial(measure, name, same, calls), args.seeds)
+                make = partial(pipeline, name, same)
+                found[name, sampler, calls] = quality(results, f"{name}, {same}", calls, args.seeds, make)
 
     def ratios(name: str, sampler: str, calls: int) -> list[float] | None:
         ours, base = found[name, sampler, calls], found[GAUSSIAN, sampler, calls]
@@ -102,22 +95,25 @@ def claim(args: argparse.Namespace) -> Report:
     per_sampler: dict[str, dict[str, list[float]]] = {}
     for sampler in SAMPLERS:
         for calls in budgets:
-            row: list[Any] = [sampler, calls, in_words(found[GAUSSIAN, sampler, calls])]
+            row: list[Any] = [sampler, calls, words(found[GAUSSIAN, sampler, calls])]
             for name in names:
                 seeds = ratios(name, sampler, calls)
-                row.append(in_words(seeds))
+                row.append(words(seeds))
                 if seeds is not None:
-                    mean, spread = mean_and_spread(seeds)
-                    counts[verdict_of([mean], [spread], least)] += 1
+                    ratio = Statistic.of(seeds)
+                    counts[verdict_of([ratio.mean], [ratio.spread or 0.0], least)] += 1
                     learned = MODELS[name].get("objective", "denoiser")
-                    per_sampler.setdefault(learned, {}).setdefault(sampler, []).append(mean)
+                    per_sampler.setdefault(learned, {}).setdefault(sampler, []).append(ratio.mean)
             rows.append(row)
     at_best = {
-        calls: [mean_and_spread([a / b for a, b in zip(best(n, calls), best(GAUSSIAN, calls), strict=True)])[0]
-                for n in names] for calls in budgets
-    }  # fmt: skip
+        calls: [
+            Statistic.of([a / b for a, b in zip(best(name, calls), best(GAUSSIAN, calls), strict=True)]).mean
+            for name in names
+        ]
+        for calls in budgets
+    }
     for calls in budgets:
-        rows.append(["**best sampler of each**", calls, in_words(best(GAUSSIAN, calls)), *at_best[calls]])
+        rows.append(["**best sampler of each**", calls, words(best(GAUSSIAN, calls)), *at_best[calls]])
 
     picture = plot_claim(args, budgets, names, found, at_best)
     total = sum(counts.values())
@@ -137,10 +133,14 @@ def claim(args: argparse.Namespace) -> Report:
                "the mixture is better); `-` where there is no stable step.",
                ["sampler", "calls", "K = 1, over the floor", *(f"{n}: ratio" for n in names)], rows)],
         [picture],
-        conditions(args) + f" A difference counts from {least:.0%}, the spread of sampling, and from the half-range of "
-        "the ratio. Mixtures learn the denoiser unless it says score. With one component, "
+        conditions(args) + f" A difference counts from {least:.0%}, the spread of sampling, and from the "
+        "standard deviation of the ratio. Mixtures learn the denoiser unless it says score. With one component, "
         "`jump` is `langevin`.",
     )  # fmt: skip
+
+
+def words(values: list[float] | None) -> str:
+    return f"{Statistic.of(values):.2f}" if values else "-"
 
 
 def in_mean(learned: str, ratios: dict[str, list[float]], least: float) -> str:
@@ -170,22 +170,15 @@ def plot_claim(
 ) -> str:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     for axis, sampler in zip(axes.flat, SAMPLERS, strict=False):
-        for name in (GAUSSIAN, *names):
-            points = [(c, mean_and_spread(v)) for c in budgets if (v := found[name, sampler, c])]
-            if points:
-                calls, values = zip(*points, strict=True)
-                means, spreads = zip(*values, strict=True)
-                width = 2.5 if name == GAUSSIAN else 1
-                axis.errorbar(calls, means, spreads, marker="o", markersize=3, linewidth=width, label=name)
-        quality_axes(axis, budgets)
+        curves = {name: {c: statistic_of(found[name, sampler, c]) for c in budgets} for name in (GAUSSIAN, *names)}
+        plot_curves(axis, curves, 1, {GAUSSIAN: {"linewidth": 2.5}})
         axis.set(title=sampler, ylim=(0.95, 1.1 * max(max(v) for v in found.values() if v)))
+        axis.set_ylabel("sliced W2 over the floor")
     last = axes.flat[-1]
     last.axhline(1, color="C0", linewidth=2.5, label=GAUSSIAN)
-    for i, name in enumerate(names):
-        last.semilogx(budgets, [at_best[c][i] for c in budgets], "-o", color=f"C{i + 1}", markersize=3, label=name)
-    last.set(title="best sampler of each", xlabel="network calls", ylabel="ratio to K = 1")
-    last.set_xticks(budgets, [str(c) for c in budgets])
-    last.minorticks_off()
+    of_best = {name: {c: Statistic(at_best[c][i], None) for c in budgets} for i, name in enumerate(names)}
+    plot_curves(last, of_best, None, {name: {"color": f"C{i + 1}"} for i, name in enumerate(names)}, "linear")
+    last.set(title="best sampler of each", ylabel="ratio to K = 1")
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return save_picture(figure, args.output / "gm_sgm_claim.png")
 
@@ -193,45 +186,50 @@ def plot_claim(
 # --- Why do the Langevin samplers differ? ---
 
 
-class Unaware(GMLangevinScheduler):
+class UnawareChain(Langevin):
     """The component of an image is told at the level of the call, as if the chain were there."""
 
-    def _advance_level(self, call: Any) -> None:
-        self._level = None
+    def step(
+        self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        y, memory = super().step(plan, i, y, denoised, memory._replace(level=None), draw)
+        return y, memory._replace(level=None)
+
+
+class Unaware(GMLangevinScheduler):
+    def _make_sampler(self) -> Sampler:
+        return UnawareChain(**vars(super()._make_sampler()))
 
 
 def lag(args: argparse.Namespace) -> Report:
     budgets = args.calls or [10, 20, 50, 200]
-    parts = parts_of(args.output)
     mixture, least = next(iter(MODELS)), tie(args.seeds)
-    cells = Cells(parts / f"lag steps={args.steps} n={args.num_samples}.json", {"mixture": [mixture, MODELS[mixture]]})
+    results = kept_results("lag", args.num_samples, args.output, steps=args.steps, mixture=[mixture, MODELS[mixture]])
     plain, ours, blind, unaware = "K = 1", "mixture", "K = 1, not told any level", "mixture, unaware of the lag"
     told, ours_told = f"{plain}, told where the chain is", f"{ours}, told where the chain is"
     names = (plain, told, blind, ours, ours_told, unaware)
 
-    def measure(name: str, calls: int, seed: int) -> float | None:
+    def pipeline(name: str, seed: int) -> Any:
         if name == blind:
-            unet, source = trained(k1_arguments(args, seed, conditioning="none"), parts)
+            unet, source = train_ncsnv2(args, seed, conditioning="none")
         else:
-            unet, source = model(args, mixture if name.startswith("mixture") else GAUSSIAN, seed, parts)
+            unet, source = model(args, mixture if name.startswith("mixture") else GAUSSIAN, seed)
         kind = Unaware if name == unaware else GMLangevinScheduler
         level = "chain" if name in (told, ours_told) else "ladder"
-        scheduler = kind.from_config(source.config, algorithm_type="langevin", network_level=level)
-        return quality_of(GMSGMPipeline(unet, scheduler), calls, args.num_samples, seed)
+        return pipeline_of(unet, kind.from_config(source.config, algorithm_type="langevin", network_level=level))
 
-    found = {(name, calls): cells.of_seeds(f"{name}, {calls} calls", partial(measure, name, calls), args.seeds)
-             for name in names for calls in budgets}  # fmt: skip
-    rows = [[name, *(in_words(found[name, calls]) for calls in budgets)] for name in names]
-    mean = {key: mean_and_spread(values)[0] if values else math.nan for key, values in found.items()}
+    found = {
+        name: {c: statistic_of(quality(results, name, c, args.seeds, partial(pipeline, name))) for c in budgets}
+        for name in names
+    }
+    mean = {(name, c): value.mean if value else math.nan for name in names for c, value in found[name].items()}
     # Where the mixture is clearly ahead of K = 1, how much of that the label alone makes up for.
     gap = {c: (mean[plain, c] - mean[told, c]) / (mean[plain, c] - mean[ours, c])
            for c in budgets if mean[ours, c] < (1 - least) * mean[plain, c]}  # fmt: skip
 
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for name in names:
-        style = "--s" if name in (told, ours_told) else "-o"
-        axis.plot(budgets, [mean[name, c] for c in budgets], style, label=name, markersize=4)
-    quality_axes(axis, budgets)
+    plot_curves(axis, found, 1, {name: {"linestyle": "--", "marker": "s"} for name in (told, ours_told)})
+    axis.set_ylabel("sliced W2 over the floor")
     axis.set_title("annealed Langevin dynamics, T = 1")
     axis.legend(fontsize=8)
     picture = save_picture(figure, args.output / "gm_sgm_lag.png")
@@ -257,7 +255,7 @@ def lag(args: argparse.Namespace) -> Report:
         + ", ".join(f"{mean[unaware, c]:.2f} at {c}" for c in budgets)
         + ". With both networks told where the chain is, the mixture's distance over that of K = 1 is "
         + ", ".join(f"{mean[ours_told, c] / mean[told, c]:.2f} at {c}" for c in budgets) + " calls.",
-        [Table("Sliced W2 over the floor of held-out digits.", ["", *(f"{c} calls" for c in budgets)], rows)],
+        [curve_table("Sliced W2 over the floor of held-out digits.", "", found)],
         [picture],
         conditions(args) + f" The mixture: {mixture}, denoiser.",
     )  # fmt: skip

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import GaussianMixtureNoise
-from .common import save_picture
-from .report import Report, Table
+from ..evaluation.table import Table
+from ..processes.mixture import GaussianMixtureNoise
+from .pictures import save_picture
+from .report import Report
 
 ALPHAS = (1.2, 1.5, 1.8)
 COMPONENTS = (1, 2, 3, 5, 8)

@@ -11,22 +11,12 @@ from typing import Any, cast
 import matplotlib.pyplot as plt
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
-from .. import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from ..evaluation.report import curve_table, plot_curves
+from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import at_least, parse, study_parser
-from .common import (
-    Cells,
-    images_of,
-    in_words,
-    mean_and_spread,
-    parts_of,
-    quality_axes,
-    quality_of,
-    save_picture,
-    show_rows,
-    tie,
-    trained_ddpm,
-)
-from .report import Report, Table
+from .digits import images_of, kept_results, quality, statistic_of, tie, trained_ddpm
+from .pictures import save_picture, show_rows
+from .report import Report
 
 MIXTURE = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62]}
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,34 +42,28 @@ PEERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def lifted(args: argparse.Namespace) -> Report:
-    parts = parts_of(args.output)
     schedulers, least = OURS | PEERS, tie(args.seeds)
     settings = {name: [kind.__name__, config] for name, (kind, config) in schedulers.items()}
-    cells = Cells(parts / f"lifted steps={args.steps} n={args.num_samples}.json", settings)
+    results = kept_results("lifted", args.num_samples, args.output, steps=args.steps, schedulers=settings)
 
     def pipeline(name: str, seed: int) -> DDPMPipeline:
-        unet, source = trained_ddpm(args.steps, seed, parts)
+        unet, source = trained_ddpm(args.output, args.steps, seed)
         kind, config = schedulers[name]
         return DDPMPipeline(unet, kind.from_config(source.config, clip_sample=False, **config))
 
-    def measure(name: str, calls: int, seed: int) -> float | None:
-        return quality_of(pipeline(name, seed), calls, args.num_samples, seed)
-
-    found = {(name, calls): cells.of_seeds(f"{name}, {calls} calls", partial(measure, name, calls), args.seeds)
-             for name in schedulers for calls in args.calls}  # fmt: skip
-    rows = [
-        [f"**{name}**" if name in OURS else name, *(in_words(found[name, c]) for c in args.calls)]
+    found = {
+        name: {n: statistic_of(quality(results, name, n, args.seeds, partial(pipeline, name))) for n in args.calls}
         for name in schedulers
-    ]
+    }
 
     def best(names: dict, calls: int) -> tuple[float, str]:
-        return min((mean_and_spread(v)[0], n) for n in names if (v := found[n, calls]))
+        return min((value.mean, name) for name in names if (value := found[name][calls]))
 
     answers = []
     for calls in args.calls:
         (ours, our_name), (peer, peer_name) = best(OURS, calls), best(PEERS, calls)
         answers.append(
-            f"{calls} calls: CLD {in_words(found['CLD, sscs', calls])}, best of ours {ours:.2f} ({our_name}), "
+            f"{calls} calls: CLD {found['CLD, sscs'][calls]:.2f}, best of ours {ours:.2f} ({our_name}), "
             f"best of diffusers {peer:.2f} ({peer_name})"
         )
     last = max(args.calls)
@@ -90,15 +74,12 @@ def lifted(args: argparse.Namespace) -> Report:
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.1)))
     axis = top.subplots()
-    for name in schedulers:
-        points = [(c, mean_and_spread(v)[0]) for c in args.calls if (v := found[name, c])]
-        if points:
-            axis.plot(*zip(*points, strict=True), "-o" if name in OURS else "--s", label=name, markersize=4)
-    quality_axes(axis, args.calls)
+    plot_curves(axis, found, 1, {name: {"linestyle": "--", "marker": "s"} for name in PEERS})
+    axis.set_ylabel("sliced W2 over the floor")
     axis.set_title("one DDPM network of the digits")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     shown_calls = 50 if 50 in args.calls else last
-    shown = {name: images_of(pipeline(name, 0), shown_calls, 24) for name in schedulers if found[name, shown_calls]}
+    shown = {name: images_of(pipeline(name, 0), shown_calls, 24)[0] for name in schedulers if found[name][shown_calls]}
     show_rows(bottom.subplots(), shown)
     bottom.suptitle(f"{shown_calls} network calls")
     picture = save_picture(figure, args.output / "lifted.png")
@@ -110,12 +91,12 @@ def lifted(args: argparse.Namespace) -> Report:
         f"{'Yes' if works else 'Not well'}: " + "; ".join(answers) + f". Ours are more than {least:.0%} (the spread of "
         f"sampling) ahead at {', '.join(map(str, ahead)) or 'no number of'} calls, and more than that behind at "
         f"{', '.join(map(str, behind)) or 'none'}; the best of each are picked on the same samples.",
-        [Table("Sliced W2 over the floor of held-out digits, in `DDPMPipeline`; ours in bold; `-` where there is no "
-               "stable step.", ["scheduler", *(f"{c} calls" for c in args.calls)], rows)],
+        [curve_table("Sliced W2 over the floor of held-out digits, in `DDPMPipeline`; ours in bold; `-` where there is "
+                     "no stable step.", "scheduler", found, list(OURS))],
         [picture],
         f"Digits network of `make demo`'s size: DDPMScheduler, squared error of the noise, {args.steps} steps, average "
-        f"of the weights; {args.seeds} seed(s) of training and sampling, n = {args.num_samples}; ± is half of the "
-        "range. Grids: equal ratios of the noise level where a scheduler offers them, else trailing.",
+        f"of the weights; {args.seeds} seed(s) of training and sampling, n = {args.num_samples}; ± is the "
+        "standard deviation. Grids: equal ratios of the noise level where a scheduler offers them, else trailing.",
     )  # fmt: skip
 
 

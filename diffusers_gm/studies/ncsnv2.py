@@ -18,14 +18,17 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import AnnealedLangevinScheduler
 from ..data import split_digits
-from ..exact import ExactDenoiser
+from ..evaluation.results import Statistic
+from ..evaluation.table import Table
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
+from ..schedulers import AnnealedLangevinScheduler
 from .command import at_least, parse, study_parser
-from .common import Cells, exact_network, mean_and_spread, parts_of, run, save_picture, show_rows
+from .digits import kept_results
+from .exact import ExactDenoiser, exact_network, run
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
-from .report import Report, Table
+from .pictures import save_picture, show_rows
+from .report import Report
 
 # --- Technique 1: diversity ---
 
@@ -62,27 +65,25 @@ def diversity(args: argparse.Namespace) -> Report:
         draws = torch.Generator().manual_seed(seed)
         return run(exact_network(denoiser, scheduler), scheduler, starts[start], draws)
 
-    def measure(factor: float, start: str, seed: int) -> list[float]:
+    def measure(factor: float, start: str, seed: int) -> dict[str, float]:
         drawn = samples(factor * technique_1, start, seed)
-        return [mean_pairwise_distance(drawn), coverage(drawn, train)]
+        return {"distance": mean_pairwise_distance(drawn), "coverage": coverage(drawn, train)}
 
     real = train[torch.randint(len(train), (n,), generator=generator)]
     real = real + width * torch.randn(real.shape, generator=generator)
-    cells = Cells(parts_of(args.output) / f"diversity n={n} calls={calls}.json")
+    results = kept_results("diversity", n, args.output, floor=False)
     factors = [TOO_SMALL, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
-    table: dict[tuple[float, str], list[list[float]]] = {}
+    table: dict[tuple[float, str], tuple[float, float]] = {}
     for factor in factors:
         for start in starts:
             name = f"{factor:g} x Technique 1, from {start}"
-            table[factor, start] = cells.of_seeds(name, partial(measure, factor, start), args.seeds)
+            found = results.of_seeds(name, calls, args.seeds, partial(measure, factor, start)) or []
+            distance, covered = (Statistic.of([s[k] for s in found]).mean for k in ("distance", "coverage"))
+            table[factor, start] = distance, covered
     of_data = [mean_pairwise_distance(real), coverage(real, train)]
 
-    def means(factor: float, start: str) -> tuple[float, float]:
-        first, second = zip(*table[factor, start], strict=True)
-        return mean_and_spread(first)[0], mean_and_spread(second)[0]
-
     rows: list[list[Any]] = [
-        [f"{factor * technique_1:.3g}", f"{factor:g}", start, *means(factor, start)] for factor, start in table
+        [f"{factor * technique_1:.3g}", f"{factor:g}", start, *table[factor, start]] for factor, start in table
     ]
     rows.append(["exact draws", "", "", *of_data])
 
@@ -101,7 +102,7 @@ def diversity(args: argparse.Namespace) -> Report:
         zip(bottom.subplots(1, 2), ("mean pairwise distance", "mode coverage"), strict=True)
     ):
         for start in starts:
-            axis.semilogx([f * technique_1 for f in factors], [means(f, start)[column] for f in factors], "-o",
+            axis.semilogx([f * technique_1 for f in factors], [table[f, start][column] for f in factors], "-o",
                           label=f"from {start}")  # fmt: skip
         axis.axhline(of_data[column], color="gray", linestyle=":", label="exact draws")
         axis.axvline(technique_1, color="C3", linewidth=0.8, label="Technique 1")
@@ -109,8 +110,8 @@ def diversity(args: argparse.Namespace) -> Report:
         axis.legend(fontsize=8)
     picture = save_picture(figure, args.output / "ncsnv2_diversity.png")
 
-    small, large = ([means(f, start)[i] / of_data[i] for start in starts for i in (0, 1)] for f in (TOO_SMALL, 1.0))
-    enough = min(f for f in factors if all(v > 0.95 * r for v, r in zip(means(f, "one point"), of_data, strict=True)))
+    small, large = ([table[f, start][i] / of_data[i] for start in starts for i in (0, 1)] for f in (TOO_SMALL, 1.0))
+    enough = min(f for f in factors if all(v > 0.95 * r for v, r in zip(table[f, "one point"], of_data, strict=True)))
     agrees = large[0] > 0.9 and large[1] > 0.9 and small[0] < 0.5
     return Report(
         "ncsnv2_diversity",

@@ -10,8 +10,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import AnnealedLangevinScheduler, NCSNv2Pipeline
 from ..data import split_digits
+from ..evaluation.report import plot_curves
+from ..evaluation.results import Statistic
+from ..evaluation.table import Table
 from ..processes.annealed import (
     PRESETS,
     chain_variance,
@@ -19,31 +21,20 @@ from ..processes.annealed import (
     max_pairwise_distance,
     optimal_step_size,
 )
-from ..training.options import TrainingArguments
-from .common import (
-    Cells,
-    images_of,
-    in_words,
-    mean_and_spread,
-    over_floor,
-    parts_of,
-    quality_axes,
-    quality_of,
-    run,
-    save_picture,
-    show_rows,
-    tie,
-    trained,
-)
-from .report import Report, Table
+from ..schedulers import AnnealedLangevinScheduler
+from .digits import images_of, kept_results, over_floor, pipeline_of, quality, statistic_of, tie, trained
+from .exact import run
+from .pictures import save_picture, show_rows
+from .report import Report
 
 SIGMA_MIN = 0.01
 # The largest noise level of NCSN over that of Technique 1, both for CIFAR-10: 1 / 50.
 TOO_SMALL = PRESETS["ncsn"].sigma_max / PRESETS["ncsnv2-cifar10"].sigma_max
 
 
-def arguments(args: argparse.Namespace, seed: int, **options: Any) -> TrainingArguments:
-    return TrainingArguments(method="ncsnv2", max_train_steps=args.steps, seed=seed, **options)
+def train_ncsnv2(args: argparse.Namespace, seed: int, **options: Any) -> tuple[Any, Any]:
+    """A network of one component and its scheduler, kept beside the reports."""
+    return trained(args.output, method="ncsnv2", max_train_steps=args.steps, seed=seed, **options)
 
 
 def technique_1() -> float:
@@ -54,7 +45,7 @@ def technique_1() -> float:
 def conditions(args: argparse.Namespace) -> str:
     return (
         f"Digits networks of `make demo`'s size, {args.steps} steps each, {args.seeds} seed(s) of training and "
-        f"sampling, n = {args.num_samples}; ± is half of the range over the seeds."
+        f"sampling, n = {args.num_samples}; ± is the standard deviation over the seeds."
     )
 
 
@@ -81,26 +72,27 @@ def last_call(
 def denoise(args: argparse.Namespace) -> Report:
     budgets = [args.calls] if args.calls else [50, 200]
     levels = (0.01, 0.05, 0.1, 0.2)
-    parts = parts_of(args.output)
-    cells = Cells(parts / f"denoise steps={args.steps} n={args.num_samples}.json")
+    results = kept_results("denoise", args.num_samples, args.output, steps=args.steps)
     rows: list[list[Any]] = []
     distances: dict[tuple[int, float], tuple[float, float]] = {}
     shown: dict[str, Tensor] = {}
 
-    def measure(calls: int, level: float, seed: int) -> list[float]:
-        unet, scheduler = trained(arguments(args, seed), parts)
-        before, after = last_call(unet, scheduler, level, calls, args.num_samples, seed)
-        return [over_floor(before), over_floor(after), float((before - after).square().mean().sqrt())]
+    def measure(calls: int, level: float, seed: int) -> dict[str, float]:
+        before, after = last_call(*train_ncsnv2(args, seed), level, calls, args.num_samples, seed)
+        removed = float((before - after).square().mean().sqrt())
+        return {"before": over_floor(before), "after": over_floor(after), "removed": removed}
 
     for calls in budgets:
         for level in levels:
-            found = cells.of_seeds(f"{calls} calls, to {level:g}", partial(measure, calls, level), args.seeds)
-            before, after, removed = (list(values) for values in zip(*found, strict=True))
+            found = results.of_seeds(f"to {level:g}", calls, args.seeds, partial(measure, calls, level)) or []
+            before, after, removed = (
+                Statistic.of([scores[name] for scores in found]) for name in ("before", "after", "removed")
+            )
             ratio = torch.tensor([(technique_1() / level) ** (1 / (calls - 2))], dtype=torch.float64)
             predicted = level * float(chain_variance(optimal_step_size(ratio, 1), ratio, 1)) ** 0.5
-            rows.append([calls, level, in_words(before), in_words(after), mean_and_spread(removed)[0], predicted])
-            distances[calls, level] = mean_and_spread(before)[0], mean_and_spread(after)[0]
-    unet, scheduler = trained(arguments(args, 0), parts)
+            rows.append([calls, level, f"{before:.2f}", f"{after:.2f}", removed.mean, predicted])
+            distances[calls, level] = before.mean, after.mean
+    unet, scheduler = train_ncsnv2(args, 0)
     for level in (levels[0], levels[-1]):
         pictures = last_call(unet, scheduler, level, budgets[-1], 24, 0)
         shown |= {f"to {level:g}, {when}": x for when, x in zip(("before", "after"), pictures, strict=True)}
@@ -188,9 +180,9 @@ def technique_rows() -> dict[str, tuple[dict[str, Any], Callable[[int], dict[str
 
 
 def verdict_of(ratios: Sequence[float], spreads: Sequence[float], least: float) -> str:
-    """Words for distances over the baseline's at several budgets, with half-ranges over seeds.
+    """Words for distances over the baseline's at several budgets, with spreads over seeds.
 
-    A difference is more than `least` and more than the half-range.
+    A difference is more than `least` and more than the spread.
     """
     sure = [abs(r - 1) > max(least, s) for r, s in zip(ratios, spreads, strict=True)]
     worse = [r > 1 for r, s in zip(ratios, sure, strict=True) if s]
@@ -201,51 +193,52 @@ def verdict_of(ratios: Sequence[float], spreads: Sequence[float], least: float) 
 
 def techniques(args: argparse.Namespace) -> Report:
     budgets = [args.calls] if args.calls else [10, 20, 50, 200]
-    parts = parts_of(args.output)
     rows_of = technique_rows()
     settings = {name: [options, config(100)] for name, (options, config) in rows_of.items()}
-    cells = Cells(parts / f"techniques steps={args.steps} n={args.num_samples}.json", settings)
+    results = kept_results("techniques", args.num_samples, args.output, steps=args.steps, rows=settings)
 
-    def measure(name: str, calls: int, seed: int) -> float | None:
+    def pipeline(name: str, calls: int, seed: int) -> Any:
         options, config = rows_of[name]
-        unet, scheduler = trained(arguments(args, seed, **options), parts)
-        changed = AnnealedLangevinScheduler.from_config(scheduler.config, **config(calls))
-        return quality_of(NCSNv2Pipeline(unet, changed), calls, args.num_samples, seed)
+        unet, scheduler = train_ncsnv2(args, seed, **options)
+        return pipeline_of(unet, AnnealedLangevinScheduler.from_config(scheduler.config, **config(calls)))
 
-    found = {(name, calls): cells.of_seeds(f"{name}, {calls} calls", partial(measure, name, calls), args.seeds)
-             for name in rows_of for calls in budgets}  # fmt: skip
+    found = {
+        name: {c: quality(results, name, c, args.seeds, partial(pipeline, name, c)) for c in budgets}
+        for name in rows_of
+    }
+    curves = {name: {c: statistic_of(values) for c, values in of_name.items()} for name, of_name in found.items()}
 
     least = tie(args.seeds)
-    base = {calls: found[BASE, calls] or [math.nan] * args.seeds for calls in budgets}
+    base = {calls: found[BASE][calls] or [math.nan] * args.seeds for calls in budgets}
     rows, words = [], []
     for name in rows_of:
-        # By number of calls, the ratios to the defaults, one per seed.
-        ratios = {c: [v / b for v, b in zip(seeds, base[c], strict=True)] for c in budgets if (seeds := found[name, c])}
-        means = {c: mean_and_spread(r) for c, r in ratios.items()}
+        # By number of calls, the ratios to the defaults, of the seeds.
+        ratios = {
+            c: Statistic.of([v / b for v, b in zip(values, base[c], strict=True)])
+            for c, values in found[name].items()
+            if values
+        }
         word = "no stable step"
-        if means:
-            word = verdict_of([mean for mean, _ in means.values()], [s for _, s in means.values()], least)
-        rows.append([name, *(in_words(found[name, c]) for c in budgets), "" if name == BASE else word])
+        if ratios:
+            word = verdict_of([r.mean for r in ratios.values()], [r.spread or 0.0 for r in ratios.values()], least)
+        values = [f"{value:.2f}" if value else "-" for value in curves[name].values()]
+        rows.append([name, *values, "" if name == BASE else word])
         if name != BASE:
-            at = ", ".join(f"{mean:.2f} at {c}" for c, (mean, _) in means.items())
+            at = ", ".join(f"{ratio.mean:.2f} at {c}" for c, ratio in ratios.items())
             words.append(f"{name}: {word}" + (f" ({at})" if at else ""))
 
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.5, 1)))
     axis = top.subplots()
-    for i, name in enumerate(rows_of):
-        points = [(c, mean_and_spread(v)[0]) for c in budgets if (v := found[name, c])]
-        if points:
-            style = "-o" if name == BASE else ("--", ":", "-.")[i // 10] + "s"
-            axis.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=3 if name == BASE else 1)
-    quality_axes(axis, budgets)
+    styles = {name: {"linestyle": ("--", ":", "-.")[i // 10], "marker": "s"} for i, name in enumerate(rows_of)}
+    plot_curves(axis, curves, 1, styles | {BASE: {"linewidth": 3}})
+    axis.set_ylabel("sliced W2 over the floor")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     shown = {}
-    for name, (options, config) in rows_of.items():
+    for name, (options, _) in rows_of.items():
         if name == BASE or options:
-            unet, scheduler = trained(arguments(args, 0, **options), parts)
-            changed = AnnealedLangevinScheduler.from_config(scheduler.config, **config(budgets[-1]))
-            shown[name.replace(": ", ":\n")] = images_of(NCSNv2Pipeline(unet, changed), budgets[-1], 24)
+            images, _ = images_of(pipeline(name, budgets[-1], 0), budgets[-1], 24)
+            shown[name.replace(": ", ":\n")] = images
     show_rows(bottom.subplots(), shown)
     picture = save_picture(figure, args.output / "ncsnv2_techniques.png")
     return Report(
@@ -253,11 +246,11 @@ def techniques(args: argparse.Namespace) -> Report:
         "NCSNv2: Techniques 1 to 5, one at a time",
         "What does each of the five techniques contribute to a digits model, at several numbers of network calls?",
         "Distance over that of the defaults, with the numbers of calls: " + "; ".join(words) + ". The defaults are at "
-        + ", ".join(f"{in_words(base[c])} at {c}" for c in budgets) + " calls.",
+        + ", ".join(f"{Statistic.of(base[c]):.2f} at {c}" for c in budgets) + " calls.",
         [Table("Sliced W2 over the floor of held-out digits; `-` where there is no stable step.",
                ["", *(f"{c} calls" for c in budgets), "against the defaults"], rows)],
         [picture],
         conditions(args) + " The defaults are Techniques 1, 4 (for the whole chain) and 5, one Langevin step a level, "
         "and a network that is told the level (Technique 3 is not on). A difference counts from "
-        f"{least:.0%}, the spread of sampling, and from the half-range of the ratio over the seeds.",
+        f"{least:.0%}, the spread of sampling, and from the standard deviation of the ratio over the seeds.",
     )  # fmt: skip

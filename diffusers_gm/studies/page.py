@@ -7,11 +7,13 @@ Every study writes its tables, pictures and verdict into a folder; this puts the
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.report import markdown, verdict
+from ..evaluation.report import table, verdict
 from ..evaluation.results import Results
+from ..files import write_text
+from .command import program
 from .report import Report
 
 INTRODUCTION = """\
@@ -39,37 +41,27 @@ def page(reports: Path, output: Path) -> str:
     return f"{INTRODUCTION.format(reports=folder)}\n{contents}\n\n{sections}\n"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What `diffusers_gm.evaluation` measured, as a section of the page."""
-
-    results: Results
-    picture: str | None
-    question = "How far are the samples from real images, at several numbers of network calls?"
-
-    @property
-    def title(self) -> str:
-        conditions = self.results.conditions
-        return f"Evaluation: {conditions['model']} against {conditions['data']}"
-
-    def markdown(self, pictures: str = ".") -> str:
-        parts = [f"## {self.title}", self.question, f"```sh\n{self.results.command}\n```"]
-        parts += [f"![{self.title}]({pictures}/{self.picture})"] if self.picture else []
-        parts += [markdown(self.results).strip(), f"**Verdict.** {verdict(self.results)}"]
-        return "\n\n".join([*parts, f"*{self.results.conditions['versions']}.*"])
-
-
-def read(path: Path) -> Report | Evaluation:
-    """The report of a study, or the results of an evaluation.
+def read(path: Path) -> Report:
+    """The report of a study, or of what an evaluation has measured.
 
     Raises:
         ValueError: if the file is neither.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and "cells" in content:
-        picture = path.with_suffix(".png")
-        return Evaluation(Results.read(path), picture.name if picture.is_file() else None)
-    return Report.read(path)
+    if not (isinstance(content, dict) and "cells" in content):
+        return Report.read(path)
+    results, picture = Results.read(path), path.with_suffix(".png")
+    conditions = results.conditions
+    return Report(
+        path.stem,
+        f"Evaluation: {conditions['model']} against {conditions['data']}",
+        "How far are the samples from real images, at several numbers of network calls?",
+        verdict(results),
+        [table(results)],
+        [picture.name] if picture.is_file() else [],
+        f"{conditions['versions']}.",
+        results.command,
+    )
 
 
 def anchor(title: str) -> str:
@@ -77,8 +69,8 @@ def anchor(title: str) -> str:
     return "".join(c for c in title.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=program("page"), description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reports", type=Path, default=Path("model_cards/results"), help="folder of the reports")
     parser.add_argument("--output", type=Path, default=Path("model_cards/results.md"), help="the page")
     args = parser.parse_args(arguments)
@@ -86,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = page(args.reports, args.output)
     except ValueError as error:
         parser.error(str(error))
-    args.output.write_text(text, encoding="utf-8")
+    write_text(args.output, text)
     print(f"wrote {args.output}")
 
 

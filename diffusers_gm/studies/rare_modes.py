@@ -5,7 +5,7 @@ No network: what is left is what the noise law and the sampler do.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +13,16 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import GaussianMixtureNoise, GMLangevinScheduler
 from ..evaluation import mode_weights_error as total_variation
-from ..exact import ExactDenoiser
-from ..likelihood import mean_and_error
-from .common import Cells, exact_network, parts_of, run, save_picture
-from .report import Report, Table
+from ..evaluation.results import Statistic
+from ..evaluation.sampling import NoGridError
+from ..evaluation.table import Table
+from ..processes.mixture import GaussianMixtureNoise
+from ..schedulers import GMLangevinScheduler
+from .digits import kept_results
+from .exact import ExactDenoiser, exact_network, run
+from .pictures import save_picture
+from .report import Report
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 3)
 WEIGHTS = (0.5, 0.2, 0.15, 0.1, 0.04, 0.01)
@@ -75,8 +79,12 @@ def exact_draws(points: Tensor, weights: Tensor, count: int, generator: torch.Ge
 def sample(
     data: tuple[Tensor, Tensor, float], start: Tensor, sampler: str, sigma_max: float, steps: int, calls: int,
     count: int, seed: int,
-) -> Tensor | None:  # fmt: skip
-    """Samples from `start` plus noise of the first level, with the exact score; None without a stable step."""
+) -> Tensor:  # fmt: skip
+    """Samples from `start` plus noise of the first level, with the exact score.
+
+    Raises:
+        NoGridError: without a stable step.
+    """
     points, weights, width = data
     mixture, algorithm, jumps = SAMPLERS[sampler]
     law = MIXTURE if jumps else GaussianMixtureNoise([1.0], [1.0])
@@ -93,8 +101,8 @@ def sample(
     )
     try:
         scheduler.set_timesteps(calls)
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise NoGridError(str(error)) from error
     denoiser = ExactDenoiser(points, width, MIXTURE if mixture else None, weights)
     generator = torch.Generator().manual_seed(seed)
     first = start + scheduler.initial_sample((count, *points.shape[1:]), generator, torch.device("cpu"), torch.float32)
@@ -164,37 +172,46 @@ def rare_modes(args: argparse.Namespace) -> Report:
     even = torch.full((len(heavy),), 1 / len(heavy))
     distances = torch.pdist(heavy.flatten(1))
     levels = {"Technique 1": float(distances.max()), "median distance": float(distances.median())}
-    settings_of_all = {
-        "modes": [WEIGHTS, DISTANCE, WIDTH, SIGMA_MIN],
-        "mixture": [MIXTURE.weights.tolist(), MIXTURE.scales.tolist()],
-        **SAMPLERS,
-    }
-    cells = Cells(parts_of(args.output) / f"rare_modes n={count}.json", settings_of_all)
+    results = kept_results(
+        "rare_modes",
+        count,
+        args.output,
+        floor=False,
+        modes=[WEIGHTS, DISTANCE, WIDTH, SIGMA_MIN],
+        mixture=[MIXTURE.weights.tolist(), MIXTURE.scales.tolist()],
+        samplers=SAMPLERS,
+    )
 
-    def modes(sampler: str, factor: float, steps: int, calls: int, seed: int) -> float | None:
+    def modes(sampler: str, factor: float, steps: int, calls: int, seed: int) -> dict[str, float]:
         data = (points, weights, WIDTH)
         samples = sample(data, points[0], sampler, factor * DISTANCE, steps, calls, count, seed)
-        return None if samples is None else total_variation(samples, points, weights)
+        return {"error": total_variation(samples, points, weights)}
 
-    def tails(sampler: str, level: str, calls: int, seed: int) -> float | None:
+    def tails(sampler: str, level: str, calls: int, seed: int) -> dict[str, float]:
         samples = sample((heavy, even, 0.1), torch.zeros(1), sampler, levels[level], 1, calls, count, seed)
         generator = torch.Generator().manual_seed(1000 + seed)
-        return None if samples is None else radius_distance(samples, exact_draws(heavy, even, count, generator, 0.1))
+        return {"error": radius_distance(samples, exact_draws(heavy, even, count, generator, 0.1))}
+
+    def over_seeds(name: str, calls: int, make: Callable[[int], dict[str, float]]) -> tuple[float, float] | None:
+        scores = results.of_seeds(name, calls, seeds, make)
+        if scores is None:
+            return None
+        value = Statistic.of([score["error"] for score in scores])
+        return value.mean, value.error
 
     settings = [(f, t, c) for c in budgets for f in FACTORS for t in LANGEVIN_STEPS]
     found: Found = {}
     for sampler in SAMPLERS:
-        for setting in settings:
-            if sampler.endswith("ancestral") and setting[1] > 1:
+        for factor, steps, calls in settings:
+            if sampler.endswith("ancestral") and steps > 1:
                 continue
-            name = "{}, sigma_1 {:g} distances, T = {}, {} calls".format(sampler, *setting)
-            values = cells.of_seeds(name, partial(modes, sampler, *setting), seeds)
-            found[sampler, *setting] = None if values is None else mean_and_error(values)
+            name = f"{sampler}, sigma_1 {factor:g} distances, T = {steps}"
+            make = partial(modes, sampler, factor, steps, calls)
+            found[sampler, factor, steps, calls] = over_seeds(name, calls, make)
         for level in levels:
             for calls in budgets:
-                name = f"{sampler}, heavy tails, {level}, {calls} calls"
-                values = cells.of_seeds(name, partial(tails, sampler, level, calls), seeds)
-                found[sampler, level, calls] = None if values is None else mean_and_error(values)
+                make = partial(tails, sampler, level, calls)
+                found[sampler, level, calls] = over_seeds(f"{sampler}, heavy tails, {level}", calls, make)
     exact = [
         total_variation(exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH), points, weights)
         for s in range(seeds)

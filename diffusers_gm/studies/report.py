@@ -1,27 +1,12 @@
-"""What a study leaves behind: its tables, pictures and verdict as one JSON file, and the page made of such files."""
+"""What a study leaves behind: its tables, pictures and verdict as one JSON file, a section of the results page."""
 
 import json
-import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-from .common import machine, table
-
-
-@dataclass
-class Table:
-    """Rows under a header; numbers stay numbers in the file."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[Any]]
-
-    def markdown(self) -> str:
-        return f"{self.caption}\n\n{table(self.header, self.rows)}"
+from ..evaluation.table import Table, command_line, machine
+from ..files import write_text
 
 
 @dataclass
@@ -54,18 +39,16 @@ class Report:
         parts = [f"## {self.title}", self.question, f"```sh\n{self.command}\n```"]
         parts += [f"![{self.title}]({pictures}/{name})" for name in self.pictures]
         parts += [t.markdown() for t in self.tables]
-        parts += [f"**Verdict.** {self.verdict}", f"*{self.conditions} {self.machine}*"]
+        parts += [f"**Verdict.** {self.verdict}", f"*{f'{self.conditions} {self.machine}'.strip()}*"]
         return "\n\n".join(parts)
 
     def write(self, folder: Path) -> None:
-        """Print the study, and write `folder/name.json`, whole or not at all."""
+        """Print the study, and write `folder/name.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.command = self.command or command_line()
         self.machine = self.machine or f"{machine()}, {date.today()}"
         path = folder / f"{self.name}.json"
-        unfinished = path.with_suffix(".json.part")
-        unfinished.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
         print("\n\n".join([t.markdown() for t in self.tables]))
         print(f"\nVerdict: {self.verdict}\nwrote {path}")
 
@@ -81,15 +64,3 @@ class Report:
             return Report(**{**fields, "tables": [Table(**t) for t in fields["tables"]]})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a report of a study: {error}") from error
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command of this process, `python -m module options`, without the folder of the results."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    for option in ("--output", "--output_dir"):
-        while option in words:
-            at = words.index(option)
-            del words[at : at + 2]
-    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", module, *words])

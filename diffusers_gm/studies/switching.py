@@ -7,13 +7,14 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .. import GaussianMixtureNoise, GMLangevinScheduler
 from ..data import split_digits
-from ..exact import ExactDenoiser
-from ..training.methods.gm_sgm import build_mixture
-from ..training.options import TrainingArguments
-from .common import Network, exact_network, parts_of, save_picture, trained
-from .report import Report, Table
+from ..evaluation.table import Table
+from ..processes.mixture import GaussianMixtureNoise
+from ..schedulers import GMLangevinScheduler
+from .digits import trained
+from .exact import ExactDenoiser, Network, exact_network
+from .pictures import save_picture
+from .report import Report
 
 WIDTH = 0.1
 EXACT, TRAINED = "exact denoiser, K = 2", "trained network, K = 2"
@@ -42,8 +43,8 @@ def switches(found: Tensor) -> Tensor:
 
 def switching(args: argparse.Namespace) -> Report:
     calls = args.calls[0] if args.calls else 50
-    n, parts = args.num_samples, parts_of(args.output)
-    unet, described = trained(TrainingArguments(max_train_steps=args.steps), parts)
+    n = args.num_samples
+    unet, described = trained(args.output, max_train_steps=args.steps)
     train, _ = split_digits()
 
     def with_mixture(mixture: GaussianMixtureNoise) -> tuple[Any, ExactDenoiser]:
@@ -59,7 +60,7 @@ def switching(args: argparse.Namespace) -> Report:
         return torch.stack([mixture.responsibilities(y - denoised, sigma) for y, denoised, sigma in run])
 
     two, two_exact = with_mixture(described.mixture)
-    three, three_exact = with_mixture(build_mixture(TrainingArguments(num_components=3)))
+    three, three_exact = with_mixture(GaussianMixtureNoise.from_power_law(1.5, 3))
     run = exact_run(two, two_exact)
     sigmas = [sigma for _, _, sigma in run]
     runs = {

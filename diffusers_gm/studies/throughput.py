@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from ..data import examine, open_folder, split_digits
+from ..evaluation.table import Table
 from ..training.network import new_unet
 from ..training.options import TrainingArguments
 from .command import at_least
@@ -127,11 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "steps a run"
         )
         found = measure({"train_gm_sgm.py": ours, "diffusers": theirs}, args.steps, args.repeats, cwd)
-    print("\n| loop | CPU ms per step, median | range | images per CPU second |\n|---|---|---|---|")
+    rows = []
     for name, values in found.items():
         median = statistics.median(values)
         rate = 1000 * args.train_batch_size / median
-        print(f"| {name} | {median:.1f} | {min(values):.1f} to {max(values):.1f} | {rate:.0f} |")
+        rows.append([name, f"{median:.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{rate:.0f}"])
+    header = ["loop", "CPU ms per step, median", "range", "images per CPU second"]
+    print("\n" + Table("", header, rows).markdown())
     ratio = statistics.median(found["diffusers"]) / statistics.median(found["train_gm_sgm.py"])
     print(f"\nrate of train_gm_sgm.py over that of diffusers: {ratio:.3f}")
 

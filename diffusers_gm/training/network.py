@@ -1,7 +1,6 @@
 """Network, scheduler, optimizer: everything that is built from the options."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -213,16 +212,6 @@ def build_ema(args: TrainingArguments, unet: nn.Module, device: torch.device) ->
     )
     ema.to(device)
     return ema
-
-
-def check_processes(accelerator: Accelerator) -> None:
-    """Raise a RuntimeError if processes that were launched together do not know of each other."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: on CPUs, set "
-            "ACCELERATE_USE_CPU=true"
-        )
 
 
 def check_precision(accelerator: Accelerator) -> None:

@@ -1,5 +1,6 @@
 """Work shared by the processes that `accelerate launch` started."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,20 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def check_processes(state: Any) -> None:
+    """Raise a RuntimeError if processes that were launched together do not know of each other.
+
+    Args:
+        state: an `Accelerator` or a `PartialState`.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != state.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate sees {state.num_processes}: on CPUs, set "
+            "ACCELERATE_USE_CPU=true"
+        )
+
+
 def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int, description: str) -> list:
     """`[work(batch), ...]` for the batches of `items`, in order, each done by one process and given to all.
 
@@ -21,7 +36,9 @@ def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int
     """
     state = process_state()
     with state.split_between_processes(list(items.split(batch_size))) as mine:
-        bar = tqdm(mine, desc=description, unit="batch", leave=False, disable=not state.is_main_process)
+        bar = tqdm(
+            mine, desc=description, unit="batch", leave=False, disable=not state.is_main_process or len(mine) < 2
+        )
         return gather_object([work(batch) for batch in bar])
 
 

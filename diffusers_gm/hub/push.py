@@ -10,56 +10,21 @@ import shlex
 import sys
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.utils import HfHubHTTPError, filter_repo_objects
+from huggingface_hub.utils import HfHubHTTPError
 
-from .cards import CARD_FILES, add_quality, card_of_repository
-
-# What belongs in a model repository: neither optimizer states nor logs.
-UPLOADED = ("model_index.json", "pipeline.py", "unet/*", "scheduler/*", *CARD_FILES)
+from ..evaluation.card import add_quality
+from ..pipelines.repository import upload
 
 
-def push_to_hub(
-    folder: Path,
-    repo_id: str,
-    private: bool | None = None,
-    token: str | None = None,
-    message: str | None = None,
-    create_pr: bool = False,
-    card: ModelCard | None = None,
-) -> str:
-    """Upload a finished pipeline and return its address. Only `UPLOADED` goes, and private means private.
-
-    The README.md of the folder becomes that of the repository, with what was measured and the name to load it by.
-    Without one, `card` is written, unless the repository has its own.
+def push_to_hub(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a finished pipeline with its card, and what was measured of it, and return its address.
 
     Raises:
         FileNotFoundError: if there is no pipeline in `folder`.
         ValueError: if `private` is asked for and the repository already exists and is public.
     """
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"there is no pipeline in {folder}: it has no model_index.json")
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public: make it private first, or do not ask for a private one")
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    content: dict[str, Path | bytes] = {
-        name: folder / name for name in filter_repo_objects(names, allow_patterns=list(UPLOADED))
-    }
-    if "README.md" in content:
-        add_quality(folder)
-        # The folder keeps its card as it is: it may be uploaded elsewhere, too.
-        content["README.md"] = card_of_repository((folder / "README.md").read_text(encoding="utf-8"), repo_id).encode()
-    elif card is not None and not api.file_exists(repo_id, "README.md"):
-        content["README.md"] = str(card).encode()
-    api.create_commit(
-        repo_id,
-        [CommitOperationAdd(name, data) for name, data in content.items()],
-        commit_message=message or "Upload a pipeline of diffusers_gm",
-        create_pr=create_pr,
-    )
-    return f"{api.endpoint}/{repo_id}"
+    add_quality(folder)
+    return upload(folder, repo_id, private, token)
 
 
 def push_command(folder: Path, repo_id: str, private: bool | None = False) -> str:
@@ -109,7 +74,3 @@ def main() -> None:
         parser.error(str(error))
     except Exception as error:
         sys.exit(failure(error, args.folder, args.repo_id, args.private))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,17 @@
-"""Exact denoisers of known data: what a perfectly trained network would answer. For tests and benchmarks."""
+"""Exact denoisers of known data: what a perfectly trained network would answer. For tests and studies."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .processes.mixture import GaussianMixtureNoise
-from .readings import NoiseSpace
+from ..processes.mixture import GaussianMixtureNoise
+from ..readings import NoiseSpace
+
+# A network or an exact answer: `(scaled sample, timestep) -> output`.
+Network = Callable[[Tensor, Tensor], Tensor]
 
 # Images at a time: what fits into the cache.
 CHUNK = 256
@@ -79,3 +86,43 @@ class ExactDenoiser:
             return -sigma * self.score(y, sigma)
         denoised = self(y, sigma)
         return space.output(denoised, (y - denoised) / sigma, sigma, prediction_type)
+
+
+def exact_network(denoiser: ExactDenoiser, scheduler: Any) -> Network:
+    """What a perfect network for these data answers to the scheduler's inputs."""
+    space, prediction_type = scheduler.noise_space, scheduler.config["prediction_type"]
+    return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)
+
+
+class NetworkOf(nn.Module):
+    """A function in place of the UNet2DModel of a pipeline.
+
+    Args:
+        function: the network.
+        shape: `(C, H, W)` of its output.
+        in_channels: of its input; None: as many as of the output.
+    """
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, function: Network, shape: Sequence[int], in_channels: int | None = None):
+        super().__init__()
+        self.function = function
+        self.config = {
+            "in_channels": in_channels or shape[0],
+            "out_channels": shape[0],
+            "sample_size": tuple(shape[1:]),
+        }
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.function(sample, timestep))
+
+
+@torch.no_grad()
+def run(network: Network, scheduler: Any, sample: Tensor, generator: torch.Generator) -> Tensor:
+    """The last sample of the run that `scheduler.set_timesteps` has prepared, from a first one."""
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(sample, t), t)
+        sample = scheduler.step(output, t, sample, generator=generator).prev_sample
+    return sample

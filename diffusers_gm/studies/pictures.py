@@ -1,4 +1,4 @@
-"""The pictures of the demo and the studies. Needs the `evaluation` extra."""
+"""The pictures of the demo and the studies, but for curves of quality. Needs the `evaluation` extra."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -10,31 +10,35 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from .evaluation import Quality
-from .processes.cld import CLD, transform
-from .processes.mixture import GaussianMixtureNoise
-from .random import Draw
-
-CALLS = (10, 20, 50, 200)
-GRID = 10
+from ..processes.cld import CLD, transform
+from ..processes.mixture import GaussianMixtureNoise
+from ..random import Draw
 
 
-def show_grid(axes, images: Tensor, title: str) -> None:
-    """Draw GRID x GRID gray images `(n, 1, H, W)` in [-1, 1]."""
-    height, width = images.shape[-2:]
-    tiles = images[: GRID * GRID, 0].reshape(GRID, GRID, height, width)
-    framed = torch.nn.functional.pad(tiles, (0, 1, 0, 1), value=-1.0)
-    axes.imshow(framed.permute(0, 2, 1, 3).reshape(GRID * (height + 1), -1), cmap="gray", vmin=-1, vmax=1)
-    axes.set_title(title)
-    axes.axis("off")
-
-
-def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained")
-    show_grid(left, samples, title)
-    show_grid(right, real, "held-out digits")
-    figure.savefig(path, dpi=110)
+def save_picture(figure: Any, path: Path) -> str:
+    """Write a matplotlib figure and close it; the name of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
+    return path.name
+
+
+def show_rows(axis: Any, images: dict[str, Tensor], columns: int = 24) -> None:
+    """Draw one row of `columns` gray images `(n, 1, H, W)` in [-1, 1] under each name."""
+    rows = [torch.nn.functional.pad(x[:columns, 0].clamp(-1, 1), (0, 1, 0, 1)) for x in images.values()]
+    height = rows[0].shape[1]
+    axis.imshow(torch.cat([row.movedim(0, 1).flatten(1) for row in rows]), cmap="gray", vmin=-1, vmax=1)
+    axis.set_yticks([height * (i + 0.5) for i in range(len(rows))], list(images), fontsize=7)
+    axis.set_xticks([])
+
+
+def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path, columns: int = 10) -> None:
+    """As many samples as real images `(n, 1, H, W)`, side by side, in rows."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained")
+    for axis, images, name in zip(axes, (samples, real), (title, "held-out digits"), strict=True):
+        show_rows(axis, {str(i): row for i, row in enumerate(images.split(columns))}, columns)
+        axis.set(title=name, yticks=[])
+    save_picture(figure, path)
 
 
 def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: float, path: Path) -> None:
@@ -65,8 +69,7 @@ def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: floa
         axis.set_title(name.replace("\n", " "), fontsize=10)
         axis.set_aspect("equal", "datalim")
     bottom.suptitle("2000 steps of a random walk, increments of equal variance")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def plot_forward_cld(image: Tensor, process: CLD, path: Path) -> None:
@@ -106,23 +109,4 @@ def plot_forward_cld(image: Tensor, process: CLD, path: Path) -> None:
     for axis, name, values in zip(bottom.subplots(1, 2), names, pixels.unbind(1), strict=True):
         axis.plot(times, values, linewidth=0.8)
         axis.set(title=name, xlabel="t")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_quality(results: dict[str, list[Quality]], floor: float, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for style, (model, cells) in zip(("-o", "--s"), results.items(), strict=False):
-        axis.set_prop_cycle(None)
-        for name in dict.fromkeys(cell.sampler for cell in cells):
-            points = [(c.calls, c.distance) for c in cells if c.sampler == name and c.distance is not None]
-            axis.plot(*zip(*points, strict=True), style, label=name if len(results) == 1 else f"{model}: {name}")
-    axis.axhline(floor, color="gray", linestyle=":", label="floor: held-out digits")
-    axis.set(xscale="log", yscale="log", xlabel="network calls", ylabel="sliced W2 to the training digits (pixels)")
-    axis.set_xticks(CALLS, [str(n) for n in CALLS])
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.xaxis.minorticks_off()
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_picture(figure, path)

@@ -6,9 +6,12 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
-from .. import CLDSSCSScheduler
-from ..training.options import TrainingArguments
-from .common import TIE, Network, draw, over_floor, parts_of, trained
+from ..evaluation.report import Curve, curve_table
+from ..evaluation.results import Results, Statistic
+from ..evaluation.table import Table
+from ..schedulers import CLDSSCSScheduler
+from .digits import TIE, kept_results, pipeline_of, quality, trained
+from .exact import Network
 
 GRIDS = ("uniform", "quadratic", "log_snr")
 # Where losses are measured.
@@ -22,24 +25,35 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CLDSSCSScheduler]:
     """A velocity network on the digits, and the scheduler that describes it; kept beside the reports."""
-    arguments = TrainingArguments(method="cld", max_train_steps=args.steps, train_batch_size=args.batch, **options)
-    return trained(arguments, parts_of(args.output))
+    return trained(args.output, method="cld", max_train_steps=args.steps, train_batch_size=args.batch, **options)
 
 
 def as_network(unet: UNet2DModel) -> Network:
     return lambda model_input, timestep: unet(model_input, timestep).sample
 
 
-def ratio_to_floor(network: Network, scheduler: CLDSSCSScheduler, num_calls: int, args: argparse.Namespace) -> float:
-    """Sliced W2 of samples, clipped as in the pipeline, to the training digits, over that of held-out digits."""
-    return over_floor(draw(network, scheduler, (args.num_samples, 2, 8, 8), num_calls))
+def results_of(args: argparse.Namespace, name: str, **settings: Any) -> Results:
+    """What the study has measured already of networks of `train_cld`."""
+    return kept_results(name, args.num_samples, args.output, steps=args.steps, batch=args.batch, **settings)
 
 
-def ratios_to_floor(unet: UNet2DModel, scheduler: CLDSSCSScheduler, args: argparse.Namespace, name: str) -> list[float]:
-    """`ratio_to_floor` at every number of calls, printed too."""
-    ratios = [ratio_to_floor(as_network(unet), scheduler, n, args) for n in args.calls]
-    print(f"{name}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
-    return ratios
+def ratios_to_floor(results: Results, name: str, network: Any, scheduler: Any, calls: Sequence[int]) -> list[float]:
+    """Sliced W2 of samples over the floor at every number of calls; nan where they are not finite."""
+    return [
+        (quality(results, name, n, 1, lambda _: pipeline_of(network, scheduler)) or [float("nan")])[0] for n in calls
+    ]
+
+
+def as_curves(found: Mapping[str, Sequence[float]], calls: Sequence[int]) -> dict[str, Curve]:
+    """Values of one seed each as curves."""
+    return {
+        name: {n: Statistic(value, None) for n, value in zip(calls, values, strict=True)}
+        for name, values in found.items()
+    }
+
+
+def ratio_table(caption: str, found: Mapping[str, Sequence[float]], calls: Sequence[int]) -> Table:
+    return curve_table(caption, "", as_curves(found, calls))
 
 
 def digits_conditions(args: argparse.Namespace) -> str:

@@ -1,29 +1,25 @@
-"""What `.benchmark_samplers` samples: networks, exact or trained, and every scheduler that fits each of them."""
+"""What `.sampler_benchmark` samples: networks, exact or trained, and every scheduler that fits each of them."""
 
 import inspect
-import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from . import AnnealedLangevinScheduler, CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler, GMSGMPipeline
+from ..data import split_digits
+from ..evaluation.features import fingerprint
+from ..evaluation.sampling import describe_model
+from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .demo import SAMPLERS
-from .evaluation import sliced_wasserstein
-from .evaluation.sampling import NoGridError, num_steps_for
-from .exact import ExactDenoiser
-from .readings import NoiseSpace
-from .studies.common import over_floor, trained, trained_ddpm
-from .training.options import TrainingArguments
+from .digits import pipeline_of, trained, trained_ddpm
+from .exact import ExactDenoiser, NetworkOf, exact_network
 
 WIDTH = 0.1
 SOURCE = DDPMScheduler(clip_sample=False)
-NUM_PROJECTIONS = 256
 
 STOCHASTIC: dict[str, tuple[str, dict[str, Any]]] = {
     "DDPM": ("DDPMScheduler", {}),
@@ -73,7 +69,6 @@ OWN_GRIDS: dict[type, tuple[str, ...]] = {
 TAKE_TIMESTEPS = ("DDPM", "SDE-DPM-Solver++(2M)", "Euler", "DPM-Solver++(2M)")
 
 Samplers = dict[str, dict[str, Any]]  # schedulers by sampler, then by grid
-Network = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,20 +77,21 @@ class Model:
 
     Attributes:
         title: in words.
+        pipeline: runs the network with any of the schedulers.
         samplers: schedulers by sampler and grid.
-        sample: `(scheduler, number of calls, seed)` to samples `(n, C, H, W)`, or None where the scheduler has no run
-            of that many calls.
-        ratio: quality of samples.
+        reference: images that samples are compared with, `(m, C, H, W)`.
+        floor: draws of as many real images as there are samples, one after another.
         conditions: in words.
-        points: the images of an exact denoiser.
+        content: a hash of the network.
     """
 
     title: str
+    pipeline: Any
     samplers: Samplers
-    sample: Callable[[Any, int, int], Tensor | None]
-    ratio: Callable[[Tensor], float]
+    reference: Tensor
+    floor: Tensor
     conditions: str
-    points: Tensor | None = None
+    content: str
 
 
 # --- Schedulers ---
@@ -161,94 +157,48 @@ def own_samplers(described: Any) -> Samplers:
     return samplers | peers(theirs)
 
 
-def budget(scheduler: Any, num_calls: int) -> int | None:
-    """Set, and return, as many steps as `num_calls` network calls pay for; None if they leave more than one unused."""
-    try:
-        num_steps = num_steps_for(scheduler, num_calls)
-    except NoGridError:  # no stable step, say
-        return None
-    return num_steps if len(scheduler.timesteps) >= num_calls - 1 else None
-
-
-@torch.no_grad()
-def sample(network: Network, scheduler: Any, shape: Sequence[int], seed: int) -> Tensor:
-    """Samples in DDPMPipeline's loop, and the scaling that other schedulers need besides."""
-    generator = torch.Generator().manual_seed(seed)
-    x = scheduler.init_noise_sigma * torch.randn(*shape, generator=generator)
-    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
-        x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, **draws).prev_sample
-    return x
-
-
-def sampler_of(network: Network, shape: Sequence[int]) -> Callable[[Any, int, int], Tensor | None]:
-    """`Model.sample` of a network that is fed what `vp` networks are."""
-
-    def draw(scheduler: Any, calls: int, seed: int) -> Tensor | None:
-        return sample(network, scheduler, shape, seed) if budget(scheduler, calls) else None
-
-    return draw
-
-
 # --- Networks ---
 
 
 def exact_model(points: Tensor, name: str, num_samples: int) -> Model:
     """The exact denoiser of Gaussians of width `WIDTH` around images `(m, C, H, W)`, as a DDPM network would be."""
-    denoiser, space = ExactDenoiser(points, WIDTH), NoiseSpace.vp(SOURCE.alphas_cumprod)
+    described = CLDSSCSScheduler.from_config(SOURCE.config)
+    network = NetworkOf(exact_network(ExactDenoiser(points, WIDTH), described), points.shape[1:])
     generator = torch.Generator().manual_seed(1)
 
     def data(n: int) -> Tensor:
         chosen = points[torch.randint(len(points), (n,), generator=generator)]
         return chosen + WIDTH * torch.randn(chosen.shape, generator=generator)
 
-    reference = data(5_000)
-
-    def distance(samples: Tensor) -> float:
-        return sliced_wasserstein(samples, reference, num_projections=NUM_PROJECTIONS)
-
-    floor = statistics.mean(distance(data(num_samples)) for _ in range(8))
     return Model(
         f"the exact denoiser of {name}",
+        pipeline_of(network, SOURCE),
         compatible(SOURCE.config),
-        sampler_of(lambda x, t: denoiser.network_output(x, t, space, "epsilon"), (num_samples, *points.shape[1:])),
-        lambda samples: distance(samples) / floor,
-        f"Each of the {len(points)} images is a Gaussian of width {WIDTH}; reference 5000 draws, floor {floor:.4f} of "
-        f"{num_samples} draws.",
-        points,
+        data(5_000),
+        data(8 * num_samples),
+        f"Each of the {len(points)} images is a Gaussian of width {WIDTH}; reference 5000 draws, floor of 8 times "
+        f"{num_samples} others.",
+        fingerprint(points),
     )
 
 
-def ddpm_model(num_samples: int, steps: int, parts: Path) -> Model:
+def ddpm_model(num_samples: int, steps: int, output: Path) -> Model:
     """A network that diffusers' own recipe trained on the digits."""
-    unet, source = trained_ddpm(steps, 0, parts)
-    return Model(
-        "a DDPM network of the digits",
-        compatible(DDPMScheduler.from_config(source.config, clip_sample=False).config),
-        sampler_of(lambda x, t: unet(x, t).sample, (num_samples, 1, 8, 8)),
-        over_floor,
-        f"Trained with diffusers' objective for {steps} steps.",
-    )
+    pipeline = pipeline_of(*trained_ddpm(output, steps, 0))
+    unclipped = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    conditions = f"Trained with diffusers' objective for {steps} steps."
+    return _of_digits("a DDPM network of the digits", pipeline, compatible(unclipped.config), num_samples, conditions)
 
 
-def own_model(method: Literal["gm-sgm", "ncsnv2", "cld"], num_samples: int, steps: int, parts: Path) -> Model:
+def own_model(method: str, num_samples: int, steps: int, output: Path) -> Model:
     """A network of the digits that we trained, in the pipeline of its method."""
-    unet, described = trained(TrainingArguments(method=method, max_train_steps=steps), parts)
-    pipeline: Any = (CLDPipeline if method == "cld" else GMSGMPipeline)(unet, described)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(*trained(output, method=method, max_train_steps=steps))
+    conditions = f"`train_gm_sgm.py --method {method} --dataset_name digits --max_train_steps {steps}`."
+    samplers = own_samplers(pipeline.scheduler)
+    return _of_digits(f"our {method} network of the digits", pipeline, samplers, num_samples, conditions)
 
-    def draw(scheduler: Any, calls: int, seed: int) -> Tensor | None:
-        num_steps = budget(scheduler, calls)
-        if num_steps is None:
-            return None
-        pipeline.scheduler = scheduler
-        generator = torch.Generator().manual_seed(seed)
-        return pipeline(num_samples, num_steps, generator, output_type="pt").images * 2 - 1
 
-    return Model(
-        f"our {method} network of the digits",
-        own_samplers(described),
-        draw,
-        over_floor,
-        f"`train_gm_sgm.py --method {method} --dataset_name digits --max_train_steps {steps}`.",
-    )
+def _of_digits(title: str, pipeline: Any, samplers: Samplers, num_samples: int, conditions: str) -> Model:
+    train, held_out = split_digits()
+    content = describe_model(pipeline)
+    return Model(title, pipeline, samplers, train, held_out[:num_samples], conditions, content)

@@ -1,4 +1,4 @@
-"""Who samples a given network best, at equal network calls: `python -m diffusers_gm.benchmark_samplers`.
+"""Who samples a given network best, at equal network calls: `python -m diffusers_gm.studies.sampler_benchmark`.
 
 Every scheduler of diffusers that fits, and ours, each at the best of its grids, on
 
@@ -8,7 +8,7 @@ Every scheduler of diffusers that fits, and ours, each at the best of its grids,
 - `ncsnv2`, `gm-sgm`, `cld`: our own digits networks of the same budget, under the samplers made for each; that of
   `ncsnv2` under those of diffusers too (`diffusers_config`).
 
-Quality is sliced W2 over the floor, what as many real images have; medians over seeds, and wall time beside them. Every
+Quality is sliced W2 over the floor, what as many real images have; means over seeds, and wall time beside them. Every
 finished cell is kept in `OUTPUT/.parts`: an interrupted benchmark goes on where it was.
 """
 
@@ -16,24 +16,26 @@ import argparse
 import logging
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import matplotlib
-import torch
-
-from .benchmark_models import PEERS, STOCHASTIC, Model, ddpm_model, exact_model, own_model
-from .data import examine, open_source, split_digits
-from .evaluation.features import fingerprint
-from .studies.common import Cells, parts_of, save_picture
-from .studies.report import Report, Table
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from torch import Tensor
+
+from ..data import examine, open_source, split_digits
+from ..evaluation.report import plot_curves
+from ..evaluation.results import Results, Statistic
+from ..evaluation.sampling import NoGridError, num_steps_for, sample
+from ..evaluation.scoring import SLICED_WASSERSTEIN, Reference, score
+from ..evaluation.table import Table
+from .command import at_least, program
+from .digits import kept_results
+from .pictures import save_picture
+from .report import Report
+from .sampler_benchmark_models import PEERS, STOCHASTIC, Model, ddpm_model, exact_model, own_model
 
 ModelName = Literal["exact", "ddpm", "ncsnv2", "gm-sgm", "cld"]
 
@@ -43,88 +45,101 @@ ALL_GRIDS_UP_TO = 20
 # --- The benchmark ---
 
 
-def measure(model: Model, scheduler: Any, calls: int, seed: int) -> dict[str, float] | None:
-    """Quality and seconds of one run; None where there is none, or it diverges."""
-    start = time.perf_counter()
-    samples = model.sample(scheduler, calls, seed)
-    seconds = time.perf_counter() - start
-    if samples is None or not torch.isfinite(samples).all():
-        return None
-    return {"ratio": model.ratio(samples), "seconds": seconds}
+def budget(scheduler: Any, num_calls: int) -> int:
+    """Set, and return, as many steps as `num_calls` network calls pay for.
+
+    Raises:
+        NoGridError: if there are none, or they leave more than one call unused.
+    """
+    num_steps = num_steps_for(scheduler, num_calls)
+    if len(scheduler.timesteps) < num_calls - 1:
+        raise NoGridError(f"its {num_steps} steps make {len(scheduler.timesteps)} network calls")
+    return num_steps
 
 
 @dataclass(frozen=True)
 class Best:
-    """A sampler at a number of calls, on the grid with the best median."""
+    """A sampler at a number of calls, on the grid that is best in the mean of the seeds: over the floor."""
 
     grid: str
-    ratios: list[float]
+    ratio: Statistic
     seconds: float
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.ratios)
-
     def __str__(self) -> str:
-        spread = f" ± {(max(self.ratios) - min(self.ratios)) / 2:.2f}" if len(self.ratios) > 1 else ""
-        return f"{self.median:.2f}{spread} {self.grid}"
+        return f"{self.ratio:.2f} {self.grid}"
 
 
-def best_of(model: Model, sampler: str, calls: int, seeds: int, cells: Cells, only: str | None) -> Best | None:
-    """The best grid of a sampler; `only` this grid, if given."""
-    found = []
+def best_of(model: Model, sampler: str, calls: int, seeds: int, results: Results, only: str | None) -> Best | None:
+    """The best grid of a sampler, measured where it is not there; `only` this grid, if given."""
+    n, reference, found = results.conditions["num_samples"], Reference(model.reference), []
+    floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
+
+    def draw(scheduler: Any, seed: int) -> tuple[Tensor, int]:
+        return sample(model.pipeline, scheduler, budget(scheduler, calls), n, seed, n)
+
     for grid, scheduler in model.samplers[sampler].items():
         if only in (grid, None):
-            runs = [cells(f"{sampler}, {grid}, {calls} calls, seed {seed}",
-                          partial(measure, model, scheduler, calls, seed)) for seed in range(seeds)]  # fmt: skip
-            if all(runs):
-                ratios = [run["ratio"] for run in runs]
-                found.append(Best(grid, ratios, statistics.median(run["seconds"] for run in runs)))
-    return min(found, key=lambda best: best.median, default=None)
+            cells = [
+                results.measure(
+                    f"{sampler}, {grid}",
+                    calls,
+                    seed,
+                    partial(draw, scheduler, seed),
+                    partial(score, reference=reference, metrics=["sw"]),
+                )
+                for seed in range(seeds)
+            ]
+            if all(SLICED_WASSERSTEIN in cell.scores for cell in cells):  # neither without a grid nor with NaN
+                ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
+                found.append(Best(grid, ratio, statistics.mean(cell.sampling_seconds for cell in cells)))
+    return min(found, key=lambda best: best.ratio.mean, default=None)
 
 
-def benchmark(name: str, model: Model, args: argparse.Namespace, cells: Cells) -> Report:
-    results: dict[tuple[str, int], Best | None] = {}
+def benchmark(name: str, model: Model, args: argparse.Namespace, results: Results) -> Report:
+    if not results.floor:
+        reference = Reference(model.reference)
+        results.floor = [score(draw, reference, ["sw"]) for draw in model.floor.split(args.num_samples)]
+    bests: dict[tuple[str, int], Best | None] = {}
     for i, calls in enumerate(args.calls):
         for sampler in model.samplers:
-            below = results.get((sampler, args.calls[i - 1])) if i else None
+            below = bests.get((sampler, args.calls[i - 1])) if i else None
             only = below.grid if below and calls > ALL_GRIDS_UP_TO else None
-            best = best_of(model, sampler, calls, args.seeds, cells, only)
+            best = best_of(model, sampler, calls, args.seeds, results, only)
             if best is None and only:  # that grid has no run of so many calls
-                best = best_of(model, sampler, calls, args.seeds, cells, None)
-            results[sampler, calls] = best
+                best = best_of(model, sampler, calls, args.seeds, results, None)
+            bests[sampler, calls] = best
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
     def row(sampler: str, show: Callable[[Best], str]) -> list[str]:
-        bests = [results[sampler, calls] for calls in args.calls]
-        return [f"**{sampler}**" if sampler in ours and peers else sampler, *(show(b) if b else "-" for b in bests)]
+        shown = [show(best) if (best := bests[sampler, calls]) else "-" for calls in args.calls]
+        return [f"**{sampler}**" if sampler in ours and peers else sampler, *shown]
 
     header = ["sampler", *(f"{calls} calls" for calls in args.calls)]
-    spread = f"median of {args.seeds} seeds ± half of their range, " if args.seeds > 1 else ""
+    spread = f"mean of {args.seeds} seeds ± standard deviation, " if args.seeds > 1 else ""
     tables = [
         Table(f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls.",
               header, [row(s, str) for s in model.samplers]),
-        Table(f"Seconds for {args.num_samples} samples (median, on a machine that may have been busy).",
+        Table(f"Seconds for {args.num_samples} samples (mean, on a machine that may have been busy).",
               header, [row(s, lambda b: f"{b.seconds:.2f}") for s in model.samplers]),
     ]  # fmt: skip
 
     def winner(samplers: Sequence[str], calls: int) -> tuple[float, str]:
-        return min(((b.median, s) for s in samplers if (b := results[s, calls])), default=(math.inf, "none"))
+        return min(((b.ratio.mean, s) for s in samplers if (b := bests[s, calls])), default=(math.inf, "none"))
 
     answers = [f"{calls} calls: {winner(list(model.samplers), calls)[1]}" for calls in args.calls]
     verdict = f"Best of all: {', '.join(answers)}."
     if "CLD, sscs" in ours and {"DDPM", "Euler ancestral"} <= set(peers):
-        verdict += " " + " ".join(against_peers(results, calls, ours, winner) for calls in args.calls)
+        verdict += " " + " ".join(against_peers(bests, calls, ours, winner) for calls in args.calls)
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for sampler in model.samplers:
-        points = [(calls, b.median) for calls in args.calls if (b := results[sampler, calls]) and b.median < 30]
-        if points:
-            axis.loglog(*zip(*points, strict=True), "-o" if sampler in ours else ":", label=sampler, markersize=4)
-    axis.axhline(1, color="gray", linewidth=0.8)
-    axis.set(xlabel="network calls", ylabel="sliced W2 over the floor", title=model.title)
-    axis.set_xticks(args.calls, [str(calls) for calls in args.calls])
-    axis.xaxis.minorticks_off()
+    curves = {
+        sampler: {
+            calls: b.ratio if (b := bests[sampler, calls]) and b.ratio.mean < 30 else None for calls in args.calls
+        }
+        for sampler in model.samplers
+    }
+    plot_curves(axis, curves, 1, {sampler: {"linestyle": ":"} for sampler in peers})
+    axis.set(ylabel="sliced W2 over the floor", title=model.title)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     stem = f"samplers_{name}_n{args.num_samples}"
     return Report(
@@ -141,53 +156,51 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, cells: Cells) -
 
 
 def against_peers(
-    results: dict[tuple[str, int], Best | None],
+    bests: dict[tuple[str, int], Best | None],
     calls: int,
     ours: Sequence[str],
     winner: Callable[[Sequence[str], int], tuple[float, str]],
 ) -> str:
     """The SSCS sampler against what people use, at one number of calls, in a sentence."""
-    sscs, mine = results["CLD, sscs", calls], winner(ours, calls)
+    sscs, mine = bests["CLD, sscs", calls], winner(ours, calls)
     if sscs is None:
         return f"At {calls} calls SSCS has no run."
     classic, stochastic, any_peer = (
-        winner([s for s in peers if (s, calls) in results], calls)
+        winner([s for s in peers if (s, calls) in bests], calls)
         for peers in (("DDPM", "Euler ancestral"), list(STOCHASTIC), list(PEERS))
     )
     return (
-        f"At {calls} calls SSCS has {sscs.median / classic[0]:.2f} times the error of {classic[1]}, "
-        f"{sscs.median / stochastic[0]:.2f} times that of the best stochastic peer ({stochastic[1]}), and our best "
+        f"At {calls} calls SSCS has {sscs.ratio.mean / classic[0]:.2f} times the error of {classic[1]}, "
+        f"{sscs.ratio.mean / stochastic[0]:.2f} times that of the best stochastic peer ({stochastic[1]}), and our best "
         f"({mine[1]}) {mine[0] / any_peer[0]:.2f} times that of the best peer ({any_peer[1]})."
     )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n", maxsplit=1)[0], prog="python -m diffusers_gm.benchmark_samplers"
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog=program("sampler_benchmark")
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=get_args(ModelName), default=["exact"])
-    add("--calls", type=int, nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
-    add("--num_samples", type=int, default=1000, help="images per cell; trained networks: at most 360")
-    add("--seeds", type=int, default=3, help="runs of each cell")
-    add("--steps", type=int, default=1200, help="optimizer steps of the trained networks")
+    add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
+    add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
+    add("--seeds", type=at_least(1), default=3, help="runs of each cell")
+    add("--steps", type=at_least(1), default=1200, help="optimizer steps of the trained networks")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
     add("--train_data_dir", help="exact: a folder of images or of parquet files")
-    add("--resolution", type=int, help="exact: side to which its images are resized; default: their own")
-    add("--num_images", type=int, help="exact: images that it is made of, at most; default 2000, of the digits all")
+    add("--resolution", type=at_least(1), help="exact: side to which its images are resized; default: their own")
+    add(
+        "--num_images",
+        type=at_least(2),
+        help="exact: images that it is made of, at most; default 2000, of the digits all",
+    )
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise a ValueError for what is out of range."""
-    for name, least in {"num_samples": 2, "seeds": 1, "steps": 1, "num_images": 2, "resolution": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} is too small: at least {least}")
-    if min(args.calls) < 3:
-        raise ValueError(f"--calls must be at least 3, got {min(args.calls)}")
+    """Raise a ValueError for what does not go together."""
     held_out = len(split_digits()[1])
     if args.models != ["exact"] and args.num_samples > held_out:
         raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
@@ -197,12 +210,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
 
 
-def model_of(name: ModelName, args: argparse.Namespace, parts: Path) -> tuple[str, Model]:
+def model_of(name: ModelName, args: argparse.Namespace) -> tuple[str, Model]:
     """The model called `name`, and the stem of its files."""
     if name == "ddpm":
-        return name, ddpm_model(args.num_samples, args.steps, parts)
+        return name, ddpm_model(args.num_samples, args.steps, args.output)
     if name != "exact":
-        return name, own_model(name, args.num_samples, args.steps, parts)
+        return name, own_model(name, args.num_samples, args.steps, args.output)
     if args.train_data_dir is None and args.dataset_name == "digits" and not (args.resolution or args.num_images):
         return name, exact_model(split_digits()[0], "the digits", args.num_samples)
     source = open_source(args.dataset_name, train_data_dir=args.train_data_dir)
@@ -218,19 +231,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.calls.sort()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    parts = parts_of(args.output)
     try:
         check_options(args)
         for name in args.models:
-            stem, model = model_of(name, args, parts)
+            stem, model = model_of(name, args)
             if args.samplers:
                 unknown = [sampler for sampler in args.samplers if sampler not in model.samplers]
                 if unknown:
                     raise ValueError(f"--samplers {unknown}: {name} has {', '.join(model.samplers)}")
                 model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
-            settings = {"images": fingerprint(model.points)} if model.points is not None else None
-            cells = Cells(parts / f"samplers {stem} n={args.num_samples} steps={args.steps}.json", settings)
-            benchmark(stem, model, args, cells).write(args.output)
+            settings = {"steps": args.steps, "content": model.content}
+            results = kept_results(f"samplers {stem}", args.num_samples, args.output, floor=False, **settings)
+            benchmark(stem, model, args, results).write(args.output)
     except ValueError as error:
         parser.error(str(error))
 

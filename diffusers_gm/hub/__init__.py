@@ -1,0 +1,1 @@
+"""Models for the Hub: their cards, and the command that uploads them."""

@@ -1,0 +1,3 @@
+from .push import main
+
+main()

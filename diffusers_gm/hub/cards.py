@@ -1,0 +1,197 @@
+"""Model cards: what was trained, how, and how good it is.
+
+    python -m diffusers_gm.hub.cards outputs/demo model_cards/gm-sgm-digits.md
+
+copies the card of a trained pipeline, with its pictures, to where cards are kept without their weights.
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from ..evaluation.table import Table
+from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
+from ..training.methods import METHODS
+
+NOT_MEASURED = "Not measured."
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a model card says that the options do not.
+
+    Attributes:
+        num_images: size of the training set.
+        steps, images_seen, seconds: length of the training.
+        log: the loss curve, dicts with `step` and `loss`.
+        hardware: in words.
+        command: the command line.
+        versions: of the packages.
+    """
+
+    num_images: int
+    num_parameters: int
+    steps: int
+    images_seen: int
+    seconds: float
+    log: list[dict[str, float]]
+    hardware: str
+    command: str
+    versions: dict[str, str]
+
+    @property
+    def final_entries(self) -> list[dict[str, float]]:
+        return self.log[-10:]
+
+    @property
+    def final_loss(self) -> float | None:
+        entries = self.final_entries
+        return sum(entry["loss"] for entry in entries) / len(entries) if entries else None
+
+    def figures(self) -> dict[str, Any]:
+        """What goes into `training_args.json` beside the options."""
+        return {
+            "num_images": self.num_images,
+            "num_parameters": self.num_parameters,
+            "images_seen": self.images_seen,
+            "training_seconds": round(self.seconds, 1),
+            "final_loss": self.final_loss,
+            "hardware": self.hardware,
+            "command": self.command,
+        }
+
+
+def training_card(options: dict[str, Any], pipeline_class: str, result: TrainingResult) -> ModelCard:
+    """The card of a trained pipeline, from its resolved options (`training.training_record`)."""
+    on_hub = options["push_to_hub"]
+    name = options["hub_model_id"] if on_hub else Path(options["output_dir"]).name or options["method"]
+    from_hub = options["train_data_dir"] is None and options["dataset_name"] != "digits"
+    entries = result.final_entries
+    method = METHODS[options["method"]]
+    said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
+    body = Template(_template("model_card")).substitute(
+        title=name.split("/")[-1],
+        resolution=options["resolution"],
+        method_name=method.title,
+        version=result.versions["diffusers_gm"],
+        pipeline_class=pipeline_class,
+        load=f'from_pretrained("{name}")' if on_hub else HERE,
+        repository_note="" if on_hub else HERE_NOTE,
+        num_inference_steps=options["validation_inference_steps"],
+        method=Template(method.card).substitute(said),
+        quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
+        data=_data(options, result.num_images),
+        final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
+        final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
+        curve=_curve(result.log),
+        steps=result.steps,
+        images_seen=result.images_seen,
+        duration=_duration(result.seconds),
+        hardware=result.hardware,
+        seed=options["seed"],
+        weights=(
+            f"an exponential moving average with decay {options['ema_decay']}"
+            if options["use_ema"]
+            else "the last ones"
+        ),
+        command=result.command,
+        options=_options(options),
+        versions=", ".join(f"{name} {version}" for name, version in result.versions.items()),
+        citation=method.citation,
+    )
+    return model_card([method.name], [options["dataset_name"]] if from_hub else None, body)
+
+
+def _template(name: str) -> str:
+    return files(__package__).joinpath(f"templates/{name}.md").read_text(encoding="utf-8")
+
+
+def keep_card(folder: Path, path: Path) -> None:
+    """Copy the card of the pipeline in `folder`, with its pictures, to `path`, `NAME.md`: there it is called NAME, and
+    says that the model has to be trained first.
+
+    Raises:
+        ValueError: if there is no card in `folder`, or `path` is not that of a Markdown file.
+    """
+    if path.suffix != ".md":
+        raise ValueError(f"{path} must be the card's new name, ending in .md")
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"there is no card in {folder}: it has no README.md")
+    card = ModelCard.load(folder / "README.md")
+    name, text = path.stem, card.text
+    heading = next(line for line in text.splitlines() if line.startswith("# "))
+    text = text.replace(heading, f"# {name}", 1)
+    text = text.replace(HERE, f'from_pretrained("{folder.as_posix()}")')
+    text = text.replace(HERE_NOTE, "Train it first, with the command below. ")
+    for picture in ("samples.png", "results.png"):
+        if f"({picture})" in text:
+            shutil.copyfile(folder / picture, path.with_name(f"{name}-{picture}"))
+            text = text.replace(f"({picture})", f"({name}-{picture})")
+    if card.data.eval_results:
+        card.data.model_name = name
+    card.text = text
+    card.save(path)
+
+
+def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
+    """The loss curve as a table: means over equal parts of the training."""
+    parts = [
+        log[i * len(log) // min(rows, len(log)) : (i + 1) * len(log) // min(rows, len(log))]
+        for i in range(min(rows, len(log)))
+    ]
+    means = [[f"up to {part[-1]['step']}", sum(entry["loss"] for entry in part) / len(part)] for part in parts]
+    return Table("", ["steps", "mean loss"], means).markdown()
+
+
+def _options(options: dict[str, Any]) -> str:
+    rows = [[f"`{name}`", _cell(value)] for name, value in options.items() if value is not None]
+    return Table("", ["option", "value"], rows).markdown()
+
+
+def _data(options: dict[str, Any], num_images: int) -> str:
+    if options["train_data_dir"] is not None:
+        name = f"a local folder, `{Path(options['train_data_dir']).resolve().name}`"
+    elif options["dataset_name"] == "digits":
+        name = "the handwritten digits of scikit-learn, its training part (80%)"
+    else:
+        name = f"`{options['dataset_name']}`"
+    return f"{name}, {num_images} images"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusers_gm.hub.cards",
+        description="Copy a card to where cards are kept without their weights.",
+    )
+    parser.add_argument("folder", type=Path, help="where the pipeline is, --output_dir of its training")
+    parser.add_argument("card", type=Path, help="the card to write, NAME.md; its pictures go beside it")
+    args = parser.parse_args(arguments)
+    try:
+        keep_card(args.folder, args.card)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"wrote {args.card}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What lies in a repository of the Hub beside the weights: the files that belong there, and the model card."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import filter_repo_objects
+
+from ..version import __version__
+
+# What `diffusers_gm.evaluation` measures, with the model's folder as --output_dir; version 0.1.0 had `quality` too.
+QUALITY_FILES = ("quality.json", "quality.md", "quality.png", "results.json", "results.md", "results.png")
+CARD_FILES = ("README.md", "samples.png", "training_args.json", *QUALITY_FILES)
+# What belongs in a model repository: neither optimizer states nor logs.
+UPLOADED = ("model_index.json", "pipeline.py", "unet/*", "scheduler/*", *CARD_FILES)
+
+# The card of a model that was not pushed by its training loads it from its own folder.
+HERE = 'from_pretrained(".")'
+HERE_NOTE = "Run it in the folder of this file. "
+# Between these, the card says how good the samples are, once that is measured.
+QUALITY = ("<!-- quality -->", "<!-- end of quality -->")
+
+
+def model_card(tags: list[str], datasets: list[str] | None, body: str) -> ModelCard:
+    """A card with the metadata that all our models share."""
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers_gm",  # the Hub would show diffusers' own snippet otherwise, which fails
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "score-based-generative-model", "langevin-dynamics", *tags],
+        datasets=datasets,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def short_card(repo_id: str, pipeline_class: str, num_inference_steps: int) -> ModelCard:
+    """The card of a pipeline that nothing else is known of."""
+    template = files(__package__).joinpath("templates/short_card.md").read_text(encoding="utf-8")
+    body = Template(template).substitute(
+        title=repo_id.rpartition("/")[2],
+        version=__version__,
+        pipeline_class=pipeline_class,
+        repository=repo_id,
+        num_inference_steps=num_inference_steps,
+    )
+    return model_card([], None, body)
+
+
+def card_of_repository(text: str, repo_id: str) -> str:
+    """A card with the name that its repository loads by, in place of the folder or another repository."""
+    load = f'from_pretrained("{repo_id}")'
+    if QUALITY[0] in text:  # one of ours
+        text = re.sub(r'(?<=Pipeline\.)from_pretrained\("[^"]*"\)', load, text, count=1)
+    return text.replace(HERE, load).replace(HERE_NOTE, "")
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+    card: ModelCard | None = None,
+) -> str:
+    """Upload a finished pipeline and return its address. Only `UPLOADED` goes, and private means private.
+
+    The README.md of the folder becomes that of the repository, with the name to load it by. Without one, `card` is
+    written, unless the repository has its own.
+
+    Raises:
+        FileNotFoundError: if there is no pipeline in `folder`.
+        ValueError: if `private` is asked for and the repository already exists and is public.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"there is no pipeline in {folder}: it has no model_index.json")
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private first, or do not ask for a private one")
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    content: dict[str, Path | bytes] = {
+        name: folder / name for name in filter_repo_objects(names, allow_patterns=list(UPLOADED))
+    }
+    if "README.md" in content:
+        # The folder keeps its card as it is: it may be uploaded elsewhere, too.
+        content["README.md"] = card_of_repository((folder / "README.md").read_text(encoding="utf-8"), repo_id).encode()
+    elif card is not None and not api.file_exists(repo_id, "README.md"):
+        content["README.md"] = str(card).encode()
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, data) for name, data in content.items()],
+        commit_message=message or "Upload a pipeline of diffusers_gm",
+        create_pr=create_pr,
+    )
+    return f"{api.endpoint}/{repo_id}"

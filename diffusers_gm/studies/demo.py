@@ -1,0 +1,149 @@
+"""Look at a model trained on the digits: pictures, and its quality under every sampler.
+
+    python -m diffusers_gm.studies.demo outputs/demo [--compare outputs/demo-k1]
+
+`make demo` runs it on the digits model that it has trained. Writes into the model's folder `digits.png` (samples beside
+real digits), `forward_noise.png` (what the noise of the method does) and what `diffusers_gm.evaluation` writes:
+`results.json`, `results.md`, `results.png` and its section of the card. With --compare, `comparison.md` and
+`comparison.png` hold both models. What is measured already is not measured again.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import split_digits
+from ..evaluation import report
+from ..evaluation.command import measure, write_report
+from ..evaluation.options import build_parser as evaluation_parser
+from ..evaluation.results import Results
+from ..evaluation.sampling import load_pipeline
+from ..evaluation.subject import Subject
+from ..files import write_text
+from ..processes.mixture import GaussianMixtureNoise
+from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from .command import at_least, program
+from .pictures import plot_forward_cld, plot_forward_noise, plot_samples
+
+CALLS = (10, 20, 50, 200)
+GRID = 10
+
+OWN_STEP: dict[str, Any] = {"step_size": None, "denoise": True}
+CHAIN: dict[str, Any] = {"algorithm_type": "langevin", "network_level": "chain", **OWN_STEP}
+# The samplers of each scheduler for its own networks, by name: what to change in the config of the network.
+SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
+    GMLangevinScheduler: {
+        **{
+            name: {"algorithm_type": name, **OWN_STEP}
+            for name in ("langevin", "jump", "exponential", "ancestral", "ode")
+        },
+        "langevin, chain": CHAIN,
+    },
+    AnnealedLangevinScheduler: {
+        "langevin": {"algorithm_type": "langevin", "num_langevin_steps": 1, **OWN_STEP},
+        "langevin, chain": {"num_langevin_steps": 1, **CHAIN},
+        "langevin, T = 3": {"algorithm_type": "langevin", "num_langevin_steps": 3, **OWN_STEP},
+        "consistent": {"algorithm_type": "consistent", **OWN_STEP},
+    },
+    CLDSSCSScheduler: {
+        "sscs": {"algorithm_type": "sscs", "splitting_order": 1},
+        "sscs, order 2": {"algorithm_type": "sscs", "splitting_order": 2},
+        "euler_maruyama": {"algorithm_type": "euler_maruyama"},
+        "probability_flow": {"algorithm_type": "probability_flow"},
+    },
+}
+
+
+def samplers(scheduler: Any) -> dict[str, Any]:
+    """Every sampler for the network that `scheduler` describes, each with its default step size."""
+    cls = type(scheduler)
+    return {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
+
+
+def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
+    """Sliced W2 of one digits model under all its samplers; table, picture and card in its folder."""
+    words = f"--dataset_name digits --metrics sw --num_samples {num_samples} --batch_size {num_samples}"
+    options = evaluation_parser("").parse_args([str(folder), *words.split(), "--output_dir", str(folder)])
+    options.calls = list(calls)
+    subject = Subject.open(options, torch.device("cpu"))
+    results = measure(replace(subject, schedulers=samplers(subject.pipeline.scheduler)), options)
+    write_report(results, str(folder), folder)
+    return results
+
+
+def draw_pictures(folder: Path, seed: int) -> None:
+    """Samples beside real digits, and the noise that the model was trained with."""
+    _, held_out = split_digits()
+    pipeline = load_pipeline(str(folder), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline(GRID * GRID, generator=generator, output_type="pt").images * 2 - 1
+    scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
+    title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
+    plot_samples(images, held_out[: GRID * GRID], title, folder / "digits.png", GRID)
+    if isinstance(scheduler, CLDSSCSScheduler):
+        plot_forward_cld(held_out[0], scheduler.process, folder / "forward_noise.png")
+    else:
+        mixture = getattr(scheduler, "mixture", GaussianMixtureNoise([1.0], [1.0]))
+        plot_forward_noise(held_out[0], mixture, 0.5, folder / "forward_noise.png")
+
+
+def together(models: dict[str, Results]) -> Results:
+    """The results of several models, measured alike, as those of one."""
+    first = next(iter(models.values()))
+    joint = Results(first.path.with_name("comparison"), first.conditions | {"model": " and ".join(models)})
+    joint.floor = first.floor
+    joint.cells = [
+        replace(cell, scheduler=f"{name}: {cell.scheduler}")
+        for name, results in models.items()
+        for cell in results.cells
+    ]
+    return joint
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    held_out = len(split_digits()[1])
+    parser = argparse.ArgumentParser(prog=program("demo"), description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="a model trained by train_gm_sgm.py --dataset_name digits")
+    add("--compare", type=Path, help="a second model, for a table of both (K = 1, say)")
+    add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
+    add("--num_samples", type=int, default=256, help=f"images per cell of the table, at most {held_out}")
+    add("--seed", type=int, default=0, help="decides the samples of the grid")
+    args = parser.parse_args(arguments)
+    folders = [folder for folder in (args.folder, args.compare) if folder]
+    for folder in folders:
+        if not (folder / "model_index.json").is_file():
+            parser.error(f"{folder} holds no trained pipeline: run make demo, or train_gm_sgm.py --dataset_name digits")
+    names = {folder.resolve().name: folder for folder in folders}
+    if len(names) < len(folders):
+        parser.error(f"--compare {args.compare} needs another name than {args.folder}: the table tells them by it")
+    if not 2 <= args.num_samples <= held_out:
+        parser.error(f"--num_samples must be in [2, {held_out}], the number of held-out digits, got {args.num_samples}")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+    draw_pictures(args.folder, args.seed)
+    try:
+        models = {name: evaluate(folder, args.calls, args.num_samples) for name, folder in names.items()}
+    except ValueError as error:
+        parser.error(str(error))
+    results = next(iter(models.values()))
+    stem = "results"
+    if args.compare:
+        results, stem = together(models), "comparison"
+        report.plot(results, args.folder / "comparison.png")
+    caption = f"Sliced W2 to the training digits over that of held-out digits, n = {args.num_samples}."
+    text = report.curve_table(caption, "sampler", report.ratios(results)).markdown()
+    if args.compare:
+        write_text(args.folder / "comparison.md", text + "\n")
+    print(f"\n{text}\n\nLook at:")
+    for name in ("digits.png", "forward_noise.png", f"{stem}.png", f"{stem}.md", "README.md"):
+        print(f"  {args.folder / name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Networks of the digits, trained once and kept, and the quality of their samples."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from ..data import Examination, ImageStream, split_digits
+from ..evaluation.results import Results, Statistic
+from ..evaluation.sampling import num_steps_for, sample
+from ..evaluation.scoring import SLICED_WASSERSTEIN, Reference, score
+from ..files import write_text
+from ..pipelines import CLDPipeline
+from ..pipelines.unconditional import UnconditionalPipeline
+from ..schedulers import CLDSSCSScheduler
+from ..training.network import (
+    TrainingLoss,
+    build_ema,
+    build_lr_scheduler,
+    build_objective,
+    build_optimizer,
+    build_scheduler,
+    fit_unet,
+    new_unet,
+)
+from ..training.options import TrainingArguments
+from ..training.plan import Plan, make_plan
+
+# Ratios of single seeds closer than this are called equal. One network at four seeds of 256 samples: 1.38 to 1.58 at 10
+# calls, 1.14 to 1.27 at 50.
+TIE = 0.15
+
+
+def tie(num_seeds: int) -> float:
+    """`TIE` for means over seeds: the spread of a mean falls with the root of their number."""
+    return TIE / num_seeds**0.5
+
+
+# --- Networks ---
+
+
+def plan_for_digits(args: TrainingArguments) -> Plan:
+    """The plan that `train_gm_sgm.py` makes for the digits."""
+    train, _ = split_digits()
+    return make_plan(args, Examination(train, 0), len(train), None, num_processes=1)
+
+
+def train_on_digits(args: TrainingArguments, loss: TrainingLoss, name: str) -> Any:
+    """A network trained with the recipe of `train_gm_sgm.py` (optimizer, schedule, average) on the training digits.
+
+    The global random state is the caller's again afterwards.
+    """
+    images, _ = split_digits()
+    plan, start = plan_for_digits(args), time.monotonic()
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        unet = fit_unet(new_unet(args, plan.resolution, 1), args, plan.resolution)
+        optimizer = build_optimizer(args, plan, unet)
+        schedule = build_lr_scheduler(args, plan, optimizer)
+        average = build_ema(args, unet, torch.device("cpu"))
+        stream = iter(ImageStream(len(images), args.train_batch_size, args.seed))
+        for _ in range(plan.max_train_steps):
+            mean = loss(unet, images[[index for _, index in next(stream)]]).mean()
+            mean.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if average:
+                average.step(unet.parameters())
+    if average:
+        average.copy_to(unet.parameters())
+    print(f"trained {name}: {plan.max_train_steps} steps, {time.monotonic() - start:.0f} s", flush=True)
+    return unet.eval().requires_grad_(False)
+
+
+def ddpm_loss(scheduler: DDPMScheduler) -> TrainingLoss:
+    """The objective of diffusers' own training example: the squared error of the predicted noise."""
+
+    def loss(network: Callable[..., Any], images: Tensor) -> Tensor:
+        noise = torch.randn_like(images)
+        timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (len(images),))
+        noisy = scheduler.add_noise(images, noise, timesteps)
+        return (network(noisy, timesteps).sample - noise).square().flatten(1).mean(1)
+
+    return loss
+
+
+def parts_of(output: Path) -> Path:
+    """The folder `.parts` beside the reports: networks and measurements of unfinished studies, ignored by git."""
+    parts = output / ".parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    write_text(parts / ".gitignore", "*\n")
+    return parts
+
+
+def kept_unet(folder: Path, train: Callable[[], Any], options: Mapping[str, Any] | None = None) -> Any:
+    """The network in `folder`, trained and put there (safetensors, whole or not at all) by the first who asks.
+
+    Raises:
+        ValueError: if it was trained with other `options`; a name says only those that are not the default.
+    """
+    described, kept = json.loads(json.dumps(options or {}, default=str)), folder / "options.json"
+    if not folder.is_dir():
+        network, unfinished = train(), folder.with_name(f"{folder.name}.part{os.getpid()}")
+        # Another study may have trained the same network meanwhile.
+        if not folder.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            network.save_pretrained(unfinished)
+            write_text(unfinished / kept.name, json.dumps(described, indent=1) + "\n")
+            unfinished.rename(folder)
+    if kept.is_file():
+        then = json.loads(kept.read_text(encoding="utf-8"))
+        changed = [
+            f"{name} = {then[name]}, now {described[name]}"
+            for name in described
+            if then.get(name, described[name]) != described[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} was made with other settings ({'; '.join(changed)}): remove it, or take another name"
+            )
+    return _read(folder)
+
+
+@lru_cache(maxsize=8)
+def _read(folder: Path) -> Any:
+    return UNet2DModel.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def trained(output: Path, **options: Any) -> tuple[Any, Any]:
+    """The digits network that `train_gm_sgm.py` would train with these options, and its scheduler.
+
+    It is kept beside the reports in `output`, in a folder named after the options.
+    """
+    args = TrainingArguments(**options)
+    plan = plan_for_digits(args)
+    scheduler = build_scheduler(args, plan)
+    name = name_of(args)
+    objective = build_objective(args, plan, scheduler)
+    return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
+
+
+def trained_ddpm(output: Path, steps: int, seed: int) -> tuple[Any, DDPMScheduler]:
+    """An ordinary DDPM network of the digits, of the same size and budget as ours, and the scheduler it was trained
+    with: linear betas, 1000 steps, the noise predicted."""
+    scheduler = DDPMScheduler()
+    args = TrainingArguments(method="ncsnv2", max_train_steps=steps, seed=seed)
+    name = f"ddpm max_train_steps={steps} seed={seed}"
+    return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, ddpm_loss(scheduler), name)), scheduler
+
+
+def name_of(args: TrainingArguments) -> str:
+    """The method and the options that are not the default, in words that make a file name."""
+    given = {f.name: getattr(args, f.name) for f in fields(args)}
+    words = [f"{f.name}={given[f.name]}" for f in fields(args) if given[f.name] != f.default and f.name != "method"]
+    return " ".join([args.method, *(word for word in words if word != "dataset_name=digits")])
+
+
+# --- Quality ---
+
+
+@cache
+def floor_of_digits(num_samples: int) -> dict[str, float]:
+    """Scores of as many held-out digits against the training digits: what real images have.
+
+    Raises:
+        ValueError: if there are not so many: a floor of fewer would be another one.
+    """
+    _, held_out = split_digits()
+    if num_samples > len(held_out):
+        raise ValueError(f"num_samples {num_samples}: there are {len(held_out)} held-out digits for the floor")
+    return scores_of(held_out[:num_samples])
+
+
+def scores_of(samples: Tensor) -> dict[str, float]:
+    """Sliced W2 of digits `(n, 1, 8, 8)`, clipped to [-1, 1], to the training digits."""
+    return score(samples, Reference(split_digits()[0]), ["sw"])
+
+
+def over_floor(samples: Tensor) -> float:
+    """Sliced W2 over that of real digits; nan where samples are."""
+    return scores_of(samples).get(SLICED_WASSERSTEIN, float("nan")) / floor_of_digits(len(samples))[SLICED_WASSERSTEIN]
+
+
+def pipeline_of(unet: Any, scheduler: Any) -> Any:
+    """The pipeline of ours that runs a network with a scheduler, ours or diffusers'."""
+    pipeline = (CLDPipeline if isinstance(scheduler, CLDSSCSScheduler) else UnconditionalPipeline)(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images_of(pipeline: Any, num_calls: int, num_samples: int, seed: int = 0) -> tuple[Tensor, int]:
+    """Samples `(n, C, H, W)` in [-1, 1], and the network calls that they took.
+
+    Raises:
+        NoGridError: where the scheduler has no stable step with so few calls.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler = pipeline.scheduler
+    return sample(pipeline, scheduler, num_steps_for(scheduler, num_calls), num_samples, seed, num_samples)
+
+
+def kept_results(name: str, num_samples: int, output: Path, floor: bool = True, **settings: Any) -> Results:
+    """The measurements of a study, kept beside its report; the settings are all that they depend on besides.
+
+    Args:
+        name: of the study.
+        num_samples: images of a cell.
+        output: folder of the reports.
+        floor: whether cells are compared with held-out digits.
+        settings: of the study; where one of them is not what it was, the file is refused.
+    """
+    words = [f"{key}={value}" for key, value in settings.items() if isinstance(value, int)]
+    path = parts_of(output) / f"{' '.join([name, f'n={num_samples}', *words])}.json"
+    results = Results(path, {"study": name, "num_samples": num_samples, **settings})
+    if floor:
+        results.floor = [floor_of_digits(num_samples)]
+    return results
+
+
+def quality(
+    results: Results, name: str, calls: int, num_seeds: int, pipeline: Callable[[int], Any]
+) -> list[float] | None:
+    """Sliced W2 over the floor, one value a seed, measured where it is not there.
+
+    Args:
+        results: where it is kept.
+        name: of the network and its sampler.
+        calls: network calls.
+        num_seeds: of seeds from 0 on.
+        pipeline: of a seed, with the scheduler to sample with.
+
+    Returns:
+        The values; None where a sampler has no stable step, or its samples are not finite.
+    """
+
+    def draw(seed: int) -> tuple[Tensor, int]:
+        return images_of(pipeline(seed), calls, results.conditions["num_samples"], seed)
+
+    cells = [results.measure(name, calls, seed, partial(draw, seed), scores_of) for seed in range(num_seeds)]
+    if any(SLICED_WASSERSTEIN not in cell.scores for cell in cells):
+        return None
+    return [cell.scores[SLICED_WASSERSTEIN] / results.floor[0][SLICED_WASSERSTEIN] for cell in cells]
+
+
+def statistic_of(values: Sequence[float] | None) -> Statistic | None:
+    """Mean and spread over seeds, where there are values."""
+    return Statistic.of(values) if values else None

@@ -1,0 +1,104 @@
+"""What a scheduler's `step` costs in CPU time, beside those of diffusers.
+
+    python -m diffusers_gm.studies.step_cost
+
+Every scheduler of this package, swapped onto a DDPM network's config, over `EulerAncestralDiscreteScheduler` and
+`UniPCMultistepScheduler` on the same tensors. The runs take turns, so that a busy machine slows all alike, and CPU time
+of the process counts, not wall time; medians.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
+
+from .. import schedulers
+from ..evaluation.table import Table, machine
+from ..schedulers import GMLangevinScheduler
+from .command import at_least, program
+from .demo import SAMPLERS
+
+SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (64, 3, 32, 32), (256, 3, 32, 32))
+# What suits a DDPM network; the mixture is for the samplers that jump.
+SWAPPED = {
+    GMLangevinScheduler: {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62], "timestep_spacing": "log_snr"}
+}
+PEERS = {"Euler ancestral": EulerAncestralDiscreteScheduler, "UniPC": UniPCMultistepScheduler}
+WARM_UP = 3
+# Of a run: the samplers with jumps have no stable step in much fewer. Not all are taken.
+FEWEST_STEPS = 100
+
+
+def all_schedulers() -> dict[str, Any]:
+    """Every scheduler that is compared, made of the config of a DDPM network."""
+    config = DDPMScheduler(clip_sample=False).config
+    ours = {
+        f"{cls.__name__}, {name}": cls.from_config(config, **changes, **SWAPPED.get(cls, {}))
+        for cls, named in SAMPLERS.items()
+        for name, changes in named.items()
+    }
+    if hasattr(schedulers, "CalibratedMultistepScheduler"):
+        ours["CalibratedMultistepScheduler"] = schedulers.CalibratedMultistepScheduler.from_config(config)
+    return ours | {name: cls.from_config(config) for name, cls in PEERS.items()}
+
+
+class Run:
+    """A run of a scheduler on one tensor, whose steps are timed one by one."""
+
+    def __init__(self, scheduler: Any, shape: Sequence[int], num_steps: int):
+        scheduler.set_timesteps(max(num_steps, FEWEST_STEPS))
+        self.scheduler, self.timesteps, self.milliseconds = scheduler, iter(scheduler.timesteps), list[float]()
+        generator = torch.Generator().manual_seed(0)
+        self.sample, self.output = torch.randn((2, *shape), generator=generator)
+        deterministic = isinstance(scheduler, UniPCMultistepScheduler)
+        self.draws = {} if deterministic else {"generator": generator}
+
+    def step(self) -> None:
+        """One more step; the sample stays what it is, so that all schedulers work on the same numbers."""
+        t = next(self.timesteps)
+        self.scheduler.scale_model_input(self.sample, t)
+        start = time.process_time()
+        self.scheduler.step(self.output, t, self.sample, **self.draws)
+        self.milliseconds.append(1e3 * (time.process_time() - start))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.milliseconds[WARM_UP:])
+
+
+@torch.no_grad()
+def costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
+    """Median CPU milliseconds of a step, by scheduler; all take their steps in turn."""
+    runs = {name: Run(scheduler, shape, num_steps + WARM_UP + 1) for name, scheduler in all_schedulers().items()}
+    for _ in range(num_steps + WARM_UP):  # not the last step, which adds no noise
+        for run in runs.values():
+            run.step()
+    return {name: run.median for name, run in runs.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog=program("step_cost"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=at_least(1), default=60, help="steps of each scheduler on each shape")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="of torch")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    found = {shape: costs(shape, args.steps) for shape in SHAPES}
+    header = ["scheduler", *(str(shape) for shape in SHAPES)]
+    print(machine())
+    for peer in PEERS:
+        rows = [[name, *(f"{of[name] / of[peer]:.2f}" for of in found.values())] for name in found[SHAPES[0]]]
+        print(
+            "\n" + Table(f"CPU time of `step` over that of {peer}, medians of {args.steps}.", header, rows).markdown()
+        )
+    rows = [[name, *(f"{of[name]:.3f}" for of in found.values())] for name in found[SHAPES[0]]]
+    print("\n" + Table("CPU milliseconds.", header, rows).markdown())
+
+
+if __name__ == "__main__":
+    main()

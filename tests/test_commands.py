@@ -1,0 +1,53 @@
+"""Every `python -m diffusers_gm....` says what it is called and what it does."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusers_gm
+
+# Some modules are imported already.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+PACKAGE = Path(diffusers_gm.__file__).parent
+
+
+def commands():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "__main__.py" or 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
+            yield ".".join(parts).removesuffix(".__main__")
+
+
+@pytest.fixture
+def help_of(tmp_path, monkeypatch, capsys):
+    """What `python -m module --help` prints, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module):
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+        assert ended.value.code in (None, 0)
+        assert not list(tmp_path.iterdir()), "something was done"
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("module", commands())
+def test_help(module, help_of):
+    said = help_of(module)
+    # The likelihood has two names, of which it says the shorter.
+    assert said.startswith(f"usage: python -m {module.replace('evaluation.likelihood', 'likelihood')} ")
+    assert len(said.splitlines()) > 5
+
+
+def test_the_studies_are_listed(help_of):
+    said = help_of("diffusers_gm.studies").splitlines()
+    listed = [module.rpartition(".")[2] for module in commands() if module.startswith("diffusers_gm.studies.")]
+    assert {"cld", "gm_sgm", "ncsnv2", "step_cost"} <= set(listed)
+    for name in listed:
+        (line,) = (line for line in said if line.split()[:1] == [name])
+        assert len(line.split()) > 4
