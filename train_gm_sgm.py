@@ -37,7 +37,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_gm import files
+from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
@@ -220,8 +220,11 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         broadcast_object_list(decision)
         return decision[0]
 
-    def write_pipeline():
-        """The pipeline, its samples and its card."""
+    def write_pipeline(finished: bool = False):
+        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted."""
+        if finished and args.calibrate:
+            with averaged_weights(unet, ema):
+                pipeline.scheduler = calibrate(pipeline, effort=args.calibrate)
         result = cards.TrainingResult(
             num_images=source.num_images,
             num_parameters=num_parameters,
@@ -338,7 +341,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         return
 
     if accelerator.is_main_process:
-        write_pipeline()
+        write_pipeline(finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")

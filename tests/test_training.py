@@ -717,3 +717,12 @@ def test_fine_tuning_starts_from_the_weights_given(train, trained, tmp_path):
     )
     before, after = (load(folder / WEIGHTS) for folder in (trained[0], tmp_path / "out"))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_a_finished_pipeline_is_calibrated_where_wanted(train, tmp_path):
+    """The saved sampler has the levels of the averaged network."""
+    train(TINY, "--calibrate fast --output_dir", tmp_path / "out")
+    loaded = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert type(loaded.scheduler).__name__ == "CalibratedMultistepScheduler"
+    assert "10" in loaded.scheduler.config.calibration
+    assert loaded(1, 10, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()

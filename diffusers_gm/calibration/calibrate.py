@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from .trajectory import Denoiser, Trajectories
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
 # Network calls that a budget may cost, besides the teacher's run, in units of itself.
-MAX_RUNS, MAX_CALLS = 60, 600
+MAX_RUNS, MAX_CALLS = 60, 400
 
 # Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
 NUM_FAST, NUM_MARTINGALE = 56, 48
@@ -115,7 +116,8 @@ def calibrate_in_full(
     ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
     low, high = scheduler.reading.sigma(ends).tolist()
     result = Calibration(scheduler)
-    bar = tqdm(total=None, desc="calibrating", unit="call", disable=not progress)
+    pace = 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(total=None, desc="calibrating", unit="call", mininterval=pace, disable=not progress)
     clock = _Clock()
 
     def work(denoiser: Denoiser, start: Tensor) -> None:

@@ -23,7 +23,6 @@ class UnconditionalPipeline(HubPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    calibration_batch_size = 64
     unet: UNet2DModel
     scheduler: Any
 
@@ -45,6 +44,12 @@ class UnconditionalPipeline(HubPipeline):
             raise ValueError("the network's config has no sample_size: set unet.config.sample_size to the image size")
         height, width = (size, size) if isinstance(size, int) else size
         return channels_in, height, width
+
+    @property
+    def calibration_batch_size(self) -> int:
+        """Images that `diffusers_gm.calibrate` looks at: the more the better, where they are small."""
+        channels, height, width = self._image_shape()
+        return min(64, max(4, 2**18 // (channels * height * width)))
 
     @property
     def _sees_velocity(self) -> bool:

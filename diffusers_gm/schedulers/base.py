@@ -99,6 +99,11 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """Ours too, so that what is left of one's config in another's is kept without a warning."""
+        return [*super()._get_compatibles(), *SamplerScheduler.__subclasses__()]
+
+    @classmethod
     def _check_mixture(cls, config: dict[str, Any]) -> None:
         """Raise a ValueError for a network of mixture noise that this class would read as one of Gaussian noise."""
         unit = (config.get("mixture_scales") or [1.0]) == [1.0]

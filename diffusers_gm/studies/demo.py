@@ -26,7 +26,13 @@ from ..evaluation.sampling import load_pipeline
 from ..evaluation.subject import Subject
 from ..files import write_text
 from ..processes.mixture import GaussianMixtureNoise
-from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from ..readings import VelocityReading
+from ..schedulers import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+)
 from .command import at_least, program
 from .pictures import plot_forward_cld, plot_forward_noise, plot_samples
 
@@ -59,10 +65,21 @@ SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
 }
 
 
-def samplers(scheduler: Any) -> dict[str, Any]:
-    """Every sampler for the network that `scheduler` describes, each with its default step size."""
-    cls = type(scheduler)
-    return {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
+# Whose samplers are measured on a network whose own scheduler is calibrated.
+OF_PIPELINES = {
+    "GMSGMPipeline": GMLangevinScheduler,
+    "NCSNv2Pipeline": AnnealedLangevinScheduler,
+    "CLDPipeline": CLDSSCSScheduler,
+}
+
+
+def samplers(pipeline: Any) -> dict[str, Any]:
+    """Every sampler for the network of a pipeline, each with its default step size; `calibrated`, if its own is."""
+    scheduler = pipeline.scheduler
+    calibrated = isinstance(scheduler, CalibratedMultistepScheduler)
+    cls = OF_PIPELINES[type(pipeline).__name__] if calibrated else type(scheduler)
+    found = {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
+    return found | ({"calibrated": scheduler} if calibrated else {})
 
 
 def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
@@ -71,7 +88,7 @@ def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
     options = evaluation_parser("").parse_args([str(folder), *words.split(), "--output_dir", str(folder)])
     options.calls = list(calls)
     subject = Subject.open(options, torch.device("cpu"))
-    results = measure(replace(subject, schedulers=samplers(subject.pipeline.scheduler)), options)
+    results = measure(replace(subject, schedulers=samplers(subject.pipeline)), options)
     write_report(results, str(folder), folder)
     return results
 
@@ -85,8 +102,8 @@ def draw_pictures(folder: Path, seed: int) -> None:
     scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
     title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
     plot_samples(images, held_out[: GRID * GRID], title, folder / "digits.png", GRID)
-    if isinstance(scheduler, CLDSSCSScheduler):
-        plot_forward_cld(held_out[0], scheduler.process, folder / "forward_noise.png")
+    if isinstance(scheduler.reading, VelocityReading):
+        plot_forward_cld(held_out[0], scheduler.reading.process, folder / "forward_noise.png")
     else:
         mixture = getattr(scheduler, "mixture", GaussianMixtureNoise([1.0], [1.0]))
         plot_forward_noise(held_out[0], mixture, 0.5, folder / "forward_noise.png")

@@ -90,6 +90,11 @@ class TrainingArguments(MethodOptions):
     gradient_checkpointing: bool = network(False, "Save memory by computing activations twice.", free_on_resume=True)
 
     # Sampler, as saved with the model
+    calibrate: Literal["fast", "full"] | None = sampler(
+        None,
+        "At the end, make the sampler for the network, see diffusers_gm.calibrate; by this effort.",
+        free_on_resume=True,
+    )
     algorithm_type: str | None = sampler(
         None, "Sampler of the saved scheduler; default that of its class.", free_on_resume=True
     )
