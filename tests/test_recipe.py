@@ -109,7 +109,8 @@ def test_every_recipe_suits_every_method(name, method):
 
 def test_the_recipes_of_the_package():
     assert recipe_names() == ["cifar10-cpu", "cifar10-gpu", "digits"]
-    assert asdict(parse("--config digits")) == asdict(parse("--dataset_name digits --max_train_steps 1200 --calibrate fast"))
+    words = "--dataset_name digits --max_train_steps 1200 --calibrate fast"
+    assert asdict(parse("--config digits")) == asdict(parse(words))
 
 
 def test_values_of_every_kind(recipe):
