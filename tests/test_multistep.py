@@ -10,7 +10,7 @@ from scipy import integrate
 
 from diffusers_gm import CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.readings.grids import calibrated_levels, even_levels
-from diffusers_gm.samplers import Multistep, TwoStep, sample
+from diffusers_gm.samplers import Memory, Multistep, TwoStep, sample
 from diffusers_gm.samplers.multistep import exponential_moments, exponential_weights
 
 DOUBLE = {"dtype": torch.float64}
@@ -72,8 +72,6 @@ def run_variance(sampler, n):
     class Pulses:
         def normal(self, shape):
             return pulses[next(calls)].clone()
-
-    from diffusers_gm.samplers import Memory
 
     plan, memory, y = sampler.plan(sigmas), Memory(), pulses[0].clone()
     for i, sigma in enumerate(sigmas.tolist()):
@@ -224,3 +222,25 @@ def test_edits_between_steps_stay():
     visible = scheduler.noise_space.alpha(scheduler.sigmas[3:5].double())
     expected = float(scheduler.sigmas[4] / scheduler.sigmas[3] * visible[1] / visible[0])
     torch.testing.assert_close(ends[1] - ends[0], torch.full_like(ends[0], expected), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.4])
+def test_a_step_compiles_without_a_break(tau, generator):
+    sampler, y = Multistep(stochasticity=tau), torch.randn(2, 1, 4, 4, generator=generator)
+    plan, noise, memory = sampler.plan(levels(8)), torch.randn(y.shape, generator=generator), Memory()
+
+    class Drawn:
+        def __init__(self, noise):
+            self.noise = noise
+
+        def normal(self, shape):
+            return self.noise
+
+    for i in range(3):
+        _, memory = sampler.step(plan, i, y, 0.5 * y, memory, Drawn(noise))
+
+    def step(y, denoised, noise, memory):
+        return sampler.step(plan, 3, y, denoised, memory, Drawn(noise))[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(y, 0.3 * y, noise, memory), step(y, 0.3 * y, noise, memory))

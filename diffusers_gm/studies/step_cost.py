@@ -1,24 +1,29 @@
 """What a scheduler's `step` costs in CPU time, beside those of diffusers.
 
-    python -m diffusers_gm.studies.step_cost
+    python -m diffusers_gm.studies.step_cost [--compiled]
 
 Every scheduler of this package, swapped onto a DDPM network's config, over `EulerAncestralDiscreteScheduler` and
 `UniPCMultistepScheduler` on the same tensors. The runs take turns, so that a busy machine slows all alike, and CPU time
-of the process counts, not wall time; medians.
+of the process counts, not wall time; medians. With --compiled also what `torch.compile` makes of the samplers' steps,
+without a break, over one fused read-and-write of as many tensors as the simplest of them has; noise is drawn before.
 """
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
 
-from .. import schedulers
 from ..evaluation.table import Table, machine
-from ..schedulers import GMLangevinScheduler
+from ..random import Draw
+from ..samplers import Memory
+from ..schedulers import CalibratedMultistepScheduler, GMLangevinScheduler
 from .command import at_least, program
 from .demo import SAMPLERS
 
@@ -41,8 +46,9 @@ def all_schedulers() -> dict[str, Any]:
         for cls, named in SAMPLERS.items()
         for name, changes in named.items()
     }
-    if hasattr(schedulers, "CalibratedMultistepScheduler"):
-        ours["CalibratedMultistepScheduler"] = schedulers.CalibratedMultistepScheduler.from_config(config)
+    for tau in (0.0, 0.4):
+        name = f"CalibratedMultistepScheduler, stochasticity {tau:g}"
+        ours[name] = CalibratedMultistepScheduler.from_config(config, stochasticity=tau)
     return ours | {name: cls.from_config(config) for name, cls in PEERS.items()}
 
 
@@ -80,12 +86,60 @@ def costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
     return {name: run.median for name, run in runs.items()}
 
 
+@dataclass(frozen=True)
+class Drawn(Draw):
+    """Noise that is there already."""
+
+    noise: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self.noise[: math.prod(shape)].view(tuple(shape))
+
+
+@torch.no_grad()
+def compiled_costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
+    """CPU time of the compiled step of each sampler that draws no components, over a fused read-and-write."""
+    generator = torch.Generator().manual_seed(0)
+    y, denoised, other = torch.randn((3, *shape), generator=generator)
+    noise = torch.randn(2 * y.numel(), generator=generator)
+
+    def median(function: Callable[..., Any], *tensors: Tensor) -> float:
+        seconds = []
+        for _ in range(num_steps + WARM_UP):
+            start = time.process_time()
+            function(*tensors)
+            seconds.append(time.process_time() - start)
+        return statistics.median(seconds[WARM_UP:])
+
+    def read_and_write(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return a + 2 * b + 3 * c
+
+    least = median(torch.compile(read_and_write, fullgraph=True), y, denoised, other)
+    found = {}
+    for name, scheduler in all_schedulers().items():
+        if name in PEERS or "jump" in name or "exponential" in name:
+            continue
+        torch._dynamo.reset()
+        scheduler.set_timesteps(FEWEST_STEPS)
+        sampler, memory = scheduler.sampler, Memory()
+        plan = sampler.plan(scheduler.sigmas[:-1].double())
+        for i in range(WARM_UP):
+            _, memory = sampler.step(plan, i, y, denoised, memory, Drawn(noise=noise))
+
+        def step(y: Tensor, denoised: Tensor, noise: Tensor, memory: Any = memory, plan: Any = plan) -> Any:
+            return sampler.step(plan, WARM_UP, y, denoised, memory, Drawn(noise=noise))  # noqa: B023
+
+        found[name] = median(torch.compile(step, fullgraph=True), y, denoised, noise) / least
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=program("step_cost"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=at_least(1), default=60, help="steps of each scheduler on each shape")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of torch")
+    parser.add_argument("--compiled", action="store_true", help="the compiled steps too; needs a C++ compiler")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     found = {shape: costs(shape, args.steps) for shape in SHAPES}
@@ -98,6 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     rows = [[name, *(f"{of[name]:.3f}" for of in found.values())] for name in found[SHAPES[0]]]
     print("\n" + Table("CPU milliseconds.", header, rows).markdown())
+    if args.compiled:
+        ratios = {shape: compiled_costs(shape, args.steps) for shape in SHAPES}
+        rows = [[name, *(f"{of[name]:.2f}" for of in ratios.values())] for name in ratios[SHAPES[0]]]
+        print("\n" + Table("Compiled, over one fused read-and-write.", header, rows).markdown())
 
 
 if __name__ == "__main__":
