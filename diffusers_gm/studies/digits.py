@@ -35,8 +35,8 @@ from ..training.network import (
 from ..training.options import TrainingArguments
 from ..training.plan import Plan, make_plan
 
-# Ratios of single seeds closer than this are called equal: so far apart are those of one network at several seeds of 256
-# samples.
+# Ratios of single seeds closer than this are called equal: one network has ratios so far apart at several seeds of
+# 256 samples.
 TIE = 0.15
 
 

@@ -11,7 +11,7 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import diffusers
 import matplotlib.pyplot as plt
@@ -24,18 +24,18 @@ from .command import at_least, program
 from .pictures import save_picture
 
 CALLS = (5, 10, 20, 50)
+Effort = Literal["full", "fast"]
 IMAGES_PER_ROW, ROWS_PER_CELL, GAP = 5, 2, 1
 
 # Name in the picture, and the sampler for the network of a pipeline.
-SAMPLERS: dict[str, Callable[[Any, Sequence[int]], Any]] = {
-    "DDPM\n(diffusers)": lambda pipe, calls: diffusers.DDPMScheduler.from_config(theirs(pipe)),
-    "UniPC\n(diffusers)": lambda pipe, calls: diffusers.UniPCMultistepScheduler.from_config(theirs(pipe)),
-    "annealed\nLangevin, chain": lambda pipe, calls: AnnealedLangevinScheduler.from_config(
+SAMPLERS: dict[str, Callable[[Any], Any]] = {
+    "DDPM\n(diffusers)": lambda pipe: diffusers.DDPMScheduler.from_config(theirs(pipe)),
+    "UniPC\n(diffusers)": lambda pipe: diffusers.UniPCMultistepScheduler.from_config(theirs(pipe)),
+    "annealed\nLangevin, chain": lambda pipe: AnnealedLangevinScheduler.from_config(
         pipe.scheduler.config, algorithm_type="langevin", network_level="chain"
     ),
-    "GM, ode": lambda pipe, calls: GMLangevinScheduler.from_config(pipe.scheduler.config, algorithm_type="ode"),
-    "CLD, sscs": lambda pipe, calls: CLDSSCSScheduler.from_config(pipe.scheduler.config),
-    "calibrated": lambda pipe, calls: calibrate(pipe, calls),
+    "GM, ode": lambda pipe: GMLangevinScheduler.from_config(pipe.scheduler.config, algorithm_type="ode"),
+    "CLD, sscs": lambda pipe: CLDSSCSScheduler.from_config(pipe.scheduler.config),
 }
 
 
@@ -52,17 +52,24 @@ def mosaic(images: Tensor) -> Tensor:
     return torch.cat(rows, -2).movedim(0, -1)
 
 
-def draw(pipe: Any, calls: Sequence[int], seed: int, path: Path) -> dict[str, str]:
-    """Write the picture; the samplers that were left out, and why."""
+def sample_all(
+    pipe: Any, calls: Sequence[int], seed: int, effort: Effort = "full"
+) -> tuple[dict[str, list[Tensor]], dict[str, str]]:
+    """A row of cells, one for each number of calls, by sampler; and the samplers that were left out, and why."""
     own, rows, left_out = pipe.scheduler, {}, {}
-    for name, make in SAMPLERS.items():
+    for name, make in {**SAMPLERS, "calibrated": lambda pipe: calibrate(pipe, calls, effort=effort)}.items():
         pipe.scheduler = own
         try:
-            pipe.scheduler = make(pipe, calls)
+            pipe.scheduler = make(pipe)
             rows[name] = [sampled(pipe, n, seed) for n in calls]
         except ValueError as error:
             left_out[name.replace("\n", " ")] = str(error)
     pipe.scheduler = own
+    return rows, left_out
+
+
+def draw(rows: dict[str, list[Tensor]], calls: Sequence[int], path: Path) -> None:
+    """Write the picture."""
     height, width = next(iter(rows.values()))[0].shape[:2]
     size = (1.1 + 2.1 * len(calls), 0.35 + 2.1 * height / width * len(rows))
     figure, axes = plt.subplots(len(rows), len(calls), figsize=size, layout="constrained", squeeze=False)
@@ -75,7 +82,6 @@ def draw(pipe: Any, calls: Sequence[int], seed: int, path: Path) -> dict[str, st
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center")
     save_picture(figure, path)
-    return left_out
 
 
 def sampled(pipe: Any, num_calls: int, seed: int) -> Tensor:
@@ -93,13 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("folder", type=Path, help="a trained pipeline, best one of Gaussian noise, which all samplers read")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
     add("--seed", type=int, default=0, help="decides the noise that every cell starts from")
+    add("--effort", choices=get_args(Effort), default="full", help="of the calibration")
     add("--output", type=Path, default=None, help="the picture; default tour.png in the folder")
     args = parser.parse_args(arguments)
     if not (args.folder / "model_index.json").is_file():
         parser.error(f"{args.folder} holds no trained pipeline: run make demo METHOD=ncsnv2")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     output = args.output or args.folder / "tour.png"
-    for name, reason in draw(load_pipeline(str(args.folder), torch.device("cpu")), args.calls, args.seed, output).items():
+    pipe = load_pipeline(str(args.folder), torch.device("cpu"))
+    rows, left_out = sample_all(pipe, args.calls, args.seed, args.effort)
+    draw(rows, args.calls, output)
+    for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
     print(f"wrote {output}")
 
