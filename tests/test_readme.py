@@ -175,6 +175,7 @@ def test_commands_are_understood(page, monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_commands_of_the_claims_are_understood(monkeypatch, tmp_path, capsys):
     page = (ROOT / "diffusers_gm" / "studies" / "README.md").read_text()
     table = page[page.index("| claim |") :].partition("\n\n")[0].splitlines()[2:]
