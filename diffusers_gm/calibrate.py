@@ -25,7 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
     parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: one run of 56 calls")
-    parser.add_argument("--stochasticity", type=float, default=None, help="tau of the sampler; default 0, the ODE")
+    parser.add_argument(
+        "--stochasticity", type=float, default=None, help="tau of the sampler; default by the network's errors"
+    )
     parser.add_argument("--batch_size", type=int, default=None, help="images; default 64")
     parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes; default the folder")
     return parser
@@ -71,7 +73,7 @@ def plot(calibration: Calibration, path: Path) -> None:
     left.invert_xaxis()
     left.set_yticks(range(len(budgets)), [str(n) for n in budgets])
     if calibration.errors:
-        for at, (name, marker) in enumerate((("fixed grid", "o"), ("best start", "s"), ("calibrated", "^"))):
+        for at, (name, marker) in enumerate((("fixed grid", "o"), ("calibrated", "^"))):
             values = [calibration.errors[n][at] ** 0.5 for n in budgets]
             right.plot(budgets, values, marker=marker, label=name, color=f"C{at}")
         right.set(
@@ -103,10 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for n, levels in calibration.levels.items():
         print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
         if n in calibration.errors:
-            fixed, _, found = (error**0.5 for error in calibration.errors[n])
+            fixed, found = (error**0.5 for error in calibration.errors[n])
             print(f"    distance to very many calls: {fixed:.4f} on the fixed grid, {found:.4f} now")
     if calibration.martingale_defect is not None:
-        print(f"rho = {calibration.martingale_defect:.2f} (about 0 for an exact network, negative where it errs)")
+        print(
+            f"rho = {calibration.martingale_defect:.2f} (about 0 for an exact network, negative where it errs): "
+            f"stochasticity {calibration.stochasticity:g}"
+        )
     network, beside = calibration.seconds[1], calibration.seconds[0]
     print(f"{calibration.network_calls} network calls, {network:.1f} s, and {beside:.1f} s beside them")
     try:

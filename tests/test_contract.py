@@ -306,7 +306,7 @@ def test_bad_grids_are_named(cls, arguments, message):
         cls(**VP).set_timesteps(**arguments)
 
 
-@every_spaced_scheduler
+@every_scheduler
 def test_more_levels_than_the_network_was_trained_at(cls):
     with pytest.raises(ValueError, match="more than the 1000 that the network"):
         cls(**VP).set_timesteps(100_000)

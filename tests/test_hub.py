@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from hub_server import FakeHub
 from huggingface_hub import ModelCard
+from networks import tiny_network
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -61,18 +62,7 @@ class Client:
 
 
 def new_unet(channels_in: int = 1) -> UNet2DModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=channels_in,
-            out_channels=1,
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-        )
+    return tiny_network(channels_in)
 
 
 def new_pipelines() -> dict:

@@ -27,6 +27,9 @@ MAX_RUNS, MAX_CALLS = 60, 600
 # Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
 NUM_FAST, NUM_MARTINGALE = 56, 48
 
+# Martingale defects below which a network's errors matter, and dominate. Exact denoisers have about +.1.
+ERRS, ERRS_MUCH = -0.2, -0.5
+
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
 
@@ -38,17 +41,19 @@ class Calibration:
     Attributes:
         scheduler: the result.
         levels: of each budget.
-        errors: of each budget, the mean square distance of the last D to the teacher's: of the fixed grid, of the best
-            start, of what was found. None with `effort="fast"`.
-        martingale_defect: rho, see `martingale_defect`; None with `effort="fast"`.
+        errors: of each budget, the squared distance of the last D to the teacher's along a path that the levels were
+            not chosen on, see `Trajectories`: of the fixed grid, and of what was found. None with `effort="fast"`.
+        martingale_defect: rho, see `martingale_defect`.
+        stochasticity: tau.
         network_calls: in all, each for the whole batch.
         seconds: of work beside the network, and of the network and the pipeline around it.
     """
 
     scheduler: CalibratedMultistepScheduler
     levels: dict[int, list[float]] = field(default_factory=dict)
-    errors: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    errors: dict[int, tuple[float, float]] = field(default_factory=dict)
     martingale_defect: float | None = None
+    stochasticity: float = 0.0
     network_calls: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
 
@@ -73,7 +78,8 @@ def calibrate(
         calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
         effort: `full`; or `fast`: one run of 56 calls, from whose denoised images the local errors of all steps are
             estimated; good on many networks and poor on some.
-        stochasticity: tau of the sampler, 0 (the probability flow) unless given.
+        stochasticity: tau of the sampler. None: by the martingale defect of the network, 0 (the probability flow)
+            unless its errors matter, see `stochasticity_for`.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
             unless told; others need as many images as fit: 4 will do.
@@ -104,8 +110,8 @@ def calibrate_in_full(
     if effort not in ("full", "fast"):
         raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
     scheduler = _swapped(pipe)
-    tau = stochasticity or 0.0
-    sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector, tau)
+    order, corrector = scheduler.config.multistep_order, scheduler.config.corrector
+    Multistep(order, corrector, stochasticity or 0.0)  # raises a ValueError
     ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
     low, high = scheduler.reading.sigma(ends).tolist()
     result = Calibration(scheduler)
@@ -114,6 +120,12 @@ def calibrate_in_full(
 
     def work(denoiser: Denoiser, start: Tensor) -> None:
         timed = clock.around(denoiser, bar)
+        if stochasticity is None or effort == "full":
+            result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
+        result.stochasticity = (
+            stochasticity_for(result.martingale_defect or 0.0) if stochasticity is None else stochasticity
+        )
+        sampler = Multistep(order, corrector, result.stochasticity)
         if effort == "fast":
             _from_one_run(result, timed, start, high, max(low, LOW), sampler, budgets)
         else:
@@ -123,8 +135,8 @@ def calibrate_in_full(
     with bar, _quiet(pipe):
         _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
     calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
-    if tau:
-        calibration["stochasticity"] = {str(n): tau for n in result.levels}
+    if result.stochasticity:
+        calibration["stochasticity"] = {str(n): result.stochasticity for n in result.levels}
     if shift != 1.0:
         calibration["shift"] = shift
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
@@ -163,6 +175,9 @@ def _from_trajectories(
     defects = LocalDefects(
         sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]), 1 + sampler.stochasticity**2
     )
+    # Levels that are no better along another path were made for this one: then the fixed grid stays.
+    fresh = torch.randn(start.shape, generator=torch.Generator().manual_seed(2)).to(start) * start.std()
+    others = Trajectories(denoiser, fresh, sigmas, sampler, seed=2)
     for n in budgets:
         starts = [[some[k] for k in defects.best(n)]] if n <= len(some) // 2 else []
         if result.levels:  # what suits fewer calls, with levels in between
@@ -171,11 +186,19 @@ def _from_trajectories(
             starts += [places] if places is not None else []
         fixed = nearest(sigmas, result.scheduler.calibrated_or_even_levels(n))
         starts += [fixed] if fixed is not None else []
-        best, first = search(trajectories, n, starts, min(MAX_RUNS * n, MAX_CALLS))
-        error = trajectories.run(fixed).error if fixed is not None else math.nan
-        result.levels[n] = sigmas[best.index].tolist()
-        result.errors[n] = (error, first, best.error)
-    result.martingale_defect = martingale_defect(denoiser, start, high, low)
+        best = search(trajectories, n, starts, min(MAX_RUNS * n, MAX_CALLS))
+        index, error, fixed_error = best.index, others.run(best.index).error, math.nan
+        if fixed is not None:
+            fixed_error = others.run(fixed).error
+            index, error = min((index, error), (fixed, fixed_error), key=lambda pair: pair[1])
+        result.levels[n] = sigmas[index].tolist()
+        result.errors[n] = (fixed_error, error)
+
+
+def stochasticity_for(defect: float) -> float:
+    """tau for a network by its martingale defect: the probability flow for an accurate one; noise, which makes a run
+    forget the errors of the levels before, where the network errs."""
+    return 0.0 if defect > ERRS else 0.4 if defect > ERRS_MUCH else 1.0
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:

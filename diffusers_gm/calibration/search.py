@@ -1,7 +1,6 @@
 """The noise levels of a number of calls at which a student ends closest to its teacher."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,9 +32,8 @@ def search(
     num_calls: int,
     starts: list[list[int]],
     max_calls: int,
-    progress: Callable[[int], None] = lambda calls: None,
-) -> tuple[Run, float]:
-    """The best levels that are found with about `max_calls` network calls, and the error of the best start.
+) -> Run:
+    """The best levels that are found with about `max_calls` network calls.
 
     Coordinate descent on the levels' places on the fine ladder, with halving moves, from the best of `starts` and of
     `power_levels`. Levels are moved from the last to the first: a run is the same up to the level that moves, so the
@@ -50,7 +48,6 @@ def search(
     spent = trajectories.num_calls
 
     def left() -> bool:
-        progress(trajectories.num_calls)
         return trajectories.num_calls - spent < max_calls
 
     candidates = list(starts)
@@ -65,7 +62,6 @@ def search(
         if trajectories.num_calls - spent < max_calls // 2:
             trial = trajectories.run(places)
             best = min(best, trial, key=lambda run: run.error)
-    first = best.error
     for move in MOVES:
         for j in reversed(range(1, num_calls)):
             for signed in (move, -move):
@@ -78,7 +74,7 @@ def search(
                 if trial.error < best.error:
                     best = trial
                     break
-    return best, first
+    return best
 
 
 # --- From one run: local defects and dynamic programming -------------------------------------------------------------

@@ -55,11 +55,7 @@ def level_grid(
     """
     first, last = space.timestep_range
     n = space.num_train_timesteps
-    if num_levels > n and space.kind != "edm":
-        raise ValueError(
-            f"{num_levels} noise levels are more than the {n} that the network was trained at: use at most {n} "
-            "(num_inference_steps counts network calls; num_langevin_steps spends several on a level)"
-        )
+    check_num_levels(space, num_levels)
     if spacing in SIGMA_SPACINGS:
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
         grid = space.timestep(sigma_grid(high, low, num_levels, spacing))
@@ -84,6 +80,16 @@ def level_grid(
     if space.kind == "flow":
         grid = n * shift_flow(grid / n, shift, shift_terminal)
     return grid.clamp(first if space.kind != "flow" else None, last)
+
+
+def check_num_levels(space: NoiseSpace, num_levels: int) -> None:
+    """Raise a ValueError for more levels than the network was trained at."""
+    n = space.num_train_timesteps
+    if num_levels > n and space.kind != "edm":
+        raise ValueError(
+            f"{num_levels} noise levels are more than the {n} that the network was trained at: use at most {n} "
+            "(num_inference_steps counts network calls; num_langevin_steps spends several on a level)"
+        )
 
 
 def shift_flow(s: Tensor, shift: float = 1.0, shift_terminal: float | None = None) -> Tensor:

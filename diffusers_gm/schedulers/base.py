@@ -19,7 +19,7 @@ from torch import Tensor
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw, Generators, check_generators
 from ..readings import ImageReading, NoiseSpace, Reading
-from ..readings.grids import calibrated_levels, check_calibration, even_levels, shift_flow
+from ..readings.grids import calibrated_levels, check_calibration, check_num_levels, even_levels, shift_flow
 from ..samplers import Memory, Sampler
 from .run import TURN, Run
 from .swap import (
@@ -295,6 +295,8 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
 
     def _calibrated_grid(self, num_levels: int, shift: float) -> Tensor:
         """The labels of `calibrated_or_even_levels`, the first one at the end of what the network was trained at."""
+        if self.noise_space is not None:
+            check_num_levels(self.noise_space, num_levels)
         last = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
         return torch.cat([last, self.reading.timestep(self.calibrated_or_even_levels(num_levels, shift))[1:]])
 
