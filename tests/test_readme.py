@@ -1,36 +1,222 @@
-"""What the README tells people to type, typed; and the demo, on a model trained for a moment."""
+"""What the README and the pages beside the code tell people to type, typed; and the picture of the README."""
 
+import argparse
 import json
 import re
+import runpy
 import shlex
-import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from networks import tiny_network
 from PIL import Image
+from test_swap_pipelines import stable_diffusion
 
-from diffusers_gm import GMLangevinScheduler
-from diffusers_gm.studies.demo import CALLS, SAMPLERS
+import train_gm_sgm
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CLDPipeline,
+    CLDSSCSScheduler,
+    GMSGMPipeline,
+    NCSNv2Pipeline,
+)
+from diffusers_gm.schedulers.base import SamplerScheduler
+from diffusers_gm.studies import tour
+from diffusers_gm.training.parser import OptionParser
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+# The results page and the cards are made by commands.
+PAGES = [README, *sorted((ROOT / "diffusers_gm").rglob("*.md")), ROOT / "model_cards" / "README.md"]
+PAGES = [page for page in PAGES if page.parent.name != "templates"]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-TRAININGS = [b.replace("\\\n", "") for b in blocks("bash") if "train_gm_sgm.py" in b]
+def commands(page):
+    """The lines of the shell blocks of a page, continued ones in one, as words."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-def train(command, folder, *more):
-    """A training command of the README, cut short."""
-    words = shlex.split(command)
+# --- The pages themselves ---
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@every_page
+def test_no_measured_figure_is_typed(page):
+    """Figures stand on the results page. Code, links, arXiv's numbers and versions are none."""
+    none = r"```.*?```|`[^`]*`|\]\([^)]*\)|\b\d{4}\.\d{5}\b|\b(?:diffusers|Python) \d+\.\d+|\b\d+\.\d+\.\d+\b"
+    text = re.sub(none, "", page.read_text(), flags=re.DOTALL)
+    assert not re.findall(r"\d*\.\d\d+|\d ?(?:times|%)", text)
+
+
+def anchors(page):
+    """The links to headings that GitHub makes of them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_no_link_is_broken(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    links = {(ROOT / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", README.read_text())}
+    assert {page.resolve() for page in PAGES[1:]} <= links
+
+
+def test_the_documentation_of_samplers_begins_with_the_loop():
+    page = ROOT / "diffusers_gm" / "samplers" / "README.md"
+    assert "sample(TwoStep(), denoiser, y, sigmas)" in blocks(page, "python")[0]
+
+
+# --- Shell commands ---
+
+
+class Parsed(Exception):
+    """The options of a command are in order: it need not run."""
+
+
+def check_make(words):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words[1:]:
+        name, is_variable, _ = word.partition("=")
+        kind = (
+            rf"\b{name}\b *(\?=|:=|=)|ifdef {name}\b|\$\({name}\)" if is_variable else rf"^([a-z]+ )*{name}( [a-z]+)*:"
+        )
+        assert re.search(kind, makefile, re.MULTILINE), word
+
+
+def check_module(module, arguments, monkeypatch):
+    """As `python -m module arguments`, as far as the options."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises((Parsed, SystemExit)) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert ended.type is Parsed or ended.value.code in (None, 0)
+
+
+def check_training(words):
+    OptionParser(train_gm_sgm.__doc__).parse(words)
+
+
+def check_command(words, monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    while "=" in words[0]:  # of the environment
+        words = words[1:]
+    launched = words[:2] == ["accelerate", "launch"]
+    if launched:
+        own = next(i for i, word in enumerate(words) if word in ("-m", "train_gm_sgm.py"))
+        assert set(words[2:own]) <= {"--multi_gpu", "--num_processes", "2"}
+        words = words[own:]
+    if words[0] == "make":
+        check_make(words)
+    elif words[:3] == ["pip", "install", "-e"]:
+        (extra,) = re.fullmatch(r"\.\[(\w+)\]", words[3]).groups()
+        assert extra in project["optional-dependencies"]
+    elif words[0] == "train_gm_sgm.py":
+        check_training(words[1:])
+    elif words[0] in project["scripts"]:
+        module = project["scripts"][words[0]].partition(":")[0]
+        if module == "train_gm_sgm":
+            check_training(words[1:])
+        else:
+            check_module(module.removesuffix(".command").removesuffix(".push"), words[1:], monkeypatch)
+    else:
+        (at,) = (i for i, word in enumerate(words) if word == "-m")
+        assert words[:at] == ([] if launched else ["python"])
+        check_module(words[at + 1], words[at + 2 :], monkeypatch)
+
+
+@every_page
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # modules that are imported already
+def test_commands_are_understood(page, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    for words in commands(page):
+        check_command(words, monkeypatch)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    for target in re.findall(r"`make ([a-z0-9-]+)", text):
+        check_make(["make", target])
+    for module in re.findall(r"python\s-m\s(diffusers_gm(?:\.[a-z_0-9]+)*)", text):
+        check_module(module, ["--help"], monkeypatch)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_commands_of_the_claims_are_understood(monkeypatch, tmp_path, capsys):
+    page = (ROOT / "diffusers_gm" / "studies" / "README.md").read_text()
+    table = page[page.index("| claim |") :].partition("\n\n")[0].splitlines()[2:]
+    studies = [study.split() for row in table for study in re.findall(r"`([^`]+)`", row.split("|")[3])]
+    assert len(studies) > 12
+    monkeypatch.chdir(tmp_path)
+    for name, *words in studies:
+        check_module(f"diffusers_gm.studies.{name}", words, monkeypatch)
+        monkeypatch.undo()
+
+
+def test_a_command_that_is_not_understood_is_found(monkeypatch, capsys):
+    for words in (["make", "tea"], ["train_gm_sgm.py", "--sugar", "2"], ["pip", "install", "-e", ".[milk]"]):
+        with pytest.raises((AssertionError, SystemExit)):
+            check_command(words, monkeypatch)
+    with pytest.raises(AssertionError):
+        check_command(["python", "-m", "diffusers_gm.calibrate", "outputs/demo", "--sugar"], monkeypatch)
+
+
+def test_opens_with_the_two_commands():
+    assert [words[:2] for words in commands(README)[:2]] == [["make", "demo"], ["make", "test"]]
+
+
+@every_page
+def test_recipes_are_understood(page, tmp_path):
+    for i, text in enumerate(blocks(page, "yaml")):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(text)
+        for method in ("gm-sgm", *yaml.safe_load(text).get("methods", {})):
+            check_training(["--config", str(path), "--method", method])
+
+
+# --- Trainings ---
+
+TRAINING_PAGE = ROOT / "diffusers_gm" / "training" / "README.md"
+ON_DIGITS, ON_IMAGES = [words for words in commands(TRAINING_PAGE) if "train_gm_sgm.py" in words][:2]
+
+
+def train(words, folder, *more):
+    """A training command of the pages, cut short."""
+    words = list(words)
     words[words.index("--output_dir") + 1] = str(folder)
     short = ["--max_train_steps", "2", "--validation_steps", "0", "--checkpointing_steps", "0"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:]]
@@ -40,30 +226,8 @@ def train(command, folder, *more):
 @pytest.fixture(scope="module")
 def digits_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme") / "demo"
-    train(TRAININGS[0], folder, "--num_validation_images", "2")
+    train(ON_DIGITS, folder, "--num_validation_images", "2")
     return folder
-
-
-def test_opens_with_the_two_commands():
-    first = blocks("bash")[0].split()
-    assert first[:2] == ["make", "demo"]
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z0-9-]+)", README):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-# Blocks marked `py` and `sh` need the real Hub; test_hub.py and test_swap_pipelines.py make the same calls.
-def test_python_snippets_run_in_order(digits_model, tiny_unet, tmp_path, monkeypatch):
-    vp = DDPMPipeline(tiny_unet, DDPMScheduler())
-    monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda name: vp)
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    with torch.random.fork_rng():  # the last snippet passes no generator
-        for snippet in blocks("python"):
-            exec(snippet.replace("outputs/demo", str(digits_model)), scope)
-    assert Image.open("digit.png").size == (8, 8)
-    assert len(scope["images"]) == 16
-    assert scope["image"].size == (8, 8)
 
 
 def test_training_on_a_folder_of_images(tmp_path):
@@ -72,76 +236,109 @@ def test_training_on_a_folder_of_images(tmp_path):
     for i in range(130):
         pixels = numbers.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
-    command = TRAININGS[1].replace("path/to/images", str(tmp_path / "images"))
-    train(command, tmp_path / "mine", "--num_validation_images", "1", "--block_out_channels", "8", "16")
+    words = [str(tmp_path / "images") if word == "path/to/images" else word for word in ON_IMAGES]
+    train(words, tmp_path / "mine", "--num_validation_images", "1", "--block_out_channels", "8", "16")
     config = json.loads((tmp_path / "mine" / "scheduler" / "scheduler_config.json").read_text())
     assert config["mixture_weights"] == [0.8, 0.2]
     assert config["mixture_scales"][1] == pytest.approx(3 * config["mixture_scales"][0])
 
 
-def test_demo_leaves_its_pictures_and_the_table(digits_model, tmp_path):
-    twin = shutil.copytree(digits_model, tmp_path / "twin")
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusers_gm.studies.demo", digits_model, "--num_samples", "8", "--compare", twin],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in ("digits.png", "forward_noise.png", "comparison.png"):
-        with Image.open(digits_model / name) as picture:
-            assert np.asarray(picture.convert("L")).std() > 10, name
-        assert name in done.stdout
-    cells, again = (json.loads((folder / "results.json").read_text())["cells"] for folder in (digits_model, twin))
-    assert [c["scores"] for c in cells] == [c["scores"] for c in again]
-    expected = {(s, n) for s in SAMPLERS[GMLangevinScheduler] for n in CALLS}
-    assert {(c["scheduler"], c["calls"]) for c in cells} == expected
-    assert all(("sliced W2" in c["scores"]) != bool(c["reason"]) for c in cells)
-    assert "| ode | 200 | " in (digits_model / "results.md").read_text()
-    comparison = (digits_model / "comparison.md").read_text()
-    assert f"| {digits_model.name}: ode | " in comparison
-    assert "| twin: ode | " in comparison
-    assert "| ode | 200 | " in (digits_model / "README.md").read_text()
+# --- Python: in place of models of the Hub stand tiny untrained ones, or no network where nothing is sampled ---
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "StableDiffusionXLPipeline": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+    "StableDiffusion3Pipeline": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "FluxPipeline": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    "StableVideoDiffusionPipeline": EulerDiscreteScheduler(
+        **BETAS, prediction_type="v_prediction", sigma_max=700.0, sigma_min=0.002, timestep_type="continuous"
+    ),
+    "DanceDiffusionPipeline": DDPMScheduler(),
+    "AnimateDiffPipeline": DDPMScheduler(**BETAS),
+}
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.slow  # six real processes
-def test_make_demo_goes_on_where_it_was(tmp_path):
-    """Neither a complete training nor a measured cell is done again; an interrupted one goes on at its checkpoint."""
-    installed, folder = f"{sys.prefix}/.installed", tmp_path / "demo"
-    words = [
-        "make",
-        "-o",
-        installed,
-        "demo",
-        f"VENV={sys.prefix}",
-        f"OUTPUT={folder}",
-        "DEMO=--calls 12 --num_samples 8",
-    ]
+class StandIns:
+    """What `from_pretrained` and `push_to_hub` do while the snippets of a page run.
 
-    def make(steps, status=0):
-        done = subprocess.run([*words, f"STEPS={steps}"], cwd=ROOT, check=False, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        return done.stdout if status == 0 else done.stderr
+    Attributes: loaded: names that were asked for. pushed: repositories. swapped: pipelines without a network.
+    """
 
-    first = make(2)
-    assert "steps: 0 to 2" in first
-    assert first.count("sampled in") == len(SAMPLERS[GMLangevinScheduler])
-    again = make(2)
-    assert "steps:" not in again
-    assert "sampled in" not in again
-    (folder / "model_index.json").unlink()  # as if it had been interrupted before the pipeline was written
-    assert "steps: 2 to 2" in make(2)
-    assert "--max_train_steps" in make(3, status=2), "another demo needs another folder"
+    def __init__(self, monkeypatch, digits_model):
+        self.digits_model, self.loaded, self.pushed, self.swapped = digits_model, [], [], []
+        load_ours, load_scheduler = GMSGMPipeline.from_pretrained, CLDSSCSScheduler.from_pretrained
+        velocities = CLDSSCSScheduler(prediction_type="cld_mixed")
+        made = {
+            DDPMPipeline: lambda: DDPMPipeline(tiny_network(), DDPMScheduler()),
+            diffusers.DiffusionPipeline: lambda: DDPMPipeline(tiny_network(), DDPMScheduler()),
+            diffusers.StableDiffusionPipeline: lambda: stable_diffusion(diffusers.StableDiffusionPipeline),
+            NCSNv2Pipeline: lambda: NCSNv2Pipeline(tiny_network(), AnnealedLangevinScheduler(sigma_max=10.0)),
+            CLDPipeline: lambda: CLDPipeline(tiny_network(2, 1), velocities),
+            GMSGMPipeline: lambda: load_ours(digits_model),
+        } | {getattr(diffusers, name): lambda s=s: self.bare(s) for name, s in SCHEDULERS.items()}
+        for cls, make in made.items():
+            monkeypatch.setattr(cls, "from_pretrained", lambda name, make=make, **kwargs: self.load(name, make))
+
+        def scheduler(name, **kwargs):
+            return self.load(name, lambda: velocities) if name.startswith("me/") else load_scheduler(name, **kwargs)
+
+        monkeypatch.setattr(CLDSSCSScheduler, "from_pretrained", scheduler)
+        monkeypatch.setattr(GMSGMPipeline, "push_to_hub", lambda pipe, name, **kwargs: self.pushed.append(name))
+
+    def load(self, name, make):
+        self.loaded.append(name)
+        return make()
+
+    def bare(self, scheduler):
+        self.swapped.append(SimpleNamespace(scheduler=scheduler))
+        return self.swapped[-1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["nowhere"], "no trained pipeline"), (["{model}", "--num_samples", "1000"], r"\[2, 360\]")],
-)
-def test_demo_refuses_bad_arguments(digits_model, arguments, message):
-    arguments = [a.format(model=digits_model) for a in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusers_gm.studies.demo", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert re.search(message, done.stderr)
+@every_page
+def test_python_snippets_run_in_order(page, digits_model, tmp_path, monkeypatch, capsys):
+    stand_ins = StandIns(monkeypatch, digits_model)
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "snippets"}
+    with torch.random.fork_rng():  # not all pass a generator
+        for i, snippet in enumerate(blocks(page, "python")):
+            quick = re.sub(r"calibrate\(pipe(?!.*effort)", 'calibrate(pipe, effort="fast", progress=False', snippet)
+            quick = quick.replace(
+                'prompt="a lighthouse", guidance', 'prompt="a lighthouse", height=16, width=16, guidance'
+            )
+            exec(compile(quick, f"{page.name}, snippet {i}", "exec"), scope)
+    if page == README:
+        assert Image.open("digit.png").size == (128, 128)
+        assert len(scope["images"]) == 16
+        assert scope["image"].size == (8, 8)
+    assert all(isinstance(pipe.scheduler, SamplerScheduler) for pipe in stand_ins.swapped)
+    if page.parent.name == "hub":
+        assert stand_ins.pushed == ["me/copy"]
+
+
+# --- The picture of the README ---
+
+
+def test_the_tour_shows_a_row_a_sampler_and_a_cell_a_budget(tmp_path, capsys):
+    pipe = NCSNv2Pipeline(tiny_network(), AnnealedLangevinScheduler(sigma_max=10.0))
+    pipe.save_pretrained(tmp_path / "model")
+    own = pipe.scheduler
+    rows, left_out = tour.sample_all(pipe, (4, 6), seed=0, effort="fast")
+    assert not left_out
+    assert pipe.scheduler is own
+    assert {"GM, ode", "CLD, sscs", "calibrated"} < set(rows)
+    assert all(len(cells) == 2 and not torch.equal(*cells) for cells in rows.values())
+    tour.main([str(tmp_path / "model"), "--calls", "4", "6", "--effort", "fast"])
+    with Image.open(tmp_path / "model" / "tour.png") as picture:
+        assert picture.height > 50 * len(rows)
+        assert np.asarray(picture.convert("L")).std() > 10
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_the_tour_says_what_it_leaves_out(digits_model, tmp_path, capsys):
+    output = tmp_path / "tour.png"
+    tour.main([str(digits_model), "--calls", "4", "--effort", "fast", "--output", str(output)])
+    assert "left out: DDPM (diffusers): no scheduler of diffusers reads" in capsys.readouterr().out
+    assert output.is_file()
+    with pytest.raises(SystemExit):
+        tour.main([str(tmp_path)])
+    assert "holds no trained pipeline" in capsys.readouterr().err

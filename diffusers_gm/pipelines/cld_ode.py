@@ -10,7 +10,7 @@ from ..processes.cld import lift
 from ..random import Generators, randn
 from ..readings import VelocityReading
 
-# Those of torchdiffeq that adapt their steps, but for fehlberg2: with a tolerance of 1e-4 it is 0.08 off on a Gaussian.
+# Those of torchdiffeq that adapt their steps, but for fehlberg2, which is far off its tolerance on a Gaussian.
 ODE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 
 # `(input, labels) -> output`, and from it `(x, v, clock) -> (velocity score, denoised image)`.

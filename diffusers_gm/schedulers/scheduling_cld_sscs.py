@@ -59,9 +59,7 @@ class CLDSSCSScheduler(SamplerScheduler):
             native mode, 2 in lifted mode, but 1 where `network_at` is given.
         network_at: of `sscs` with `splitting_order=1`: whether the network sees the state at the start of a step, a
             marginal of the process (`step_start`, None in lifted mode), or between the half-steps (`half_step`, the
-            published order, None in native mode). In both it is labelled with the start. Sliced W2 of lifted runs
-            to the 8 x 8 digits with their exact denoiser, `step_start` against `half_step`, each to 0.001, floor 0.022:
-            0.043 / 0.045 at 5 calls, 0.034 / 0.034 at 10, 0.027 / 0.026 at 20, 0.024 / 0.023 at 50 (`log_snr`).
+            published order, None in native mode). In both it is labelled with the start, and both are of first order;
             `step_start` may begin midway (image-to-image) without an error of half a step.
 
     Raises:

@@ -35,8 +35,8 @@ from ..training.network import (
 from ..training.options import TrainingArguments
 from ..training.plan import Plan, make_plan
 
-# Ratios of single seeds closer than this are called equal. One network at four seeds of 256 samples: 1.38 to 1.58 at 10
-# calls, 1.14 to 1.27 at 50.
+# Ratios of single seeds closer than this are called equal: one network has ratios so far apart at several seeds of
+# 256 samples.
 TIE = 0.15
 
 

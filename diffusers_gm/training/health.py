@@ -15,7 +15,7 @@ from .folder import list_checkpoints
 from .network import TrainingLoss, averaged_weights
 
 # A network whose loss is this many times that of one that answers zero, on the same images under the same noise, is
-# not coming back. On the digits, steps of 1 per weight lead to 180 times and back; steps of 10 to 10^5 times, then nan.
+# not coming back; what is far below it still may.
 WORSE_THAN_SILENCE = 1000.0
 
 # GradScaler starts at 2^16 and halves at each gradient that is not finite.

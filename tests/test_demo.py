@@ -1,0 +1,94 @@
+"""The demo, on a model trained for a moment."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_gm import GMLangevinScheduler
+from diffusers_gm.studies import demo
+from diffusers_gm.studies.demo import CALLS, SAMPLERS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def digits_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "train_gm_sgm.py"]
+    short = ["--max_train_steps", "2", "--validation_steps", "0", "--checkpointing_steps", "0"]
+    few = ["--num_validation_images", "2", "--validation_inference_steps", "5"]
+    subprocess.run([*launcher, *short, *few, "--output_dir", str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
+def test_demo_leaves_its_pictures_and_the_table(digits_model, tmp_path):
+    twin = shutil.copytree(digits_model, tmp_path / "twin")
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusers_gm.studies.demo", digits_model, "--num_samples", "8", "--compare", twin],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in ("digits.png", "forward_noise.png", "comparison.png"):
+        with Image.open(digits_model / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10, name
+        assert name in done.stdout
+    cells, again = (json.loads((folder / "results.json").read_text())["cells"] for folder in (digits_model, twin))
+    assert [c["scores"] for c in cells] == [c["scores"] for c in again]
+    expected = {(s, n) for s in SAMPLERS[GMLangevinScheduler] for n in CALLS}
+    assert {(c["scheduler"], c["calls"]) for c in cells} == expected
+    assert all(("sliced W2" in c["scores"]) != bool(c["reason"]) for c in cells)
+    assert "| ode | 200 | " in (digits_model / "results.md").read_text()
+    comparison = (digits_model / "comparison.md").read_text()
+    assert f"| {digits_model.name}: ode | " in comparison
+    assert "| twin: ode | " in comparison
+    assert "| ode | 200 | " in (digits_model / "README.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.slow  # six real processes
+def test_make_demo_goes_on_where_it_was(tmp_path):
+    """Neither a complete training nor a measured cell is done again; an interrupted one goes on at its checkpoint."""
+    installed, folder = f"{sys.prefix}/.installed", tmp_path / "demo"
+    words = [
+        "make",
+        "-o",
+        installed,
+        "demo",
+        f"VENV={sys.prefix}",
+        f"OUTPUT={folder}",
+        "DEMO=--calls 12 --num_samples 8",
+    ]
+
+    def make(steps, status=0):
+        done = subprocess.run([*words, f"STEPS={steps}"], cwd=ROOT, check=False, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stdout if status == 0 else done.stderr
+
+    first = make(2)
+    assert "steps: 0 to 2" in first
+    assert first.count("sampled in") == len(SAMPLERS[GMLangevinScheduler])
+    again = make(2)
+    assert "steps:" not in again
+    assert "sampled in" not in again
+    (folder / "model_index.json").unlink()  # as if it had been interrupted before the pipeline was written
+    assert "steps: 2 to 2" in make(2)
+    assert "--max_train_steps" in make(3, status=2), "another demo needs another folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere"], "no trained pipeline"), (["{model}", "--num_samples", "1000"], r"\[2, 360\]")],
+)
+def test_demo_refuses_bad_arguments(digits_model, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        demo.main([a.format(model=digits_model) for a in arguments])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
