@@ -132,7 +132,7 @@ def test_samplers_that_cannot_run_fail_before_the_training():
     for options, said in (
         ({"algorithm_type": "langevin"}, "unknown algorithm_type 'langevin'"),
         ({"splitting_order": 3}, "splitting_order must be 1, 2 or None"),
-        ({"timestep_spacing": "karras"}, "'uniform', 'quadratic' or 'log_snr'"),
+        ({"timestep_spacing": "trailing"}, "'uniform', 'quadratic', 'log_snr' or 'karras'"),
     ):
         args = arguments(method="cld", **options)
         with pytest.raises(ValueError, match=said):

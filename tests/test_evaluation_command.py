@@ -146,7 +146,7 @@ def test_schedulers_by_name():
     for other in ("FlowMatchEulerDiscreteScheduler", "CLDSSCSScheduler"):
         assert build_scheduler(flow, [other])
     native = CLDSSCSScheduler(prediction_type="cld_mixed")
-    assert build_scheduler(native, ["CLDSSCSScheduler", "algorithm_type=euler_maruyama"])[1].native
+    assert build_scheduler(native, ["CLDSSCSScheduler", "algorithm_type=euler_maruyama"])[1].noise_space is None
     with pytest.raises(ValueError, match="DDIMScheduler does not suit .* velocity: use CLDSSCSScheduler"):
         build_scheduler(native, ["DDIMScheduler"])
 
@@ -174,7 +174,7 @@ def test_no_scheduler_of_diffusers_is_given_noise_that_it_cannot_read(own, suits
     for name in OF_DIFFUSERS:
         with contextlib.suppress(ValueError, ImportError):
             accepted.add(type(build_scheduler(own, [name])[1]))
-    if isinstance(own, GMLangevinScheduler) or getattr(own, "native", False):
+    if isinstance(own, GMLangevinScheduler | CLDSSCSScheduler):
         assert not accepted
     else:
         by_betas = {hasattr(cls(), "alphas_cumprod") and not cls().config.get("use_flow_sigmas") for cls in accepted}
