@@ -147,7 +147,7 @@ def test_schedulers_by_name():
         assert build_scheduler(flow, [other])
     native = CLDSSCSScheduler(prediction_type="cld_mixed")
     assert build_scheduler(native, ["CLDSSCSScheduler", "algorithm_type=euler_maruyama"])[1].noise_space is None
-    with pytest.raises(ValueError, match="DDIMScheduler does not suit .* velocity: use CLDSSCSScheduler"):
+    with pytest.raises(ValueError, match="DDIMScheduler does not suit .* velocity: use one of ours"):
         build_scheduler(native, ["DDIMScheduler"])
 
 

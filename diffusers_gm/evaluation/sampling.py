@@ -134,7 +134,8 @@ SUITABLE = {
     "vp": "one that goes by a beta schedule, as DDIMScheduler does, or one of diffusers_gm",
     "ve": "AnnealedLangevinScheduler, GMLangevinScheduler, CLDSSCSScheduler, or one that goes by a beta schedule",
     "flow": "FlowMatchEulerDiscreteScheduler, or one of diffusers_gm",
-    "velocity": "CLDSSCSScheduler",
+    "edm": "EDMEulerScheduler, or one of diffusers_gm",
+    "velocity": "one of diffusers_gm",
 }
 
 
@@ -145,8 +146,8 @@ def _noise_of(scheduler: Any) -> str:
     name = type(scheduler).__name__
     if name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
         return "flow"
-    if name.startswith("EDM"):
-        return "EDM"
+    if name.startswith("EDM") or scheduler.config.get("timestep_type") == "continuous":
+        return "edm"
     return "vp" if hasattr(scheduler, "alphas_cumprod") else name
 
 
