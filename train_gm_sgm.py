@@ -224,7 +224,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted."""
         if finished and args.calibrate:
             with averaged_weights(unet, ema):
-                pipeline.scheduler = calibrate(pipeline, effort=args.calibrate)
+                images = examination.images if args.calibrate == "full" else None
+                pipeline.scheduler = calibrate(pipeline, effort=args.calibrate, images=images)
         result = cards.TrainingResult(
             num_images=source.num_images,
             num_parameters=num_parameters,

@@ -28,7 +28,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.calibration.calibrate import calibrate_in_full, martingale_defect
 from diffusers_gm.calibration.search import LocalDefects, fine_ladder, gram, nearest, search
-from diffusers_gm.calibration.trajectory import BrownianPath, Trajectories
+from diffusers_gm.calibration.trajectory import BrownianPath, Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels
 from diffusers_gm.samplers import Multistep
 
@@ -180,7 +180,7 @@ def test_a_pipeline_of_diffusers_is_calibrated_as_its_denoiser_is(tmp_path):
     result = calibrate_in_full(pipe, (4, 6), progress=False, batch_size=32, output_type="np")
     assert pipe.scheduler is original
     assert pipe.unet.count == result.network_calls + 1
-    assert result.stochasticity == 0.0
+    assert result.stochasticity == {4: 0.0, 6: 0.0}
     for n, (fixed, best) in result.errors.items():
         assert best <= fixed
         assert len(result.levels[n]) == n
@@ -198,6 +198,30 @@ def test_a_pipeline_of_diffusers_is_calibrated_as_its_denoiser_is(tmp_path):
     theirs = EulerDiscreteScheduler.from_config(DDPMScheduler().config)
     theirs.set_timesteps(sigmas=[*result.levels[4], 0.0])
     torch.testing.assert_close(theirs.sigmas[:4], torch.tensor(result.levels[4]), rtol=1e-5, atol=1e-6)
+
+
+def test_real_images_choose_the_stochasticity():
+    """On an exact network any will do; the choice is one of the candidates, and that of the closest samples."""
+    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+    pipe = DDPMPipeline(network(own.noise_space), DDPMScheduler(clip_sample=False))
+    generator = torch.Generator().manual_seed(0)
+    images = POINTS[torch.randint(3, (500, 1, 2, 2), generator=generator)].float()
+    result = calibrate_in_full(
+        pipe, (4,), effort="fast", images=images, progress=False, batch_size=64, output_type="np"
+    )
+    assert result.stochasticity[4] in (0.0, 0.4, 1.0)
+    assert result.network_calls == 48 + 3 * (56 + 2 * 4)
+    given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=0.7, progress=False, batch_size=2)
+    assert given.stochasticity == {4: 0.7}
+    assert given.scheduler.config.calibration["stochasticity"] == {"4": 0.7}
+
+
+def test_the_sliced_distance_tells_sets_apart(generator):
+    a, b = torch.randn(2, 400, 1, 3, 3, generator=generator)
+    assert sliced_distance(a, a.flip(0)) == 0.0
+    assert sliced_distance(a[:100], b) < 0.05
+    assert sliced_distance(a[:100], b + 1) > 0.5
+    assert sliced_distance(a[:100], 2 * b) > 0.5
 
 
 def test_one_run_is_enough_for_the_fast_effort():

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from ..random import Draw
 from ..readings.grids import calibrated_levels
-from ..samplers import Memory, Multistep
+from ..samplers import Memory, Multistep, sample
 from ..schedulers import CalibratedMultistepScheduler
 from .oracle import MANY, with_denoiser
 from .search import LocalDefects, fine_ladder, gram, nearest, search
-from .trajectory import Denoiser, Trajectories
+from .trajectory import Denoiser, Trajectories, sliced_distance
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
@@ -30,6 +30,9 @@ NUM_FAST, NUM_MARTINGALE = 56, 48
 
 # Martingale defects below which a network's errors matter, and dominate. Exact denoisers have about +.1.
 ERRS, ERRS_MUCH = -0.2, -0.5
+
+# Stochasticities among which real images choose.
+CANDIDATES = (0.0, 0.4, 1.0)
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
@@ -45,7 +48,7 @@ class Calibration:
         errors: of each budget, the squared distance of the last D to the teacher's along a path that the levels were
             not chosen on, see `Trajectories`: of the fixed grid, and of what was found. None with `effort="fast"`.
         martingale_defect: rho, see `martingale_defect`.
-        stochasticity: tau.
+        stochasticity: tau of each budget.
         network_calls: in all, each for the whole batch.
         seconds: of work beside the network, and of the network and the pipeline around it.
     """
@@ -54,7 +57,7 @@ class Calibration:
     levels: dict[int, list[float]] = field(default_factory=dict)
     errors: dict[int, tuple[float, float]] = field(default_factory=dict)
     martingale_defect: float | None = None
-    stochasticity: float = 0.0
+    stochasticity: dict[int, float] = field(default_factory=dict)
     network_calls: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
 
@@ -65,6 +68,7 @@ def calibrate(
     *,
     effort: Literal["full", "fast"] = "full",
     stochasticity: float | None = None,
+    images: Tensor | None = None,
     progress: bool = True,
     **arguments: Any,
 ) -> CalibratedMultistepScheduler:
@@ -80,7 +84,10 @@ def calibrate(
         effort: `full`; or `fast`: one run of 56 calls, from whose denoised images the local errors of all steps are
             estimated; good on many networks and poor on some.
         stochasticity: tau of the sampler. None: by the martingale defect of the network, 0 (the probability flow)
-            unless its errors matter, see `stochasticity_for`.
+            unless its errors matter, see `stochasticity_for`; or by `images`.
+        images: real ones, `(n, C, H, W)` like the network's, such as those that it was trained on: then the choice
+            among levels calibrated for tau = 0, .4 and 1 is that of the samples which are closest to these, for each
+            number of calls, in sliced Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
             unless told; others need as many images as fit: 4 will do.
@@ -93,7 +100,7 @@ def calibrate(
             of range, a denoised image that is not finite.
     """
     return calibrate_in_full(
-        pipe, calls, effort=effort, stochasticity=stochasticity, progress=progress, **arguments
+        pipe, calls, effort=effort, stochasticity=stochasticity, images=images, progress=progress, **arguments
     ).scheduler
 
 
@@ -103,6 +110,7 @@ def calibrate_in_full(
     *,
     effort: Literal["full", "fast"] = "full",
     stochasticity: float | None = None,
+    images: Tensor | None = None,
     progress: bool = True,
     **arguments: Any,
 ) -> Calibration:
@@ -122,23 +130,28 @@ def calibrate_in_full(
 
     def work(denoiser: Denoiser, start: Tensor) -> None:
         timed = clock.around(denoiser, bar)
-        if stochasticity is None or effort == "full":
-            result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
-        result.stochasticity = (
-            stochasticity_for(result.martingale_defect or 0.0) if stochasticity is None else stochasticity
-        )
-        sampler = Multistep(order, corrector, result.stochasticity)
-        if effort == "fast":
-            _from_one_run(result, timed, start, high, max(low, LOW), sampler, budgets)
-        else:
-            _from_trajectories(result, timed, start, high, max(low, LOW), sampler, budgets)
+        result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
+        ladder = Ladder(timed, start, high, max(low, LOW))
+        taus = [stochasticity] if stochasticity is not None else [stochasticity_for(result.martingale_defect)]
+        taus = list(CANDIDATES) if stochasticity is None and images is not None else taus
+        samplers = {tau: Multistep(order, corrector, tau) for tau in taus}
+        calibrated = _from_one_run if effort == "fast" else _from_trajectories
+        found = {tau: calibrated(ladder, scheduler, sampler, budgets) for tau, sampler in samplers.items()}
+        for n in budgets:
+            result.stochasticity[n] = taus[0]
+            if images is not None:
+                result.stochasticity[n] = min(
+                    taus, key=lambda tau: ladder.distance(samplers[tau], found[tau][n][0], images)
+                )
+            result.levels[n], error = found[result.stochasticity[n]][n]
+            result.errors |= {n: error} if error else {}
         result.network_calls = clock.calls
 
     with bar, _quiet(pipe):
         _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
     calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
-    if result.stochasticity:
-        calibration["stochasticity"] = {str(n): result.stochasticity for n in result.levels}
+    if any(result.stochasticity.values()):
+        calibration["stochasticity"] = {str(n): tau for n, tau in result.stochasticity.items()}
     if shift != 1.0:
         calibration["shift"] = shift
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
@@ -146,55 +159,67 @@ def calibrate_in_full(
     return result
 
 
-def _from_one_run(
-    result: Calibration,
-    denoiser: Denoiser,
-    start: Tensor,
-    high: float,
-    low: float,
-    sampler: Multistep,
-    budgets: list[int],
-) -> None:
-    sigmas = fine_ladder(high, low, NUM_FAST)
-    teacher = Trajectories(denoiser, start, sigmas, sampler).teacher
+# Of each budget: its levels, and its errors on the fixed grid and on them, if they were measured.
+Found = dict[int, tuple[list[float], tuple[float, float] | None]]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A pipeline as a denoiser, the y that its run starts from, and the range of noise levels."""
+
+    denoiser: Denoiser
+    start: Tensor
+    high: float
+    low: float
+
+    def fresh_start(self, seed: int) -> Tensor:
+        """Another y of the same kind."""
+        return torch.randn(self.start.shape, generator=torch.Generator().manual_seed(seed)).to(self.start) * (
+            self.start.std()
+        )
+
+    def distance(self, sampler: Multistep, levels: list[float], images: Tensor) -> float:
+        """How far samples are from real images; from starts that no levels were chosen on."""
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+        batches = [
+            sample(sampler, self.denoiser, self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed))
+            for seed in (3, 4)
+        ]
+        return sliced_distance(torch.cat(batches), images)
+
+
+def _from_one_run(ladder: Ladder, scheduler: Any, sampler: Multistep, budgets: list[int]) -> Found:
+    sigmas = fine_ladder(ladder.high, ladder.low, NUM_FAST)
+    teacher = Trajectories(ladder.denoiser, ladder.start, sigmas, sampler).teacher
     defects = LocalDefects(sigmas, gram(teacher.denoised), 1 + sampler.stochasticity**2)
-    for n in budgets:
-        result.levels[n] = sigmas[defects.best(n)].tolist()
+    return {n: (sigmas[defects.best(n)].tolist(), None) for n in budgets}
 
 
-def _from_trajectories(
-    result: Calibration,
-    denoiser: Denoiser,
-    start: Tensor,
-    high: float,
-    low: float,
-    sampler: Multistep,
-    budgets: list[int],
-) -> None:
-    trajectories = Trajectories(denoiser, start, fine_ladder(high, low), sampler)
+def _from_trajectories(ladder: Ladder, scheduler: Any, sampler: Multistep, budgets: list[int]) -> Found:
+    trajectories = Trajectories(ladder.denoiser, ladder.start, fine_ladder(ladder.high, ladder.low), sampler)
     sigmas, every = trajectories.sigmas, 3
     some = list(range(0, len(sigmas), every))
     defects = LocalDefects(
         sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]), 1 + sampler.stochasticity**2
     )
     # Levels that are no better along another path were made for this one: then the fixed grid stays.
-    fresh = torch.randn(start.shape, generator=torch.Generator().manual_seed(2)).to(start) * start.std()
-    others = Trajectories(denoiser, fresh, sigmas, sampler, seed=2)
+    others = Trajectories(ladder.denoiser, ladder.fresh_start(2), sigmas, sampler, seed=2)
+    found: Found = {}
     for n in budgets:
         starts = [[some[k] for k in defects.best(n)]] if n <= len(some) // 2 else []
-        if result.levels:  # what suits fewer calls, with levels in between
-            known = {str(m): levels for m, levels in result.levels.items()}
+        if found:  # what suits fewer calls, with levels in between
+            known = {str(m): levels for m, (levels, _) in found.items()}
             places = nearest(sigmas, calibrated_levels(known, n))
             starts += [places] if places is not None else []
-        fixed = nearest(sigmas, result.scheduler.calibrated_or_even_levels(n))
+        fixed = nearest(sigmas, scheduler.calibrated_or_even_levels(n))
         starts += [fixed] if fixed is not None else []
         best = search(trajectories, n, starts, min(MAX_RUNS * n, MAX_CALLS))
         index, error, fixed_error = best.index, others.run(best.index).error, math.nan
         if fixed is not None:
             fixed_error = others.run(fixed).error
             index, error = min((index, error), (fixed, fixed_error), key=lambda pair: pair[1])
-        result.levels[n] = sigmas[index].tolist()
-        result.errors[n] = (fixed_error, error)
+        found[n] = sigmas[index].tolist(), (fixed_error, error)
+    return found
 
 
 def stochasticity_for(defect: float) -> float:
@@ -213,7 +238,7 @@ def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float
         math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
     )
     y = start * (float(sigmas[0]) / high)
-    sampler, memory, draw = Multistep(1, corrector=False, stochasticity=1.0), Memory(), None
+    sampler, memory = Multistep(1, corrector=False, stochasticity=1.0), Memory()
     plan, before = sampler.plan(sigmas), None
     draw = Draw.like(y, torch.Generator().manual_seed(seed))
     products = squares = 0.0

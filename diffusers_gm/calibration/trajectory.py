@@ -129,16 +129,10 @@ class Trajectories:
         return run
 
     def _distance(self, denoised: Tensor, exact: Tensor) -> float:
-        """The mean square over images and elements; on a stochastic path that of the sorted projections of both batches
-        on fixed directions (the squared sliced Wasserstein distance)."""
+        """The mean square over images and elements; on a stochastic path the distance of the batches as sets."""
         if self.path is None:
             return float((denoised - exact).float().square().mean())
-        directions = torch.randn(
-            exact[0].numel(), NUM_DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float32
-        )
-        directions = torch.nn.functional.normalize(directions, dim=0).to(exact.device)
-        projected = ((x.flatten(1).float() @ directions).sort(0).values for x in (denoised, exact))
-        return float((next(projected) - next(projected)).square().mean())
+        return sliced_distance(denoised, exact)
 
     def _step(
         self, plan: object, i: int, index: list[int], y: Tensor, memory: Memory, denoised: Tensor
@@ -156,3 +150,14 @@ class Trajectories:
                 "perhaps; nothing can be calibrated on it"
             )
         return denoised
+
+
+def sliced_distance(images: Tensor, others: Tensor) -> float:
+    """The squared sliced Wasserstein distance of images `(n, ...)` to `(m, ...)` others, m >= n, per element, along
+    `NUM_DIRECTIONS` directions that are always the same."""
+    size = images[0].numel()
+    directions = torch.randn(size, NUM_DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    directions = torch.nn.functional.normalize(directions, dim=0).to(images.device)
+    ours, theirs = ((x.flatten(1).float() @ directions).sort(0).values for x in (images, others.to(images.device)))
+    ranks = ((torch.arange(len(ours)) + 0.5) * (len(theirs) / len(ours))).long()
+    return float((ours - theirs[ranks.to(theirs.device)]).square().mean())
