@@ -8,30 +8,19 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw, Generators, check_generators
-from ..readings import ImageReading, NoiseSpace, Reading
+from ..readings import ImageReading, Reading
 from ..readings.grids import calibrated_levels, check_calibration, check_num_levels, even_levels, shift_flow
 from ..samplers import Memory, Sampler
 from .run import TURN, Run
-from .swap import (
-    SPACING_FLAGS,
-    SwapConfig,
-    betas_from_config,
-    config_for_diffusers,
-    from_own_config,
-    from_source_config,
-    reading_from_config,
-    saved_config,
-)
+from .swap import SPACING_FLAGS, Swappable, betas_from_config, reading_from_config
 
 
 @dataclass
@@ -47,7 +36,7 @@ class LangevinSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class SamplerScheduler(SchedulerMixin, ConfigMixin):
+class SamplerScheduler(Swappable):
     """What our schedulers share. One adds options, a `sampler` made of them, and what its algorithms are called.
 
     The tensor in a pipeline is `alpha * y` in `vp` and `flow` space, where `scale_model_input` is the identity and
@@ -59,90 +48,13 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         noise_space: the `NoiseSpace` of a network that sees a noisy image; None for one that sees a velocity.
         sampler: what a run does.
         model_mixture: the law of the noise that the network was trained with.
-        algorithms: the values of `algorithm_type`, the default first.
-        reads_mixtures: whether networks of mixture noise are read for what they are, rather than refused.
-        calibrates: whether `grid="calibrated"` is what a config of another scheduler becomes.
     """
 
     order = 1
-    algorithms: ClassVar[tuple[str, ...]] = ()
-    reads_mixtures: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False
     model_mixture: GaussianMixtureNoise = GAUSSIAN
-    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
-
-    config: Any
-    _internal_dict: Any
     reading: Reading
-    noise_space: NoiseSpace | None
     sampler: Sampler
     sigmas: Tensor
-
-    # --- Configs ---
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
-        if isinstance(config, dict):
-            others = {algorithm for c in SamplerScheduler.__subclasses__() for algorithm in c.algorithms}
-            config = from_own_config(config, cls.algorithms, others)
-            if "noise_space" not in config and "noise_space" not in kwargs:
-                config = from_source_config(config)
-            cls._check_mixture(config)
-            # The grid belongs to the sampler.
-            if cls.calibrates and "corrector" not in config:
-                config = {**config, "grid": "calibrated"}
-            elif not cls.calibrates and config.get("grid") == "calibrated":
-                config = {**config, "grid": None}
-        if "timestep_spacing" in kwargs:
-            kwargs = {"grid": None, **kwargs}
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def _get_compatibles(cls) -> list[type]:
-        """Ours too, so that what is left of one's config in another's is kept without a warning."""
-        return [*super()._get_compatibles(), *SamplerScheduler.__subclasses__()]
-
-    @classmethod
-    def _check_mixture(cls, config: dict[str, Any]) -> None:
-        """Raise a ValueError for a network of mixture noise that this class would read as one of Gaussian noise."""
-        unit = (config.get("mixture_scales") or [1.0]) == [1.0]
-        if config.get("model_noise") == "mixture" and not unit and not cls.reads_mixtures:
-            raise ValueError(
-                f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
-                "GMLangevinScheduler or CalibratedMultistepScheduler"
-            )
-
-    def register_to_config(self, **kwargs: Any) -> None:
-        super().register_to_config(**kwargs)
-        self._internal_dict = SwapConfig(self.config)
-
-    def to_json_string(self) -> str:
-        """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
-        come back complete."""
-        kept = self._internal_dict
-        self._internal_dict = saved = saved_config(self.config, self.noise_space)
-        try:
-            text = super().to_json_string()
-        finally:
-            self._internal_dict = kept
-        # As in diffusers, a config that was saved knows by which class and version.
-        self.register_to_config(**{name: saved[name] for name in ("_class_name", "_diffusers_version")})
-        return text
-
-    def diffusers_config(self) -> dict[str, Any]:
-        """The config by which schedulers of diffusers sample the network of this scheduler:
-        `UniPCMultistepScheduler.from_config(pipe.scheduler.diffusers_config())`.
-
-        In `vp` and `flow` space our own config serves. A `ve` network that is fed `y / sqrt(1 + sigma^2)` is a DDPM
-        network, whose betas (`NoiseSpace.betas`) are worked out, with `trailing` timesteps. `edm` networks are those of
-        diffusers' `EDM...` schedulers, or of Stable Video Diffusion.
-
-        Raises:
-            ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
-                one that answers a score, a `ve` network without input scaling.
-        """
-        return config_for_diffusers(self.config, self.noise_space)
 
     def check_algorithm(self, algorithm_type: str) -> None:
         """Raise a ValueError if this class has no such sampler."""
@@ -502,19 +414,3 @@ class SamplerScheduler(SchedulerMixin, ConfigMixin):
         if self.config.clip_sample:
             return denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return denoised
-
-
-def network_noise(config: Any) -> tuple[GaussianMixtureNoise, GaussianMixtureNoise]:
-    """The mixture that a config describes, and the law of the noise that its network was trained with.
-
-    Raises:
-        ValueError: for a mixture that is none.
-    """
-    if config.model_noise not in ("gaussian", "mixture"):
-        raise ValueError(f"unknown model_noise {config.model_noise!r}: use 'gaussian' or 'mixture'")
-    if (config.mixture_weights is None) != (config.mixture_scales is None):
-        raise ValueError("mixture_weights and mixture_scales go together: give both or none")
-    mixture = GaussianMixtureNoise(
-        config.mixture_weights or [1.0], config.mixture_scales or [1.0], config.mixture_per_element
-    )
-    return mixture, mixture if config.model_noise == "mixture" else GAUSSIAN

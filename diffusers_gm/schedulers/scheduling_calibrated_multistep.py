@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..readings.grids import calibrated_value
 from ..samplers import Multistep
-from .base import SamplerScheduler, network_noise
+from .base import SamplerScheduler
+from .swap import network_noise
 
 
 class CalibratedMultistepScheduler(SamplerScheduler):

@@ -8,8 +8,9 @@ from diffusers.configuration_utils import register_to_config
 
 from ..processes.mixture import GAUSSIAN
 from ..samplers import Ancestral, Langevin, Sampler, TwoStep
-from .base import SamplerScheduler, network_noise
+from .base import SamplerScheduler
 from .scheduling_annealed_langevin import check_network_level
+from .swap import network_noise
 
 
 class GMLangevinScheduler(SamplerScheduler):

@@ -1,12 +1,14 @@
 """Configs: what ours say of a network, what those of diffusers do, and what either may read of the other's."""
 
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
-from diffusers.configuration_utils import FrozenDict
+from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from ..processes.cld import CLD
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import ImageReading, NoiseSpace, Reading, VelocityReading
 from ..readings.noise_space import PREDICTION_TYPES
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
@@ -89,6 +91,22 @@ def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
     else:
         source = CogVideoXDDIMScheduler(**arguments, snr_shift_scale=config.snr_shift_scale)
     return source.betas, source.alphas_cumprod
+
+
+def network_noise(config: Any) -> tuple[GaussianMixtureNoise, GaussianMixtureNoise]:
+    """The mixture that a config describes, and the law of the noise that its network was trained with.
+
+    Raises:
+        ValueError: for a mixture that is none.
+    """
+    if config.model_noise not in ("gaussian", "mixture"):
+        raise ValueError(f"unknown model_noise {config.model_noise!r}: use 'gaussian' or 'mixture'")
+    if (config.mixture_weights is None) != (config.mixture_scales is None):
+        raise ValueError("mixture_weights and mixture_scales go together: give both or none")
+    mixture = GaussianMixtureNoise(
+        config.mixture_weights or [1.0], config.mixture_scales or [1.0], config.mixture_per_element
+    )
+    return mixture, mixture if config.model_noise == "mixture" else GAUSSIAN
 
 
 # --- From other schedulers to ours ---
@@ -227,3 +245,92 @@ class SwapConfig(FrozenDict):
             {"algorithm_type"} if self["timestep_spacing"] in THEIR_SPACINGS else {"algorithm_type", "timestep_spacing"}
         )
         return sorted(own | {name for name, value in self.items() if value is None})
+
+
+class Swappable(SchedulerMixin, ConfigMixin):
+    """A scheduler of ours that others can be swapped for, and that can be swapped for others.
+
+    Attributes:
+        algorithms: the values of `algorithm_type`, the default first.
+        reads_mixtures: whether networks of mixture noise are read for what they are, rather than refused.
+        calibrates: whether `grid="calibrated"` is what a config of another scheduler becomes.
+        noise_space: the `NoiseSpace` of a network that sees a noisy image; None for one that sees a velocity.
+    """
+
+    algorithms: ClassVar[tuple[str, ...]] = ()
+    reads_mixtures: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+
+    config: Any
+    _internal_dict: Any
+    noise_space: NoiseSpace | None
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
+        if isinstance(config, dict):
+            others = {algorithm for c in _ours() for algorithm in c.algorithms}
+            config = from_own_config(config, cls.algorithms, others)
+            if "noise_space" not in config and "noise_space" not in kwargs:
+                config = from_source_config(config)
+            cls._check_mixture(config)
+            # The grid belongs to the sampler.
+            if cls.calibrates and "corrector" not in config:
+                config = {**config, "grid": "calibrated"}
+            elif not cls.calibrates and config.get("grid") == "calibrated":
+                config = {**config, "grid": None}
+        if "timestep_spacing" in kwargs:
+            kwargs = {"grid": None, **kwargs}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """Ours too, so that what is left of one's config in another's is kept without a warning."""
+        return [*super()._get_compatibles(), *_ours()]
+
+    @classmethod
+    def _check_mixture(cls, config: dict[str, Any]) -> None:
+        """Raise a ValueError for a network of mixture noise that this class would read as one of Gaussian noise."""
+        unit = (config.get("mixture_scales") or [1.0]) == [1.0]
+        if config.get("model_noise") == "mixture" and not unit and not cls.reads_mixtures:
+            raise ValueError(
+                f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
+                "GMLangevinScheduler or CalibratedMultistepScheduler"
+            )
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        super().register_to_config(**kwargs)
+        self._internal_dict = SwapConfig(self.config)
+
+    def to_json_string(self) -> str:
+        """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
+        come back complete."""
+        kept = self._internal_dict
+        self._internal_dict = saved = saved_config(self.config, self.noise_space)
+        try:
+            text = super().to_json_string()
+        finally:
+            self._internal_dict = kept
+        # As in diffusers, a config that was saved knows by which class and version.
+        self.register_to_config(**{name: saved[name] for name in ("_class_name", "_diffusers_version")})
+        return text
+
+    def diffusers_config(self) -> dict[str, Any]:
+        """The config by which schedulers of diffusers sample the network of this scheduler:
+        `UniPCMultistepScheduler.from_config(pipe.scheduler.diffusers_config())`.
+
+        In `vp` and `flow` space our own config serves. A `ve` network that is fed `y / sqrt(1 + sigma^2)` is a DDPM
+        network, whose betas (`NoiseSpace.betas`) are worked out, with `trailing` timesteps. `edm` networks are those of
+        diffusers' `EDM...` schedulers, or of Stable Video Diffusion.
+
+        Raises:
+            ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
+                one that answers a score, a `ve` network without input scaling.
+        """
+        return config_for_diffusers(self.config, self.noise_space)
+
+
+def _ours() -> list[type[Swappable]]:
+    """The schedulers of this package."""
+    return [cls for base in Swappable.__subclasses__() for cls in base.__subclasses__()]
