@@ -25,6 +25,9 @@ from diffusers_gm import (
     GMLangevinScheduler,
 )
 
+# Until 0.42, FlowMatchEulerDiscreteScheduler told the network the shifted sigmas in place of the timesteps beside them.
+OLDER = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 42)
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
@@ -434,9 +437,10 @@ def test_cogview4_is_told_its_timesteps_at_the_levels_of_its_sigmas(cls):
     pipeline.set_progress_bar_config(disable=True)
     pipeline(**arguments, generator=seeded(0)[0])
     levels = theirs.sigmas.clone()
-    expected, told[:] = list(told), []
+    assert OLDER or told == [1000, 750, 500, 250, 1]
+    told.clear()
     check(swapped(pipeline, cls), **arguments)
-    assert told[:5] == expected == [1000, 750, 500, 250, 1]
+    assert told[:5] == [1000, 750, 500, 250, 1]
     torch.testing.assert_close(pipeline.scheduler.sigmas, levels, rtol=1e-5, atol=1e-6)
     assert float(levels[1]) != 0.75, "the levels are shifted, the labels are not"
 
@@ -447,7 +451,8 @@ def test_timesteps_and_sigmas_together(cls):
     ours = cls.from_config(theirs.config)
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(timesteps=[1000.0, 600.0, 300.0], sigmas=[1.0, 0.5, 0.2])
-    assert ours.timesteps.tolist() == theirs.timesteps.tolist() == [1000, 600, 300]
+    assert OLDER or theirs.timesteps.tolist() == [1000, 600, 300]
+    assert ours.timesteps.tolist() == [1000, 600, 300]
     torch.testing.assert_close(ours.sigmas, theirs.sigmas)
 
 
