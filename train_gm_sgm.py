@@ -268,7 +268,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
     started = time.monotonic() - state.seconds
     deadline = time.monotonic() + 60 * (args.max_train_minutes or math.inf)
     out_of_time = False
-    health = Health(accelerator, unet, ema, objective, examination.images[:16], output_dir, plan.learning_rate)
+    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
+    health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
     losses = torch.zeros((), device=device)
     logged_step, logged_time = state.step, time.monotonic()
     while state.step < plan.max_train_steps and not out_of_time:

@@ -27,7 +27,7 @@ def cld_nll(
     generator: Generators = None,
     num_train_timesteps: int = 1000,
 ) -> Tensor:
-    """Upper bound on `-log p(x0)` in nats, one value per image, `(B,)` (arXiv 2112.07068, appendix B).
+    """Upper bound on `-log p(x0)` in nats, `(B,)` float64 on the CPU (arXiv 2112.07068, appendix B).
 
     With v0 from `p(v0) = N(0, gamma M)`, `-log p(x0) <= E[log p(v0) - log p(x0, v0)]`: an equality where image and
     velocity are independent in the model, as they are for the exact score. `log p(x0, v0)` is that of the probability
@@ -78,7 +78,7 @@ def cld_nll(
 
     def log_joint(x: Tensor, v: Tensor, probe: Tensor) -> Tensor:
         """`log p(x, v)` at time 0, `(B,)`."""
-        divergence = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        divergence = torch.zeros(len(x), dtype=torch.float64)
         for start in range(0, 2 * num_steps, 2):
             h = float(clocks[start + 2] - clocks[start])
             half = 0.5 * h
@@ -87,10 +87,10 @@ def cld_nll(
             k3 = flow(x + half * k2[0], v + half * k2[1], probe, start + 1)
             k4 = flow(x + h * k3[0], v + h * k3[1], probe, start + 2)
             dx, dv, rate = (h / 6 * (a + 2 * b + 2 * c + d) for a, b, c, d in zip(k1, k2, k3, k4, strict=True))
-            x, v, divergence = x + dx, v + dv, divergence + rate
+            x, v, divergence = x + dx, v + dv, divergence + rate.cpu()
         return divergence + normal_log_prob(x, 1.0) + normal_log_prob(v, process.mass)
 
-    bound = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    bound = torch.zeros(len(images), dtype=torch.float64)
     for _ in range(num_velocities):
         noise, probe = randn((len(images), 2, *images.shape[1:]), generator, images.device, images.dtype).unbind(1)
         velocity = math.sqrt(process.gamma * process.mass) * noise
@@ -100,8 +100,8 @@ def cld_nll(
 
 
 def normal_log_prob(x: Tensor, variance: float) -> Tensor:
-    """Log density of `N(0, variance I)`, `(B, ...)` to `(B,)` float64."""
-    x = x.double().flatten(1)
+    """Log density of `N(0, variance I)`, `(B, ...)` to `(B,)` float64 on the CPU: not all devices have it."""
+    x = x.cpu().double().flatten(1)
     return -0.5 * (x.square().sum(1) / variance + x.shape[1] * math.log(2 * math.pi * variance))
 
 
@@ -125,6 +125,6 @@ def mean_and_error(values: Sequence[float] | Tensor) -> tuple[float, float]:
 
 if __name__ == "__main__":
     # The command stands above the mathematics, which know neither data nor pipelines; this is its name of old.
-    import runpy
+    import importlib
 
-    runpy.run_module("diffusers_gm.evaluation.likelihood", run_name="__main__")
+    importlib.import_module("diffusers_gm.evaluation.likelihood").main()

@@ -1,6 +1,7 @@
 """Every `python -m diffusers_gm....` says what it is called and what it does."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,8 +40,7 @@ def help_of(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("module", commands())
 def test_help(module, help_of):
     said = help_of(module)
-    # The likelihood has two names, of which it says the shorter.
-    assert said.startswith(f"usage: python -m {module.replace('evaluation.likelihood', 'likelihood')} ")
+    assert said.startswith(f"usage: python -m {module} ")
     assert len(said.splitlines()) > 5
 
 
@@ -51,3 +51,13 @@ def test_the_studies_are_listed(help_of):
     for name in listed:
         (line,) = (line for line in said if line.split()[:1] == [name])
         assert len(line.split()) > 4
+
+
+def test_an_error_is_one_line(tmp_path):
+    """In a process of its own: what Python says of modules that are imported twice would stand above."""
+    command = [sys.executable, "-m", "diffusers_gm.likelihood", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    said = [line for line in ended.stderr.splitlines() if "transformers" not in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: {tmp_path} holds no trained model")

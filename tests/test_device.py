@@ -1,5 +1,7 @@
 """No float64 where there is none: Apple's GPUs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_matrix import READINGS, SAMPLERS, make
@@ -10,6 +12,8 @@ from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
 from diffusers_gm.losses import cld_loss, denoising_loss
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
+from diffusers_gm.training.methods import METHODS
+from diffusers_gm.training.options import TrainingArguments
 
 DEVICE = torch.device("meta")
 MIX = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62]}
@@ -127,3 +131,26 @@ def test_the_cld_loss(weighting, velocity, no_float64):
         lambda u, t: u[:, :1], images(), times, images(2), CLD(), "cld_mixed", velocity=v0, weighting=weighting
     )
     assert loss.device == DEVICE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "gm-sgm"},
+        {"method": "gm-sgm", "objective": "score", "mixture_per_element": True},
+        {"method": "ncsnv2", "prediction_type": "sample", "scale_input": False},
+        {"method": "cld"},
+        {"method": "cld", "cld_loss": "dsm", "cld_weighting": "likelihood", "cld_mixed_score": False},
+    ],
+    ids=str,
+)
+def test_a_step_of_training(options):
+    """With the times and the noise that the methods draw themselves."""
+    args = TrainingArguments(**options)
+    method = METHODS[args.method]
+    noise = method.noise(args, torch.zeros(2, 1, 4, 4), lambda images: 10.0)
+    scheduler = method.scheduler(args, noise, {})
+    with NoFloat64(), torch.random.fork_rng(devices=[]):
+        loss = method.loss(args, noise, scheduler, lambda x, t: SimpleNamespace(sample=x[:, :1]), images())
+    assert loss.device == DEVICE
+    assert loss.dtype == torch.float32

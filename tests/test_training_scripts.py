@@ -4,7 +4,12 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from test_contract import every_scheduler
 from test_matrix import READINGS, make
 
@@ -45,10 +50,11 @@ def test_levels_and_labels_before_any_run(reading, name):
 
 
 @every_scheduler
-def test_flow_training_scripts_find_the_levels_of_flow_match_euler(cls, generator):
-    theirs = FlowMatchEulerDiscreteScheduler()
+@pytest.mark.parametrize("options", [{}, {"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}], ids=str)
+def test_flow_training_scripts_find_the_levels_of_flow_match_euler(cls, options, generator):
+    theirs = FlowMatchEulerDiscreteScheduler(**options)
     ours = cls.from_config(theirs.config)
-    torch.testing.assert_close(ours.timesteps.float(), theirs.timesteps)
+    torch.testing.assert_close(ours.timesteps.float(), theirs.timesteps, rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(ours.sigmas[:-1], theirs.sigmas, rtol=1e-5, atol=1e-7)
     indices = torch.randint(0, theirs.config.num_train_timesteps, (4,), generator=generator)
     copied = copy.deepcopy(ours)
@@ -75,9 +81,10 @@ def test_edm_style_training_finds_the_levels_of_euler(cls, generator):
 
 
 @every_scheduler
-def test_edm_networks_hold_the_ends_of_their_range(cls):
-    theirs = EDMEulerScheduler()
+def test_edm_networks_are_trained_at_the_levels_of_edm(cls):
+    theirs = EDMDPMSolverMultistepScheduler()
     ours = cls.from_config(theirs.config)
-    assert ours.sigmas[[0, -2]].tolist() == pytest.approx([80.0, 0.002], rel=1e-5)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.timesteps, ours.sigmas[:-1].log() / 4, rtol=1e-4, atol=1e-5)
     assert get_sigmas(ours, ours.timesteps[[3, 500]]).flatten().tolist() == ours.sigmas[[3, 500]].tolist()

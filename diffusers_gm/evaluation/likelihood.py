@@ -113,7 +113,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         mean, deviation = mean_and_error(bits)
         print(f"{name} digits: at most {mean:.3f} +- {deviation:.3f} bits per dimension ({len(bits)} images)")
-
-
-if __name__ == "__main__":
-    main()

@@ -84,10 +84,7 @@ class SamplerScheduler(Swappable):
         if "_use_default_values" in self.config:
             unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
             self.register_to_config(_use_default_values=sorted(unsaid))
-        # What training scripts read before any run: the labels that the network was trained at, and their levels.
-        first, last = self.reading.timestep_range
-        labels = torch.linspace(last, first, config.num_train_timesteps, dtype=torch.float64)
-        labels = labels.round() if self.reading.counts_levels else labels
+        labels = self._training_labels()
         self._timesteps, self.sigmas = self._as_timesteps(labels), self._visible_sigmas(labels)
         self.num_inference_steps: int | None = None
         self._run: Run | None = None
@@ -96,6 +93,22 @@ class SamplerScheduler(Swappable):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    def _training_labels(self) -> Tensor:
+        """What training scripts draw from before any run: labels that the network was trained at, `(N,)` float64.
+
+        As schedulers of diffusers hold them: in `flow` space shifted, unless by the image's size; in `edm` space those
+        of EDM's own grid.
+        """
+        n = self.config.num_train_timesteps
+        if self.noise_space is not None and self.noise_space.kind == "edm":
+            return self.reading.grid(n, "karras")
+        first, last = self.reading.timestep_range
+        labels = torch.linspace(last, first, n, dtype=torch.float64)
+        labels = labels.round() if self.reading.counts_levels else labels
+        if self.noise_space is None or self.noise_space.kind != "flow" or self.config.use_dynamic_shifting:
+            return labels
+        return n * shift_flow(labels / n, self._flow_shift(None))
 
     # --- The grid of calls ---
 
