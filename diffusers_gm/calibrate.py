@@ -10,9 +10,11 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
+from .evaluation.sampling import load_pipeline
 from .files import write_json, write_text
 
 
@@ -31,17 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=None, help="images; default 64")
     parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes; default the folder")
     return parser
-
-
-def load(model: str) -> Any:
-    """The pipeline of a folder or of the Hub, ours or diffusers' own."""
-    from diffusers import DiffusionPipeline
-
-    import diffusers_gm
-
-    name = DiffusionPipeline.load_config(model)["_class_name"]
-    name = name if isinstance(name, str) else name[-1]
-    return getattr(diffusers_gm, name, DiffusionPipeline).from_pretrained(model)
 
 
 def keep(calibration: Calibration, folder: Path) -> list[Path]:
@@ -96,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output_dir is None and not (folder / "model_index.json").is_file():
         parser.error(f"{args.model} is not the folder of a pipeline: give --output_dir for a model of the Hub")
     try:
-        pipe = load(args.model)
+        pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
         calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=args.stochasticity, **batch)
     except (ValueError, OSError) as error:

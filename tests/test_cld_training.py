@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, plan_for, same_state, train
 
-from diffusers_gm import CLDPipeline, CLDSSCSScheduler, data
+from diffusers_gm import CalibratedMultistepScheduler, CLDPipeline, CLDSSCSScheduler, data
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
@@ -95,11 +95,17 @@ def test_the_demo_draws_and_measures(digits_model, capsys):
     assert capsys.readouterr().out.count("sampled in") == 1
 
 
-@pytest.mark.parametrize("scheduler", list(demo.SAMPLERS), ids=lambda cls: cls.__name__)
-def test_every_sampler_of_the_demo_is_one_of_the_scheduler(scheduler):
-    for name, changed in demo.samplers(scheduler()).items():
-        changed.set_timesteps(50)
-        assert len(changed.timesteps) == 50, name
+@pytest.mark.parametrize("pipeline", ["GMSGMPipeline", "NCSNv2Pipeline", "CLDPipeline"])
+def test_every_sampler_of_the_demo_is_one_of_the_network(pipeline):
+    """Also where its own scheduler is calibrated, which is then one of them."""
+    own = demo.OF_PIPELINES[pipeline]()
+    for scheduler in (own, CalibratedMultistepScheduler.from_config(own.config)):
+        found = demo.samplers(type(pipeline, (), {"scheduler": scheduler})())
+        assert set(found) - {"calibrated"} == set(demo.SAMPLERS[type(own)])
+        assert ("calibrated" in found) == (scheduler is not own)
+        for name, changed in found.items():
+            changed.set_timesteps(50)
+            assert len(changed.timesteps) == 50, name
 
 
 @pytest.mark.parametrize(

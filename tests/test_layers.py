@@ -14,8 +14,9 @@ ORDER = [
     *("version", "random", "files", "launch", "data", "processes"),
     *("readings", "losses", "likelihood", "samplers", "schedulers", "calibration", "pipelines"),
     "__init__",  # what `import diffusers_gm` shows
+    "evaluation",
     "calibrate",  # the command; the function of that name is in `calibration`
-    *("evaluation", "training", "hub", "studies"),
+    *("training", "hub", "studies"),
 ]
 LONGEST_CHAIN = 7
 

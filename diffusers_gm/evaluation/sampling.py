@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -29,7 +30,12 @@ def load_pipeline(name_or_path: str, device: torch.device) -> Any:
         OSError: if there is no such pipeline.
         ValueError: if neither diffusers nor this package knows its class.
     """
-    name = DiffusionPipeline.load_config(name_or_path)["_class_name"]
+    try:
+        name = DiffusionPipeline.load_config(name_or_path)["_class_name"]
+    except OSError as error:
+        if Path(name_or_path).exists():
+            raise
+        raise OSError(f"{name_or_path} is neither a folder nor a pipeline on the Hub: {error}") from error
     name = name if isinstance(name, str) else name[-1]
     cls = getattr(pipelines, name, None) or getattr(diffusers, name, None)
     if cls is None:

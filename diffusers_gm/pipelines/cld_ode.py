@@ -40,15 +40,16 @@ def network_model(scheduler: Any, network: Network) -> Model:
 def start_and_ends(
     scheduler: Any, shape: tuple[int, ...], latents: Tensor | None, generator: Generators, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state `(x, v)` that a run starts from, float64 on the device, and the clocks of its ends, `(2,)`."""
+    """The state `(x, v)` that a run starts from, in float64 where the device has it, and the clocks of its ends."""
+    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     process, reading = scheduler.process, scheduler.reading
     ends = torch.tensor(reading.timestep_range[::-1], dtype=torch.float64)
     call = reading.calls(ends)[0]
     if latents is None:
         latents = reading.initial_sample(randn(shape, generator, device, torch.float32), call.sigma)
-    y, companion = reading.coordinates(latents.to(device, torch.float64), call)
+    y, companion = reading.coordinates(latents.to(device, wide), call)
     if companion is None:
-        companion = randn(shape, generator, device, torch.float32).double()
+        companion = randn(shape, generator, device, torch.float32).to(wide)
     clocks = process.clock_of_sigma(reading.sigma(ends))
     return *lift(process.marginal(clocks[0])).state(y, companion), clocks
 
@@ -88,7 +89,7 @@ def solve(
         states = odeint(
             slope,
             torch.cat([x, v / scale], 1),
-            clocks.log().to(x.device),
+            clocks.log().to(x.dtype).to(x.device),
             rtol=rtol,
             atol=atol,
             method=solver,
