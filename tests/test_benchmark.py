@@ -125,7 +125,7 @@ def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
 def test_the_command_in_small(tmp_path):
     samplers = ["CLD, sscs", "DDPM", "Euler ancestral"]
     words = ["--num_samples", "40", "--seeds", "1", "--calls", "5", "--output", str(tmp_path), "--samplers", *samplers]
-    bench.main(words)
+    bench.main([*words, "--grids", "default", "trailing", "quadratic"])
     report = Report.read(tmp_path / "samplers_exact_n40.json")
     assert [row[0] for row in report.tables[0].rows] == ["**CLD, sscs**", *samplers[1:]]
     assert "At 5 calls SSCS has" in report.verdict
@@ -139,7 +139,7 @@ def test_the_exact_denoiser_of_any_images(tmp_path, generator):
         Image.fromarray(image.numpy()).save(pictures / f"{i}.png")
     words = ["--train_data_dir", str(pictures), "--resolution", "4", "--num_images", "10", "--num_samples", "20"]
     words += ["--seeds", "1", "--calls", "30", "--samplers", "CLD, sscs", "DDPM", "--output", str(tmp_path)]
-    bench.main(words)
+    bench.main([*words, "--grids", "default", "trailing", "quadratic", "exponential"])
     report = Report.read(tmp_path / "samplers_exact_pictures_3x4x4_10_n20.json")
     assert report.title == "Samplers at equal network calls: the exact denoiser of 10 images of pictures, 3x4x4"
     # Good samples are near the floor: of the data, not of the digits.

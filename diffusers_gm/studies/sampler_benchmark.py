@@ -97,20 +97,13 @@ def best_of(
     def draw(scheduler: Any, seed: int) -> tuple[Tensor, int]:
         return sample(model.pipeline, scheduler, budget(scheduler, calls), n, seed, n)
 
-    for grid, scheduler in model.samplers[sampler].items():
+    for grid, given in model.samplers[sampler].items():
         if only in (grid, None):
-            setting = f"{sampler}, {grid}"
-            if callable(scheduler) and any(results.find(setting, calls, seed) is None for seed in range(seeds)):
-                scheduler = scheduler()
+            setting, scheduler = f"{sampler}, {grid}", given
+            if callable(given) and any(results.find(setting, calls, seed) is None for seed in range(seeds)):
+                scheduler = given()
             cells = [
-                results.measure(
-                    setting,
-                    calls,
-                    seed,
-                    partial(draw, scheduler, seed),
-                    score,
-                )
-                for seed in range(seeds)
+                results.measure(setting, calls, seed, partial(draw, scheduler, seed), score) for seed in range(seeds)
             ]
             if all(SLICED_WASSERSTEIN in cell.scores for cell in cells):  # neither without a grid nor with NaN
                 ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])

@@ -1,6 +1,7 @@
 """What `.sampler_benchmark` samples: networks, exact or trained, with every scheduler that fits each of them."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def exact_model(
 ) -> Model:
     """The exact denoiser of Gaussians of width `WIDTH` around images `(m, C, H, W)`, as a DDPM network would be; with
     an `error`, see `Erring`."""
-    denoiser = ExactDenoiser(points, WIDTH)
+    denoiser: ExactDenoiser = ExactDenoiser(points, WIDTH)
+    if error:
+        denoiser = Erring(denoiser, math.hypot(float(points.std()), WIDTH), error)
 
     def data(n: int, generator: torch.Generator) -> Tensor:
         chosen = points[torch.randint(len(points), (n,), generator=generator)]
@@ -72,7 +75,7 @@ def exact_model(
         title += " plus score error"
         conditions += f"; D is off by a smooth random field of {error} of its deviation, see `Erring`"
     content = f"{fingerprint(points)} {error}"
-    return known_model(denoiser, data, title, conditions, content, points.shape[1:], num_samples, output, error)
+    return known_model(denoiser, data, title, conditions, content, points.shape[1:], num_samples, output)
 
 
 def mixture_model(dimension: int, num_samples: int, output: Path) -> Model:
@@ -97,14 +100,11 @@ def known_model(
     shape: torch.Size,
     num_samples: int,
     output: Path,
-    error: float = 0.0,
 ) -> Model:
     """A denoiser that is known, of data that can be drawn, as a DDPM network would be."""
     described, generator = CLDSSCSScheduler.from_config(SOURCE.config), torch.Generator().manual_seed(1)
     # Samples are pictures, and so are clipped; what they are compared with has to be.
     reference, floor = (data(n * num_samples, generator).clamp(-1, 1) for n in (REFERENCE, 8))
-    if error:
-        denoiser = Erring(denoiser, float(reference.std()), error)
     pipeline = pipeline_of(NetworkOf(exact_network(denoiser, described), shape), SOURCE)
     content = hashlib.sha256(f"{content} {REFERENCE} clipped".encode()).hexdigest()
     made = Calibrations(pipeline, parts_of(output), content)

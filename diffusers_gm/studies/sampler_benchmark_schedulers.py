@@ -48,7 +48,6 @@ PEERS = STOCHASTIC | DETERMINISTIC
 MULTISTEP = "calibrated multistep"
 OWN = "as it comes"  # the scheduler that a network of ours was saved with
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
-    MULTISTEP: (CalibratedMultistepScheduler, {}),
     "CLD, sscs": (CLDSSCSScheduler, {}),
     "CLD, sscs, order 1": (CLDSSCSScheduler, {"splitting_order": 1}),
     "CLD, probability flow": (CLDSSCSScheduler, {"algorithm_type": "probability_flow"}),
@@ -57,6 +56,7 @@ OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "annealed, consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
     "GM, ancestral": (GMLangevinScheduler, {}),
     "GM, ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
+    MULTISTEP: (CalibratedMultistepScheduler, {}),
 }
 GRIDS: dict[str, dict[str, Any]] = {
     "default": {},
