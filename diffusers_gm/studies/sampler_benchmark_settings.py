@@ -228,10 +228,10 @@ def study(kept: Sequence[Results], most: int) -> Report:
         tables,
         [],
         f"Of the cells that `sampler_benchmark` has kept: {conditions}.{noise} Sliced W2 of few samples has a floor "
-        "that all settings share, which brings ratios near 1 at many calls; FD, squared, has hardly one. Samplers start "
-        "from the same noise, and deterministic ones share its chance where they have converged: there a ratio tells of "
-        "the seeds, and the best of many peers is the luckiest. `GITS-like` needs a calibration that diffusers does not "
-        "have; it counts as a peer's grid, ours do not.",
+        "that all settings share, which brings ratios near 1 at many calls; FD, squared, has hardly one. Samplers "
+        "start from the same noise, and deterministic ones share its chance where they have converged: there a ratio "
+        "tells of the seeds, and the best of many peers is the luckiest. `GITS-like` needs a calibration that "
+        "diffusers does not have; it counts as a peer's grid, ours do not.",
     )
 
 
