@@ -253,7 +253,7 @@ def test_the_calibrated_sampler_in_small(tmp_path, capsys):
     words += ["--samplers", MULTISTEP, "DDPM", "UniPC", "--grids", "fast", "default", "KL optimal"]
     bench.main(words)
     first = capsys.readouterr().out
-    report = Report.read(tmp_path / "samplers_mixture-2_n40.json")
+    report = Report.read(tmp_path / "samplers_mixture-2_n40_selected.json")
     assert [row[0] for row in report.tables[0].rows] == [f"**{MULTISTEP}**", "DDPM", "UniPC"]
     assert [row[0] for row in report.tables[2].rows] == ["fast"]
     assert "FD of pixels" in first

@@ -159,7 +159,8 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
     plot_curves(axis, curves, 1, {sampler: {"linestyle": ":"} for sampler in peers})
     axis.set(ylabel="sliced W2 over the floor", title=model.title)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    stem = f"samplers_{name}_n{args.num_samples}"
+    # A comparison of some is no replacement for one of all.
+    stem = f"samplers_{name}_n{args.num_samples}{'_selected' if args.samplers or args.grids else ''}"
     return Report(
         stem,
         f"Samplers at equal network calls: {model.title}",
