@@ -239,6 +239,14 @@ def test_what_is_against_us_is_said(tmp_path):
     assert "ahead of ours at 5 calls (UniPC, Karras, 1.00 against 2.00)" in settings.study([kept], 5).verdict
 
 
+def test_only_seeds_that_all_settings_have_count(tmp_path):
+    kept = results(tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0})
+    kept.measure(OURS, 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 100.0})
+    report = settings.study([kept], 5)
+    assert report.tables[0].rows == [["a", "2.00", "2.00"]]
+    assert "1 seed(s)" in report.conditions
+
+
 def test_settings_without_results(tmp_path, capsys):
     with pytest.raises(SystemExit):
         settings.main(["--output", str(tmp_path)])

@@ -56,19 +56,23 @@ class Measured:
         spreads = []
         for results in kept:
             name = results.conditions["study"].removeprefix("samplers ")
+            seeds_of: dict[tuple[str, int | None], set[int | None]] = {}
+            for cell in results.cells:
+                seeds_of.setdefault((cell.scheduler, cell.calls), set()).add(cell.seed)
+            # Samplers start from the same noise: settings are compared on the seeds that all of them have.
+            seeds = set.intersection(*seeds_of.values()) if seeds_of else set()
             grouped: dict[tuple[str, int], list[Mapping[str, float]]] = {}
             for cell in results.cells:
-                if cell.calls is not None:
+                if cell.calls is not None and cell.seed in seeds:
                     grouped.setdefault((cell.scheduler, cell.calls), []).append(cell.scores)
             for (scheduler, calls), scores in grouped.items():
                 if (value := statistic(scores, metric)) is not None:
                     sampler, _, grid = scheduler.rpartition(", ")
                     values.setdefault((name, calls), {})[sampler, grid] = value.mean
                     spreads += [value.spread / value.mean] if value.spread is not None else []
-            seeds = max((len(scores) for scores in grouped.values()), default=0)
             said = results.conditions
             defaults[name] = (said["default"][0], said["default"][1])
-            conditions[name] = f"{said['title']} (n = {said['num_samples']}, {seeds} seed(s))"
+            conditions[name] = f"{said['title']} (n = {said['num_samples']}, {len(seeds)} seed(s))"
         return cls(values, defaults, conditions, statistics.median(spreads) if spreads else math.nan)
 
     def best(self, cell: Cell, among: Callable[[Setting], bool]) -> float:
