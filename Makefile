@@ -114,9 +114,12 @@ ifdef QUICK
 	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --calls 5 10 20 --num_samples 250 --seeds 1 --output $(RESULTS)
 else
 	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models exact --calls 5 10 20 50 200 1000 --output $(RESULTS)
+	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models erring erring-much mixture-2 mixture-16 mixture-512 mixture-3072 \
+		--calls 5 8 10 15 20 30 50 --output $(RESULTS)
 	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models ddpm ncsnv2 gm-sgm cld --num_samples 256 \
 		--calls 5 10 20 50 200 1000 --steps $(STEPS) --output $(RESULTS)
 endif
+	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark_settings --output $(RESULTS)
 	$(BIN)/python -m diffusers_gm.studies.page --reports $(RESULTS) --output $(RESULTS)/results.md
 	$(BIN)/python -m diffusers_gm.studies.step_cost
 

@@ -109,7 +109,7 @@ def test_the_best_grid_and_nothing_is_measured_twice(tmp_path):
 def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
     """`b` is best at 20 calls and has no run at 50: `a` is the answer there, not a gap in the table."""
     model = model_with(a=Grid(-0.7), b=Grid(-0.8, runs=20))
-    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=4, output=tmp_path)
+    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=4, output=tmp_path, samplers=None, grids=None)
     report = bench.benchmark("it", model, args, Results(tmp_path / "cells.json", {"num_samples": 4}))
     assert report.tables[0].rows == [["s", "2.00 b", "3.00 a"]]
 
@@ -125,8 +125,8 @@ def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
 def test_the_command_in_small(tmp_path):
     samplers = ["CLD, sscs", "DDPM", "Euler ancestral"]
     words = ["--num_samples", "40", "--seeds", "1", "--calls", "5", "--output", str(tmp_path), "--samplers", *samplers]
-    bench.main(words)
-    report = Report.read(tmp_path / "samplers_exact_n40.json")
+    bench.main([*words, "--grids", "default", "trailing", "quadratic"])
+    report = Report.read(tmp_path / "samplers_exact_n40_selected.json")
     assert [row[0] for row in report.tables[0].rows] == ["**CLD, sscs**", *samplers[1:]]
     assert "At 5 calls SSCS has" in report.verdict
     assert (tmp_path / report.pictures[0]).stat().st_size < 150_000
@@ -139,8 +139,8 @@ def test_the_exact_denoiser_of_any_images(tmp_path, generator):
         Image.fromarray(image.numpy()).save(pictures / f"{i}.png")
     words = ["--train_data_dir", str(pictures), "--resolution", "4", "--num_images", "10", "--num_samples", "20"]
     words += ["--seeds", "1", "--calls", "30", "--samplers", "CLD, sscs", "DDPM", "--output", str(tmp_path)]
-    bench.main(words)
-    report = Report.read(tmp_path / "samplers_exact_pictures_3x4x4_10_n20.json")
+    bench.main([*words, "--grids", "default", "trailing", "quadratic", "exponential"])
+    report = Report.read(tmp_path / "samplers_exact_pictures_3x4x4_10_n20_selected.json")
     assert report.title == "Samplers at equal network calls: the exact denoiser of 10 images of pictures, 3x4x4"
     # Good samples are near the floor: of the data, not of the digits.
     assert all(float(row[1].split()[0]) < 2 for row in report.tables[0].rows)

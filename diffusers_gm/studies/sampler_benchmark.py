@@ -3,13 +3,17 @@
 Every scheduler of diffusers that fits, and ours, each at the best of its grids, on
 
 - `exact`: the exact denoiser of images (each a Gaussian of width 0.1), a perfectly trained DDPM network; of the 8 x 8
-  digits, or of other images with --dataset_name or --train_data_dir;
+  digits, or of other images with --dataset_name or --train_data_dir; `cifar10`: of those of --cifar10;
+- `erring`, `erring-much`: that of the digits plus a smooth error, as a network has;
+- `mixture-2`, `-16`, `-512`, `-3072`: the exact denoiser of a Gaussian mixture in so many dimensions;
 - `ddpm`: a DDPM network of the digits, trained with diffusers' own objective at the budget of `make demo`;
 - `ncsnv2`, `gm-sgm`, `cld`: our own digits networks of the same budget, under the samplers made for each; that of
   `ncsnv2` under those of diffusers too (`diffusers_config`).
 
-Quality is sliced W2 over the floor, what as many real images have; means over seeds, and wall time beside them. Every
-finished cell is kept in `OUTPUT/.parts`: an interrupted benchmark goes on where it was.
+Quality is sliced W2, a root, over the floor, what as many real images have; means over seeds, and wall time beside
+them. Where there are eight times as many samples as pixels, FD of the pixels is measured too, a squared distance. What
+the settings are worth one by one, over all networks, is `.sampler_benchmark_settings`. Every finished cell is kept in
+`OUTPUT/.parts`, and so is every calibration: an interrupted benchmark goes on where it was.
 """
 
 import argparse
@@ -20,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import matplotlib.pyplot as plt
 from torch import Tensor
@@ -29,15 +33,21 @@ from ..data import examine, open_source, split_digits
 from ..evaluation.report import plot_curves
 from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
-from ..evaluation.scoring import SLICED_WASSERSTEIN, Reference, score
+from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
 from .command import at_least, program
 from .digits import kept_results
 from .pictures import save_picture
 from .report import Report
-from .sampler_benchmark_models import PEERS, STOCHASTIC, Model, ddpm_model, exact_model, own_model
+from .sampler_benchmark_models import SHAPES, Model, cifar10_model, ddpm_model, exact_model, mixture_model, own_model
+from .sampler_benchmark_schedulers import PEERS, STOCHASTIC, Samplers
+from .sampler_benchmark_scores import Scores
 
-ModelName = Literal["exact", "ddpm", "ncsnv2", "gm-sgm", "cld"]
+TRAINED = ("ddpm", "ncsnv2", "gm-sgm", "cld")
+MODELS = ("exact", "erring", "erring-much", *(f"mixture-{dimension}" for dimension in SHAPES), "cifar10", *TRAINED)
+
+# The errors of D, relative to the deviation of the image given what the network sees.
+ERRORS = {"erring": 0.2, "erring-much": 0.4}
 
 # Above this number of calls only the grid that was best at the number below is run.
 ALL_GRIDS_UP_TO = 20
@@ -69,25 +79,31 @@ class Best:
         return f"{self.ratio:.2f} {self.grid}"
 
 
-def best_of(model: Model, sampler: str, calls: int, seeds: int, results: Results, only: str | None) -> Best | None:
-    """The best grid of a sampler, measured where it is not there; `only` this grid, if given."""
-    n, reference, found = results.conditions["num_samples"], Reference(model.reference), []
+def best_of(
+    model: Model,
+    sampler: str,
+    calls: int,
+    seeds: int,
+    results: Results,
+    only: str | None,
+    score: Callable[[Tensor], dict[str, float]] | None = None,
+) -> Best | None:
+    """The best grid of a sampler, measured where it is not there; `only` this grid, if given. `score`: `Scores` of the
+    reference, where they are there already."""
+    n, found = results.conditions["num_samples"], []
+    score = score or Scores(model.reference)
     floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
 
     def draw(scheduler: Any, seed: int) -> tuple[Tensor, int]:
         return sample(model.pipeline, scheduler, budget(scheduler, calls), n, seed, n)
 
-    for grid, scheduler in model.samplers[sampler].items():
+    for grid, given in model.samplers[sampler].items():
         if only in (grid, None):
+            setting, scheduler = f"{sampler}, {grid}", given
+            if callable(given) and any(results.find(setting, calls, seed) is None for seed in range(seeds)):
+                scheduler = given()
             cells = [
-                results.measure(
-                    f"{sampler}, {grid}",
-                    calls,
-                    seed,
-                    partial(draw, scheduler, seed),
-                    partial(score, reference=reference, metrics=["sw"]),
-                )
-                for seed in range(seeds)
+                results.measure(setting, calls, seed, partial(draw, scheduler, seed), score) for seed in range(seeds)
             ]
             if all(SLICED_WASSERSTEIN in cell.scores for cell in cells):  # neither without a grid nor with NaN
                 ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
@@ -96,17 +112,17 @@ def best_of(model: Model, sampler: str, calls: int, seeds: int, results: Results
 
 
 def benchmark(name: str, model: Model, args: argparse.Namespace, results: Results) -> Report:
+    score = Scores(model.reference)
     if not results.floor:
-        reference = Reference(model.reference)
-        results.floor = [score(draw, reference, ["sw"]) for draw in model.floor.split(args.num_samples)]
+        results.floor = [score(draw) for draw in model.floor.split(args.num_samples)]
     bests: dict[tuple[str, int], Best | None] = {}
     for i, calls in enumerate(args.calls):
         for sampler in model.samplers:
             below = bests.get((sampler, args.calls[i - 1])) if i else None
             only = below.grid if below and calls > ALL_GRIDS_UP_TO else None
-            best = best_of(model, sampler, calls, args.seeds, results, only)
+            best = best_of(model, sampler, calls, args.seeds, results, only, score)
             if best is None and only:  # that grid has no run of so many calls
-                best = best_of(model, sampler, calls, args.seeds, results, None)
+                best = best_of(model, sampler, calls, args.seeds, results, None, score)
             bests[sampler, calls] = best
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
@@ -123,6 +139,8 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
         Table(f"Seconds for {args.num_samples} samples (mean, on a machine that may have been busy).",
               header, [row(s, lambda b: f"{b.seconds:.2f}") for s in model.samplers]),
     ]  # fmt: skip
+    if model.made is not None and (calibrations := model.made.table()):
+        tables.append(calibrations)
 
     def winner(samplers: Sequence[str], calls: int) -> tuple[float, str]:
         return min(((b.ratio.mean, s) for s in samplers if (b := bests[s, calls])), default=(math.inf, "none"))
@@ -141,7 +159,8 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
     plot_curves(axis, curves, 1, {sampler: {"linestyle": ":"} for sampler in peers})
     axis.set(ylabel="sliced W2 over the floor", title=model.title)
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    stem = f"samplers_{name}_n{args.num_samples}"
+    # A comparison of some is no replacement for one of all.
+    stem = f"samplers_{name}_n{args.num_samples}{'_selected' if args.samplers or args.grids else ''}"
     return Report(
         stem,
         f"Samplers at equal network calls: {model.title}",
@@ -181,12 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog=program("sampler_benchmark")
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=get_args(ModelName), default=["exact"])
+    add("--models", nargs="+", choices=MODELS, default=["exact"])
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
     add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
     add("--steps", type=at_least(1), default=1200, help="optimizer steps of the trained networks")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
+    add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
     add("--train_data_dir", help="exact: a folder of images or of parquet files")
     add("--resolution", type=at_least(1), help="exact: side to which its images are resized; default: their own")
@@ -195,6 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least(2),
         help="exact: images that it is made of, at most; default 2000, of the digits all",
     )
+    add("--cifar10", type=Path, default=Path("../shared/data/cifar10"), help="folder of its parquet files")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     return parser
 
@@ -202,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     """Raise a ValueError for what does not go together."""
     held_out = len(split_digits()[1])
-    if args.models != ["exact"] and args.num_samples > held_out:
+    if {*args.models} & {*TRAINED} and args.num_samples > held_out:
         raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
     of_exact = ("dataset_name", "train_data_dir", "resolution", "num_images")
     given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
@@ -210,20 +231,41 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
 
 
-def model_of(name: ModelName, args: argparse.Namespace) -> tuple[str, Model]:
+def model_of(name: str, args: argparse.Namespace) -> tuple[str, Model]:
     """The model called `name`, and the stem of its files."""
-    if name == "ddpm":
-        return name, ddpm_model(args.num_samples, args.steps, args.output)
-    if name != "exact":
-        return name, own_model(name, args.num_samples, args.steps, args.output)
-    if args.train_data_dir is None and args.dataset_name == "digits" and not (args.resolution or args.num_images):
-        return name, exact_model(split_digits()[0], "the digits", args.num_samples)
+    n, output = args.num_samples, args.output
+    of_all_digits = args.train_data_dir is None and args.dataset_name == "digits"
+    make: dict[str, Callable[[], Model]] = {
+        "ddpm": lambda: ddpm_model(n, args.steps, output),
+        **{method: partial(own_model, method, n, args.steps, output) for method in TRAINED[1:]},
+        **{f"mixture-{dimension}": partial(mixture_model, dimension, n, output) for dimension in SHAPES},
+        "cifar10": lambda: cifar10_model(args.cifar10, args.num_images or 2000, n, output),
+        **{kind: partial(exact_model, split_digits()[0], "the digits", n, output, e) for kind, e in ERRORS.items()},
+    }
+    if of_all_digits and not (args.resolution or args.num_images):
+        make["exact"] = lambda: exact_model(split_digits()[0], "the digits", n, output)
+    if name in make:
+        return name, make[name]()
     source = open_source(args.dataset_name, train_data_dir=args.train_data_dir)
     points = examine(source, 0, args.resolution, num_images=args.num_images or 2000).images
     data = Path(args.train_data_dir).resolve().name if args.train_data_dir else args.dataset_name.rpartition("/")[2]
     size = "x".join(map(str, points.shape[1:]))
     stem = f"{name}_{data}_{size}_{len(points)}"
-    return stem, exact_model(points, f"{len(points)} images of {data}, {size}", args.num_samples)
+    return stem, exact_model(points, f"{len(points)} images of {data}, {size}", n, output)
+
+
+def on_grids(samplers: Samplers, grids: Sequence[str]) -> Samplers:
+    """The samplers on some of their grids, those that have one of them.
+
+    Raises:
+        ValueError: for a grid that no sampler has.
+    """
+    known = dict.fromkeys(grid for by_grid in samplers.values() for grid in by_grid)
+    unknown = [grid for grid in grids if grid not in known]
+    if unknown:
+        raise ValueError(f"--grids {unknown}: there are {', '.join(known)}")
+    chosen = {name: {g: s for g, s in by_grid.items() if g in grids} for name, by_grid in samplers.items()}
+    return {name: by_grid for name, by_grid in chosen.items() if by_grid}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -240,7 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if unknown:
                     raise ValueError(f"--samplers {unknown}: {name} has {', '.join(model.samplers)}")
                 model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
-            settings = {"steps": args.steps, "content": model.content}
+            if args.grids:
+                model = replace(model, samplers=on_grids(model.samplers, args.grids))
+            settings = {"steps": args.steps, "content": model.content, "default": model.default, "title": model.title}
             results = kept_results(f"samplers {stem}", args.num_samples, args.output, floor=False, **settings)
             benchmark(stem, model, args, results).write(args.output)
     except ValueError as error:

@@ -1,0 +1,160 @@
+"""Noise levels that are made for one network, for `.sampler_benchmark`: each made when first asked for, and kept."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import calibrate_in_full
+from ..calibration.calibrate import CALLS, LOW
+from ..calibration.oracle import MANY, with_denoiser
+from ..calibration.trajectory import Denoiser, Trajectories
+from ..evaluation.table import Table
+from ..files import write_text
+from ..readings.grids import calibrated_levels, sigma_grid
+from ..samplers import Multistep
+from ..schedulers import CalibratedMultistepScheduler
+
+# What `calibrate` is told, by name.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "calibrated": {},
+    "fast": {"effort": "fast"},
+    "calibrated tau 0": {"stochasticity": 0.0},
+    "calibrated tau 0.4": {"stochasticity": 0.4},
+}
+GITS = "GITS-like"
+
+# Levels of the one trajectory of `GITS`, and its images.
+NUM_GITS, BATCH_GITS = 60, 64
+
+
+class Calibrations:
+    """The calibrations of a network, for the numbers of calls that `calibrate` takes by itself.
+
+    Args:
+        pipeline: of the network, with its own scheduler.
+        folder: where they are kept.
+        content: a hash of the network.
+    """
+
+    def __init__(self, pipeline: Any, folder: Path, content: str):
+        self.pipeline, self.folder, self.content = pipeline, folder, content
+
+    def scheduler(self, variant: str) -> CalibratedMultistepScheduler:
+        """What `calibrate` returned."""
+        config = self.pipeline.scheduler.config
+        return CalibratedMultistepScheduler.from_config(config, calibration=self._kept(variant)["calibration"])
+
+    def levels(self, variant: str) -> Callable[[float, float, int], Tensor]:
+        """The levels of a variant for a number of calls, as `.sampler_benchmark_schedulers.on_levels` takes them."""
+        return lambda high, low, n: calibrated_levels(self._kept(variant)["calibration"], n)
+
+    def table(self) -> Table | None:
+        """What was measured by those that there are."""
+        rows = [
+            [
+                name,
+                kept["stochasticity"],
+                kept["martingale_defect"] or "-",
+                kept["network_calls"],
+                kept["seconds"] or "-",
+            ]
+            for name in [*VARIANTS, GITS]
+            if (kept := self._read(name)) is not None
+        ]
+        header = ["calibration", "tau", "martingale defect", "network calls", "seconds"]
+        caption = f"Calibrations, each for {', '.join(map(str, CALLS))} calls."
+        return Table(caption, header, rows) if rows else None
+
+    def _path(self, variant: str) -> Path:
+        return self.folder / f"calibration {self.content[:16]} {variant}.json"
+
+    def _read(self, variant: str) -> dict[str, Any] | None:
+        path = self._path(variant)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def _kept(self, variant: str) -> dict[str, Any]:
+        kept = self._read(variant)
+        if kept is None:
+            kept = gits(self.pipeline) if variant == GITS else self._made(variant)
+            write_text(self._path(variant), json.dumps(kept, indent=1) + "\n")
+        return kept
+
+    def _made(self, variant: str) -> dict[str, Any]:
+        arguments = VARIANTS[variant]
+        # tau chosen by itself is one of those that are asked for, most often.
+        chosen = self._read("calibrated") if "tau" in variant else None
+        if chosen is not None and chosen["stochasticity"] == arguments["stochasticity"]:
+            return chosen
+        found = calibrate_in_full(self.pipeline, progress=False, **arguments)
+        print(f"{variant}: tau {found.stochasticity:g}, {sum(found.seconds):.1f} s", flush=True)
+        return {
+            "calibration": dict(found.scheduler.config.calibration),
+            "stochasticity": found.stochasticity,
+            "martingale_defect": found.martingale_defect,
+            "network_calls": found.network_calls,
+            "seconds": round(sum(found.seconds), 2),
+        }
+
+
+# --- One trajectory and one cost a step ------------------------------------------------------------------------------
+
+
+def gits(pipeline: Any) -> dict[str, Any]:
+    """Levels of the kind of GITS (arXiv 2405.11326): the ones between which single Euler steps leave a fine trajectory
+    least, by dynamic programming; written anew from the idea, the costs summed as they are."""
+    described = CalibratedMultistepScheduler.from_config(pipeline.scheduler.config)
+    low, high = described.reading.sigma(torch.tensor(described.reading.timestep_range, dtype=torch.float64)).tolist()
+    sigmas = sigma_grid(high, max(low, LOW), NUM_GITS, "karras")
+
+    def work(denoiser: Denoiser, start: Tensor) -> Tensor:
+        return step_costs(denoiser, start, sigmas)
+
+    generator, began = torch.Generator().manual_seed(0), time.perf_counter()
+    costs, _ = with_denoiser(
+        pipeline, described, work, num_inference_steps=MANY, batch_size=BATCH_GITS, generator=generator
+    )
+    calibration = {str(n): sigmas[cheapest_path(costs, n)].tolist() for n in CALLS}
+    return {
+        "calibration": calibration,
+        "stochasticity": 0.0,
+        "martingale_defect": None,
+        "network_calls": NUM_GITS,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def step_costs(denoiser: Denoiser, start: Tensor, sigmas: Tensor) -> Tensor:
+    """`(K, K + 1)`: how far an Euler step from level k to level m, the last one 0, lands from the trajectory of K
+    Euler steps, in the root mean square; infinite where m is not below k."""
+    n = len(sigmas)
+    trajectories = Trajectories(denoiser, start, sigmas, Multistep(1, corrector=False))
+    run = trajectories.run(list(range(n)))
+    ends = torch.stack([*(y for y, _ in run.states), run.denoised[-1]]).flatten(1)
+    levels = torch.cat([sigmas, torch.zeros(1)]).to(ends)
+    costs = torch.full((n, n + 1), math.inf, dtype=torch.float64)
+    for k in range(n):
+        slope = (ends[k] - run.denoised[k].flatten()) / levels[k]
+        landed = ends[k] + (levels[k + 1 :] - levels[k])[:, None] * slope
+        costs[k, k + 1 :] = (landed - ends[k + 1 :]).square().mean(1).sqrt().double()
+    return costs
+
+
+def cheapest_path(costs: Tensor, num_steps: int) -> list[int]:
+    """The levels from which the `num_steps` steps go that lead from the first level to the last at the least cost."""
+    n = len(costs)
+    square = torch.cat([costs, torch.full((1, n + 1), math.inf, dtype=torch.float64)])
+    left, choices = torch.full((n + 1,), math.inf, dtype=torch.float64), []
+    left[n] = 0.0
+    for _ in range(num_steps):
+        left, choice = (square + left).min(1)
+        choices.append(choice)
+    path = [0]
+    for choice in reversed(choices[1:]):
+        path.append(int(choice[path[-1]]))
+    return path

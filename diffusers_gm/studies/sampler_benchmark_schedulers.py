@@ -1,0 +1,226 @@
+"""Every scheduler that `.sampler_benchmark` compares, on every grid that it can be given."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ..readings.grids import even_levels
+from ..schedulers import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+)
+from .demo import SAMPLERS
+from .sampler_benchmark_calibration import GITS, VARIANTS, Calibrations
+
+SOURCE = DDPMScheduler(clip_sample=False)
+
+STOCHASTIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDPM": ("DDPMScheduler", {}),
+    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "KDPM2 ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "SDE-DPM-Solver++(2M)": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "SA-Solver": ("SASolverScheduler", {}),
+}
+# Deterministic given the start.
+DETERMINISTIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "KDPM2": ("KDPM2DiscreteScheduler", {}),
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "DEIS": ("DEISMultistepScheduler", {}),
+    "DPM-Solver++(2M)": ("DPMSolverMultistepScheduler", {}),
+    "DPM-Solver++(3M)": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "DPM-Solver++ singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+PEERS = STOCHASTIC | DETERMINISTIC
+MULTISTEP = "calibrated multistep"
+OWN = "as it comes"  # the scheduler that a network of ours was saved with
+OURS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "CLD, sscs": (CLDSSCSScheduler, {}),
+    "CLD, sscs, order 1": (CLDSSCSScheduler, {"splitting_order": 1}),
+    "CLD, probability flow": (CLDSSCSScheduler, {"algorithm_type": "probability_flow"}),
+    "annealed Langevin": (AnnealedLangevinScheduler, {}),
+    "annealed, chain": (AnnealedLangevinScheduler, {"network_level": "chain"}),
+    "annealed, consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
+    "GM, ancestral": (GMLangevinScheduler, {}),
+    "GM, ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
+    MULTISTEP: (CalibratedMultistepScheduler, {}),
+}
+GRIDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "leading": {"timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "Karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "lu lambdas": {"use_lu_lambdas": True},
+}
+OWN_GRIDS: dict[type, tuple[str, ...]] = {
+    AnnealedLangevinScheduler: ("log_snr", "karras"),
+    GMLangevinScheduler: ("log_snr", "karras"),
+    CLDSSCSScheduler: ("quadratic", "log_snr"),
+}
+
+# Schedulers by sampler, then by grid; or functions that make one, where that takes long.
+Samplers = dict[str, dict[str, Any]]
+# From the network's highest and lowest level, and a number of calls, to their levels, descending.
+Levels = Callable[[float, float, int], Tensor]
+
+# --- Levels for schedulers of diffusers ------------------------------------------------------------------------------
+
+# Align Your Steps (arXiv 2404.14507) for Stable Diffusion 1.5, ten steps and the end.
+AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+
+
+def kl_optimal(high: float, low: float, num_levels: int) -> Tensor:
+    """`sigma = tan` of equal steps between the arc tangents of the ends (arXiv 2404.14507, eq. 17)."""
+    ends = math.atan(high), math.atan(low)
+    return torch.linspace(*ends, num_levels, dtype=torch.float64).tan()
+
+
+def ays(high: float, low: float, num_levels: int) -> Tensor:
+    """The published levels, interpolated in log sigma as their authors do; squeezed below `high`, where they go beyond
+    it. They leave out the last of one level more, from which they go to 0."""
+    logs = np.log(AYS)
+    if high < AYS[0]:
+        logs = logs[-1] + (logs - logs[-1]) * (np.log(high) - logs[-1]) / (logs[0] - logs[-1])
+    places = np.linspace(0, 1, num_levels + 1)[:-1]
+    return torch.from_numpy(np.exp(np.interp(places, np.linspace(0, 1, len(logs)), logs)))
+
+
+def quadratic(config: Any) -> Levels:
+    """Those of `CLDSSCSScheduler(timestep_spacing="quadratic")`."""
+
+    def levels(high: float, low: float, num_levels: int) -> Tensor:
+        cld = CLDSSCSScheduler.from_config(config, timestep_spacing="quadratic")
+        cld.set_timesteps(num_levels)
+        return cld.reading.sigma(cld.timesteps.double())
+
+    return levels
+
+
+FORMULAS: dict[str, Levels] = {"KL optimal": kl_optimal, "AYS": ays, "even levels": even_levels}
+# Grids that nobody has without us.
+OUR_GRIDS = ("even levels", "calibrated", "quadratic")
+
+
+def snapped(alphas_cumprod: Tensor, levels: Levels, num_levels: int) -> tuple[list[int], np.ndarray]:
+    """Whole timesteps next to levels, each once, and their levels, descending: schedulers of diffusers round timesteps
+    and not levels, and the network is better told what it is given.
+
+    Raises:
+        ValueError: if there are not so many.
+    """
+    trained = ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).sqrt().numpy()
+    wanted = levels(float(trained[-1]), float(trained[0]), num_levels).log().numpy()
+    labels = np.interp(wanted, np.log(trained), np.arange(len(trained))).round().astype(int)
+    for i in reversed(range(num_levels - 1)):
+        labels[i] = max(labels[i], labels[i + 1] + 1)
+    if labels[0] >= len(trained):
+        raise ValueError(f"{num_levels} levels of this grid need more than the {len(trained)} timesteps")
+    return labels.tolist(), trained[labels]
+
+
+def on_levels(cls: Any, levels: Levels) -> Any:
+    """The scheduler of diffusers on given levels, in place of Karras's where it has them, else as its `timesteps=`;
+    None where it takes neither. Few take levels as an argument: they get more than they offer."""
+
+    def _convert_to_karras(self: Any, in_sigmas: Any, num_inference_steps: int | None = None) -> np.ndarray:
+        return snapped(self.alphas_cumprod, levels, num_inference_steps or self.num_inference_steps)[1]
+
+    def set_timesteps(self: Any, num_inference_steps: int, device: Any = None) -> None:
+        labels, _ = snapped(self.alphas_cumprod, levels, num_inference_steps)
+        cls.set_timesteps(self, timesteps=labels, device=device)
+
+    if hasattr(cls, "_convert_to_karras"):
+        return type(cls.__name__, (cls,), {"_convert_to_karras": _convert_to_karras})
+    if "timesteps" in inspect.signature(cls.set_timesteps).parameters:
+        return type(cls.__name__, (cls,), {"set_timesteps": set_timesteps})
+    return None
+
+
+# --- Schedulers ------------------------------------------------------------------------------------------------------
+
+
+def grids(cls: Any, arguments: dict[str, Any], config: Any = SOURCE.config) -> dict[str, Any]:
+    """The scheduler on each grid that it offers, for the network that `config` describes."""
+    offered = inspect.signature(cls.__init__).parameters
+    flags = dict(GRIDS)
+    if cls is CLDSSCSScheduler:
+        flags["quadratic"] = {"timestep_spacing": "quadratic"}
+    return {
+        name: cls.from_config(config, **arguments, **changes)
+        for name, changes in flags.items()
+        if changes.keys() <= offered.keys()
+    }
+
+
+def peers(config: Any, made: Calibrations | None = None, described: Any = None) -> Samplers:
+    """Every scheduler of diffusers that samples an ordinary `vp` network, on all levels that it can be given.
+
+    Args:
+        config: of the network, as diffusers reads it.
+        made: calibrations of the network; None for none.
+        described: the network's config as ours read it, where that is another one.
+    """
+    given = FORMULAS | {"quadratic": quadratic(described or config)}
+    if made is not None:
+        given |= {name: made.levels(name) for name in ("calibrated", GITS)}
+    samplers: Samplers = {}
+    for name, (cls, arguments) in PEERS.items():
+        scheduler = getattr(diffusers, cls)
+        samplers[name] = grids(scheduler, arguments, config)
+        for grid, levels in given.items():
+            changed = on_levels(scheduler, levels)
+            if changed is not None:
+                samplers[name][grid] = made_of = changed.from_config(config, **arguments)
+                if hasattr(scheduler, "_convert_to_karras"):  # not before: some ask for levels when they are made
+                    made_of.register_to_config(use_karras_sigmas=True)
+    return samplers
+
+
+def multistep(config: Any, made: Calibrations | None = None) -> dict[str, Any]:
+    """Our multistep sampler: on its fixed grid, and calibrated."""
+    cls = CalibratedMultistepScheduler
+    fixed = {"default": 0.0, "tau 0.4": 0.4, "tau 1": 1.0}
+    samplers: dict[str, Any] = {name: cls.from_config(config, stochasticity=tau) for name, tau in fixed.items()}
+    if made is not None:
+        samplers |= {name: lambda name=name: made.scheduler(name) for name in VARIANTS}
+    return samplers
+
+
+def compatible(config: Any, made: Calibrations | None = None) -> Samplers:
+    """Everything that samples an ordinary `vp` network: ours, and theirs."""
+    ours = {name: grids(cls, arguments, config) for name, (cls, arguments) in OURS.items()}
+    return ours | {MULTISTEP: multistep(config, made)} | peers(config, made)
+
+
+def own_samplers(described: Any, made: Calibrations | None = None) -> Samplers:
+    """Everything that samples a network that we trained: the samplers of its own scheduler, `CLD, sscs` and all of
+    diffusers where they can read it."""
+    cls = type(described)
+    samplers: Samplers = {
+        name: {grid: cls.from_config(described.config, timestep_spacing=grid, **changes) for grid in OWN_GRIDS[cls]}
+        for name, changes in SAMPLERS[cls].items()
+    }
+    samplers |= {OWN: {"default": described}, MULTISTEP: multistep(described.config, made)}
+    try:
+        theirs = described.diffusers_config()
+    except ValueError:
+        return samplers
+    samplers["CLD, sscs"] = {
+        grid: CLDSSCSScheduler.from_config(described.config, algorithm_type="sscs", timestep_spacing=grid)
+        for grid in ("log_snr", "karras", "quadratic")
+    }
+    return samplers | peers(theirs, made, described.config)

@@ -1,0 +1,292 @@
+"""What one setting for everything is worth: `python -m diffusers_gm.studies.sampler_benchmark_settings`.
+
+`.sampler_benchmark` gives every scheduler the best of its grids, chosen afterwards, separately for every network and
+number of calls. Nobody can choose so. Here every setting, a scheduler on one kind of grid, stands alone for all
+networks and numbers of calls that were measured in OUTPUT, and ours are compared with the best that such a choice could
+find.
+"""
+
+import argparse
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..evaluation.report import statistic
+from ..evaluation.results import Results
+from ..evaluation.scoring import SLICED_WASSERSTEIN
+from ..evaluation.table import Table
+from .command import at_least, program
+from .digits import parts_of
+from .report import Report
+from .sampler_benchmark_schedulers import MULTISTEP, OUR_GRIDS, PEERS
+from .sampler_benchmark_scores import FRECHET
+
+# A sampler and its grid.
+Setting = tuple[str, str]
+# A network and a number of calls.
+Cell = tuple[str, int]
+
+CALIBRATED: Setting = (MULTISTEP, "calibrated")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One distance of all settings on all networks.
+
+    Attributes:
+        values: means over seeds by cell and setting; cells that a setting has no run for are left out.
+        defaults: by network, the setting that its pipeline comes with.
+        conditions: by network, in words.
+        spread: median over all cells of several seeds of their relative standard deviation; nan where there are none.
+    """
+
+    values: Mapping[Cell, Mapping[Setting, float]]
+    defaults: Mapping[str, Setting]
+    conditions: Mapping[str, str]
+    spread: float
+
+    @classmethod
+    def of(cls, kept: Iterable[Results], metric: str) -> "Measured":
+        values: dict[Cell, dict[Setting, float]] = {}
+        defaults: dict[str, Setting] = {}
+        conditions: dict[str, str] = {}
+        spreads = []
+        for results in kept:
+            name = results.conditions["study"].removeprefix("samplers ")
+            seeds_of: dict[tuple[str, int | None], set[int | None]] = {}
+            for cell in results.cells:
+                seeds_of.setdefault((cell.scheduler, cell.calls), set()).add(cell.seed)
+            # Samplers start from the same noise: settings are compared on the seeds that all of them have.
+            seeds = set.intersection(*seeds_of.values()) if seeds_of else set()
+            grouped: dict[tuple[str, int], list[Mapping[str, float]]] = {}
+            for cell in results.cells:
+                if cell.calls is not None and cell.seed in seeds:
+                    grouped.setdefault((cell.scheduler, cell.calls), []).append(cell.scores)
+            for (scheduler, calls), scores in grouped.items():
+                if (value := statistic(scores, metric)) is not None:
+                    sampler, _, grid = scheduler.rpartition(", ")
+                    values.setdefault((name, calls), {})[sampler, grid] = value.mean
+                    spreads += [value.spread / value.mean] if value.spread is not None else []
+            said = results.conditions
+            defaults[name] = (said["default"][0], said["default"][1])
+            conditions[name] = f"{said['title']} (n = {said['num_samples']}, {len(seeds)} seed(s))"
+        return cls(values, defaults, conditions, statistics.median(spreads) if spreads else math.nan)
+
+    def best(self, cell: Cell, among: Callable[[Setting], bool]) -> float:
+        return min((value for setting, value in self.values[cell].items() if among(setting)), default=math.nan)
+
+    def best_peer(self, cell: Cell) -> float:
+        """Of all that people have without us."""
+        return self.best(cell, theirs)
+
+    def default(self, cell: Cell) -> float:
+        """Of what the network comes with."""
+        return self.values[cell].get(self.defaults[cell[0]], math.nan)
+
+    def calls(self) -> list[int]:
+        return sorted({n for _, n in self.values})
+
+    def settings(self) -> list[Setting]:
+        return list(dict.fromkeys(setting for by_setting in self.values.values() for setting in by_setting))
+
+
+def theirs(setting: Setting) -> bool:
+    """Whether people have it without us."""
+    return setting[0] in PEERS and setting[1] not in OUR_GRIDS
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """nan where there are none, or one is."""
+    logs = [math.log(value) for value in values]
+    return math.exp(statistics.mean(logs)) if logs else math.nan
+
+
+def ratios(measured: Measured, mine: Setting, other: Callable[[Cell], float]) -> dict[Cell, float]:
+    """A setting over something else, in every cell that has both."""
+    found = {cell: by[mine] / other(cell) for cell, by in measured.values.items() if mine in by}
+    return {cell: ratio for cell, ratio in found.items() if not math.isnan(ratio)}
+
+
+def name_of(setting: Setting) -> str:
+    return f"{setting[0]}, {setting[1]}"
+
+
+# --- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def row_of(name: str, of_cells: Mapping[Cell, float], calls: Sequence[int]) -> list[str]:
+    """Geometric means by number of calls and over all, and the largest cell."""
+    means = [geometric_mean(ratio for (_, n), ratio in of_cells.items() if n == count) for count in calls]
+    worst = max(of_cells, key=of_cells.__getitem__, default=None)
+    where = f"{of_cells[worst]:.2f} ({worst[0]}, {worst[1]} calls)" if worst else "-"
+    return [name, *(words(mean) for mean in means), words(geometric_mean(of_cells.values())), where]
+
+
+def words(ratio: float) -> str:
+    return "-" if math.isnan(ratio) else f"{ratio:.2f}"
+
+
+def against(
+    measured: Measured, caption: str, mine: Sequence[Setting], other: Callable[[Cell], float], calls: Sequence[int]
+) -> Table:
+    """Our settings over something else."""
+    header = ["setting", *(f"{n} calls" for n in calls), "all", "worst cell"]
+    return Table(caption, header, [row_of(name_of(s), ratios(measured, s, other), calls) for s in mine])
+
+
+def by_network(
+    measured: Measured, caption: str, mine: Setting, other: Callable[[Cell], float], calls: Sequence[int]
+) -> Table:
+    """One setting over something else, a row for every network."""
+    found = ratios(measured, mine, other)
+    rows = []
+    for network in measured.defaults:
+        of_network = {n: found.get((network, n), math.nan) for n in calls}
+        there = [ratio for ratio in of_network.values() if not math.isnan(ratio)]
+        if there:
+            rows.append([network, *(words(ratio) for ratio in of_network.values()), words(geometric_mean(there))])
+    return Table(caption, ["network", *(f"{n} calls" for n in calls), "all"], rows)
+
+
+def alone(measured: Measured, caption: str, calls: Sequence[int], most: int) -> Table:
+    """Every setting for itself, over the best of all peers in each cell: the best `most` and ours, and in how many
+    cells it is the best of all. Settings that lack cells come last: their means are of easier or harder ones."""
+    least = {cell: measured.best(cell, theirs) for cell in measured.values}
+    wins = Counter(min(by, key=by.__getitem__) for by in measured.values.values())
+    everywhere = sum(not math.isnan(value) for value in least.values())
+    found = {s: ratios(measured, s, least.__getitem__) for s in measured.settings()}
+    found = {setting: of_cells for setting, of_cells in found.items() if of_cells}
+    order = sorted(found, key=lambda s: (len(found[s]) < everywhere, geometric_mean(found[s].values())))
+    shown = [s for rank, s in enumerate(order) if rank < most or s[0] not in PEERS or wins[s]]
+    rows = []
+    for setting in shown:
+        name = name_of(setting) if setting[0] in PEERS else f"**{name_of(setting)}**"
+        lacking = everywhere - len(found[setting])
+        name += f" ({lacking} cells lacking)" if lacking else ""
+        row = row_of(name, found[setting], calls)
+        rows.append([str(order.index(setting) + 1), *row, str(wins[setting])])
+    header = ["rank", "setting", *(f"{n} calls" for n in calls), "all", "worst cell", "wins"]
+    return Table(caption, header, rows)
+
+
+def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
+    """All tables of a distance."""
+    calls = measured.calls()
+    mine = [s for s in measured.settings() if s[0] == MULTISTEP]
+    chosen = "the best of all peers, each at the best of its grids, chosen afterwards for every cell"
+
+    def given_ours(cell: Cell) -> float:
+        return measured.best(cell, lambda setting: setting[0] in PEERS)
+
+    captions: dict[str, Callable[[Cell], float]] = {
+        f"over {chosen}; geometric means over networks": measured.best_peer,
+        "over the same, the peers on our calibrated levels too": given_ours,
+        "over the scheduler that the network comes with": measured.default,
+    }
+    rows = f"{title}: every setting alone, over {chosen}; ours in bold; `wins`: cells in which it is the best of all"
+    return [
+        by_network(measured, f"{title}: `{name_of(CALIBRATED)}` over {chosen}.", CALIBRATED, measured.best_peer, calls),
+        *(
+            against(measured, f"{title}: our settings {caption}.", mine, other, calls)
+            for caption, other in captions.items()
+        ),
+        alone(measured, f"{rows} settings, of {len(measured.values)}.", calls, most),
+    ]
+
+
+# --- The study -------------------------------------------------------------------------------------------------------
+
+
+def study(kept: Sequence[Results], most: int) -> Report:
+    """The report of all networks in files of results.
+
+    Raises:
+        ValueError: if none of them has the calibrated sampler.
+    """
+    tables: list[Table] = []
+    said: list[str] = []
+    measures = {SLICED_WASSERSTEIN: "Sliced W2 (a root)", FRECHET: "FD of pixels (a squared distance)"}
+    conditions, spread = "", math.nan
+    for metric, title in measures.items():
+        measured = Measured.of(kept, metric)
+        if not any(CALIBRATED in by for by in measured.values.values()):
+            continue
+        tables += tables_of(title, measured, most)
+        said.append(verdict_of(title, measured))
+        if metric == SLICED_WASSERSTEIN:
+            conditions, spread = "; ".join(measured.conditions.values()), measured.spread
+    if not tables:
+        raise ValueError("no results with the calibrated sampler: run `sampler_benchmark` first")
+    noise = (
+        "" if math.isnan(spread) else f" Relative standard deviation over seeds of a cell, the median: {spread:.3f}."
+    )
+    return Report(
+        "samplers_settings",
+        "One setting for everything: every scheduler on every grid alone",
+        "How good is a scheduler on one kind of grid, the same for all networks and numbers of calls, and how near "
+        "does the calibrated sampler come to the best choice that could be made afterwards?",
+        " ".join(said),
+        tables,
+        [],
+        f"Of the cells that `sampler_benchmark` has kept: {conditions}.{noise} Sliced W2 of few samples has a floor "
+        "that all settings share, which brings ratios near 1 at many calls; FD, squared, has hardly one. Samplers "
+        "start from the same noise, and deterministic ones share its chance where they have converged: there a ratio "
+        "tells of the seeds, and the best of many peers is the luckiest. `GITS-like` needs a calibration that "
+        "diffusers does not have; it counts as a peer's grid, ours do not.",
+    )
+
+
+def verdict_of(title: str, measured: Measured) -> str:
+    """The calibrated sampler against the best choice, any one setting and the default, in words."""
+    of_cells = ratios(measured, CALIBRATED, measured.best_peer)
+    worst = max(of_cells, key=of_cells.__getitem__)
+    cells = set(of_cells)
+    peers = [s for s in measured.settings() if theirs(s)]
+    complete = {s: found for s in peers if set(found := ratios(measured, s, measured.best_peer)) >= cells}
+    text = (
+        f"{title}: calibrated, ours has {geometric_mean(of_cells.values()):.2f} times the best choice of a peer in the "
+        f"geometric mean of {len(of_cells)} cells, {of_cells[worst]:.2f} in the worst ({worst[0]}, {worst[1]} calls)"
+    )
+    if complete:
+
+        def mean_at(of_cells: Mapping[Cell, float], calls: int) -> float:
+            return geometric_mean(ratio for (_, n), ratio in of_cells.items() if n == calls)
+
+        leader = min(complete, key=lambda s: geometric_mean(complete[s].values()))
+        mean = geometric_mean(complete[leader].values())
+        text += f"; the best single setting of diffusers ({name_of(leader)}) has {mean:.2f}"
+        ahead = []
+        for n in sorted({n for _, n in of_cells}):
+            own, of_n = mean_at(of_cells, n), {s: mean_at(found, n) for s, found in complete.items()}
+            first = min(of_n, key=of_n.__getitem__)
+            if of_n[first] < own:
+                ahead.append(f"{n} calls ({name_of(first)}, {of_n[first]:.2f} against {own:.2f})")
+        text += f"; a single setting is ahead of ours at {', '.join(ahead) or 'no number of calls'}"
+    of_default = ratios(measured, CALIBRATED, measured.default)
+    if of_default:
+        text += f"; {geometric_mean(of_default.values()):.2f} times the scheduler that a network comes with"
+    return text + "."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program("sampler_benchmark_settings"),
+    )
+    add = parser.add_argument
+    add("--most", type=at_least(1), default=20, help="settings of peers that are shown")
+    add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
+    args = parser.parse_args(arguments)
+    try:
+        paths = sorted(parts_of(args.output).glob("samplers *.json"))
+        study([Results.read(path) for path in paths], args.most).write(args.output)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
