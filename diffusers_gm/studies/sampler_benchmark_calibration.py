@@ -92,10 +92,11 @@ class Calibrations:
         if chosen is not None and chosen["stochasticity"] == arguments["stochasticity"]:
             return chosen
         found = calibrate_in_full(self.pipeline, progress=False, **arguments)
-        print(f"{variant}: tau {found.stochasticity:g}, {sum(found.seconds):.1f} s", flush=True)
+        (tau,) = set(found.stochasticity.values())  # one for all budgets, where no images choose
+        print(f"{variant}: tau {tau:g}, {sum(found.seconds):.1f} s", flush=True)
         return {
             "calibration": dict(found.scheduler.config.calibration),
-            "stochasticity": found.stochasticity,
+            "stochasticity": tau,
             "martingale_defect": found.martingale_defect,
             "network_calls": found.network_calls,
             "seconds": round(sum(found.seconds), 2),
