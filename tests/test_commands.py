@@ -40,7 +40,7 @@ def help_of(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("module", commands())
 def test_help(module, help_of):
     said = help_of(module)
-    assert said.startswith(f"usage: python -m {module} ")
+    assert said.split()[:4] == ["usage:", "python", "-m", module]
     assert len(said.splitlines()) > 5
 
 
