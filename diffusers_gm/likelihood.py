@@ -1,6 +1,6 @@
 """A bound on the likelihood that a model of critically-damped Langevin diffusion gives to images.
 
-`python -m diffusers_gm.likelihood outputs/digits-cld` prints it for the digits, in bits per dimension.
+`python -m diffusers_gm.evaluation.likelihood outputs/digits-cld` prints it for the digits, in bits per dimension.
 """
 
 import math
@@ -124,7 +124,5 @@ def mean_and_error(values: Sequence[float] | Tensor) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    # The command stands above the mathematics, which know neither data nor pipelines; this is its name of old.
-    import importlib
-
-    importlib.import_module("diffusers_gm.evaluation.likelihood").main()
+    # These are mathematics, which know neither data nor pipelines.
+    raise SystemExit("the command is: python -m diffusers_gm.evaluation.likelihood FOLDER")

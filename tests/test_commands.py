@@ -16,6 +16,8 @@ PACKAGE = Path(diffusers_gm.__file__).parent
 
 def commands():
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path == PACKAGE / "likelihood.py":
+            continue  # says where its command is
         if path.name == "__main__.py" or 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
             parts = (PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)
             yield ".".join(parts).removesuffix(".__main__")
@@ -55,9 +57,16 @@ def test_the_studies_are_listed(help_of):
 
 def test_an_error_is_one_line(tmp_path):
     """In a process of its own: what Python says of modules that are imported twice would stand above."""
-    command = [sys.executable, "-m", "diffusers_gm.likelihood", str(tmp_path)]
+    command = [sys.executable, "-m", "diffusers_gm.evaluation.likelihood", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2
     said = [line for line in ended.stderr.splitlines() if "transformers" not in line]
     assert len(said) == 1
     assert said[0].startswith(f"error: {tmp_path} holds no trained model")
+
+
+def test_the_mathematics_of_the_likelihood_name_their_command():
+    command = [sys.executable, "-m", "diffusers_gm.likelihood", "outputs/digits-cld"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "the command is: python -m diffusers_gm.evaluation.likelihood FOLDER\n"

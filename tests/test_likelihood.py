@@ -10,8 +10,7 @@ from networks import normal_denoiser, velocity_network
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
 from diffusers_gm.data import check_levels, dequantized
-from diffusers_gm.evaluation import cld_bits_per_dimension
-from diffusers_gm.evaluation.likelihood import main
+from diffusers_gm.evaluation.likelihood import cld_bits_per_dimension, main
 from diffusers_gm.likelihood import bits_per_dimension, cld_nll, normal_log_prob
 from diffusers_gm.processes.cld import CLD
 
@@ -146,7 +145,7 @@ def test_bad_input(tiny_unet):
 def test_the_command_says_which_models_it_takes(tmp_path):
     """In one line, to a user of the default demo, whose model is another."""
     (tmp_path / "model_index.json").write_text('{"_class_name": ["diffusers_gm.pipelines", "GMSGMPipeline"]}')
-    command = [sys.executable, "-m", "diffusers_gm.likelihood", str(tmp_path)]
+    command = [sys.executable, "-m", "diffusers_gm.evaluation.likelihood", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "is a GMSGMPipeline, and the bound is one for a CLDPipeline" in done.stderr

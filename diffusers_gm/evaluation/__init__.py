@@ -14,7 +14,6 @@ from .features import Extractor as Extractor
 from .features import features_of as features_of
 from .features import inception as inception
 from .features import lite0 as lite0
-from .likelihood import cld_bits_per_dimension as cld_bits_per_dimension
 from .sampling import num_steps_for as num_steps_for
 from .scoring import Reference as Reference
 from .scoring import score as score

@@ -1,6 +1,6 @@
 """A bound on the likelihood that a CLD model of the digits gives to them, in bits per dimension.
 
-python -m diffusers_gm.likelihood outputs/digits-cld
+python -m diffusers_gm.evaluation.likelihood outputs/digits-cld
 """
 
 import argparse
@@ -94,7 +94,8 @@ def load_model(folder: Path) -> CLDPipeline:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.likelihood", description=(__doc__ or "").split("\n", maxsplit=1)[0]
+        prog="python -m diffusers_gm.evaluation.likelihood",
+        description=(__doc__ or "").split("\n", maxsplit=1)[0],
     )
     parser.add_argument("folder", type=Path, help=f"a model made by {HOW_TO_TRAIN}")
     parser.add_argument("--num_images", type=int, default=360, help="digits of either part, at most 360 held-out ones")
@@ -113,3 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         mean, deviation = mean_and_error(bits)
         print(f"{name} digits: at most {mean:.3f} +- {deviation:.3f} bits per dimension ({len(bits)} images)")
+
+
+if __name__ == "__main__":
+    main()

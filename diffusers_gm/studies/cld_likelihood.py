@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
-from ..evaluation import cld_bits_per_dimension
+from ..evaluation.likelihood import cld_bits_per_dimension
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
 from .cld_digits import results_of, train_cld
