@@ -244,3 +244,12 @@ def test_a_step_compiles_without_a_break(tau, generator):
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(y, 0.3 * y, noise, memory), step(y, 0.3 * y, noise, memory))
+
+
+def test_a_final_zero_among_custom_sigmas_is_no_call():
+    calibration = {"3": [150.0, 2.0, 0.2], "4": [150.0, 4.0, 1.0, 0.2], "stochasticity": {"3": 0.4, "4": 0.0}}
+    scheduler = CalibratedMultistepScheduler(beta_schedule="linear", calibration=calibration)
+    for sigmas in ([150.0, 2.0, 0.2], [150.0, 2.0, 0.2, 0.0]):
+        scheduler.set_timesteps(sigmas=sigmas)
+        assert len(scheduler.timesteps) == 3
+        assert scheduler.sampler.stochasticity == 0.4

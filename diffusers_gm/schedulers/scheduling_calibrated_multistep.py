@@ -114,5 +114,8 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     ) -> None:
         """As in the other schedulers; the calibration may say how stochastic a run of this length is."""
         custom = timesteps if timesteps is not None else sigmas
-        self.sampler = self._sampler_for(num_inference_steps if custom is None else len(custom))
+        num_calls = num_inference_steps if custom is None else len(custom)
+        if timesteps is None and sigmas is not None and len(sigmas) and float(sigmas[-1]) == 0:
+            num_calls = len(sigmas) - 1  # the end of the run, at which no network is called
+        self.sampler = self._sampler_for(num_calls)
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
