@@ -47,6 +47,7 @@ from diffusers_gm.training.folder import (
     UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
+    as_recorded,
     check_output_dir,
     find_checkpoint,
     read_checkpoint,
@@ -92,6 +93,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
     fit each other, the data or what is on disk. Nothing is written before it goes on."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
+    args = as_recorded(args, checkpoint)
     check_output_dir(args, checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -117,7 +119,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
-    side, channels = native_shape(unet, args.method)
+    side, channels = native_shape(unet, args)
     examination = examine(source, args.seed, args.resolution or side, channels)
     largest_distance = distance_measured_once(accelerator, checkpoint)
     plan = make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)

@@ -80,7 +80,7 @@ def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DM
     head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution,
-        in_channels=METHODS[args.method].input_factor * channels,
+        in_channels=METHODS[args.method].input_factor(args) * channels,
         out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -92,7 +92,7 @@ def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DM
     )
 
 
-def native_shape(unet: UNet2DModel | None, method: str) -> tuple[int | None, int | None]:
+def native_shape(unet: UNet2DModel | None, args: TrainingArguments) -> tuple[int | None, int | None]:
     """Side and channels of the images that a network is for; None where nothing says so.
 
     Raises:
@@ -101,10 +101,10 @@ def native_shape(unet: UNet2DModel | None, method: str) -> tuple[int | None, int
     if unet is None:
         return None, None
     size, entering, channels = (unet.config[name] for name in ("sample_size", "in_channels", "out_channels"))
-    times = METHODS[method].input_factor
+    times = METHODS[args.method].input_factor(args)
     if channels not in (1, 3) or entering != times * channels:
         raise ValueError(
-            f"--method {method} needs a network from {times} or {3 * times} channels to 1 or 3, "
+            f"--method {args.method} needs a network from {times} or {3 * times} channels to 1 or 3, "
             f"this one goes from {entering} to {channels}"
         )
     return (size if isinstance(size, int) else None), channels

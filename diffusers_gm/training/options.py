@@ -15,7 +15,11 @@ SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dro
 
 @dataclass
 class TrainingArguments(MethodOptions):
-    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them."""
+    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them.
+
+    Attributes:
+        left_open: the options that the method chose, see `Method.choose`.
+    """
 
     # What is trained
     method: str = trained(
@@ -219,6 +223,10 @@ class TrainingArguments(MethodOptions):
         given = [f"--{f.name}" for f in changed_options(self) if f.name in foreign]
         if given:
             raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
+        chosen = METHODS[self.method].choose(self)
+        self.left_open = {name for name in chosen if getattr(self, name) is None}
+        for name in self.left_open:
+            setattr(self, name, chosen[name])
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
             raise ValueError(
@@ -236,8 +244,9 @@ class TrainingArguments(MethodOptions):
 
 
 def changed_options(args: TrainingArguments) -> list[Field]:
-    """The options that have another value than their default, `method` first."""
-    changed = [f for f in fields(args) if getattr(args, f.name) != f.default]
+    """The options that were given another value than their default, `method` first."""
+    chosen = getattr(args, "left_open", set())
+    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in chosen]
     return sorted(changed, key=lambda f: f.name != "method")
 
 

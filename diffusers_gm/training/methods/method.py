@@ -1,23 +1,10 @@
 """What a method of training is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
-
-from ..option import noise
-
-
-@dataclass
-class NoiseOptions:
-    """What is asked of every method."""
-
-    num_train_timesteps: str = noise(
-        "1000",
-        "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
-        aliases=("ddpm_num_steps",),
-    )
 
 
 @dataclass(frozen=True)
@@ -25,9 +12,11 @@ class Noise:
     """What the options of the noise come to for given data; None where a method has none. Named as the options."""
 
     num_train_timesteps: int
-    sigma_max: float | None
-    mixture_weights: list[float] | None
-    mixture_scales: list[float] | None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float | None = None
+    mixture_weights: list[float] | None = None
+    mixture_scales: list[float] | None = None
 
 
 LargestDistance = Callable[[Tensor], float]
@@ -42,23 +31,27 @@ class Method:
         title: its name in sentences.
         pipeline: the class that draws images from what was trained.
         options: dataclasses of the options that say something about it, beside those for all methods.
+        choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
         check: `(args)` raises a ValueError for options that do not go together.
         noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
             The largest distance of two of them takes long to measure: a function, to be called where it is needed.
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
         loss: `(args, noise, scheduler, network, images)` is one loss per image, `(B,)`, of `(B, C, H, W)`. Times and
-            noise are drawn from the global generator of the images' device.
+            noise are drawn from the global generator of the images' device, or of the CPU. The labels that the network
+            is given tell the noise levels: `scheduler.reading.sigma(labels)`.
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
         citation: BibTeX.
-        input_factor: channels that enter the network for each channel of an image.
+        formerly: what version 0.1.0, whose records say nothing of them, had for some of those that `choose` names.
+        input_factor: `(args)` is how many channels enter the network for each channel of an image.
     """
 
     name: str
     title: str
     pipeline: Any
     options: tuple[type, ...]
+    choose: Callable[[Any], dict[str, Any]]
     check: Callable[[Any], None]
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
@@ -67,7 +60,8 @@ class Method:
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]
     citation: str
-    input_factor: int = 1
+    formerly: dict[str, Any] = field(default_factory=dict)
+    input_factor: Callable[[Any], int] = lambda args: 1
 
     @property
     def option_names(self) -> set[str]:

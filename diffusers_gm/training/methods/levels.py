@@ -1,0 +1,124 @@
+"""At which noise levels a training sees the images, and how much each level counts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...readings import NoiseSpace
+from ..option import noise, number_or_auto, trained
+
+# The levels of EDM (arXiv 2206.00364) in ln sigma. Its own figures are -1.2 and 1.2; a higher mean did better here.
+P_MEAN, P_STD = -0.8, 1.2
+
+# A log-normal training has next to no images beyond so many deviations.
+REACH = 3.5
+
+
+@dataclass
+class LevelOptions:
+    """What is asked of every method. None: chosen by the method, see `Method.choose`."""
+
+    objective: Literal["denoiser", "score"] | None = trained(
+        None,
+        "What the network learns: the clean image in some form, the default; or the score of the noisy one: under "
+        "mixture noise another function, for cld the score of the velocity as published.",
+    )
+    num_train_timesteps: str = noise(
+        "1000",
+        "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
+        aliases=("ddpm_num_steps",),
+    )
+    sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
+    sigma_max: str = noise(
+        "auto",
+        "Largest noise level; 'auto': of log_normal what it reaches, else measured on the data (Technique 1 of NCSNv2).",
+    )
+    sigma_data: float | None = noise(
+        None,
+        "Size of a pixel that the network is preconditioned for (edm); default measured, the root of the mean square.",
+        positive=True,
+    )
+    timestep_sampling: Literal["uniform", "log_uniform", "log_normal"] | None = noise(
+        None,
+        "Noise levels of the training: uniform on the ladder (for cld with --objective score in time), log_uniform, or "
+        "log_normal with --p_mean and --p_std; default log_normal of preconditioned networks, else uniform.",
+    )
+    p_mean: float | None = noise(None, f"log_normal: mean of ln sigma ({P_MEAN}).")
+    p_std: float | None = noise(None, f"log_normal: deviation of ln sigma ({P_STD}).", positive=True)
+    snr_gamma: float | None = noise(
+        None, "Weights min(SNR, gamma) on the error of the image (arXiv 2303.09556); default weight 1 of what the network answers.", positive=True  # fmt: skip # noqa: E501
+    )
+
+
+def choose_levels(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
+    """What is chosen where the options of the levels say nothing."""
+    sampling = args.timestep_sampling or ("log_normal" if preconditioned else "uniform")
+    normal = (P_MEAN, P_STD) if sampling == "log_normal" else (None, None)
+    return {"timestep_sampling": sampling, "p_mean": normal[0], "p_std": normal[1]}
+
+
+def check_levels(args: LevelOptions) -> None:
+    if args.timestep_sampling != "log_normal":
+        given = [f"--{name}" for name in ("p_mean", "p_std") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"{given} are for --timestep_sampling log_normal, not {args.timestep_sampling}")
+    number_or_auto("sigma_max", args.sigma_max, float)
+    number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
+
+
+def largest_level(args: LevelOptions) -> float | None:
+    """The last level of the training as far as the options say it; None: to be measured on the data."""
+    given = number_or_auto("sigma_max", args.sigma_max, float)
+    if given is None and args.timestep_sampling == "log_normal":
+        assert args.p_mean is not None and args.p_std is not None
+        return round(math.exp(args.p_mean + REACH * args.p_std), 4)
+    return given
+
+
+def check_ends(args: LevelOptions, sigma_max: float) -> None:
+    if not args.sigma_min < sigma_max:
+        measured = args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
+        raise ValueError(
+            f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
+            + (" (measured: are all images the same?)" if measured else "")
+        )
+
+
+def size_of_data(args: LevelOptions, images: Tensor) -> float:
+    """`sigma_data`: about zero and not about the mean, so that what the network answers has unit size at every level,
+    and schedulers that know no mean read it."""
+    if args.sigma_data is not None:
+        return args.sigma_data
+    return max(round(float(images.float().square().mean().sqrt()), 3), 1e-3)
+
+
+def draw_timesteps(args: LevelOptions, space: NoiseSpace, count: int, device: torch.device) -> Tensor:
+    """The labels in a noise space of the levels of as many images, `(count,)`: from the global generator of a device.
+
+    `log_uniform` and `log_normal` are laws of sigma; what a normal law has beyond the ends of the space is at the ends.
+    """
+    n = space.num_train_timesteps
+    if args.timestep_sampling == "uniform" and space.kind == "ve":
+        return torch.randint(0, n, (count,), device=device)
+    low, high = space.sigma(torch.tensor(space.timestep_range).double()).log().tolist()
+    if args.timestep_sampling == "log_normal":
+        assert args.p_mean is not None and args.p_std is not None
+        log_sigma = (args.p_mean + args.p_std * torch.randn(count, device=device)).clamp(low, high)
+    elif args.timestep_sampling == "log_uniform":
+        log_sigma = low + (high - low) * torch.rand(count, device=device)
+    else:
+        log_sigma = low + (high - low) * torch.randint(0, n, (count,), device=device) / (n - 1)
+    return space.timestep(log_sigma.exp()).float()
+
+
+def levels_in_words(record: Any) -> str:
+    """Of the options as recorded, or of anything with `sigma_min` and the like by name."""
+    ends = f"from {record['sigma_min']:g} to {record['sigma_max']:g}"
+    if record["timestep_sampling"] == "log_normal":
+        return f"log-normal noise levels {ends} (ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g})"
+    if record["timestep_sampling"] == "log_uniform":
+        return f"log-uniform noise levels {ends}"
+    return f"{record['num_train_timesteps']} noise levels {ends} on a geometric ladder"
