@@ -40,7 +40,7 @@ class CompanionReading(VelocityReading):
         return skip[..., None] * at.inverse[..., 0, :], gain
 
     def network_input(self, y: Tensor, companion: Tensor, sigma: Tensor) -> Tensor:
-        """What the network is fed for y at noise levels `(B,)` or scalar, and its companion noise, all `(B, C, ...)`."""
+        """What the network is fed for y at noise levels `(B,)` or scalar and its companion noise, `(B, C, ...)`."""
         return torch.cat([per_image(self.space.alpha(sigma), y) * y, companion], 1)
 
     def model_input(self, sample: Tensor, timestep: Any, call: VelocityCall | None) -> Tensor:

@@ -61,9 +61,9 @@ class CLDSSCSScheduler(SamplerScheduler):
             that step exactly in the middle of its interval, with D extrapolated there from two calls. None: 1 for
             networks that answer a score of the velocity, 2 for others, but 1 where `network_at` is given.
         network_at: of `sscs` with `splitting_order=1`: whether the network sees the state at the start of a step, a
-            marginal of the process (`step_start`), or between the half-steps (`half_step`, the published order, None
-            for networks that answer a score of the velocity). In both it is labelled with the start, and both are of first order;
-            `step_start` may begin midway (image-to-image) without an error of half a step.
+            marginal of the process (`step_start`), or between the half-steps (`half_step`, the published order, and
+            what None is for networks that answer a score of the velocity). In both it is labelled with the start, and
+            both are of first order; `step_start` may begin midway (image-to-image) without an error of half a step.
 
     Raises:
         ValueError: for arguments out of range; from `set_timesteps` for a spacing that the mode does not offer or

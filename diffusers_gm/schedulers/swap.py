@@ -43,8 +43,9 @@ OWN = "diffusers_gm"
 def reading_from_config(config: Any) -> Reading:
     """How the network that a config of ours describes sees noise.
 
-    A velocity prediction type, or `cld_edm`, means a network of CLD. Else `noise_space=None` is inferred: a beta schedule means `vp`,
-    a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything else `ve`.
+    A velocity prediction type, or `cld_edm`, means a network of CLD. Else `noise_space=None` is inferred: a beta
+    schedule means `vp`, a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything
+    else `ve`.
 
     Raises:
         ValueError: for an unknown noise space or prediction type.

@@ -73,9 +73,10 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     if checkpoint is None:
         return args
     record = recorded_options(read_state(checkpoint), args.method)
-    return replace(
-        args, **{name: None if record.get(name) == getattr(args, name) else record.get(name) for name in args.left_open}
-    )
+    recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
+    for name, value in recorded.items():
+        recorded[name] = None if value == getattr(args, name) else value
+    return replace(args, **recorded)
 
 
 def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:

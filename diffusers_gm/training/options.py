@@ -207,6 +207,7 @@ class TrainingArguments(MethodOptions):
 
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
+        self.left_open: set[str] = set()
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError("give --dataset_name or --train_data_dir, not both")
         if self.model_name_or_path is not None and self.model_config is not None:
@@ -245,8 +246,7 @@ class TrainingArguments(MethodOptions):
 
 def changed_options(args: TrainingArguments) -> list[Field]:
     """The options that were given another value than their default, `method` first."""
-    chosen = getattr(args, "left_open", set())
-    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in chosen]
+    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
     return sorted(changed, key=lambda f: f.name != "method")
 
 

@@ -54,7 +54,9 @@ class CLDOptions(LevelOptions):
     mass: float = option(0.25, "Mass M; the damping is critical, Gamma = 2 sqrt(M).")
     gamma: float = option(0.04, "Variance of the initial velocity in units of M.")
     splitting_order: int | None = sampler(
-        None, "2 for the second-order splitting, 1 for the published one; default that of the class.", free_on_resume=True
+        None,
+        "2 for the second-order splitting, 1 for the published one; default that of the class.",
+        free_on_resume=True,
     )
 
 
@@ -85,7 +87,9 @@ def check(args: CLDOptions) -> None:
     if args.objective == "score" and (given := _given(args, OF_LEVELS)):
         raise ValueError(f"{given} mean nothing for --objective score of cld, which has times: leave them out")
     if args.objective == "score" and args.timestep_sampling != "uniform":
-        raise ValueError(f"--objective score of cld has uniform times, not --timestep_sampling {args.timestep_sampling}")
+        raise ValueError(
+            f"--objective score of cld has uniform times, not --timestep_sampling {args.timestep_sampling}"
+        )
 
 
 def noise(args: CLDOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:

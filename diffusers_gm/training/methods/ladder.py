@@ -34,7 +34,8 @@ class LadderOptions(LevelOptions):
         "sigma", "Whether the network is told the noise level; 'none' is Technique 3 of NCSNv2."
     )
     scale_input: bool = trained(
-        True, "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2)."
+        True,
+        "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2).",
     )
     num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1, free_on_resume=True)
     step_size: float | None = sampler(

@@ -34,7 +34,7 @@ class LevelOptions:
     sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
     sigma_max: str = noise(
         "auto",
-        "Largest noise level; 'auto': of log_normal what it reaches, else measured on the data (Technique 1 of NCSNv2).",
+        "Largest noise level; 'auto': what log_normal reaches, else measured on the data (Technique 1 of NCSNv2).",
     )
     sigma_data: float | None = noise(
         None,
@@ -49,15 +49,17 @@ class LevelOptions:
     p_mean: float | None = noise(None, f"log_normal: mean of ln sigma ({P_MEAN}).")
     p_std: float | None = noise(None, f"log_normal: deviation of ln sigma ({P_STD}).", positive=True)
     snr_gamma: float | None = noise(
-        None, "Weights min(SNR, gamma) on the error of the image (arXiv 2303.09556); default weight 1 of what the network answers.", positive=True  # fmt: skip # noqa: E501
+        None,
+        "Weights min(SNR, gamma) of the error of the image (arXiv 2303.09556); default 1 of what the network answers.",
+        positive=True,
     )
 
 
 def choose_levels(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
-    """What is chosen where the options of the levels say nothing."""
+    """What is chosen where the options of the levels say nothing; `sigma_data` is then measured."""
     sampling = args.timestep_sampling or ("log_normal" if preconditioned else "uniform")
     normal = (P_MEAN, P_STD) if sampling == "log_normal" else (None, None)
-    return {"timestep_sampling": sampling, "p_mean": normal[0], "p_std": normal[1]}
+    return {"timestep_sampling": sampling, "p_mean": normal[0], "p_std": normal[1], "sigma_data": None}
 
 
 def check_levels(args: LevelOptions) -> None:
@@ -73,8 +75,8 @@ def largest_level(args: LevelOptions) -> float | None:
     """The last level of the training as far as the options say it; None: to be measured on the data."""
     given = number_or_auto("sigma_max", args.sigma_max, float)
     if given is None and args.timestep_sampling == "log_normal":
-        assert args.p_mean is not None and args.p_std is not None
-        return round(math.exp(args.p_mean + REACH * args.p_std), 4)
+        mean, deviation = _law(args)
+        return round(math.exp(mean + REACH * deviation), 4)
     return given
 
 
@@ -105,8 +107,8 @@ def draw_timesteps(args: LevelOptions, space: NoiseSpace, count: int, device: to
         return torch.randint(0, n, (count,), device=device)
     low, high = space.sigma(torch.tensor(space.timestep_range).double()).log().tolist()
     if args.timestep_sampling == "log_normal":
-        assert args.p_mean is not None and args.p_std is not None
-        log_sigma = (args.p_mean + args.p_std * torch.randn(count, device=device)).clamp(low, high)
+        mean, deviation = _law(args)
+        log_sigma = (mean + deviation * torch.randn(count, device=device)).clamp(low, high)
     elif args.timestep_sampling == "log_uniform":
         log_sigma = low + (high - low) * torch.rand(count, device=device)
     else:
@@ -114,11 +116,19 @@ def draw_timesteps(args: LevelOptions, space: NoiseSpace, count: int, device: to
     return space.timestep(log_sigma.exp()).float()
 
 
+def _law(args: LevelOptions) -> tuple[float, float]:
+    assert args.p_mean is not None
+    assert args.p_std is not None
+    return args.p_mean, args.p_std
+
+
 def levels_in_words(record: Any) -> str:
     """Of the options as recorded, or of anything with `sigma_min` and the like by name."""
     ends = f"from {record['sigma_min']:g} to {record['sigma_max']:g}"
     if record["timestep_sampling"] == "log_normal":
-        return f"log-normal noise levels {ends} (ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g})"
+        return (
+            f"log-normal noise levels {ends} (ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g})"
+        )
     if record["timestep_sampling"] == "log_uniform":
         return f"log-uniform noise levels {ends}"
     return f"{record['num_train_timesteps']} noise levels {ends} on a geometric ladder"
