@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, sides, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import check_processes
@@ -55,6 +55,7 @@ from diffusers_gm.training.folder import (
     start_output_dir,
 )
 from diffusers_gm.training.health import Health
+from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
     averaged_weights,
@@ -66,6 +67,7 @@ from diffusers_gm.training.network import (
     check_precision,
     fit_unet,
     given_unet,
+    levels_of_network,
     native_shape,
     new_unet,
 )
@@ -89,7 +91,7 @@ def main() -> None:
 
 def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
     """The training, in two parts: before it stops for the first time it raises a ValueError for options that do not
-    fit each other, the data or what is on disk. Nothing is written before it goes on."""
+    fit each other, the data or what is on disk. Nothing is written before it goes on, but for latents."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
     check_output_dir(args, checkpoint)
@@ -105,7 +107,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
 
     # --- The data, and what the options come to for them ---
     torch.manual_seed(args.seed)
-    unet = given_unet(args)
+    unet, vae, given = given_unet(args), given_vae(args), args
+    args, of_network = levels_of_network(args, unet)
     with accelerator.main_process_first():
         source = open_source(
             args.dataset_name,
@@ -117,8 +120,11 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
-    side, channels = native_shape(unet, args.method)
+    side, channels = native_shape(unet, args.method, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
+    latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
+    if latents:
+        examination = latents.examination
     largest_distance = distance_measured_once(accelerator, checkpoint)
     plan = make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
@@ -132,9 +138,9 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
-    scheduler = build_scheduler(args, plan)
-    objective = build_objective(args, plan, scheduler)
+    unet = fit_unet(unet or new_unet(args, examination.size, examination.channels), args, examination.size)
+    scheduler = build_scheduler(args, plan, of_network)
+    objective = build_objective(args, plan, scheduler, unet)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -148,9 +154,10 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         if ema:
             ema.to(device)
 
+    size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
+    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
     accelerator.print(
-        f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
-        f"{plan.resolution}x{plan.resolution}\n"
+        f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
@@ -159,8 +166,12 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 
-    dataset = TrainingImages(
-        source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
+    dataset = (
+        latents.dataset
+        if latents
+        else TrainingImages(
+            source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
+        )
     )
     stream = ImageStream(
         source.num_images,
@@ -196,7 +207,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler)
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **(latents.components if latents else {}))
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -234,7 +245,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
             seconds=state.seconds,
             log=read_log(output_dir),
             hardware=hardware(accelerator),
-            command=command_line(args, num_processes),
+            command=command_line(given, num_processes),
             versions=versions(),
         )
         grid = sample_grid()

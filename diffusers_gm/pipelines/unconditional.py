@@ -1,18 +1,25 @@
 """The sampling loop that the unconditional image pipelines share."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
+from ..autoencoders import LatentSpace
 from ..random import Generators, check_generators, randn
 from ..readings import VelocityReading
 from .loading import HubPipeline
 
 CALLBACK_TENSORS = ("latents",)
+
+
+def by_index(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return [value for _, value in sorted(values.items(), key=lambda item: int(item[0]))]
+    return None if values is None else list(values)
 
 
 class UnconditionalPipeline(HubPipeline):
@@ -22,13 +29,32 @@ class UnconditionalPipeline(HubPipeline):
     whose noise space suits the network work too. The sample is kept in float32 whatever the network's dtype.
     """
 
-    model_cpu_offload_seq = "unet"
-    unet: UNet2DModel
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers asks for it
+    unet: Any
     scheduler: Any
+    vae: Any
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: ModelMixin | None = None,
+        latents_mean: Sequence[float] | Mapping[Any, float] | None = None,
+        latents_std: Sequence[float] | Mapping[Any, float] | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        for argument, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if values is not None:  # a mapping, as lists in model_index.json are components
+                self.register_to_config(**{argument: {str(i): v for i, v in enumerate(by_index(values) or [])}})
+
+    @property
+    def latent_space(self) -> LatentSpace | None:
+        """What the network takes for images; None where they are images."""
+        if self.vae is None:
+            return None
+        return LatentSpace.of(self.vae, *(by_index(self.config.get(name)) for name in ("latents_mean", "latents_std")))
 
     def _image_shape(self) -> tuple[int, int, int]:
         channels_in, channels_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
@@ -79,7 +105,8 @@ class UnconditionalPipeline(HubPipeline):
             num_inference_steps: network calls, all included; None: `default_num_inference_steps` of the class.
             generator: decides the images; a list of `batch_size` generators decides them one by one.
             latents: what to start from, `(B, C, H, W)`, in place of `scheduler.initial_sample`.
-            output_type: `pil`, `np` (`(B, H, W, C)` in [0, 1]) or `pt` (`(B, C, H, W)` in [0, 1]).
+            output_type: `pil`, `np` (`(B, H, W, C)` in [0, 1]), `pt` (`(B, C, H, W)` in [0, 1]), or `latent`: what the
+                network takes for images, not decoded.
             return_dict: whether to return an `ImagePipelineOutput` or a plain tuple.
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})` after each call;
                 the `latents` of the dict it returns replace the sample.
@@ -120,8 +147,8 @@ class UnconditionalPipeline(HubPipeline):
         self, batch_size: int, generator: Generators, latents: Tensor | None, output_type: str
     ) -> tuple[int, ...]:
         """The shape of the sample; a ValueError for arguments that no run can serve."""
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np' or 'pt'")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np', 'pt' or 'latent'")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_generators(generator, batch_size)
@@ -131,8 +158,12 @@ class UnconditionalPipeline(HubPipeline):
         return shape
 
     def _finished(self, image: Tensor, output_type: str) -> Any:
-        """Images in [-1, 1] as the user wants them; the end of a call."""
-        images: Any = (image / 2 + 0.5).clamp(0, 1)
+        """Images in [-1, 1], or latents, as the user wants them; the end of a call."""
+        if output_type == "latent":
+            self.maybe_free_model_hooks()
+            return image
+        space = self.latent_space
+        images: Any = ((image if space is None else space.decode(image)) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .folder import list_checkpoints
 from .network import TrainingLoss, averaged_weights
@@ -41,7 +40,7 @@ class Health:
     def __init__(
         self,
         accelerator: Accelerator,
-        unet: UNet2DModel,
+        unet: nn.Module,
         ema: EMAModel | None,
         objective: TrainingLoss,
         images: Tensor,
