@@ -101,6 +101,20 @@ def load_autoencoder(name_or_path: str, **kwargs: Any) -> Any:
     )
 
 
+def check_scaling(scaling: dict[str, list[float] | None], vae: Any) -> None:
+    """Raise a ValueError unless `latents_mean` and `latents_std` are both there or both None, and suit the `vae`."""
+    given = {name: values for name, values in scaling.items() if values is not None}
+    if given and vae is None:
+        raise ValueError(f"{sorted(given)} are those of the latents of a vae: give it, or leave them out")
+    if (given and set(map(len, given.values())) != {latent_channels(vae)}) or len(given) == 1:
+        raise ValueError(
+            f"latents_mean and latents_std must have {latent_channels(vae)} numbers each, one for each channel of the "
+            f"latents of the vae, got {scaling}"
+        )
+    if given and min(scaling["latents_std"] or [0]) <= 0:
+        raise ValueError(f"latents_std must be positive, got {scaling['latents_std']}")
+
+
 def downsampling(vae: Any) -> int:
     """Pixels of an image along a side for each of its latents."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
