@@ -144,7 +144,8 @@ class LatentCache:
             for some in missing.values()
             for start in range(0, len(some), batch_size)
         ]
-        loader = iter(DataLoader(self.images, batch_sampler=batches, num_workers=num_workers))
+        own = torch.Generator()  # of which nothing is drawn that matters
+        loader = iter(DataLoader(self.images, batch_sampler=batches, num_workers=num_workers, generator=own))
         total = sum(map(len, missing.values()))
         with tqdm(total=total, desc="latents", unit="image", disable=not total or process_index > 0) as bar:
             for path, some in missing.items():

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -244,7 +244,7 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     if args.model_name_or_path is None or not args.keep_noise_levels or METHODS[args.method].input_factor != 1:
         return args, answers
     try:
-        config = SchedulerMixin.load_config(
+        config = AnnealedLangevinScheduler.load_config(
             args.model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, revision=args.revision
         )
         source = AnnealedLangevinScheduler.from_config(config)
