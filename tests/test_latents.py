@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from networks import Shuffle, build, seeded, tiny_autoencoder, tiny_network
+from networks import Shuffle, seeded, tiny_autoencoder, tiny_network
 from PIL import Image
 from safetensors.torch import load_file
 from test_data import save_images
@@ -394,7 +394,7 @@ def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(tmp_pa
         ("--vae nowhere", "--vae nowhere holds no autoencoder"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_latents_are_computed(train, tmp_path, autoencoder, options, said):  # noqa: F811, E501
+def test_what_does_not_go_together_is_said_before_latents_are_computed(train, tmp_path, autoencoder, options, said):  # noqa: F811
     with pytest.raises(ValueError, match=said):
         train(f"--block_out_channels 8 8 16 --vae {autoencoder} {options} --output_dir {tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, dequantized, resolution_of, sides
 from ..networks import answers_variance, asked, channels_of, size_of, without_variance
-from ..schedulers import AnnealedLangevinScheduler
+from ..schedulers import GMLangevinScheduler
 from .methods import METHODS
 from .options import TrainingArguments, changed_options
 from .plan import Plan
@@ -93,11 +93,12 @@ def with_velocities(unet: Any) -> Any:
     old = getattr(unet, "conv_in", None)
     if entering != answering or not isinstance(old, nn.Conv2d):
         return unet
-    new = nn.Conv2d(2 * entering, old.out_channels, old.kernel_size, old.stride, old.padding)  # type: ignore[arg-type]
+    shape = old.out_channels, old.kernel_size, old.stride, old.padding
+    new = nn.utils.skip_init(nn.Conv2d, 2 * entering, *shape)
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, :entering] = old.weight
-        new.bias.copy_(old.bias)  # type: ignore[union-attr, arg-type]
+        new.bias.copy_(old.bias)
     unet.conv_in = new
     unet.register_to_config(in_channels=2 * entering, out_channels=answering)
     return unet
@@ -244,10 +245,10 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     if args.model_name_or_path is None or not args.keep_noise_levels or METHODS[args.method].input_factor != 1:
         return args, answers
     try:
-        config = AnnealedLangevinScheduler.load_config(
+        config = GMLangevinScheduler.load_config(
             args.model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, revision=args.revision
         )
-        source = AnnealedLangevinScheduler.from_config(config)
+        source = GMLangevinScheduler.from_config(config)
     except (OSError, ValueError):  # a network alone, or a scheduler that says nothing of noise levels
         return args, answers
     space, kind = source.noise_space, source.config["prediction_type"]
