@@ -110,7 +110,7 @@ class Health:
             norm = torch.nn.utils.get_total_norm(list(self.unet.parameters())).float()
         return torch.stack([norm, *losses])
 
-    def _silence(self, *_: Tensor) -> SimpleNamespace:
+    def _silence(self, *_: Tensor, **__: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=torch.zeros_like(self.images))
 
     def _look_at_gradients(self, but: float = 0) -> None:
