@@ -155,7 +155,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
         f"learning rate: {plan.learning_rate:g}, {args.lr_scheduler}, {plan.lr_warmup_steps} steps warm-up\n"
-        f"samples: {plan.validation_inference_steps} network calls, {scheduler.config['algorithm_type']}\n"
+        f"samples: {plan.validation_inference_steps} network calls, {type(scheduler).__name__}\n"
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 

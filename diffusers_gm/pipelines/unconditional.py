@@ -16,13 +16,14 @@ CALLBACK_TENSORS = ("latents",)
 
 
 class UnconditionalPipeline(HubPipeline):
-    """Abstract: unconditional image generation with a network in pixel space and any scheduler.
+    """Unconditional image generation with a network in pixel space and any scheduler, of diffusers or of this package.
 
     Follows the whole scheduler contract (`scale_model_input`, `init_noise_sigma`), so that schedulers of diffusers
     whose noise space suits the network work too. The sample is kept in float32 whatever the network's dtype.
     """
 
     model_cpu_offload_seq = "unet"
+    default_num_inference_steps = 50
     unet: UNet2DModel
     scheduler: Any
 

@@ -20,7 +20,7 @@ class TrainingArguments(MethodOptions):
     # What is trained
     method: str = trained(
         "gm-sgm",
-        "Gaussian-mixture noise, NCSNv2's Gaussian noise, or critically-damped Langevin diffusion.",
+        "Gaussian-mixture noise, NCSNv2's Gaussian noise, critically-damped Langevin diffusion, or diffusers' DDPM.",
         choices=tuple(METHODS),
     )
 
