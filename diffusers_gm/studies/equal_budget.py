@@ -4,9 +4,9 @@
     python -m diffusers_gm.studies.equal_budget --train_data_dir fashion/train --test_data_dir fashion/test
 
 Every method is trained by `train_gm_sgm.py` with the same shape of network, batch, optimizer, average and steps, in
-slices of `--max_train_minutes`; the CPU seconds are told beside. Every network is sampled by as many samplers; the best of
-them is chosen on the first set of samples and judged on the others. Distances are to images that no training saw, over
-that of as many training images to them. What is finished is not done again.
+slices of `--max_train_minutes`; the CPU seconds are told beside. Every network is sampled by as many samplers; the best
+of them is chosen on the first set of samples and judged on the others. Distances are to images that no training saw,
+beside that of as many training images to them. What is finished is not done again.
 """
 
 import argparse
