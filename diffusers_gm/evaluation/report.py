@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .extra import evaluation_extra
+from ..extra import extra
 from .results import Cell, Results, Statistic
 from .scoring import SLICED_WASSERSTEIN
 from .table import Table
@@ -125,7 +125,7 @@ def verdict(results: Results) -> str:
 
 def plot(results: Results, path: Path) -> None:
     """Distances against network calls, with the floor as a line."""
-    with evaluation_extra():
+    with extra("evaluation"):
         from matplotlib.figure import Figure
 
     metrics = [name for name in DISTANCES if name in results.floor[0]]
