@@ -42,6 +42,7 @@ from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_s
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import check_processes
+from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
@@ -72,7 +73,7 @@ from diffusers_gm.training.network import (
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
-from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images
+from diffusers_gm.training.samples import hardware, log_grid, sample_images
 from diffusers_gm.training.training_data import distance_measured_once, training_data
 
 

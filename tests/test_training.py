@@ -28,6 +28,7 @@ from test_data import corrupt, save_images, save_parquet
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, UnconditionalPipeline, data, files
 from diffusers_gm.launch import check_processes
+from diffusers_gm.pictures import image_grid
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.training.folder import LOG_FILE, append_log, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.methods.gm_sgm import build_mixture
@@ -42,7 +43,7 @@ from diffusers_gm.training.network import (
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import make_plan
-from diffusers_gm.training.samples import image_grid, sample_images
+from diffusers_gm.training.samples import sample_images
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -154,7 +155,7 @@ def test_what_a_training_leaves_behind(trained):
         *("training_log.jsonl", "checkpoint-4", "checkpoint-8", "samples", "logs"),
     }
     assert [path.name for path in (folder / "samples").iterdir()] == ["step-0000004.png"]
-    assert Image.open(folder / "samples.png").size == (128, 128), "2 x 2 images, enlarged 8 times"
+    assert Image.open(folder / "samples.png").size == (132, 132), "2 x 2 images, enlarged 8 times, a gap of 4"
     assert list((folder / "logs").rglob("events.*"))
 
     log = read_log(folder)
@@ -661,15 +662,6 @@ def test_learning_rates_rise_to_the_peak_and_last_to_the_end(name, steps):
         assert max(rates) == pytest.approx(0.5)
         assert rates.index(max(rates)) == {"one_cycle": 14}.get(name, 5)
         assert rates[-1] == 0.5 if name.startswith("constant") else rates[-1] < 0.03
-
-
-def test_grids_are_full():
-    images = [Image.new("L", (8, 8), i) for i in range(12)]
-    grid = image_grid(images)
-    assert grid.size == (4 * 64, 3 * 64)
-    assert [grid.getpixel((64 * (i % 4) + 32, 64 * (i // 4) + 32))[0] for i in range(12)] == list(range(12))
-    assert image_grid(images[:7]).size == (7 * 64, 64)
-    assert image_grid([Image.new("RGB", (100, 100))]).size == (100, 100)
 
 
 def test_processes_that_do_not_know_of_each_other(monkeypatch):

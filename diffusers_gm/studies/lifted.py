@@ -74,7 +74,7 @@ def lifted(args: argparse.Namespace) -> Report:
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.1)))
     axis = top.subplots()
-    plot_curves(axis, found, 1, {name: {"linestyle": "--", "marker": "s"} for name in PEERS})
+    plot_curves(axis, found, 1, {name: {"linestyle": "--"} for name in PEERS})
     axis.set_ylabel("sliced W2 over the floor")
     axis.set_title("one DDPM network of the digits")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -17,6 +17,7 @@ from ..evaluation import mode_weights_error as total_variation
 from ..evaluation.results import Statistic
 from ..evaluation.sampling import NoGridError
 from ..evaluation.table import Table
+from ..pictures import curve_style
 from ..processes.mixture import GaussianMixtureNoise
 from ..schedulers import GMLangevinScheduler
 from .digits import kept_results
@@ -149,7 +150,7 @@ def plot(found: Found, exact: float, levels: Sequence[str], calls: int, path: Pa
         for i, sampler in enumerate(SAMPLERS):
             curve = [(f, *v) for f in FACTORS if (v := found.get((sampler, f, steps, calls)))]
             if curve:
-                axis.errorbar(*zip(*curve, strict=True), marker="o", markersize=3, color=f"C{i}", label=sampler)
+                axis.errorbar(*zip(*curve, strict=True), markersize=3, label=sampler, **curve_style(i))
         axis.axhline(exact, color="gray", linestyle=":", label="exact draws")
         axis.set(title=f"six modes, T = {steps}, {calls} calls", xlabel="sigma_1 / distance of the modes", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
@@ -158,7 +159,7 @@ def plot(found: Found, exact: float, levels: Sequence[str], calls: int, path: Pa
     axes[0].set_ylabel("total variation of the mode weights")
     for i, sampler in enumerate(SAMPLERS):
         shown = [found[sampler, level, calls] for level in levels]
-        axes[3].plot(levels, [v[0] if v else math.nan for v in shown], "-o", color=f"C{i}", markersize=3)
+        axes[3].plot(levels, [v[0] if v else math.nan for v in shown], markersize=3, **curve_style(i))
     axes[3].set(title=f"heavy tails, T = 1, {calls} calls", ylabel="W1 of log radius", yscale="log", xlabel="sigma_1")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return save_picture(figure, path)
