@@ -268,6 +268,13 @@ EXPLORING_STEP = 0.25
 
 
 @dataclass(frozen=True)
+class ExplorePlan(StepPlan):
+    """Attributes: step_size: the dimensionless step a."""
+
+    step_size: float
+
+
+@dataclass(frozen=True)
 class Explore:
     """Langevin steps on the first level, all calls but `DESCENT`, then the probability flow down, `TwoStep`.
 
@@ -289,19 +296,17 @@ class Explore:
         num_levels = min(len(one_a_level(num_calls, 1 if self.denoise else 2)), DESCENT)
         return [int(num_calls) - num_levels + 1, *[1] * (num_levels - 1)]
 
-    def plan(self, sigmas: Tensor) -> StepPlan:
-        self._step(sigmas)
-        return TwoStep(self.denoise).plan(sigmas)
-
-    def _step(self, sigmas: Tensor) -> float:
-        return EXPLORING_STEP if self.step_size is None else fixed_step_size(self.step_size, float(sigmas[-1]), 1.0)
+    def plan(self, sigmas: Tensor) -> ExplorePlan:
+        a = EXPLORING_STEP if self.step_size is None else fixed_step_size(self.step_size, float(sigmas[-1]))
+        down = TwoStep(self.denoise).plan(sigmas)
+        return ExplorePlan(sigmas, down.levels, down.after, a)
 
     def step(
-        self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+        self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
     ) -> tuple[Tensor, Memory]:
         sigma = plan.levels[i]
         if plan.after[i] != sigma:
             return TwoStep(self.denoise).step(plan, i, y, denoised, memory, draw)
         # What was known of D is of another y.
-        moved = langevin_step(y, denoised, sigma, self._step(plan.sigmas), draw.normal(y.shape))
+        moved = langevin_step(y, denoised, sigma, plan.step_size, draw.normal(y.shape))
         return moved, memory._replace(denoised=())
