@@ -492,7 +492,9 @@ def test_a_run_that_begins_midway_explores_there(config, generator):
         assert (timesteps == plain.timesteps[begin]).sum() == explored
         assert (timesteps[explored - 1 :].diff() < 0).all()
         assert float(scheduler.sigmas[-2]) == pytest.approx(float(plain.sigmas[-2]), rel=1e-6)
-        noisy = scheduler.add_noise(torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2, generator=generator), timesteps[:1])
+        noisy = scheduler.add_noise(
+            torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2, generator=generator), timesteps[:1]
+        )
         left = run_from(scheduler, perfect_network(scheduler, denoiser), noisy, generator, timesteps)
         assert float(torch.cdist(left.flatten(1), denoiser.points.flatten(1)).min(1).values.max()) < 0.05
 
