@@ -25,7 +25,6 @@ kept in a YAML file, and some come with the package: `--config cifar10-cpu --met
 `python train_gm_sgm.py --help`.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -41,7 +40,7 @@ from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
-from diffusers_gm.launch import check_processes
+from diffusers_gm.launch import PATIENCE, check_processes
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
@@ -73,21 +72,24 @@ from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images
+from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping, ignore_signals
 from diffusers_gm.training.training_data import distance_measured_once, training_data
 
 
 def main() -> None:
     parser = OptionParser(__doc__.split("\n")[0])
-    training = train(parser.parse(sys.argv[1:]))
+    signals = Signals()
+    training = train(parser.parse(sys.argv[1:]), signals)
     try:
         next(training, None)
     except (ValueError, ImportError) as error:  # what the options ask for and cannot have
         parser.error(str(error))
-    for _ in training:
-        pass
+    with signals:
+        for _ in training:
+            pass
 
 
-def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
+def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
     """The training, in two parts: before it stops for the first time it raises a ValueError for options that do not
     fit each other, the data or what is on disk. Nothing is written before it goes on."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
@@ -98,6 +100,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(output_dir / args.logging_dir)),
+        kwargs_handlers=[PATIENCE],
     )
     check_processes(accelerator)
     check_precision(accelerator)
@@ -176,6 +179,7 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
             batch_sampler=stream,
             num_workers=args.dataloader_num_workers,
             pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
     )
 
@@ -213,12 +217,6 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
                 args.seed,
             )
         return image_grid(images)
-
-    def time_is_up() -> bool:
-        """Decided by the main process for all: one that ended alone would leave the others waiting for it."""
-        decision = [time.monotonic() >= deadline]
-        broadcast_object_list(decision)
-        return decision[0]
 
     def write_pipeline(finished: bool = False):
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted."""
@@ -266,13 +264,12 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         unit="step",
     )
     started = time.monotonic() - state.seconds
-    deadline = time.monotonic() + 60 * (args.max_train_minutes or math.inf)
-    out_of_time = False
+    stopping, why = Stopping(signals, args.max_train_minutes), NOTHING
     some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
     health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
     losses = torch.zeros((), device=device)
     logged_step, logged_time = state.step, time.monotonic()
-    while state.step < plan.max_train_steps and not out_of_time:
+    while state.step < plan.max_train_steps and not why:
         for _ in range(args.gradient_accumulation_steps):
             with accelerator.accumulate(model):
                 loss = loss_of_next_batch()
@@ -290,8 +287,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         state.step += 1
         progress.update()
         last = state.step == plan.max_train_steps
-        out_of_time = args.max_train_minutes is not None and not last and time_is_up()
-        save = out_of_time or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
+        why = stopping.reason(last)
+        save = why != NOTHING or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
 
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
         if last or save or state.step % args.logging_steps == 0:
@@ -319,6 +316,8 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
             health.check_network(state.step)
         if save:
             save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
+            if why == SIGNAL:  # there may be no time for anything else
+                break
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
                 if accelerator.is_main_process:
                     write_pipeline()
@@ -333,13 +332,15 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused
     progress.close()
-    if out_of_time:
+    if why:
         accelerator.end_training()
         option = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
         accelerator.print(
-            f"--max_train_minutes {args.max_train_minutes:g} are over after {state.step} of {plan.max_train_steps} "
-            f"steps: run the same command again{option} to go on"
+            f"{stopping.in_words(why)} after {state.step} of {plan.max_train_steps} steps: run the same command again"
+            f"{option} to go on"
         )
+        if why == SIGNAL and accelerator.is_main_process:  # one that fails is enough: launchers end the others then
+            sys.exit(INTERRUPTED)
         return
 
     if accelerator.is_main_process:

@@ -40,6 +40,7 @@ from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import make_plan
 from diffusers_gm.training.samples import image_grid, sample_images
+from diffusers_gm.training.stopping import Signals
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -84,7 +85,7 @@ def train(monkeypatch, tmp_path):
         GradientState._reset_state()
         words = " ".join(map(str, [*options, "--cache_dir", tmp_path / "cache"])).split()
         with torch.random.fork_rng():
-            for _ in script.train(OptionParser("").parse(words)):
+            for _ in script.train(OptionParser("").parse(words), Signals()):
                 pass
 
     return run
