@@ -41,6 +41,7 @@ from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_s
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_processes
+from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
@@ -54,12 +55,13 @@ from diffusers_gm.training.folder import (
     start_output_dir,
 )
 from diffusers_gm.training.health import Health
+from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
+    Objective,
     averaged_weights,
     build_ema,
     build_lr_scheduler,
-    build_objective,
     build_optimizer,
     build_scheduler,
     check_precision,
@@ -71,7 +73,8 @@ from diffusers_gm.training.network import (
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
-from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images
+from diffusers_gm.training.rehearsal import rehearse, save_batch
+from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images, start_tracker
 from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping, ignore_signals
 from diffusers_gm.training.training_data import distance_measured_once, training_data
 
@@ -107,6 +110,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     device, num_processes = accelerator.device, accelerator.num_processes
 
     # --- The data, and what the options come to for them ---
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.manual_seed(args.seed)
     unet = given_unet(args)
     with accelerator.main_process_first():
@@ -137,7 +141,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     # --- Network, noise, optimizer ---
     unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
     scheduler = build_scheduler(args, plan)
-    objective = build_objective(args, plan, scheduler)
+    objective = Objective(args, plan, scheduler)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -145,7 +149,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     num_parameters = unet.num_parameters()
     model, optimizer = accelerator.prepare(unet, optimizer)
-    unet = accelerator.unwrap_model(model)
+    unet = accelerator.unwrap_model(model, keep_torch_compile=False)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         if ema:
@@ -183,18 +187,41 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     )
 
-    def loss_of_next_batch() -> torch.Tensor:
-        images = next(batches).to(device, non_blocking=True)
-        # All random numbers of a step follow from the images seen before it, also after an interruption.
-        position = state.images_seen + accelerator.process_index * plan.train_batch_size
-        torch.manual_seed(seed_for(args.seed, STEP, position))
-        state.images_seen += plan.train_batch_size * num_processes
-        return objective(model, images).mean()
+    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
+    health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
+    level_losses = LevelLosses(objective, accelerator)
+    step_draws = StepDraws(args.seed, images_per_step, device)
+
+    def take_step() -> None:
+        start = state.images_seen
+        for first in range(accelerator.process_index * plan.train_batch_size, images_per_step, stream.stride):
+            images = next(batches).to(device, non_blocking=True)
+            # All random numbers of a step follow from the images seen before it, also after an interruption; noise
+            # from an image's own place among these, however a step is split.
+            torch.manual_seed(seed_for(args.seed, STEP, start + first))
+            draws = step_draws.of_batch(start, first, len(images))
+            with accelerator.accumulate(model):
+                losses = objective(model, images, draws)
+                accelerator.backward(losses.mean())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    health.note_gradient(state.step + 1, norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            level_losses.note(losses, draws.levels)
+        lr_scheduler.step()
+        if ema:
+            ema.step(unet.parameters())
+        state.images_seen += images_per_step
+        state.step += 1
 
     if args.dry_run:
-        loss = loss_of_next_batch()
-        accelerator.backward(loss)
-        accelerator.print(f"one forward and backward pass: loss {float(loss.detach()):.4f}. Nothing was written.")
+        if args.first_batch and accelerator.is_main_process:
+            save_batch(torch.stack(dataset.__getitems__(next(iter(stream)))), Path(args.first_batch))
+        model.train()
+        accelerator.print(rehearse(take_step, plan.max_train_steps, device))
+        written = f" but {args.first_batch}" if args.first_batch else ""
+        accelerator.print(f"loss: {level_losses.means()[0]:.4f}. Nothing was written{written}.")
         return
 
     yield
@@ -205,7 +232,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
     if args.report_to != "none":
-        accelerator.init_trackers("diffusers_gm", {name: str(value) for name, value in record.items()})
+        start_tracker(accelerator, record)
 
     def sample_grid():
         with averaged_weights(unet, ema):
@@ -231,6 +258,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             images_seen=state.images_seen,
             seconds=state.seconds,
             log=read_log(output_dir),
+            levels=level_losses.names(),
             hardware=hardware(accelerator),
             command=command_line(args, num_processes),
             versions=versions(),
@@ -265,26 +293,10 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     )
     started = time.monotonic() - state.seconds
     stopping, why = Stopping(signals, args.max_train_minutes), NOTHING
-    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
-    health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
-    losses = torch.zeros((), device=device)
     logged_step, logged_time = state.step, time.monotonic()
     while state.step < plan.max_train_steps and not why:
-        for _ in range(args.gradient_accumulation_steps):
-            with accelerator.accumulate(model):
-                loss = loss_of_next_batch()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    health.note_gradient(state.step + 1, norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses += loss.detach() / args.gradient_accumulation_steps
         learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        if ema:
-            ema.step(unet.parameters())
-        state.step += 1
+        take_step()
         progress.update()
         last = state.step == plan.max_train_steps
         why = stopping.reason(last)
@@ -293,10 +305,9 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
         if last or save or state.step % args.logging_steps == 0:
             steps = state.step - logged_step
-            mean_loss = float(accelerator.reduce(losses, "mean")) / steps
+            mean_loss, by_level = level_losses.means()
             health.check_loss(state.step, mean_loss)
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
-            losses.zero_()
             logged_step, logged_time = state.step, time.monotonic()
             if accelerator.is_main_process:
                 entry = {
@@ -304,8 +315,10 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
                     "lr": learning_rate,
                     "images_per_second": round(images_per_second, 1),
                 }
-                append_log(output_dir, {"step": state.step, **entry})
-                accelerator.log(entry, step=state.step)
+                append_log(output_dir, {"step": state.step, **entry, "loss_by_level": by_level})
+                named = zip(level_losses.names(), by_level, strict=True)
+                levels = {f"loss_by_level/{name}": loss for name, loss in named if loss is not None}
+                accelerator.log(entry | levels, step=state.step)
                 progress.set_postfix(
                     loss=f"{mean_loss:.4f}", images_per_second=f"{images_per_second:.0f}", refresh=False
                 )

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,9 +30,9 @@ from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.training.folder import LOG_FILE, append_log, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.methods.gm_sgm import build_mixture
 from diffusers_gm.training.network import (
+    Objective,
     averaged_weights,
     build_lr_scheduler,
-    build_objective,
     build_scheduler,
     fit_unet,
     new_unet,
@@ -157,7 +158,7 @@ def test_what_a_training_leaves_behind(trained):
 
     log = read_log(folder)
     assert [entry["step"] for entry in log] == [2, 4, 6, 8]
-    assert all(set(entry) == {"step", "loss", "lr", "images_per_second"} for entry in log)
+    assert all(set(entry) == {"step", "loss", "lr", "images_per_second", "loss_by_level"} for entry in log)
     assert all(0 < entry["loss"] < 10 and entry["images_per_second"] > 0 for entry in log)
 
     record = json.loads((folder / "training_args.json").read_text())
@@ -430,8 +431,32 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(train, tmp_path, capsys):
         "1437 images of 1x8x8",
         "1000 levels from 0.01 to 9.6299",
         "0 to 1500 of 128",
+        "for the first step, then ",
+        "GiB",
+        "Nothing was written.",
     ):
         assert said in printed
+    assert not (tmp_path / "out").exists()
+    for changed, said in {
+        "--first_batch x.png": "--first_batch 'x.png' goes with --dry_run",
+        "--dry_run --first_batch x.text": "must be the name of a picture",
+        f"--dry_run --first_batch {tmp_path}/no/x.png": "there is no folder",
+    }.items():
+        with pytest.raises(SystemExit):
+            train(changed)
+        assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_first_batch(train, tmp_path):
+    folder = save_images(tmp_path / "images", 30, size=(8, 8), mode="RGB")
+    words = f"--train_data_dir {folder} --random_flip --output_dir {tmp_path / 'out'}"
+    train(TINY, words, "--dry_run --first_batch", tmp_path / "first.png")
+    with Image.open(tmp_path / "first.png") as picture:
+        assert picture.size == (4 * 64, 4 * 64), "16 images, enlarged"
+        seen = np.asarray(picture)[::8, ::8].reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, 8, 8, 3)
+    given = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    both = [*given, *(image[:, ::-1] for image in given)]
+    assert all(any(np.array_equal(image, one) for one in both) for image in seen)
     assert not (tmp_path / "out").exists()
 
 
@@ -595,7 +620,7 @@ def test_velocity_networks_are_read_as_what_they_learned(train, tmp_path, method
         return SimpleNamespace(sample=space.output(images, (y - images) / sigma, sigma, "v_prediction"))
 
     with torch.random.fork_rng():
-        loss = build_objective(args, plan_for(args), pipeline.scheduler)(perfect, images)
+        loss = Objective(args, plan_for(args), pipeline.scheduler)(perfect, images)
     assert float(loss.max()) < 1e-6
     with pytest.raises(ValueError, match="--objective score answers a score"):
         arguments(objective="score", prediction_type="v_prediction")

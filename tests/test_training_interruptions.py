@@ -1,5 +1,5 @@
 """Signals, dead launchers and dead processes: a training ends with a checkpoint, and goes on from it to the bit."""
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401 - fixtures of the other file
 
 import os
 import re

@@ -29,10 +29,24 @@ def image_grid(images: list, min_side: int = 64) -> Image.Image:
     return make_image_grid([i.resize(size, Image.Resampling.NEAREST) for i in images], rows, len(images) // rows)
 
 
+def start_tracker(accelerator: Accelerator, record: dict[str, Any]) -> None:
+    """Begin a run of the tracker, if there is one, with the options: numbers as numbers."""
+    simple = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in record.items()}
+    accelerator.init_trackers("diffusers_gm", {name: simple[name] for name in record if record[name] is not None})
+
+
 def log_grid(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
-    """Show a grid of samples to the trackers that take images."""
+    """Show a grid of samples to the tracker; call it on the main process."""
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
+        if tracker.name == "trackio":
+            import trackio
+
+            tracker.log({"samples": trackio.Image(grid)}, step=step)
+        elif tracker.name == "mlflow":
+            import mlflow
+
+            mlflow.log_image(grid, key="samples", step=step)
+        else:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step, **layout)
 
