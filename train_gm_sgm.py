@@ -40,7 +40,7 @@ from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
-from diffusers_gm.launch import PATIENCE, check_processes
+from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
@@ -106,6 +106,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         kwargs_handlers=[PATIENCE],
     )
     check_processes(accelerator)
+    check_parallelism(accelerator)
     check_precision(accelerator)
     device, num_processes = accelerator.device, accelerator.num_processes
 
@@ -219,7 +220,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if args.first_batch and accelerator.is_main_process:
             save_batch(torch.stack(dataset.__getitems__(next(iter(stream)))), Path(args.first_batch))
         model.train()
-        accelerator.print(rehearse(take_step, plan.max_train_steps, device))
+        accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""
         accelerator.print(f"loss: {level_losses.means()[0]:.4f}. Nothing was written{written}.")
         return
@@ -246,11 +247,17 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         return image_grid(images)
 
     def write_pipeline(finished: bool = False):
-        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted."""
-        if finished and args.calibrate:
+        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
+
+        All processes call it, and draw samples; the main one writes."""
+        effort = args.calibrate
+        if finished and effort:
+            images = examination.images if effort == "full" else None
             with averaged_weights(unet, ema):
-                images = examination.images if args.calibrate == "full" else None
-                pipeline.scheduler = calibrate(pipeline, effort=args.calibrate, images=images)
+                pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=images))
+        grid = sample_grid()
+        if not accelerator.is_main_process:
+            return
         result = cards.TrainingResult(
             num_images=source.num_images,
             num_parameters=num_parameters,
@@ -263,7 +270,6 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             command=command_line(args, num_processes),
             versions=versions(),
         )
-        grid = sample_grid()
         log_grid(accelerator, grid, state.step)
         temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)
         with averaged_weights(unet, ema):
@@ -332,13 +338,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             if why == SIGNAL:  # there may be no time for anything else
                 break
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
+                write_pipeline()
                 if accelerator.is_main_process:
-                    write_pipeline()
                     print(upload() or "the training goes on")
                 accelerator.wait_for_everyone()
         if args.validation_steps and state.step % args.validation_steps == 0 and not last:
+            grid = sample_grid()
             if accelerator.is_main_process:
-                grid = sample_grid()
                 with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
                     grid.save(path)
                 log_grid(accelerator, grid, state.step)
@@ -356,8 +362,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             sys.exit(INTERRUPTED)
         return
 
-    if accelerator.is_main_process:
-        write_pipeline(finished=True)
+    write_pipeline(finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from test_data import corrupt, save_images, save_parquet
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, data, files
-from diffusers_gm.launch import check_processes
+from diffusers_gm.launch import check_parallelism, check_processes
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.training.folder import LOG_FILE, append_log, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.methods.gm_sgm import build_mixture
@@ -244,6 +245,13 @@ def test_two_processes_do_what_one_does_with_accumulated_gradients(tmp_path):
     options = f"{SMALL} --max_train_steps 6 --logging_steps 1 --checkpointing_steps 3 --validation_steps 0"
     two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29611")
     launch(options, "--output_dir", tmp_path / "two", launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+    drawn = [
+        sample_images(GMSGMPipeline.from_pretrained(tmp_path / "two"), 4, batch, num_inference_steps=4, seed=0)
+        for batch in (4, 2)
+    ]
+    for images in drawn:
+        saved = Image.open(tmp_path / "two" / "samples.png").tobytes()
+        assert image_grid(images).tobytes() == saved, "bit by bit what one process draws"
     launch(options, "--gradient_accumulation_steps 2 --output_dir", tmp_path / "one")
     logs = [read_log(tmp_path / name) for name in ("one", "two")]
     assert [entry["lr"] for entry in logs[0]] == [entry["lr"] for entry in logs[1]]
@@ -699,6 +707,25 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes were launched, but accelerate sees 1"):
         check_processes(type("Alone", (), {"num_processes": 1})())
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_networks_are_not_spread_over_processes(monkeypatch, kind):
+    state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
+    check_parallelism(state)
+    with monkeypatch.context() as patched:  # asked for, and ignored by accelerate, as on CPUs
+        patched.setenv(f"ACCELERATE_USE_{kind}", "true")
+        with pytest.raises(ValueError, match=f"{kind}, which spreads a network .* launch with --multi_gpu"):
+            check_parallelism(state)
+    with pytest.raises(ValueError, match=f"{kind}, which spreads a network"):
+        check_parallelism(SimpleNamespace(distributed_type=DistributedType[kind]))
+
+
+def test_fsdp_is_refused_before_anything_is_written(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP, which spreads"):
+        train(TINY, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # --- Other data and networks ---

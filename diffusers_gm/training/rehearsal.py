@@ -17,21 +17,23 @@ MOST_STEPS, MOST_SECONDS = 5, 20.0
 
 
 def rehearse(take_step: Callable[[], None], num_steps: int, device: torch.device) -> str:
-    """Take steps, and say how long one lasts, how long `num_steps` would, and the memory that they need."""
+    """Take some of `num_steps` steps; say how long one lasts, how long all would, and the memory that they need."""
     times = [time.monotonic()]
     enough = 0
-    while len(times) < 3 or not enough:
+    while len(times) <= num_steps and not enough:
         take_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.monotonic())
-        enough = largest(len(times) > 1 + MOST_STEPS or times[-1] - times[0] > MOST_SECONDS)  # for all processes
-    first, rest = times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)
+        out_of_time = len(times) > 2 and times[-1] - times[0] > MOST_SECONDS
+        enough = largest(out_of_time or len(times) > 1 + MOST_STEPS)  # the same for all processes
+    first, measured = times[1] - times[0], max(len(times) - 2, 1)
+    each = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else first
     return (
-        f"time: {first:.3g} s for the first step, then {rest:.3g} s a step ({len(times) - 2} measured): {num_steps} "
-        f"steps last {duration(first + rest * (num_steps - 1))}, beside samples and checkpoints\n"
-        f"memory: at most {peak_memory(device) / 2**30:.3g} GiB {'of the GPU' if device.type == 'cuda' else ''}"
-    ).rstrip()
+        f"time: {first:.3g} s for the first step, then {each:.3g} s a step ({measured} measured): {num_steps} "
+        f"steps last {duration(first + each * (num_steps - 1))}, beside samples and checkpoints\n"
+        f"memory: at most {peak_memory(device) / 2**30:.3g} GiB of the {'GPU' if device.type == 'cuda' else 'process'}"
+    )
 
 
 def peak_memory(device: torch.device) -> float:

@@ -8,17 +8,22 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 from PIL import Image
+from torch import Tensor
+
+from ..launch import over_processes, process_state
 
 
 def sample_images(pipeline: Any, num_images: int, batch_size: int, num_inference_steps: int, seed: int) -> list:
-    """PIL images, the same for the same seed whatever the batch size."""
+    """PIL images, the same for the same seed whatever the batch size; each process draws a part, and has all."""
     pipeline.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
-    for start in range(0, num_images, batch_size):
-        seeds = range(seed + start, seed + min(start + batch_size, num_images))
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        images += pipeline(len(generators), num_inference_steps, generators).images
-    return images
+
+    def draw(seeds: Tensor) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(s) for s in seeds.tolist()]
+        return pipeline(len(generators), num_inference_steps, generators).images
+
+    share = math.ceil(num_images / process_state().num_processes)
+    parts = over_processes(draw, torch.arange(seed, seed + num_images), min(batch_size, share), "samples")
+    return [image for part in parts for image in part]
 
 
 def image_grid(images: list, min_side: int = 64) -> Image.Image:
