@@ -14,7 +14,7 @@ from test_training import ROOT, TINY, arguments, no_accelerator_left_behind, pla
 
 from diffusers_gm import data
 from diffusers_gm.training.methods import METHODS, options_of_others
-from diffusers_gm.training.network import build_objective, build_scheduler
+from diffusers_gm.training.network import Objective, build_scheduler
 from diffusers_gm.training.options import TrainingArguments, free_on_resume
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record
@@ -291,8 +291,8 @@ def test_networks_that_answer_the_image_learn_it(method):
         sample = images
 
     with torch.random.fork_rng():
-        assert build_objective(args, plan, scheduler)(lambda *_: Perfect, images).max() == 0
-        assert build_objective(args, plan, scheduler)(lambda *_: Perfect, images.flip(0)).min() > 0
+        assert Objective(args, plan, scheduler)(lambda *_: Perfect, images).max() == 0
+        assert Objective(args, plan, scheduler)(lambda *_: Perfect, images.flip(0)).min() > 0
 
 
 def test_a_model_that_answers_the_image_is_trained_and_says_so(train, tmp_path):

@@ -25,7 +25,7 @@ STRENGTH = 0.8
 
 
 class UnconditionalPipeline(HubPipeline):
-    """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or of this package.
+    """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or ours.
 
     Follows the whole scheduler contract (`scale_model_input`, `init_noise_sigma`), so that schedulers of diffusers
     whose noise space suits the network work too. The sample is kept in float32 whatever the network's dtype.

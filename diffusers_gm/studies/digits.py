@@ -23,10 +23,9 @@ from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
 from ..training.network import (
-    TrainingLoss,
+    Objective,
     build_ema,
     build_lr_scheduler,
-    build_objective,
     build_optimizer,
     build_scheduler,
     fit_unet,
@@ -54,7 +53,7 @@ def plan_for_digits(args: TrainingArguments) -> Plan:
     return make_plan(args, Examination(train, 0), len(train), None, num_processes=1)
 
 
-def train_on_digits(args: TrainingArguments, loss: TrainingLoss, name: str) -> Any:
+def train_on_digits(args: TrainingArguments, loss: Callable[[Any, Tensor], Tensor], name: str) -> Any:
     """A network trained with the recipe of `train_gm_sgm.py` (optimizer, schedule, average) on the training digits.
 
     The global random state is the caller's again afterwards.
@@ -134,7 +133,7 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
     plan = plan_for_digits(args)
     scheduler = build_scheduler(args, plan)
     name = name_of(args)
-    objective = build_objective(args, plan, scheduler)
+    objective = Objective(args, plan, scheduler)
     return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
 
 

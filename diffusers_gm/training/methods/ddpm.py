@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ...pipelines import UnconditionalPipeline
+from ...random import Draw
 from ..option import noise as option
 from ..option import number_or_auto
 from .method import LargestDistance, Method, Noise, NoiseOptions
@@ -36,10 +36,22 @@ def scheduler(args: DDPMOptions, noise: Noise, sampler: dict[str, Any]) -> DDPMS
     return DDPMScheduler(noise.num_train_timesteps, beta_schedule=args.ddpm_beta_schedule, **sampler)
 
 
-def loss(args: DDPMOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
-    """That of diffusers' example: the squared error of the predicted noise, at times drawn uniformly."""
-    eps = torch.randn_like(images)
-    timesteps = torch.randint(0, noise.num_train_timesteps, (len(images),), device=images.device)
+def labels(args: DDPMOptions, noise: Noise, uniform: Tensor) -> Tensor:
+    """All times alike."""
+    return (uniform * noise.num_train_timesteps).long()
+
+
+def loss(
+    args: DDPMOptions,
+    noise: Noise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
+) -> Tensor:
+    """That of diffusers' example: the squared error of the predicted noise."""
+    eps, timesteps = draw.normal(images.shape), labels.to(images.device)
     output = network(scheduler.add_noise(images, eps, timesteps), timesteps).sample
     return (output.to(eps.dtype) - eps).square().flatten(1).mean(1)
 
@@ -56,6 +68,7 @@ METHOD = Method(
     check=check,
     noise=noise,
     scheduler=scheduler,
+    labels=labels,
     loss=loss,
     noise_in_words=in_words,
     card="""\
