@@ -182,10 +182,11 @@ class Objective:
 
     def sigma(self, uniform: Tensor) -> Tensor:
         """The noise levels themselves, same shape, on the CPU; for cld those of the image in `(x, v)`."""
-        return self._reading.sigma(self.labels(uniform))
+        return self.reading.sigma(self.labels(uniform))
 
     @cached_property
-    def _reading(self) -> Reading:
+    def reading(self) -> Reading:
+        """How the network sees noise."""
         ours = isinstance(self.scheduler, SamplerScheduler)
         return (self.scheduler if ours else AnnealedLangevinScheduler.from_config(self.scheduler.config)).reading
 
