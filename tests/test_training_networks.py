@@ -20,7 +20,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.networks import asked
 from diffusers_gm.training.network import (
-    build_objective,
+    Objective,
     build_scheduler,
     fit_unet,
     given_unet,
@@ -216,7 +216,7 @@ def test_a_ddpm_network_goes_on_with_its_own_loss(tmp_path, prediction_type):
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        losses = build_objective(args, plan, scheduler, network)(seen, images)
+        losses = Objective(args, plan, scheduler, network)(seen, images)
     (sample, timesteps), alphas = inputs[0], ddpm.alphas_cumprod
     root, rest = (alphas[timesteps].sqrt()[:, None, None, None], (1 - alphas[timesteps]).sqrt()[:, None, None, None])
     noise = (sample - root * images) / rest

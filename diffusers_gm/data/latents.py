@@ -232,6 +232,10 @@ class TrainingLatents(Dataset):
     def __len__(self) -> int:
         return self.num_images
 
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """A batch."""
+        return [self[key] for key in keys]
+
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         flip = False
         if self.random_flip:  # drawn as for images

@@ -28,8 +28,8 @@ STRENGTH = 0.8
 
 
 class UnconditionalPipeline(HubPipeline):
-    """Abstract: images without a prompt, by class where the network knows any, with any scheduler: in pixel space, or
-    with `vae` in the space of its latents.
+    """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or ours: in pixel
+    space, or with `vae` in the space of its latents.
 
     Follows the whole scheduler contract (`scale_model_input`, `init_noise_sigma`), so that schedulers of diffusers
     whose noise space suits the network work too. The sample is kept in float32 whatever the network's dtype.
@@ -52,6 +52,7 @@ class UnconditionalPipeline(HubPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]  # noqa: RUF012 - as diffusers has it
+    default_num_inference_steps = 50
     unet: Any
     scheduler: Any
     vae: Any

@@ -1,7 +1,8 @@
 """Training on the latents of an autoencoder: they are computed once, and take the place of the images."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,21 @@ class Latents:
     Attributes:
         dataset: by `(epoch, index)`, of mean 0 and standard deviation 1.
         examination: what some of them are like.
-        components: what the pipeline needs to decode them.
+        space: what decodes them.
     """
 
     dataset: Dataset
     examination: Examination
-    components: dict[str, Any]
+    space: LatentSpace
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What a pipeline needs of it."""
+        return {
+            "vae": self.space.vae,
+            "latents_mean": self.space.mean.tolist(),
+            "latents_std": self.space.std.tolist(),
+        }
 
 
 class FewLatents(Dataset):
@@ -44,8 +54,8 @@ class FewLatents(Dataset):
     def __init__(self, latents: Tensor):
         self.latents = latents
 
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        return self.latents[key[1] % len(self.latents)]
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return [self.latents[index % len(self.latents)] for _, index in keys]
 
 
 def given_vae(args: TrainingArguments) -> Any | None:
@@ -99,9 +109,10 @@ def latents_of(
     if few.shape[1:] != shape:
         raise ValueError(f"--vae makes latents {tuple(few.shape[1:])} of {size[0]}x{size[1]} pixels, not {shape}")
     dims = 0, 2, 3
-    some = few - few.mean(dims, keepdim=True)
-    some = some / few.std(dims, keepdim=True).clamp(min=1e-12)
-    rehearse(args, Examination(some, 0, examination.resolution), source.num_images, unet, network)
+    mean, std = few.mean(dims), few.std(dims).clamp(min=1e-12)
+    some = (few - mean[:, None, None]) / std[:, None, None]
+    rehearsed = Examination(some, 0, examination.resolution)
+    rehearse(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
     if args.overwrite_output_dir and args.latents_cache_dir is None and not args.dry_run:
@@ -110,7 +121,7 @@ def latents_of(
                 files.discard(folder)
     cache = LatentCache(folder, images, space.encode, fingerprint(vae), shape, args.random_flip)
     if args.dry_run:
-        return Latents(FewLatents(some), Examination(some, 0, examination.resolution), {"vae": vae})
+        return Latents(FewLatents(some), rehearsed, replace(space, mean=mean, std=std))
     with cache.being_filled() if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         cache.fill(
@@ -121,14 +132,14 @@ def latents_of(
             accelerator.device,
         )
         accelerator.wait_for_everyone()
-    mean, std = cache.statistics()
-    scaling = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
     examined = dataset.examined(args.seed, NUM_EXAMINED, MAX_ELEMENTS)
+    if hasattr(vae, "use_slicing"):
+        vae.enable_slicing()  # a grid of samples needs no more memory than one
     return Latents(
         dataset,
         Examination(examined, examination.num_unreadable, examination.resolution),
-        {"vae": in_slices(vae), **scaling},
+        replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
     )
 
 
@@ -141,10 +152,3 @@ def rehearse(args: TrainingArguments, few: Examination, num_images: int, unet: A
             fit_unet(new_unet(args, few.size, few.channels), args, few.size)
     else:
         fit_unet(unet, args, few.size)
-
-
-def in_slices(vae: Any) -> Any:
-    """The autoencoder, decoding one image after another where it can: a grid of samples needs no more memory."""
-    if hasattr(vae, "use_slicing"):
-        vae.enable_slicing()
-    return vae

@@ -4,7 +4,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, dequantized, resolution_of, sides
 from ..networks import answers_variance, asked, channels_of, size_of, without_variance
-from ..schedulers import GMLangevinScheduler
+from ..readings import Reading
+from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
+from ..schedulers.base import SamplerScheduler
+from .draws import Draws
 from .methods import METHODS
 from .options import TrainingArguments, changed_options
 from .plan import Plan
@@ -187,6 +191,8 @@ def fit_unet(unet: Any, args: TrainingArguments, resolution: Resolution) -> Any:
         make_unconditional(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
     if not isinstance(unet, UNet2DModel):
         check_answer(unet, size)
     return unet
@@ -242,7 +248,8 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     """
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
     ours = ("sigma_min", "sigma_max", "num_train_timesteps", "prediction_type", "objective", "scale_input")
-    if args.model_name_or_path is None or not args.keep_noise_levels or METHODS[args.method].input_factor != 1:
+    method = METHODS[args.method]
+    if args.model_name_or_path is None or not args.keep_noise_levels or "sigma_min" not in method.option_names:
         return args, answers
     try:
         config = GMLangevinScheduler.load_config(
@@ -287,42 +294,66 @@ def build_scheduler(args: TrainingArguments, plan: Plan, network: dict[str, Any]
     return scheduler
 
 
-TrainingLoss = Callable[[Callable[..., Any], Tensor], Tensor]
-
-
-def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any, unet: Any = None) -> TrainingLoss:
+@dataclass(frozen=True)
+class Objective:
     """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
 
-    It draws times and noise, that of `--dequantize` included, from the global generator of the images' device.
-    `unet` is the network itself, for those that are not called as a `UNet2DModel` is.
+    Levels and noise, that of `--dequantize` included, come from the third argument, by default from the global
+    generators. `unet` is the network itself, for those that are not called as a `UNet2DModel` is.
     """
-    loss = METHODS[args.method].loss
-    ordinary = unet is None or (isinstance(unet, UNet2DModel) and not answers_variance(unet))
 
-    def objective(network: Callable[..., Any], images: Tensor) -> Tensor:
-        if args.dequantize is not None:
-            images = dequantized(images, args.dequantize)
-        if ordinary:
-            return loss(args, plan, scheduler, network, images)
-        call = asked(network, unet)
+    args: TrainingArguments
+    plan: Plan
+    scheduler: Any
+    unet: Any = None
+
+    def __call__(self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None) -> Tensor:
+        draws = draws or Draws.of(images)
+        if self.args.dequantize is not None:
+            images = dequantized(images, self.args.dequantize, draws.noise.generator)
+        loss = METHODS[self.args.method].loss
+        network = self._as_denoiser(network, images.shape[1])
+        return loss(self.args, self.plan, self.scheduler, network, images, self.labels(draws.levels), draws.noise)
+
+    def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:
+        """The network as the losses call it, and without a variance that it answers besides."""
+        if self.unet is None or (isinstance(self.unet, UNet2DModel) and not answers_variance(self.unet)):
+            return network
+        call = asked(network, self.unet)
 
         def answer(*inputs: Any, **named: Any) -> SimpleNamespace:
-            return SimpleNamespace(sample=without_variance(call(*inputs, **named).sample, images.shape[1]))
+            return SimpleNamespace(sample=without_variance(call(*inputs, **named).sample, channels))
 
-        return loss(args, plan, scheduler, answer, images)
+        return answer
 
-    return objective
+    def labels(self, uniform: Tensor) -> Tensor:
+        """Labels of noise levels, see `Method`."""
+        return METHODS[self.args.method].labels(self.args, self.plan, uniform)
+
+    def sigma(self, uniform: Tensor) -> Tensor:
+        """The noise levels themselves, same shape, on the CPU; for cld those of the image in `(x, v)`."""
+        return self.reading.sigma(self.labels(uniform))
+
+    @cached_property
+    def reading(self) -> Reading:
+        """How the network sees noise."""
+        ours = isinstance(self.scheduler, SamplerScheduler)
+        return (self.scheduler if ours else AnnealedLangevinScheduler.from_config(self.scheduler.config)).reading
 
 
 def build_optimizer(args: TrainingArguments, plan: Plan, unet: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [p for p in unet.parameters() if p.requires_grad],
-        lr=plan.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": plan.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
 
 
 def build_lr_scheduler(args: TrainingArguments, plan: Plan, optimizer: torch.optim.Optimizer) -> LRScheduler:
