@@ -15,7 +15,7 @@ LINESTYLES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (1
 MARKERS = "os^DvPX"
 
 
-def style() -> dict[str, Any]:
+def style() -> Any:
     """Settings of matplotlib for all our figures: `with matplotlib.rc_context(style())`."""
     from cycler import cycler
 
