@@ -128,7 +128,9 @@ def test_samplers_are_compared(driver, address, size):
     assert [title.text for title in page.all("#result h3")] == ["as saved", "GM, ode", "UniPC"]
     assert page.text("#result").count("x floor") == 6
     assert all(int(image.get_property("naturalWidth")) > 64 for image in page.all("#result img"))
+    page.wait("#code .cm-line", 7)
     assert 'NCSNv2Pipeline.from_pretrained("outputs/demo")' in page.text("#code")
+    page.wait("#config .cm-line", 7)
     assert "AnnealedLangevinScheduler" in page.text("#config")
     assert page.sideways() <= 0
 

@@ -102,8 +102,9 @@ def compare(
         yield {"message": in_words(error)}
     done = {f"{run.sampler.name}, {run.calls} calls": (model, run, settings) for run in runs if run.finished}
     if done:
-        which = gr.update(choices=list(done), value=next(iter(done)))
-        yield {"compared": done, "which": which, "export": gr.update(visible=True)}
+        first = next(iter(done))
+        which, visible = gr.update(choices=list(done), value=first), gr.update(visible=True)
+        yield {"compared": done, "which": which, "export": visible, **export(done, first)}
 
 
 def find_levels(
@@ -217,7 +218,7 @@ def build(given: str) -> gr.Blocks:
             parts["compare"].click,
             compare,
             f"model samplers calls {settings}",
-            "message result export compared which",
+            "message result export compared which code config",
             show_progress="hidden",
             **QUEUE,
         )
@@ -229,8 +230,7 @@ def build(given: str) -> gr.Blocks:
             "message levels picture found samplers",
             **QUEUE,
         )
-        for part in ("which", "compared"):
-            listen(parts[part].change, export, "compared which", "code config")
+        listen(parts["which"].change, export, "compared which", "code config")
     return page
 
 
