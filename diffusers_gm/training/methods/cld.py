@@ -11,6 +11,7 @@ from ...losses import cld_loss, denoising_loss
 from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
 from ...processes.mixture import GAUSSIAN
+from ...random import Draw
 from ...readings import CompanionReading
 from ...schedulers import CLDSSCSScheduler
 from ..option import noise as option
@@ -21,9 +22,9 @@ from .levels import (
     check_ends,
     check_levels,
     choose_levels,
-    draw_timesteps,
     largest_level,
     levels_in_words,
+    levels_of,
     size_of_data,
 )
 from .method import LargestDistance, Method, Noise
@@ -70,6 +71,10 @@ PUBLISHED = ("cld_loss", "cld_mixed_score", "cld_weighting")
 OF_LEVELS = ("cld_feed_companion", "sigma_min", "sigma_max", "sigma_data", "snr_gamma")
 
 
+def diffusion(args: CLDOptions) -> CLD:
+    return CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
+
+
 def choose(args: CLDOptions) -> dict[str, Any]:
     objective = args.objective or ("score" if _given(args, PUBLISHED) else "denoiser")
     companion = None if objective == "score" else args.cld_feed_companion in (None, True)
@@ -78,7 +83,7 @@ def choose(args: CLDOptions) -> dict[str, Any]:
 
 
 def check(args: CLDOptions) -> None:
-    CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
+    diffusion(args)
     check_levels(args)
     if number_or_auto("num_train_timesteps", args.num_train_timesteps, int) is None:
         raise ValueError("--num_train_timesteps auto is for ladders of noise levels: cld needs a number")
@@ -123,20 +128,39 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
     )
 
 
-def loss(args: CLDOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
+def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
+    """Times that are uniform on the interval, or those of the levels that the options describe. A network that is fed
+    no companion is told these levels as those of EDM are."""
     if args.objective == "score":
-        return published_loss(args, noise, scheduler, network, images)
+        return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
+    sigma = levels_of(args, noise, uniform)
     if not args.cld_feed_companion:
-        return ladder_loss(args, GAUSSIAN, scheduler, network, images)
-    # Ordinary denoising of y. On the CPU, where the times of the levels are worked out in float64.
+        return sigma.log() / 4
+    process = diffusion(args)
+    return process.time(process.clock_of_sigma(sigma)) * noise.num_train_timesteps
+
+
+def loss(
+    args: CLDOptions,
+    noise: Noise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
+) -> Tensor:
+    if args.objective == "score":
+        return published_loss(args, noise, scheduler, network, images, labels, draw)
+    if not args.cld_feed_companion:
+        return ladder_loss(args, GAUSSIAN, scheduler, network, images, labels, draw)
+    # Ordinary denoising of y, beside a companion that says nothing of it.
     reading: CompanionReading = scheduler.reading
-    levels = draw_timesteps(args, reading.space, len(images), torch.device("cpu"))
-    labels = reading.timestep(reading.space.sigma(levels)).float().to(images.device)
-    noise_of_y, companion = torch.randn((2, *images.shape), device=images.device)
+    noise_of_y, companion = draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
+    times = labels.to(images.device, torch.float32)
     return denoising_loss(
-        lambda y, _: network(torch.cat([y, companion], 1), labels).sample,
+        lambda y, _: network(torch.cat([y, companion], 1), times).sample,
         images,
-        levels.to(images.device),
+        reading.space.timestep(reading.sigma(labels)).to(images.device, torch.float32),
         noise_of_y,
         reading.space,
         GAUSSIAN,
@@ -146,18 +170,22 @@ def loss(args: CLDOptions, noise: Noise, scheduler: Any, network: Callable[..., 
 
 
 def published_loss(
-    args: CLDOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor
+    args: CLDOptions,
+    noise: Noise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
 ) -> Tensor:
     process: CLD = scheduler.process
-    # Drawn on the CPU, where the coefficients are worked out in float64: not all devices have it.
-    uniform = torch.rand(len(images), dtype=torch.float64)
-    x, v = torch.randn((2, *images.shape), device=images.device)
-    initial = torch.randn_like(images) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
+    both = draw.normal((len(images), 2 * images.shape[1], *images.shape[2:]))
+    initial = draw.normal(images.shape) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(
         lambda u, t: network(u, t).sample,
         images,
-        FIRST_TIME + (1 - FIRST_TIME) * uniform,
-        torch.cat([x, v], 1),
+        labels / noise.num_train_timesteps,
+        both,
         process,
         scheduler.config["prediction_type"],
         initial,
@@ -208,6 +236,7 @@ METHOD = Method(
     check=check,
     noise=noise,
     scheduler=scheduler,
+    labels=labels,
     loss=loss,
     noise_in_words=in_words,
     card="""\

@@ -4,20 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ...losses import denoising_loss
 from ...processes.annealed import ladder_length
 from ...processes.mixture import GaussianMixtureNoise
+from ...random import Draw
+from ...readings import NoiseSpace
 from ..option import number_or_auto, sampler, trained
 from .levels import (
     LevelOptions,
     check_ends,
     check_levels,
     choose_levels,
-    draw_timesteps,
     largest_level,
     levels_in_words,
+    levels_of,
     size_of_data,
 )
 from .method import LargestDistance, Noise
@@ -120,21 +123,36 @@ def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) ->
     }
 
 
+def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
+    """Labels of the levels that the options describe; of a ladder's own levels integers."""
+    if args.timestep_sampling == "uniform" and args.prediction_type != "edm":
+        return (uniform * noise.num_train_timesteps).long()
+    assert noise.sigma_min is not None
+    assert noise.sigma_max is not None
+    ends = noise.sigma_min, noise.sigma_max, noise.num_train_timesteps
+    space = NoiseSpace.edm(*ends) if args.prediction_type == "edm" else NoiseSpace.ve(*ends)
+    return space.timestep(levels_of(args, noise, uniform))
+
+
 def ladder_loss(
-    args: LevelOptions, mixture: GaussianMixtureNoise, scheduler: Any, network: Callable[..., Any], images: Tensor
+    args: LevelOptions,
+    mixture: GaussianMixtureNoise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
 ) -> Tensor:
-    """The denoising loss on levels drawn by the options, `(B,)`."""
-    reading = scheduler.reading
-    timesteps = draw_timesteps(args, reading.space, len(images), images.device)
-    noise = mixture.sample(images.shape, device=images.device)
+    """The denoising loss, `(B,)`."""
+    timesteps = labels.to(images.device, None if labels.dtype == torch.int64 else torch.float32)
     return denoising_loss(
         lambda x, t: network(x, t).sample,
         images,
         timesteps,
-        noise,
-        reading.space,
+        mixture.sample(images.shape, draw.generator, draw.device, draw.dtype),
+        scheduler.noise_space,
         mixture,
-        reading.prediction_type,
+        scheduler.reading.prediction_type,
         args.snr_gamma,
     )
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...readings import NoiseSpace
 from ..option import noise, number_or_auto, trained
+from .method import TimeOptions
 
 # The levels of EDM (arXiv 2206.00364) in ln sigma. Its own figures are -1.2 and 1.2; a higher mean did better here.
 P_MEAN, P_STD = -0.8, 1.2
@@ -18,18 +18,13 @@ REACH = 3.5
 
 
 @dataclass
-class LevelOptions:
-    """What is asked of every method. None: chosen by the method, see `Method.choose`."""
+class LevelOptions(TimeOptions):
+    """What is asked of every method that trains at noise levels. None: chosen by the method, see `Method.choose`."""
 
     objective: Literal["denoiser", "score"] | None = trained(
         None,
         "What the network learns: the clean image in some form, the default; or the score of the noisy one: under "
         "mixture noise another function, for cld the score of the velocity as published.",
-    )
-    num_train_timesteps: str = noise(
-        "1000",
-        "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
-        aliases=("ddpm_num_steps",),
     )
     sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
     sigma_max: str = noise(
@@ -97,23 +92,18 @@ def size_of_data(args: LevelOptions, images: Tensor) -> float:
     return max(round(float(images.float().square().mean().sqrt()), 3), 1e-3)
 
 
-def draw_timesteps(args: LevelOptions, space: NoiseSpace, count: int, device: torch.device) -> Tensor:
-    """The labels in a noise space of the levels of as many images, `(count,)`: from the global generator of a device.
+def levels_of(args: LevelOptions, noise: Any, uniform: Tensor) -> Tensor:
+    """Noise levels, `(B,)` float64, from numbers that are uniform in [0, 1).
 
-    `log_uniform` and `log_normal` are laws of sigma; what a normal law has beyond the ends of the space is at the ends.
+    `log_normal` and `log_uniform` are laws of sigma; what the first has beyond the ends is at the ends.
     """
-    n = space.num_train_timesteps
-    if args.timestep_sampling == "uniform" and space.kind == "ve":
-        return torch.randint(0, n, (count,), device=device)
-    low, high = space.sigma(torch.tensor(space.timestep_range).double()).log().tolist()
+    low, high = math.log(noise.sigma_min), math.log(noise.sigma_max)
     if args.timestep_sampling == "log_normal":
         mean, deviation = _law(args)
-        log_sigma = (mean + deviation * torch.randn(count, device=device)).clamp(low, high)
-    elif args.timestep_sampling == "log_uniform":
-        log_sigma = low + (high - low) * torch.rand(count, device=device)
-    else:
-        log_sigma = low + (high - low) * torch.randint(0, n, (count,), device=device) / (n - 1)
-    return space.timestep(log_sigma.exp()).float()
+        return (mean + deviation * torch.special.ndtri(uniform)).clamp(low, high).exp()
+    n = noise.num_train_timesteps
+    share = uniform if args.timestep_sampling == "log_uniform" else (uniform * n).floor() / (n - 1)
+    return (low + (high - low) * share).exp()
 
 
 def _law(args: LevelOptions) -> tuple[float, float]:

@@ -6,6 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
+from ...random import Draw
+from ..option import noise
+
+
+@dataclass
+class TimeOptions:
+    """What is asked of every method."""
+
+    num_train_timesteps: str = noise(
+        "1000",
+        "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
+        aliases=("ddpm_num_steps",),
+    )
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -31,18 +45,19 @@ class Method:
         title: its name in sentences.
         pipeline: the class that draws images from what was trained.
         options: dataclasses of the options that say something about it, beside those for all methods.
-        choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
         check: `(args)` raises a ValueError for options that do not go together.
         noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
             The largest distance of two of them takes long to measure: a function, to be called where it is needed.
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
-        loss: `(args, noise, scheduler, network, images)` is one loss per image, `(B,)`, of `(B, C, H, W)`. Times and
-            noise are drawn from the global generator of the images' device, or of the CPU. The labels that the network
-            is given tell the noise levels: `scheduler.reading.sigma(labels)`.
+        labels: `(args, noise, uniform)` are the network's labels of noise levels, `(B,)` on the CPU, from numbers that
+            are uniform in [0, 1), `(B,)` float64: what decides which levels are learned, and how often.
+        loss: `(args, noise, scheduler, network, images, labels, draw)` is one loss per image, `(B,)`, of
+            `(B, C, H, W)` at these levels, under noise from `draw`.
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
         citation: BibTeX.
+        choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
         formerly: what version 0.1.0, whose records say nothing of them, had for some of those that `choose` names.
         input_factor: `(args)` is how many channels enter the network for each channel of an image.
     """
@@ -51,15 +66,16 @@ class Method:
     title: str
     pipeline: Any
     options: tuple[type, ...]
-    choose: Callable[[Any], dict[str, Any]]
     check: Callable[[Any], None]
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
-    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor], Tensor]
+    labels: Callable[[Any, Noise, Tensor], Tensor]
+    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor, Tensor, Draw], Tensor]
     noise_in_words: Callable[[Any, Noise], str]
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]
     citation: str
+    choose: Callable[[Any], dict[str, Any]] = lambda args: {}
     formerly: dict[str, Any] = field(default_factory=dict)
     input_factor: Callable[[Any], int] = lambda args: 1
 
