@@ -221,8 +221,7 @@ class UnconditionalPipeline(HubPipeline):
                 if hasattr(scheduler, "set_begin_index"):
                     scheduler.set_begin_index(first)
                 noise = unit_noise(scheduler, shape, generator, device)
-                sample = picture.start(scheduler, timesteps[0], noise, finished)
-                sample = picture.keep(scheduler, sample, timesteps[0], noise)
+                sample = picture.start(scheduler, timesteps[0], noise(), finished)
             elif latents is not None:
                 sample = latents.to(device, torch.float32)
             else:
@@ -232,7 +231,7 @@ class UnconditionalPipeline(HubPipeline):
                 output = guidance.output(self._network, scaled(sample, t), t)
                 sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
                 if picture is not None and i + 1 < len(timesteps):
-                    sample = picture.keep(scheduler, sample, timesteps[i + 1], noise)
+                    sample = picture.keep(scheduler, sample, timesteps[i + 1], noise())
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, next(steps), t, {"latents": sample})
                     sample = changed.pop("latents", sample)
