@@ -10,12 +10,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
 from .evaluation.sampling import load_pipeline
 from .files import write_json, write_text
+from .pictures import curve_style, style
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,22 +53,29 @@ def keep(calibration: Calibration, folder: Path) -> list[Path]:
 
 def plot(calibration: Calibration, path: Path) -> None:
     """The levels of each budget, and its errors before and after."""
-    import matplotlib
+    from matplotlib import rc_context
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with rc_context(style()):
+        _figure(calibration).savefig(path, dpi=100)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+
+def _figure(calibration: Calibration) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     budgets = list(calibration.levels)
     for row, n in enumerate(budgets):
-        left.plot(calibration.levels[n], [row] * n, marker="|", markersize=12, linewidth=0.5, color=f"C{row}")
+        left.plot(
+            calibration.levels[n], [row] * n, marker="|", markersize=12, linewidth=0.5, color="black", linestyle="-"
+        )
     left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels")
     left.invert_xaxis()
     left.set_yticks(range(len(budgets)), [str(n) for n in budgets])
     if calibration.errors:
-        for at, (name, marker) in enumerate((("fixed grid", "o"), ("calibrated", "^"))):
+        for at, name in enumerate(("fixed grid", "calibrated")):
             values = [calibration.errors[n][at] ** 0.5 for n in budgets]
-            right.plot(budgets, values, marker=marker, label=name, color=f"C{at}")
+            right.plot(budgets, values, label=name, **curve_style(at))
         right.set(
             xscale="log", yscale="log", xlabel="network calls", ylabel="root mean square, pixels in [-1, 1]",
             title="distance to very many calls on the same path",
@@ -76,8 +85,7 @@ def plot(calibration: Calibration, path: Path) -> None:
         right.legend()
     else:
         right.set_axis_off()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

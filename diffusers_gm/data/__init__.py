@@ -18,6 +18,7 @@ from .pixels import fit as fit
 from .pixels import scaled as scaled
 from .seeds import AUGMENTATION as AUGMENTATION
 from .seeds import EXAMINATION as EXAMINATION
+from .seeds import LEVELS as LEVELS
 from .seeds import ORDER as ORDER
 from .seeds import SAMPLES as SAMPLES
 from .seeds import STEP as STEP

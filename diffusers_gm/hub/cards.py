@@ -30,7 +30,8 @@ class TrainingResult:
     Attributes:
         num_images: size of the training set.
         steps, images_seen, seconds: length of the training.
-        log: the loss curve, dicts with `step` and `loss`.
+        log: the loss curve, dicts with `step`, `loss` and `loss_by_level`.
+        levels: what the bands of noise levels are called.
         hardware: in words.
         command: the command line.
         versions: of the packages.
@@ -41,13 +42,14 @@ class TrainingResult:
     steps: int
     images_seen: int
     seconds: float
-    log: list[dict[str, float]]
+    log: list[dict[str, Any]]
+    levels: list[str]
     hardware: str
     command: str
     versions: dict[str, str]
 
     @property
-    def final_entries(self) -> list[dict[str, float]]:
+    def final_entries(self) -> list[dict[str, Any]]:
         return self.log[-10:]
 
     @property
@@ -90,7 +92,7 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         data=_data(options, result.num_images),
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
         final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
-        curve=_curve(result.log),
+        curve=_curve(result.log) + _by_level(entries, result.levels),
         steps=result.steps,
         images_seen=result.images_seen,
         duration=_duration(result.seconds),
@@ -140,7 +142,7 @@ def keep_card(folder: Path, path: Path) -> None:
     card.save(path)
 
 
-def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
+def _curve(log: Sequence[dict[str, Any]], rows: int = 8) -> str:
     """The loss curve as a table: means over equal parts of the training."""
     parts = [
         log[i * len(log) // min(rows, len(log)) : (i + 1) * len(log) // min(rows, len(log))]
@@ -148,6 +150,16 @@ def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
     ]
     means = [[f"up to {part[-1]['step']}", sum(entry["loss"] for entry in part) / len(part)] for part in parts]
     return Table("", ["steps", "mean loss"], means).markdown()
+
+
+def _by_level(entries: Sequence[dict[str, Any]], levels: Sequence[str]) -> str:
+    """The final loss of each band of noise levels, as a table; empty where a training of old did not log it."""
+    columns = zip(*(entry["loss_by_level"] for entry in entries if "loss_by_level" in entry), strict=True)
+    rows = []
+    for name, column in zip(levels, columns, strict=False):
+        known = [loss for loss in column if loss is not None]
+        rows.append([name, sum(known) / len(known) if known else "none"])
+    return "\n\n" + Table("", ["noise level sigma", "final loss"], rows).markdown() if rows else ""
 
 
 def _options(options: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ STRENGTH = 0.8
 
 
 class UnconditionalPipeline(HubPipeline):
-    """Abstract: images without a prompt, by class where the network knows any, in pixel space, with any scheduler.
+    """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or ours.
 
     Follows the whole scheduler contract (`scale_model_input`, `init_noise_sigma`), so that schedulers of diffusers
     whose noise space suits the network work too. The sample is kept in float32 whatever the network's dtype.
@@ -43,6 +43,7 @@ class UnconditionalPipeline(HubPipeline):
     """
 
     model_cpu_offload_seq = "unet"
+    default_num_inference_steps = 50
     unet: UNet2DModel
     scheduler: Any
 

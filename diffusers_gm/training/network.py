@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ..data import dequantized
+from ..readings import Reading
+from ..schedulers import AnnealedLangevinScheduler
+from ..schedulers.base import SamplerScheduler
+from .draws import Draws
 from .methods import METHODS
 from .options import TrainingArguments
 from .plan import Plan
@@ -123,6 +129,8 @@ def fit_unet(unet: UNet2DModel, args: TrainingArguments, resolution: int) -> UNe
         make_unconditional(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
     return unet
 
 
@@ -149,33 +157,52 @@ def build_scheduler(args: TrainingArguments, plan: Plan) -> Any:
     return scheduler
 
 
-TrainingLoss = Callable[[Callable[..., Any], Tensor], Tensor]
-
-
-def build_objective(args: TrainingArguments, plan: Plan, scheduler: Any) -> TrainingLoss:
+@dataclass(frozen=True)
+class Objective:
     """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
 
-    It draws times and noise, that of `--dequantize` included, from the global generator of the images' device.
+    Levels and noise, that of `--dequantize` included, come from the third argument, by default from the global
+    generators.
     """
-    loss = METHODS[args.method].loss
 
-    def objective(network: Callable[..., Any], images: Tensor) -> Tensor:
-        if args.dequantize is not None:
-            images = dequantized(images, args.dequantize)
-        return loss(args, plan, scheduler, network, images)
+    args: TrainingArguments
+    plan: Plan
+    scheduler: Any
 
-    return objective
+    def __call__(self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None) -> Tensor:
+        draws = draws or Draws.of(images)
+        if self.args.dequantize is not None:
+            images = dequantized(images, self.args.dequantize, draws.noise.generator)
+        loss = METHODS[self.args.method].loss
+        return loss(self.args, self.plan, self.scheduler, network, images, self.labels(draws.levels), draws.noise)
+
+    def labels(self, uniform: Tensor) -> Tensor:
+        """Labels of noise levels, see `Method`."""
+        return METHODS[self.args.method].labels(self.args, self.plan, uniform)
+
+    def sigma(self, uniform: Tensor) -> Tensor:
+        """The noise levels themselves, same shape, on the CPU; for cld those of the image in `(x, v)`."""
+        return self._reading.sigma(self.labels(uniform))
+
+    @cached_property
+    def _reading(self) -> Reading:
+        ours = isinstance(self.scheduler, SamplerScheduler)
+        return (self.scheduler if ours else AnnealedLangevinScheduler.from_config(self.scheduler.config)).reading
 
 
 def build_optimizer(args: TrainingArguments, plan: Plan, unet: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [p for p in unet.parameters() if p.requires_grad],
-        lr=plan.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": plan.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
 
 
 def build_lr_scheduler(args: TrainingArguments, plan: Plan, optimizer: torch.optim.Optimizer) -> LRScheduler:

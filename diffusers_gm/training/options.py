@@ -1,10 +1,13 @@
 """The options of `train_gm_sgm.py`."""
 
+import importlib.util
 from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from accelerate.tracking import get_available_trackers
 from huggingface_hub.utils import validate_repo_id
+from PIL import Image
 
 from .methods import METHODS, MethodOptions, options_of_others
 from .option import check_bounds, data, hub, network, optimisation, output, sampler, trained
@@ -20,7 +23,7 @@ class TrainingArguments(MethodOptions):
     # What is trained
     method: str = trained(
         "gm-sgm",
-        "Gaussian-mixture noise, NCSNv2's Gaussian noise, or critically-damped Langevin diffusion.",
+        "Gaussian-mixture noise, NCSNv2's Gaussian noise, critically-damped Langevin diffusion, or diffusers' DDPM.",
         choices=tuple(METHODS),
     )
 
@@ -88,6 +91,9 @@ class TrainingArguments(MethodOptions):
         0.0, "Dropout of the residual layers.", below_one=True, in_place_of=("model_name_or_path", "model_config")
     )
     gradient_checkpointing: bool = network(False, "Save memory by computing activations twice.", free_on_resume=True)
+    channels_last: bool = network(
+        False, "Keep images as (H, W, C) in memory, which suits tensor cores.", free_on_resume=True
+    )
 
     # Sampler, as saved with the model
     calibrate: Literal["fast", "full"] | None = sampler(
@@ -145,6 +151,10 @@ class TrainingArguments(MethodOptions):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = optimisation(
         None, "Default: as accelerate is configured.", free_on_resume=True
     )
+    allow_tf32: bool = optimisation(
+        False, "Multiply float32 matrices in TF32 on GPUs that can, faster and less exact.", free_on_resume=True
+    )
+    use_8bit_adam: bool = optimisation(False, "Keep AdamW's moments in 8 bits, by bitsandbytes.")
     use_ema: bool = optimisation(True, "Average the weights; the average makes all samples and is what is saved.")
     ema_decay: float = optimisation(
         0.999, "Decay of the average, once warmed up.", below_one=True, aliases=("ema_max_decay",)
@@ -184,12 +194,17 @@ class TrainingArguments(MethodOptions):
     logging_steps: int = output(
         10, "Steps between lines of the loss curve, each the mean since the last.", at_least=1, free_on_resume=True
     )
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = output(
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = output(
         "none", "Experiment tracker.", aliases=("logger",), free_on_resume=True
     )
     logging_dir: str = output("logs", "Folder of the tracker in --output_dir.", private=True)
     dry_run: bool = output(
-        False, "Build everything, take one step, print the plan, write nothing.", free_on_resume=True
+        False,
+        "Take a few steps, print the plan and what it costs, write nothing.",
+        free_on_resume=True,
+    )
+    first_batch: str | None = output(
+        None, "With --dry_run: a picture to write all the same, of the images of the first batch.", private=True
     )
 
     # Hub
@@ -225,6 +240,10 @@ class TrainingArguments(MethodOptions):
                 f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
                 "or leave the option out"
             )
+        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("--use_8bit_adam: the package is not installed; pip install bitsandbytes")
+        if self.first_batch is not None:
+            check_picture(self.first_batch, self.dry_run)
         if self.push_to_hub:
             if self.hub_model_id is None or self.hub_model_id.count("/") != 1:
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
@@ -233,6 +252,15 @@ class TrainingArguments(MethodOptions):
     @property
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
+
+
+def check_picture(path: str, dry_run: bool) -> None:
+    if not dry_run:
+        raise ValueError(f"--first_batch {path!r} goes with --dry_run, which writes nothing else")
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--first_batch {path!r} must be the name of a picture, such as first.png")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--first_batch {path!r}: there is no folder {str(Path(path).parent)!r}")
 
 
 def changed_options(args: TrainingArguments) -> list[Field]:
