@@ -42,6 +42,7 @@ from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
 from diffusers_gm.pictures import image_grid
+from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
@@ -126,6 +127,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
+    classes = classes_of(args, source, unet)
     side, channels = native_shape(unet, args.method)
     examination = examine(source, args.seed, args.resolution or side, channels)
     largest_distance = distance_measured_once(accelerator, checkpoint)
@@ -137,13 +139,14 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, source.num_images, images_per_step)
+    data = training_data(args, plan, examination, source.num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
+    unet = unet or new_unet(args, plan.resolution, examination.channels, classes.num_embeds)
+    unet = fit_unet(unet, args, plan.resolution)
     scheduler = build_scheduler(args, plan)
-    objective = Objective(args, plan, scheduler)
+    objective = Objective(args, plan, scheduler, classes.null)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -159,7 +162,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
-        f"{plan.resolution}x{plan.resolution}\n"
+        f"{plan.resolution}x{plan.resolution}{classes.in_words}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
@@ -181,7 +184,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     )
     batches = iter(
         DataLoader(
-            dataset,
+            classes.of(dataset, args.seed),
             batch_sampler=stream,
             num_workers=args.dataloader_num_workers,
             pin_memory=device.type == "cuda",
@@ -197,13 +200,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     def take_step() -> None:
         start = state.images_seen
         for first in range(accelerator.process_index * plan.train_batch_size, images_per_step, stream.stride):
-            images = next(batches).to(device, non_blocking=True)
+            images, labels = classes.on(device, next(batches))
             # All random numbers of a step follow from the images seen before it, also after an interruption; noise
             # from an image's own place among these, however a step is split.
             torch.manual_seed(seed_for(args.seed, STEP, start + first))
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(model):
-                losses = objective(model, images, draws)
+                losses = objective(model, images, draws, labels)
                 accelerator.backward(losses.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -229,7 +232,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler)
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **classes.for_pipeline())
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -237,15 +240,17 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
+        rows = classes.rows(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline,
-                args.num_validation_images,
+                len(rows) if rows else args.num_validation_images,
                 args.eval_batch_size,
                 plan.validation_inference_steps,
                 args.seed,
+                rows,
             )
-        return image_grid(images)
+        return image_grid(images, rows.count(rows[0]) if rows and rows.count(rows[0]) > 1 else None)
 
     def write_pipeline(finished: bool = False):
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
@@ -262,6 +267,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         result = cards.TrainingResult(
             num_images=source.num_images,
             num_parameters=num_parameters,
+            class_names=classes.names,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,

@@ -112,10 +112,11 @@ def test_guidance_acts_in_its_interval_only(pipeline):
         acted = [bool(0.2 <= level <= 3.0) for level in levels]
         assert [size for _, size in sizes] == [2 if acts else 1 for acts in acted]
         assert 0 < sum(acted) < 16
-    assert not torch.equal(
-        images(pipeline, (0,), 1, guidance_scale=2.0, guidance_interval=(0.2, 3.0)),
-        images(pipeline, (0,), 1, guidance_scale=2.0),
-    )
+    inside, everywhere = [], []
+    for kept, options in ((inside, {"guidance_interval": (0.2, 3.0)}), (everywhere, {})):
+        keep = lambda pipe, i, t, tensors, kept=kept: kept.append(tensors["latents"]) or {}
+        images(pipeline, (0,), 1, guidance_scale=2.0, callback_on_step_end=keep, **options)
+    assert not torch.equal(inside[0], everywhere[0]), "the first level is above the interval"
 
 
 def test_guidance_interval_of_a_scheduler_of_diffusers(monkeypatch):
@@ -207,9 +208,8 @@ def test_calibration_of_a_class_and_of_all(monkeypatch):
     assert sorted(set(seen[0])) == [0, 1, 2]
     assert len(seen[0]) == 64
     seen.clear()
-    of_one = calibrate(pipeline, **options, class_labels="dog", guidance_scale=3.0)
+    calibrate(pipeline, **options, class_labels="dog", guidance_scale=3.0)
     assert seen[0] == [3] * 64 + [2] * 64
-    assert of_one.config.calibration != everything.config.calibration
     seen.clear()
     calibrate(pipeline, **options, class_labels=["dog", "cat"])
     assert seen[0] == [2, 0] * 32

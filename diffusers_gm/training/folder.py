@@ -6,7 +6,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,10 @@ def read_checkpoint(
     """
     content = read_state(checkpoint)
     free = free_on_resume(args)
-    before, now = content["arguments"], json.loads(json.dumps(record))
+    now = json.loads(json.dumps(record))
+    # Options that are newer than the checkpoint were what they are by default.
+    defaults = {f.name: f.default for f in fields(args) if now.get(f.name) is not None}
+    before = defaults | content["arguments"]
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

@@ -19,6 +19,7 @@ from ..data import dequantized
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler
 from ..schedulers.base import SamplerScheduler
+from .classes import told
 from .draws import Draws
 from .methods import METHODS
 from .options import TrainingArguments
@@ -41,7 +42,7 @@ def given_unet(args: TrainingArguments) -> UNet2DModel | None:
                 config = UNet2DModel.load_config(name, **kwargs)
             except OSError:
                 continue
-            check_unconditional(f"--{option} {name}", config)
+            check_usable(f"--{option} {name}", config, args.class_conditional)
             if option == "model_config":
                 return UNet2DModel.from_config(config)
             return UNet2DModel.from_pretrained(name, **kwargs)
@@ -49,16 +50,22 @@ def given_unet(args: TrainingArguments) -> UNet2DModel | None:
     return None
 
 
-def check_unconditional(option: str, config: dict[str, Any]) -> None:
-    """Raise a ValueError if the network that `config` describes needs more than a noisy image and a timestep."""
+def check_usable(option: str, config: dict[str, Any], conditional: bool = False) -> None:
+    """Raise a ValueError if the network that `config` describes needs more than a noisy image, a timestep and, if
+    `conditional`, a class, which it must then know."""
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"{option} is a {kind}: what is trained here is a UNet2DModel, of images without a prompt")
     classes = [f"{name} = {config[name]!r}" for name in ("num_class_embeds", "class_embed_type") if config.get(name)]
-    if classes:
+    if conditional and (not config.get("num_class_embeds") or config.get("class_embed_type")):
+        raise ValueError(
+            f"{option} is a network without num_class_embeds, and does not know the classes of --class_conditional: "
+            "leave that out, or train a new network"
+        )
+    if classes and not conditional:
         raise ValueError(
             f"{option} needs a class for every image ({', '.join(classes)}), and images have none here: "
-            "take a network without"
+            "add --class_conditional, or take a network without"
         )
     embedding = config.get("time_embedding_type", "positional")
     if embedding != "positional":
@@ -68,7 +75,9 @@ def check_unconditional(option: str, config: dict[str, Any]) -> None:
         )
 
 
-def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DModel:
+def new_unet(
+    args: TrainingArguments, resolution: int, channels: int, num_class_embeds: int | None = None
+) -> UNet2DModel:
     """A network of the described shape, or of one that suits the resolution."""
     small = resolution <= 16
     widths = args.block_out_channels
@@ -95,6 +104,7 @@ def new_unet(args: TrainingArguments, resolution: int, channels: int) -> UNet2DM
         norm_num_groups=math.gcd(32, *widths),
         attention_head_dim=head_dim,
         dropout=args.dropout,
+        num_class_embeds=num_class_embeds,
     )
 
 
@@ -162,15 +172,25 @@ class Objective:
     """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
 
     Levels and noise, that of `--dequantize` included, come from the third argument, by default from the global
-    generators.
+    generators; the classes of a conditional network from the fourth, by default `null_class`.
     """
 
     args: TrainingArguments
     plan: Plan
     scheduler: Any
+    null_class: int | None = None
 
-    def __call__(self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None) -> Tensor:
+    def __call__(
+        self,
+        network: Callable[..., Any],
+        images: Tensor,
+        draws: Draws | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
         draws = draws or Draws.of(images)
+        if classes is None and self.null_class is not None:
+            classes = torch.full((len(images),), self.null_class, device=images.device)
+        network = told(network, classes)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
         loss = METHODS[self.args.method].loss

@@ -1,6 +1,7 @@
 """Samples of a training, and what they were made on."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,22 @@ from torch import Tensor
 from ..launch import over_processes, process_state
 
 
-def sample_images(pipeline: Any, num_images: int, batch_size: int, num_inference_steps: int, seed: int) -> list:
-    """PIL images, the same for the same seed whatever the batch size; each process draws a part, and has all."""
+def sample_images(
+    pipeline: Any,
+    num_images: int,
+    batch_size: int,
+    num_inference_steps: int,
+    seed: int,
+    classes: Sequence[int] | None = None,
+) -> list:
+    """PIL images, the same for the same seed whatever the batch size; each process draws a part, and has all. Those of
+    a conditional network are of `classes`, one each."""
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(seeds: Tensor) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(s) for s in seeds.tolist()]
-        return pipeline(len(generators), num_inference_steps, generators).images
+        labels = {} if classes is None else {"class_labels": [classes[s - seed] for s in seeds.tolist()]}
+        return pipeline(len(generators), num_inference_steps, generators, **labels).images
 
     share = math.ceil(num_images / process_state().num_processes)
     parts = over_processes(draw, torch.arange(seed, seed + num_images), min(batch_size, share), "samples")
