@@ -240,17 +240,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
-        rows = classes.rows(args.num_validation_images)
+        num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline,
-                len(rows) if rows else args.num_validation_images,
+                num_images,
                 args.eval_batch_size,
                 plan.validation_inference_steps,
                 args.seed,
-                rows,
             )
-        return image_grid(images, rows.count(rows[0]) if rows and rows.count(rows[0]) > 1 else None)
+        return image_grid(images, columns)
 
     def write_pipeline(finished: bool = False):
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.

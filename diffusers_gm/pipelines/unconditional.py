@@ -73,17 +73,21 @@ class UnconditionalPipeline(HubPipeline):
     def num_classes(self) -> int | None:
         """Classes to choose from; None for a network without."""
         embeds = self._num_class_embeds
-        return embeds if embeds is None or self._null_class is None else embeds - 1
+        return embeds if embeds is None or self.null_class is None else embeds - 1
 
     @property
     def _num_class_embeds(self) -> int | None:
         return self.unet.config.get("num_class_embeds")
 
     @property
-    def _null_class(self) -> int | None:
-        """The class that stands for none: the last one, unless all have names."""
+    def null_class(self) -> int | None:
+        """The class that stands for none: the last one, unless all have names; None where there is none."""
         embeds, names = self._num_class_embeds, self.class_names
         return None if embeds is None or (names is not None and len(names) == embeds) else embeds - 1
+
+    def labels_in_turn(self, num_images: int) -> list[int] | None:
+        """All classes one after the other, as many of each as there is room for; None for a network without."""
+        return None if self.num_classes is None else [i * self.num_classes // num_images for i in range(num_images)]
 
     def draw_labels(self, generators: Sequence[torch.Generator]) -> list[int] | None:
         """A class for each generator, in the proportions of the training data; None for a network without."""
@@ -328,7 +332,7 @@ class UnconditionalPipeline(HubPipeline):
         interval: tuple[float, float] | None,
     ) -> Guidance:
         """What the arguments ask of the network; a ValueError for what it does not have."""
-        embeds, null = self._num_class_embeds, self._null_class
+        embeds, null = self._num_class_embeds, self.null_class
         if self.unet.config.get("class_embed_type") is not None:
             raise ValueError(
                 f"the network's class_embed_type {self.unet.config['class_embed_type']!r} takes no indices of classes: "

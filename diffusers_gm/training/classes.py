@@ -59,14 +59,13 @@ class Classes:
         counts = self.labels.counts()
         return {"class_names": self.labels.names, "class_shares": [count / sum(counts) for count in counts]}
 
-    def rows(self, num_images: int) -> list[int] | None:
-        """The class of each image in a grid of samples: a row for each class; of more classes than images, some."""
-        if self.labels is None:
-            return None
-        num_classes = len(self.labels.names)
-        if num_classes > num_images:
-            return [row * num_classes // num_images for row in range(num_images)]
-        return [row for row in range(num_classes) for _ in range(num_images // num_classes)]
+    def grid(self, num_images: int) -> tuple[int, int | None]:
+        """How many of `num_images` samples a grid shows, and how many are in a row: a row is a class, if there is room
+        for more than one of each."""
+        of_each = 0 if self.labels is None else num_images // len(self.labels.names)
+        if self.labels is None or of_each < 2:
+            return num_images, None
+        return of_each * len(self.labels.names), of_each
 
 
 def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Classes:
