@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..data import ImageSource, LabelledImages, Labels
+from ..networks import num_class_embeds
 from ..pipelines.inputs import by_index
 from .options import TrainingArguments
 
@@ -85,7 +86,7 @@ def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Class
     if unet is None:
         return classes
     option = "--model_name_or_path" if args.model_name_or_path else "--model_config"
-    name, embeds = args.model_name_or_path or args.model_config, unet.config["num_class_embeds"]
+    name, embeds = args.model_name_or_path or args.model_config, num_class_embeds(unet)
     if embeds != classes.num_embeds:
         none = ", and one that stands for none" if classes.dropout else ""
         raise ValueError(

@@ -52,7 +52,9 @@ class TrainingArguments(MethodOptions):
         0.1, "How often the class is dropped, so that samples can be guided; 0 for never.", below_one=True
     )
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
-    resolution: int | None = data(None, "Side of the training images; default that of the data.", at_least=1)
+    resolution: list[int] | int | None = data(
+        None, "Side of the training images, or height and width; default that of the data."
+    )
     center_crop: bool = data(False, "Crop images that are not square at the centre rather than at random.")
     random_flip: bool = data(False, "Flip images horizontally at random.")
     dequantize: int | None = data(
@@ -61,6 +63,14 @@ class TrainingArguments(MethodOptions):
         at_least=2,
     )
     max_train_samples: int | None = data(None, "Train on this many images only, chosen by --seed.", at_least=2)
+    vae: str | None = data(
+        None,
+        "Train on the latents of this autoencoder, a folder, a pipeline or on the Hub; what is drawn is decoded by it.",
+        path=True,
+    )
+    latents_cache_dir: str | None = data(
+        None, "Where latents are kept, for other trainings too; default 'latents' in --output_dir.", private=True
+    )
     dataloader_num_workers: int = data(
         0, "Processes that load the data; 0 loads them in the main process.", at_least=0, free_on_resume=True
     )
@@ -68,16 +78,24 @@ class TrainingArguments(MethodOptions):
     # Network
     model_name_or_path: str | None = network(
         None,
-        "UNet2DModel or pipeline to fine-tune, a folder or on the Hub.",
+        "Network or pipeline to fine-tune, a folder or on the Hub.",
         in_place_of=("model_config", *SHAPE),
         path=True,
     )
     model_config: str | None = network(
         None,
-        "Config of a UNet2DModel to train from scratch, a JSON file or its folder.",
+        "Config of a network to train from scratch, a JSON file or its folder; its _class_name decides which.",
         aliases=("model_config_name_or_path",),
         in_place_of=("model_name_or_path", *SHAPE),
         path=True,
+    )
+    revision: str | None = network(None, "Branch, tag or commit of --model_name_or_path and --vae.")
+    variant: str | None = network(None, "Variant of their weights, such as fp16.")
+    keep_noise_levels: bool = network(
+        True,
+        "gm-sgm and ncsnv2: fine-tune a network of a pipeline at the noise levels, labels and prediction type that "
+        "the pipeline's scheduler says it has.",
+        free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = network(
         None,
@@ -241,6 +259,7 @@ class TrainingArguments(MethodOptions):
                 raise ValueError(f"{given} describe a new network: leave them out, the model has its own")
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "digits"
+        self._check_images()
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
         foreign = options_of_others(self.method)
@@ -261,6 +280,17 @@ class TrainingArguments(MethodOptions):
             if self.hub_model_id is None or self.hub_model_id.count("/") != 1:
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
+
+    def _check_images(self) -> None:
+        if isinstance(self.resolution, list) and len(self.resolution) == 1:
+            (self.resolution,) = self.resolution
+        sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution or [1]
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError(f"--resolution must be a side or a height and a width, at least 1, got {self.resolution}")
+        if self.vae is None and self.latents_cache_dir is not None:
+            raise ValueError("--latents_cache_dir is for --vae: give an autoencoder, or leave it out")
+        if self.vae is not None and self.dequantize is not None:
+            raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
 
     @property
     def on_digits(self) -> bool:
