@@ -43,6 +43,7 @@ from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
 from diffusers_gm.pictures import image_grid
+from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
@@ -132,6 +133,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
+    classes = classes_of(args, source, unet)
     side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
     latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
@@ -146,13 +148,14 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, source.num_images, images_per_step)
+    data = training_data(args, plan, examination, source.num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, examination.size, examination.channels), args, examination.size)
+    unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
+    unet = fit_unet(unet, args, examination.size)
     scheduler = build_scheduler(args, plan, of_network)
-    objective = Objective(args, plan, scheduler, unet)
+    objective = Objective(args, plan, scheduler, unet, classes.null)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -168,6 +171,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
     learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
+    learned += classes.in_words
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
@@ -192,7 +196,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     )
     batches = iter(
         DataLoader(
-            dataset,
+            classes.of(dataset, args.seed),
             batch_sampler=stream,
             num_workers=args.dataloader_num_workers,
             pin_memory=device.type == "cuda",
@@ -208,13 +212,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     def take_step() -> None:
         start = state.images_seen
         for first in range(accelerator.process_index * plan.train_batch_size, images_per_step, stream.stride):
-            images = next(batches).to(device, non_blocking=True)
+            images, labels = classes.on(device, next(batches))
             # All random numbers of a step follow from the images seen before it, also after an interruption; noise
             # from an image's own place among these, however a step is split.
             torch.manual_seed(seed_for(args.seed, STEP, start + first))
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(model):
-                losses = objective(model, images, draws)
+                losses = objective(model, images, draws, labels)
                 accelerator.backward(losses.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -241,7 +245,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **(latents.components if latents else {}))
+    components = latents.components if latents else {}
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components, **classes.for_pipeline())
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -249,15 +254,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
+        num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline,
-                args.num_validation_images,
+                num_images,
                 args.eval_batch_size,
                 plan.validation_inference_steps,
                 args.seed,
             )
-        return image_grid(images)
+        return image_grid(images, columns)
 
     def write_pipeline(finished: bool = False):
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
@@ -274,6 +280,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         result = cards.TrainingResult(
             num_images=source.num_images,
             num_parameters=num_parameters,
+            class_names=classes.names,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,

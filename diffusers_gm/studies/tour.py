@@ -88,7 +88,9 @@ def sampled(pipe: Any, num_calls: int, seed: int) -> Tensor:
     """A cell of the picture."""
     generator = torch.Generator().manual_seed(seed)
     batch = IMAGES_PER_ROW * ROWS_PER_CELL
-    return mosaic(pipe(batch, num_inference_steps=num_calls, generator=generator, output_type="pt").images.cpu())
+    classes = pipe.labels_in_turn(batch)
+    images = pipe(batch, num_calls, generator, output_type="pt", class_labels=classes).images
+    return mosaic(images.cpu())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -47,6 +47,14 @@ class TrainingArguments(MethodOptions):
     )
     image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
     background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
+    class_conditional: bool = data(
+        False,
+        "Learn each class of images: 'label' of the data set, the folders of a folder of images, what digits are.",
+    )
+    label_column: str | None = data(None, "Column with the classes; default 'label'.")
+    class_dropout: float = data(
+        0.1, "How often the class is dropped, so that samples can be guided; 0 for never.", below_one=True
+    )
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
     resolution: list[int] | int | None = data(
         None, "Side of the training images, or height and width; default that of the data."
@@ -204,7 +212,12 @@ class TrainingArguments(MethodOptions):
     validation_steps: int = output(
         500, "Steps between grids of samples; 0 for one at the end only.", at_least=0, free_on_resume=True
     )
-    num_validation_images: int = output(16, "Images in a grid.", at_least=1, free_on_resume=True)
+    num_validation_images: int = output(
+        16,
+        "Images in a grid; with --class_conditional a row for each class, as long as that leaves.",
+        at_least=1,
+        free_on_resume=True,
+    )
     validation_inference_steps: int | None = output(
         None,
         "Network calls per image; default that of the pipeline.",
