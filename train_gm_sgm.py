@@ -32,15 +32,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from torch.utils.data import DataLoader
+from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
+from diffusers_gm.training.batches import Batches
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
@@ -75,8 +75,8 @@ from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse, save_batch
 from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images, start_tracker
-from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping, ignore_signals
-from diffusers_gm.training.training_data import distance_measured_once, training_data
+from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
+from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
 
 
 def main() -> None:
@@ -115,28 +115,22 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     torch.manual_seed(args.seed)
     unet = given_unet(args)
     with accelerator.main_process_first():
-        source = open_source(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_data_dir,
-            args.image_column,
-            args.cache_dir,
-            args.background,
-        )
+        source = open_training_data(args)
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
+    num_images = args.num_train_samples or source.num_images
     side, channels = native_shape(unet, args.method)
     examination = examine(source, args.seed, args.resolution or side, channels)
     largest_distance = distance_measured_once(accelerator, checkpoint)
-    plan = make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)
+    plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
-            f"--train_batch_size {args.train_batch_size} is more than the {source.num_images} training images have for "
+            f"--train_batch_size {args.train_batch_size} is more than the {num_images} training images have for "
             f"{num_processes} process(es): it is {plan.train_batch_size}"
         )
     record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, source.num_images, images_per_step)
+    data = training_data(args, plan, examination, num_images, images_per_step)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
@@ -157,7 +151,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             ema.to(device)
 
     accelerator.print(
-        f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
+        f"{args.method}: {num_parameters:,} parameters, {num_images} images of {examination.channels}x"
         f"{plan.resolution}x{plan.resolution}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
@@ -171,22 +165,14 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
     stream = ImageStream(
-        source.num_images,
+        num_images,
         plan.train_batch_size,
         args.seed,
         state.images_seen,
         num_processes,
         accelerator.process_index,
     )
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=stream,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-    )
+    batches = Batches(args, dataset, stream, accelerator, state.places)
 
     some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
     health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
@@ -218,7 +204,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
-            save_batch(torch.stack(dataset.__getitems__(next(iter(stream)))), Path(args.first_batch))
+            save_batch(batches.first(), Path(args.first_batch))
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""
@@ -259,7 +245,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if not accelerator.is_main_process:
             return
         result = cards.TrainingResult(
-            num_images=source.num_images,
+            num_images=num_images,
             num_parameters=num_parameters,
             steps=state.step,
             images_seen=state.images_seen,
@@ -334,6 +320,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if last or save:
             health.check_network(state.step)
         if save:
+            state.places = batches.places() and gather_object([batches.places()])
             save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
             if why == SIGNAL:  # there may be no time for anything else
                 break

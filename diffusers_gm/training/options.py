@@ -53,6 +53,13 @@ class TrainingArguments(MethodOptions):
         at_least=2,
     )
     max_train_samples: int | None = data(None, "Train on this many images only, chosen by --seed.", at_least=2)
+    streaming: bool = data(
+        False, "Read the images as they come, from the Hub or a folder of parquet or tar files, and keep none."
+    )
+    num_train_samples: int | None = data(None, "With --streaming: how many images an epoch has.", at_least=2)
+    shuffle_buffer_size: int = data(
+        1000, "With --streaming: images that are shuffled at a time; files are shuffled, too.", at_least=1
+    )
     dataloader_num_workers: int = data(
         0, "Processes that load the data; 0 loads them in the main process.", at_least=0, free_on_resume=True
     )
@@ -240,6 +247,7 @@ class TrainingArguments(MethodOptions):
                 f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
                 "or leave the option out"
             )
+        check_streaming(self)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("--use_8bit_adam: the package is not installed; pip install bitsandbytes")
         if self.first_batch is not None:
@@ -252,6 +260,16 @@ class TrainingArguments(MethodOptions):
     @property
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
+
+
+def check_streaming(args: TrainingArguments) -> None:
+    if args.streaming and (args.num_train_samples is None or args.max_train_samples is not None):
+        raise ValueError(
+            "--streaming needs --num_train_samples, how many images an epoch has, as a stream cannot be counted; "
+            "and goes without --max_train_samples"
+        )
+    if args.num_train_samples is not None and not args.streaming:
+        raise ValueError("--num_train_samples is for --streaming; --max_train_samples takes some images of a set")
 
 
 def check_picture(path: str, dry_run: bool) -> None:
