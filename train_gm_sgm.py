@@ -320,7 +320,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if last or save:
             health.check_network(state.step)
         if save:
-            state.places = batches.places() and gather_object([batches.places()])
+            state.places = gather_object([batches.places()]) if args.streaming else None
             save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
             if why == SIGNAL:  # there may be no time for anything else
                 break

@@ -177,6 +177,8 @@ class StreamedBatches(IterableDataset):
         while True:
             dataset = self._epoch(place.epoch)
             if place.state is not None:
+                # It warns of a lost buffer, which for one of a single row is not so.
+                logging.getLogger("datasets.iterable_dataset").addFilter(_not_of_buffers)
                 dataset.load_state_dict(place.state)
             rows = self._rows(dataset, place)
             while block := list(islice(rows, self.shuffle_buffer_size)):
@@ -229,3 +231,7 @@ class StreamedBatches(IterableDataset):
                 f"the {part}stream of {self.source.dataset_name} ended after {place.rows} images, and "
                 f"--num_train_samples {self.num_images} says {expected:.0f}: set it to what the stream holds"
             )
+
+
+def _not_of_buffers(record: logging.LogRecord) -> bool:
+    return "shuffle buffer" not in record.getMessage()

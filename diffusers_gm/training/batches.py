@@ -81,7 +81,9 @@ class Batches(Iterator[Tensor]):
 
     def places(self) -> dict[str, Any] | None:
         """Where the workers are, and whose turn is next; None where the number of images seen says all."""
-        return self._places and {"turn": self._turn, "workers": [asdict(place) for place in self._places]}
+        if self._places is None:
+            return None
+        return {"turn": self._turn, "workers": [asdict(place) for place in self._places]}
 
     def first(self) -> Tensor:
         """The images that come next."""
