@@ -16,7 +16,7 @@ from test_training import ROOT, SMALL, WEIGHTS, load, no_accelerator_left_behind
 from diffusers_gm.training.folder import LOG_FILE, list_checkpoints
 from diffusers_gm.training.stopping import INTERRUPTED, Signals
 
-STEPS = f"{SMALL} --max_train_steps 400 --checkpointing_steps 150 --validation_steps 0 --logging_steps 1"
+STEPS = f"{SMALL} --max_train_steps 200 --checkpointing_steps 150 --validation_steps 0 --logging_steps 1"
 DIRECT = (sys.executable, ROOT / "train_gm_sgm.py")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 ONE = (*ACCELERATE, "--cpu", "--num_processes", "1", ROOT / "train_gm_sgm.py")
@@ -87,19 +87,20 @@ def goes_on(folder, whole):
     assert same_state(load(folder / WEIGHTS), load(whole / WEIGHTS))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_with_a_checkpoint(whole, tmp_path, number):
     process = start(DIRECT, tmp_path / "out")
     wait_for(tmp_path / "out")
     process.send_signal(number)
     printed = finish(process)
     assert process.returncode == INTERRUPTED, printed
-    said = rf"ended by {number.name} after \d+ of 400 steps: .* with --resume_from_checkpoint latest to go on"
+    said = rf"ended by {number.name} after \d+ of 200 steps: .* with --resume_from_checkpoint latest to go on"
     assert re.search(said, printed)
     assert "Traceback" not in printed
     goes_on(tmp_path / "out", whole)
 
 
+@pytest.mark.slow  # processes of their own
 def test_ctrl_c_reaches_the_loaders_of_the_data_too(tmp_path, whole):
     process = start(DIRECT, tmp_path / "out", "--dataloader_num_workers 2")
     wait_for(tmp_path / "out")
@@ -109,6 +110,7 @@ def test_ctrl_c_reaches_the_loaders_of_the_data_too(tmp_path, whole):
     goes_on(tmp_path / "out", whole)
 
 
+@pytest.mark.slow  # processes of their own
 def test_a_second_sigint_ends_it_at_once(tmp_path):
     """While it is stopped nothing can be finished: what ends it is the second signal."""
     process = start(DIRECT, tmp_path / "out", "--num_validation_images 64 --validation_inference_steps 900 "
@@ -124,6 +126,7 @@ def test_a_second_sigint_ends_it_at_once(tmp_path):
     assert not list_checkpoints(tmp_path / "out")
 
 
+@pytest.mark.slow  # processes of their own
 def test_under_the_launcher(tmp_path, whole):
     """One that is ended takes its training along, which is then nobody's child."""
     process = start(ONE, tmp_path / "out")
@@ -157,7 +160,7 @@ def test_one_of_two_processes_ends_both(tmp_path, who):
     assert process.returncode == 1, printed
     assert len(list_checkpoints(folder)) == 1, printed
     assert "to go on" in printed
-    process = start(two(29641), folder, "--resume_from_checkpoint latest --max_train_steps 400")
+    process = start(two(29641), folder, "--resume_from_checkpoint latest")
     printed = finish(process, 300)
     assert process.returncode == 0, printed
     assert (folder / "model_index.json").is_file()
