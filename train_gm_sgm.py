@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,10 +37,11 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
+from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.batches import Batches
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
@@ -55,6 +57,7 @@ from diffusers_gm.training.folder import (
     start_output_dir,
 )
 from diffusers_gm.training.health import Health
+from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
@@ -67,6 +70,7 @@ from diffusers_gm.training.network import (
     check_precision,
     fit_unet,
     given_unet,
+    levels_of_network,
     native_shape,
     new_unet,
 )
@@ -74,7 +78,7 @@ from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse, save_batch
-from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images, start_tracker
+from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
 from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
 from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
 
@@ -94,7 +98,7 @@ def main() -> None:
 
 def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
     """The training, in two parts: before it stops for the first time it raises a ValueError for options that do not
-    fit each other, the data or what is on disk. Nothing is written before it goes on."""
+    fit each other, the data or what is on disk. Nothing is written before it goes on, but for latents."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
     check_output_dir(args, checkpoint)
@@ -113,14 +117,18 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     # --- The data, and what the options come to for them ---
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.manual_seed(args.seed)
-    unet = given_unet(args)
+    unet, vae, given = given_unet(args), given_vae(args), args
+    args, of_network = levels_of_network(args, unet)
     with accelerator.main_process_first():
         source = open_training_data(args)
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
     num_images = args.num_train_samples or source.num_images
-    side, channels = native_shape(unet, args.method)
+    side, channels = native_shape(unet, args.method, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
+    latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
+    if latents:
+        examination = latents.examination
     largest_distance = distance_measured_once(accelerator, checkpoint)
     plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
@@ -134,9 +142,9 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
-    scheduler = build_scheduler(args, plan)
-    objective = Objective(args, plan, scheduler)
+    unet = fit_unet(unet or new_unet(args, examination.size, examination.channels), args, examination.size)
+    scheduler = build_scheduler(args, plan, of_network)
+    objective = Objective(args, plan, scheduler, unet)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -150,20 +158,22 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if ema:
             ema.to(device)
 
+    size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
+    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
     accelerator.print(
-        f"{args.method}: {num_parameters:,} parameters, {num_images} images of {examination.channels}x"
-        f"{plan.resolution}x{plan.resolution}\n"
+        f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
         f"learning rate: {plan.learning_rate:g}, {args.lr_scheduler}, {plan.lr_warmup_steps} steps warm-up\n"
-        f"samples: {plan.validation_inference_steps} network calls, {scheduler.config['algorithm_type']}\n"
+        f"samples: {plan.validation_inference_steps} network calls, {type(scheduler).__name__}\n"
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 
-    dataset = TrainingImages(
+    dataset: Any = TrainingImages(
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
+    dataset = latents.dataset if latents else dataset
     stream = ImageStream(
         num_images,
         plan.train_batch_size,
@@ -204,7 +214,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
-            save_batch(batches.first(), Path(args.first_batch))
+            first = batches.first().to(device)
+            save_batch(latents.space.decode(first) if latents else first, Path(args.first_batch))
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""
@@ -214,7 +225,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler)
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **(latents.components if latents else {}))
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -253,7 +264,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             log=read_log(output_dir),
             levels=level_losses.names(),
             hardware=hardware(accelerator),
-            command=command_line(args, num_processes),
+            command=command_line(given, num_processes),
             versions=versions(),
         )
         log_grid(accelerator, grid, state.step)

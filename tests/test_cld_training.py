@@ -16,6 +16,7 @@ from PIL import Image
 from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, plan_for, same_state, train
 
 from diffusers_gm import CalibratedMultistepScheduler, CLDPipeline, CLDSSCSScheduler, data
+from diffusers_gm.pictures import image_grid
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
@@ -23,7 +24,7 @@ from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.network import Objective, build_scheduler, native_shape, new_unet
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.plan import Plan
-from diffusers_gm.training.samples import image_grid, sample_images
+from diffusers_gm.training.samples import sample_images
 
 FOUR_STEPS = f"{SMALL} --method cld --max_train_steps 4 --checkpointing_steps 2 --validation_steps 0 --logging_steps 1"
 

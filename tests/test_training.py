@@ -16,18 +16,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from test_data import corrupt, save_images, save_parquet
 
-from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, data, files
+from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, UnconditionalPipeline, data, files
 from diffusers_gm.launch import check_parallelism, check_processes
+from diffusers_gm.pictures import image_grid
 from diffusers_gm.processes.annealed import ladder_ratio
+from diffusers_gm.training.draws import Draws
 from diffusers_gm.training.folder import LOG_FILE, append_log, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.methods.gm_sgm import build_mixture
 from diffusers_gm.training.network import (
@@ -41,7 +45,7 @@ from diffusers_gm.training.network import (
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import make_plan
-from diffusers_gm.training.samples import image_grid, sample_images
+from diffusers_gm.training.samples import sample_images
 from diffusers_gm.training.stopping import Signals
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +158,7 @@ def test_what_a_training_leaves_behind(trained):
         *("training_log.jsonl", "checkpoint-4", "checkpoint-8", "samples", "logs"),
     }
     assert [path.name for path in (folder / "samples").iterdir()] == ["step-0000004.png"]
-    assert Image.open(folder / "samples.png").size == (128, 128), "2 x 2 images, enlarged 8 times"
+    assert Image.open(folder / "samples.png").size == (132, 132), "2 x 2 images, enlarged 8 times, a gap of 4"
     assert list((folder / "logs").rglob("events.*"))
 
     log = read_log(folder)
@@ -322,7 +326,7 @@ def test_a_training_killed_while_it_saves_keeps_its_last_checkpoint(train, tmp_p
     assert not list((tmp_path / "killed").glob("tmp-*"))
 
 
-@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2", "cld"])
+@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2", "cld", "ddpm"])
 def test_slices_of_a_training_give_what_one_run_does(train, tmp_path, capsys, method):
     """One command from the first step to the last, here a step at a time, on colour images in parquet files."""
     parquet, _ = save_parquet(tmp_path)
@@ -497,7 +501,7 @@ def test_a_cut_line_of_the_log_is_dropped(tmp_path):
         ({"stable_alpha": 1.5, "power_base": 2.0}, "do not go together"),
         ({"mixture_weights": [1.0], "mixture_scales": [1.0], "num_components": 3}, "do not go together"),
         ({"method": "ncsnv2", "stable_alpha": 1.5}, r"\['--stable_alpha'\] mean nothing for --method ncsnv2"),
-        ({"method": "ddpm"}, "--method must be one of gm-sgm, ncsnv2, cld, got 'ddpm'"),
+        ({"method": "vdm"}, "--method must be one of gm-sgm, ncsnv2, cld, ddpm, got 'vdm'"),
         ({"push_to_hub": True, "hub_model_id": "name"}, "--hub_model_id <user>/<name>, got 'name'"),
         ({"report_to": "wandb"}, "--report_to wandb: the package is not installed; pip install wandb"),
     ],
@@ -635,7 +639,7 @@ def test_velocity_networks_are_read_as_what_they_learned(train, tmp_path, method
 
 
 def test_unknown_names_are_refused(train, capsys):
-    for option in ("--method ddpm", "--objective x", "--lr_scheduler x", "--report_to x"):
+    for option in ("--method vdm", "--objective x", "--lr_scheduler x", "--report_to x"):
         with pytest.raises(SystemExit) as stop:
             train(option)
         assert stop.value.code == 2
@@ -692,15 +696,6 @@ def test_learning_rates_rise_to_the_peak_and_last_to_the_end(name, steps):
         assert max(rates) == pytest.approx(0.5)
         assert rates.index(max(rates)) == {"one_cycle": 14}.get(name, 5)
         assert rates[-1] == 0.5 if name.startswith("constant") else rates[-1] < 0.03
-
-
-def test_grids_are_full():
-    images = [Image.new("L", (8, 8), i) for i in range(12)]
-    grid = image_grid(images)
-    assert grid.size == (4 * 64, 3 * 64)
-    assert [grid.getpixel((64 * (i % 4) + 32, 64 * (i // 4) + 32))[0] for i in range(12)] == list(range(12))
-    assert image_grid(images[:7]).size == (7 * 64, 64)
-    assert image_grid([Image.new("RGB", (100, 100))]).size == (100, 100)
 
 
 def test_processes_that_do_not_know_of_each_other(monkeypatch):
@@ -779,3 +774,38 @@ def test_a_finished_pipeline_is_calibrated_where_wanted(train, tmp_path):
     assert type(loaded.scheduler).__name__ == "CalibratedMultistepScheduler"
     assert "10" in loaded.scheduler.config.calibration
     assert loaded(1, 10, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()
+
+
+def test_the_baseline_is_diffusers_own_ddpm(train, tmp_path):
+    """Its loss is that of diffusers' example, and diffusers' pipeline samples what was trained."""
+    args = arguments(method="ddpm", ddpm_beta_schedule="squaredcos_cap_v2")
+    plan, unet = plan_for(args), small_unet(method="ddpm")
+    scheduler = build_scheduler(args, plan)
+    images = data.split_digits()[0][:8]
+    draws = Draws.always_the_same(images)
+    with torch.no_grad():
+        losses = Objective(args, plan, scheduler)(unet, images, draws)
+        noise = Draws.always_the_same(images).noise.normal(images.shape)
+        timesteps = (draws.levels * 1000).long()
+        sigmas = Objective(args, plan, scheduler).sigma(draws.levels)
+        alphas = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod[timesteps].double()
+        torch.testing.assert_close(sigmas, (1 / alphas - 1).sqrt(), rtol=1e-5, atol=0)
+        theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").add_noise(images, noise, timesteps)
+        torch.testing.assert_close(losses.mean(), F.mse_loss(unet(theirs, timesteps).sample, noise))
+
+    train(TINY, "--method ddpm", "--output_dir", tmp_path / "ddpm")
+    unet, scheduler = (
+        cls.from_pretrained(tmp_path / "ddpm", subfolder=name)
+        for cls, name in ((UNet2DModel, "unet"), (DDPMScheduler, "scheduler"))
+    )
+    pipeline = DDPMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    ours = UnconditionalPipeline.from_pretrained(tmp_path / "ddpm")
+    ours.set_progress_bar_config(disable=True)
+    one, two = (
+        p(num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (pipeline, ours)
+    )
+    np.testing.assert_allclose(one, two, atol=1e-6)
+    with pytest.raises(ValueError, match="--algorithm_type ode means nothing for --method ddpm"):
+        arguments(method="ddpm", algorithm_type="ode")

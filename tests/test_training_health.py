@@ -92,7 +92,7 @@ def stand_in(**options):
     )
 
 
-@pytest.fixture(params=["gm-sgm", "ncsnv2", "cld"])
+@pytest.fixture(params=["gm-sgm", "ncsnv2", "cld", "ddpm"])
 def healthy(request, tmp_path):
     args = arguments(method=request.param)
     plan, unet = plan_for(args), small_unet(method=request.param)

@@ -10,12 +10,17 @@ from .digits import split_digits as split_digits
 from .examination import Examination as Examination
 from .examination import examine as examine
 from .folders import list_folder as list_folder
+from .latents import LatentCache as LatentCache
+from .latents import TrainingLatents as TrainingLatents
 from .levels import check_levels as check_levels
 from .levels import dequantized as dequantized
+from .pixels import Resolution as Resolution
 from .pixels import as_channels as as_channels
 from .pixels import decode as decode
 from .pixels import fit as fit
+from .pixels import resolution_of as resolution_of
 from .pixels import scaled as scaled
+from .pixels import sides as sides
 from .seeds import AUGMENTATION as AUGMENTATION
 from .seeds import EXAMINATION as EXAMINATION
 from .seeds import LEVELS as LEVELS

@@ -16,11 +16,17 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..data import sides
 from ..evaluation.table import Table
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
 
 NOT_MEASURED = "Not measured."
+LATENT = """
+
+This is a latent model: what is called an image here is the latents of one, which the autoencoder in the folder `vae`
+makes, scaled to mean 0 and standard deviation 1 in every channel (`latents_mean` and `latents_std` of
+`model_index.json`). The pipeline decodes them; `output_type="latent"` returns them. Errors of the autoencoder stay."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +86,14 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     body = Template(_template("model_card")).substitute(
         title=name.split("/")[-1],
-        resolution=options["resolution"],
+        size="x".join(map(str, sides(options["resolution"]))),
         method_name=method.title,
         version=result.versions["diffusers_gm"],
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
-        method=Template(method.card).substitute(said),
+        method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
         data=_data(options, result.num_images),
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data import Examination, ImageStream, split_digits
@@ -82,18 +82,6 @@ def train_on_digits(args: TrainingArguments, loss: Callable[[Any, Tensor], Tenso
     return unet.eval().requires_grad_(False)
 
 
-def ddpm_loss(scheduler: DDPMScheduler) -> Callable[[Any, Tensor], Tensor]:
-    """The objective of diffusers' own training example: the squared error of the predicted noise."""
-
-    def loss(network: Callable[..., Any], images: Tensor) -> Tensor:
-        noise = torch.randn_like(images)
-        timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (len(images),))
-        noisy = scheduler.add_noise(images, noise, timesteps)
-        return (network(noisy, timesteps).sample - noise).square().flatten(1).mean(1)
-
-    return loss
-
-
 def parts_of(output: Path) -> Path:
     """The folder `.parts` beside the reports: networks and measurements of unfinished studies, ignored by git."""
     parts = output / ".parts"
@@ -147,15 +135,6 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
     name = name_of(args)
     objective = Objective(args, plan, scheduler)
     return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
-
-
-def trained_ddpm(output: Path, steps: int, seed: int) -> tuple[Any, DDPMScheduler]:
-    """An ordinary DDPM network of the digits, of the same size and budget as ours, and the scheduler it was trained
-    with: linear betas, 1000 steps, the noise predicted."""
-    scheduler = DDPMScheduler()
-    args = TrainingArguments(method="ncsnv2", max_train_steps=steps, seed=seed)
-    name = f"ddpm max_train_steps={steps} seed={seed}"
-    return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, ddpm_loss(scheduler), name)), scheduler
 
 
 def name_of(args: TrainingArguments) -> str:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data import ImageStream, Place, StreamedBatches, StreamedImages, TrainingImages
+from ..data import ImageStream, Place, StreamedBatches
 from .options import TrainingArguments
 from .stopping import ignore_signals
 
@@ -19,7 +19,7 @@ class Batches(Iterator[Tensor]):
 
     Args:
         args: the options.
-        dataset: of the images.
+        dataset: of what is learned from, by the keys of `stream`; for `--streaming` a `TrainingImages`.
         stream: their order, where they are read by number.
         accelerator: of the training.
         places: from a checkpoint: where each process was in a stream, see `places`.
@@ -31,7 +31,7 @@ class Batches(Iterator[Tensor]):
     def __init__(
         self,
         args: TrainingArguments,
-        dataset: TrainingImages,
+        dataset: Any,
         stream: ImageStream,
         accelerator: Accelerator,
         places: list[dict[str, Any]] | None,
@@ -45,7 +45,7 @@ class Batches(Iterator[Tensor]):
             "pin_memory": accelerator.device.type == "cuda",
             "worker_init_fn": ignore_signals,
         }
-        if not isinstance(dataset.source, StreamedImages):
+        if not args.streaming:
             self._loader = iter(DataLoader(dataset, batch_sampler=stream, **options))
             return
         here = accelerator.num_processes, max(workers, 1)

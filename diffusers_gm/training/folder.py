@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from .. import files
+from ..data.latents import CONTENTS
 from .draws import DRAWS_VERSION
 from .options import TrainingArguments, free_on_resume
 from .training_data import STATE_FILE, TrainingData, read_state
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
 ARGS_FILE = "training_args.json"
 LOG_FILE = "training_log.jsonl"
+LATENTS = "latents"
 SUPERSEDED = "superseded-"
 UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
@@ -126,7 +128,8 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
         )
-    if any(folder.iterdir()) and not (folder / ARGS_FILE).is_file():
+    others = [path for path in folder.iterdir() if path.name != LATENTS or not (path / CONTENTS).is_file()]
+    if others and not (folder / ARGS_FILE).is_file():
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds files that are not from a training: choose another, or "
             "add to it with --overwrite_output_dir"

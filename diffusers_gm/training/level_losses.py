@@ -24,7 +24,7 @@ class LevelLosses:
     def __init__(self, objective: Objective, accelerator: Accelerator):
         self.objective = objective
         self.accelerator = accelerator
-        reading = objective.scheduler.reading
+        reading = objective.reading
         low, high = sorted(reading.sigma(torch.tensor(reading.timestep_range, dtype=torch.float64)).log().tolist())
         self._log_edges = torch.linspace(low, high, NUM_BANDS + 1, dtype=torch.float64)
         self.edges = [float(f"{edge:.4g}") for edge in self._log_edges.exp().tolist()]

@@ -23,7 +23,7 @@ class TrainingArguments(MethodOptions):
     # What is trained
     method: str = trained(
         "gm-sgm",
-        "Gaussian-mixture noise, NCSNv2's Gaussian noise, or critically-damped Langevin diffusion.",
+        "Gaussian-mixture noise, NCSNv2's Gaussian noise, critically-damped Langevin diffusion, or diffusers' DDPM.",
         choices=tuple(METHODS),
     )
 
@@ -44,7 +44,9 @@ class TrainingArguments(MethodOptions):
     image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
     background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
-    resolution: int | None = data(None, "Side of the training images; default that of the data.", at_least=1)
+    resolution: list[int] | int | None = data(
+        None, "Side of the training images, or height and width; default that of the data."
+    )
     center_crop: bool = data(False, "Crop images that are not square at the centre rather than at random.")
     random_flip: bool = data(False, "Flip images horizontally at random.")
     dequantize: int | None = data(
@@ -60,6 +62,14 @@ class TrainingArguments(MethodOptions):
     shuffle_buffer_size: int = data(
         1000, "With --streaming: images that are shuffled at a time; files are shuffled, too.", at_least=1
     )
+    vae: str | None = data(
+        None,
+        "Train on the latents of this autoencoder, a folder, a pipeline or on the Hub; what is drawn is decoded by it.",
+        path=True,
+    )
+    latents_cache_dir: str | None = data(
+        None, "Where latents are kept, for other trainings too; default 'latents' in --output_dir.", private=True
+    )
     dataloader_num_workers: int = data(
         0, "Processes that load the data; 0 loads them in the main process.", at_least=0, free_on_resume=True
     )
@@ -67,16 +77,24 @@ class TrainingArguments(MethodOptions):
     # Network
     model_name_or_path: str | None = network(
         None,
-        "UNet2DModel or pipeline to fine-tune, a folder or on the Hub.",
+        "Network or pipeline to fine-tune, a folder or on the Hub.",
         in_place_of=("model_config", *SHAPE),
         path=True,
     )
     model_config: str | None = network(
         None,
-        "Config of a UNet2DModel to train from scratch, a JSON file or its folder.",
+        "Config of a network to train from scratch, a JSON file or its folder; its _class_name decides which.",
         aliases=("model_config_name_or_path",),
         in_place_of=("model_name_or_path", *SHAPE),
         path=True,
+    )
+    revision: str | None = network(None, "Branch, tag or commit of --model_name_or_path and --vae.")
+    variant: str | None = network(None, "Variant of their weights, such as fp16.")
+    keep_noise_levels: bool = network(
+        True,
+        "gm-sgm and ncsnv2: fine-tune a network of a pipeline at the noise levels, labels and prediction type that "
+        "the pipeline's scheduler says it has.",
+        free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = network(
         None,
@@ -235,6 +253,7 @@ class TrainingArguments(MethodOptions):
                 raise ValueError(f"{given} describe a new network: leave them out, the model has its own")
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "digits"
+        self._check_images()
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
         foreign = options_of_others(self.method)
@@ -257,6 +276,17 @@ class TrainingArguments(MethodOptions):
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
 
+    def _check_images(self) -> None:
+        if isinstance(self.resolution, list) and len(self.resolution) == 1:
+            (self.resolution,) = self.resolution
+        sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution or [1]
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError(f"--resolution must be a side or a height and a width, at least 1, got {self.resolution}")
+        if self.vae is None and self.latents_cache_dir is not None:
+            raise ValueError("--latents_cache_dir is for --vae: give an autoencoder, or leave it out")
+        if self.vae is not None and self.dequantize is not None:
+            raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
+
     @property
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
@@ -268,6 +298,8 @@ def check_streaming(args: TrainingArguments) -> None:
             "--streaming needs --num_train_samples, how many images an epoch has, as a stream cannot be counted; "
             "and goes without --max_train_samples"
         )
+    if args.streaming and args.vae is not None:
+        raise ValueError("--vae keeps the latents of all images, and --streaming none: leave out one of them")
     if args.num_train_samples is not None and not args.streaming:
         raise ValueError("--num_train_samples is for --streaming; --max_train_samples takes some images of a set")
 

@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor
 
 from ..launch import largest
-from .samples import image_grid
+from ..pictures import image_grid
 
 # So many steps after the first, which is slower, or as many as there is time for.
 MOST_STEPS, MOST_SECONDS = 5, 20.0

@@ -1,4 +1,4 @@
-"""Grids of samples, and what they were made on."""
+"""Samples of a training, and what they were made on."""
 
 import math
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor
 
@@ -24,14 +23,6 @@ def sample_images(pipeline: Any, num_images: int, batch_size: int, num_inference
     share = math.ceil(num_images / process_state().num_processes)
     parts = over_processes(draw, torch.arange(seed, seed + num_images), min(batch_size, share), "samples")
     return [image for part in parts for image in part]
-
-
-def image_grid(images: list, min_side: int = 64) -> Image.Image:
-    """Images in the squarest full grid, small ones enlarged without smoothing."""
-    rows = next(r for r in range(math.isqrt(len(images)), 0, -1) if len(images) % r == 0)
-    factor = math.ceil(min_side / min(images[0].size))
-    size = (images[0].width * factor, images[0].height * factor)
-    return make_image_grid([i.resize(size, Image.Resampling.NEAREST) for i in images], rows, len(images) // rows)
 
 
 def start_tracker(accelerator: Accelerator, record: dict[str, Any]) -> None:
