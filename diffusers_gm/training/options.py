@@ -67,6 +67,13 @@ class TrainingArguments(MethodOptions):
         at_least=2,
     )
     max_train_samples: int | None = data(None, "Train on this many images only, chosen by --seed.", at_least=2)
+    streaming: bool = data(
+        False, "Read the images as they come, from the Hub or a folder of parquet or tar files, and keep none."
+    )
+    num_train_samples: int | None = data(None, "With --streaming: how many images an epoch has.", at_least=2)
+    shuffle_buffer_size: int = data(
+        1000, "With --streaming: images that are shuffled at a time; files are shuffled, too.", at_least=1
+    )
     vae: str | None = data(
         None,
         "Train on the latents of this autoencoder, a folder, a pipeline or on the Hub; what is drawn is decoded by it.",
@@ -278,6 +285,7 @@ class TrainingArguments(MethodOptions):
                 f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
                 "or leave the option out"
             )
+        check_streaming(self)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("--use_8bit_adam: the package is not installed; pip install bitsandbytes")
         if self.first_batch is not None:
@@ -307,6 +315,20 @@ class TrainingArguments(MethodOptions):
     @property
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
+
+
+def check_streaming(args: TrainingArguments) -> None:
+    if args.streaming and (args.num_train_samples is None or args.max_train_samples is not None):
+        raise ValueError(
+            "--streaming needs --num_train_samples, how many images an epoch has, as a stream cannot be counted; "
+            "and goes without --max_train_samples"
+        )
+    if args.streaming and args.vae is not None:
+        raise ValueError("--vae keeps the latents of all images, and --streaming none: leave out one of them")
+    if args.streaming and args.class_conditional:
+        raise ValueError("--class_conditional counts the images of every class, and a stream cannot be counted")
+    if args.num_train_samples is not None and not args.streaming:
+        raise ValueError("--num_train_samples is for --streaming; --max_train_samples takes some images of a set")
 
 
 def check_picture(path: str, dry_run: bool) -> None:
