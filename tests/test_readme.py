@@ -307,7 +307,7 @@ def test_python_snippets_run_in_order(page, digits_model, tmp_path, monkeypatch,
             )
             exec(compile(quick, f"{page.name}, snippet {i}", "exec"), scope)
     if page == README:
-        assert Image.open("digit.png").size == (128, 128)
+        assert Image.open("digits.png").size == (268, 268)
         assert len(scope["images"]) == 16
         assert scope["image"].size == (8, 8)
     assert all(isinstance(pipe.scheduler, SamplerScheduler) for pipe in stand_ins.swapped)

@@ -7,9 +7,11 @@ from pathlib import Path
 import matplotlib
 
 from ..data import split_digits
+from ..pictures import style
 from .report import Report
 
 matplotlib.use("Agg")  # pictures go to files
+matplotlib.rcParams.update(style())
 
 Study = Callable[[argparse.Namespace], Report]
 

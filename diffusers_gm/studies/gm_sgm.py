@@ -228,7 +228,7 @@ def lag(args: argparse.Namespace) -> Report:
            for c in budgets if mean[ours, c] < (1 - least) * mean[plain, c]}  # fmt: skip
 
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    plot_curves(axis, found, 1, {name: {"linestyle": "--", "marker": "s"} for name in (told, ours_told)})
+    plot_curves(axis, found, 1, {name: {"linestyle": "--"} for name in (told, ours_told)})
     axis.set_ylabel("sliced W2 over the floor")
     axis.set_title("annealed Langevin dynamics, T = 1")
     axis.legend(fontsize=8)
