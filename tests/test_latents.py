@@ -348,7 +348,7 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
     assert fingerprint(pipeline.vae) == fingerprint(load_autoencoder(str(autoencoder)))
     assert pipeline(1, 4, seeded(0), output_type="latent").images.shape == (1, 4, 4, 4)
     assert pipeline(1, 4, seeded(0)).images[0].size == (8, 8)
-    assert Image.open(tmp_path / "whole" / "samples.png").size == (128, 128), "decoded, 2 x 2 images, 8 times as large"
+    assert Image.open(tmp_path / "whole" / "samples.png").size == (132, 132), "decoded: 2 x 2 images, 8 times as large"
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "This is a latent model" in card
     assert "generation of 8x8 images" in card
