@@ -49,6 +49,7 @@ from diffusers_gm.training.folder import (
     UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
+    as_recorded,
     check_output_dir,
     find_checkpoint,
     read_checkpoint,
@@ -101,6 +102,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     fit each other, the data or what is on disk. Nothing is written before it goes on, but for latents."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
+    args = as_recorded(args, checkpoint)
     check_output_dir(args, checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -130,7 +132,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
-    side, channels = native_shape(unet, args.method, vae)
+    side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
     latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
     if latents:

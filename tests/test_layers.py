@@ -16,6 +16,7 @@ ORDER = [
     "__init__",  # what `import diffusers_gm` shows
     "evaluation",
     "calibrate",  # the command; the function of that name is in `calibration`
+    "app",
     *("training", "hub", "studies"),
 ]
 LONGEST_CHAIN = 7

@@ -18,7 +18,11 @@ SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dro
 
 @dataclass
 class TrainingArguments(MethodOptions):
-    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them."""
+    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them.
+
+    Attributes:
+        left_open: the options that the method chose, see `Method.choose`.
+    """
 
     # What is trained
     method: str = trained(
@@ -236,6 +240,7 @@ class TrainingArguments(MethodOptions):
 
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
+        self.left_open: set[str] = set()
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError("give --dataset_name or --train_data_dir, not both")
         if self.model_name_or_path is not None and self.model_config is not None:
@@ -253,6 +258,7 @@ class TrainingArguments(MethodOptions):
         given = [f"--{f.name}" for f in changed_options(self) if f.name in foreign]
         if given:
             raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
+        self._choose()
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
             raise ValueError(
@@ -267,6 +273,12 @@ class TrainingArguments(MethodOptions):
             if self.hub_model_id is None or self.hub_model_id.count("/") != 1:
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
+
+    def _choose(self) -> None:
+        chosen = METHODS[self.method].choose(self)
+        self.left_open = {name for name in chosen if getattr(self, name) is None}
+        for name in self.left_open:
+            setattr(self, name, chosen[name])
 
     def _check_images(self) -> None:
         if isinstance(self.resolution, list) and len(self.resolution) == 1:
@@ -294,8 +306,8 @@ def check_picture(path: str, dry_run: bool) -> None:
 
 
 def changed_options(args: TrainingArguments) -> list[Field]:
-    """The options that have another value than their default, `method` first."""
-    changed = [f for f in fields(args) if getattr(args, f.name) != f.default]
+    """The options that were given another value than their default, `method` first."""
+    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
     return sorted(changed, key=lambda f: f.name != "method")
 
 

@@ -77,7 +77,9 @@ def training_data(
         num_images=num_images,
         images_per_step=images_per_step,
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
-        largest_distance=plan.sigma_max if args.sigma_max == "auto" else None,
+        largest_distance=plan.sigma_max
+        if args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
+        else None,
     )
 
 
