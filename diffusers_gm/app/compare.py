@@ -120,6 +120,11 @@ class Model:
         pipe = load_pipeline(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(pipe, UnconditionalPipeline):
             raise ValueError(f"{name} is a {type(pipe).__name__}: only pipelines of images without a prompt are shown")
+        return cls.of(name, pipe)
+
+    @classmethod
+    def of(cls, name: str, pipe: Any) -> "Model":
+        """A pipeline that was loaded from `name`."""
         model = cls(name, pipe, {SAVED: Sampler(SAVED, pipe.scheduler)}, {})
         count = getattr(pipe, "num_classes", None) or 0
         model.classes = (getattr(pipe, "class_names", None) or [str(i) for i in range(count)])[:count]
