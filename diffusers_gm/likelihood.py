@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .extra import extra
 from .processes.cld import CLD
 from .random import Generators, randn
 from .readings.velocity import score_coefficients
@@ -33,7 +34,7 @@ def cld_nll(
     velocity are independent in the model, as they are for the exact score. `log p(x0, v0)` is that of the probability
     flow: of its end under the prior, plus the divergence along the way. Of the divergence the drift's part and that
     of the mixed score are known; only `d output / dv` is estimated, with one Hutchinson probe per image. Fourth-order
-    Runge-Kutta on a quadratic grid of times, so `4 num_steps` network calls, each with its gradient.
+    Runge-Kutta of torchdiffeq on a quadratic grid of times, so `4 num_steps` network calls, each with its gradient.
 
     Args:
         model: `(cat([x, v / sqrt(M)], 1), t * num_train_timesteps) -> output`: `(B, 2C, H, W)` and `(B,)` float32 to
@@ -48,29 +49,30 @@ def cld_nll(
 
     Raises:
         ValueError: for images that are not finite, fewer than one step or velocity, an unknown prediction type.
+        ImportError: without torchdiffeq.
     """
     if num_steps < 1 or num_velocities < 1:
         raise ValueError(f"num_steps and num_velocities must be at least 1, got {num_steps} and {num_velocities}")
     if not images.isfinite().all():
         raise ValueError("the images hold values that are not finite")
-    # Runge-Kutta looks at the ends of a step and at its middle on the clock: points 2 i, 2 i + 1 and 2 i + 2.
-    clocks = process.clock(torch.linspace(0, 1, 2 * num_steps + 1, dtype=torch.float64) ** 2)
-    clocks[1::2] = (clocks[:-1:2] + clocks[2::2]) / 2
-    # ell jumps at time 0, where x0 and x alone no longer give v away: the score of the first time stands for it.
-    times = process.time(clocks).clamp(min=FIRST_TIME)
-    marginal = process.marginal(process.clock(times))
-    coefficients = torch.stack(score_coefficients(marginal, prediction_type), -1).tolist()
+    with extra("ode"):
+        from torchdiffeq import odeint
+    grid = process.clock(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64) ** 2)
+    score_coefficients(process.marginal(grid[-1]), prediction_type)  # an unknown type is refused before all work
+    clocks = grid.to(images.dtype).to(images.device)  # not all devices have float64
     per_pixel = images[0].numel()
 
-    def flow(x: Tensor, v: Tensor, probe: Tensor, point: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`d(x, v)/dB` of the probability flow and its divergence, `(B,)`, at a point of the grid."""
-        label = float(times[point]) * num_train_timesteps
-        labels = torch.full((len(x),), label, dtype=torch.float32, device=x.device)
+    def flow(clock: Tensor, state: tuple[Tensor, Tensor, Tensor], probe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`d(x, v)/dB` of the probability flow and its divergence, `(B,)`."""
+        x, v, _ = state
+        # ell jumps at time 0, where x0 and x alone no longer give v away: the score of the first time stands for it.
+        time = process.time(clock.cpu().double()).clamp(min=FIRST_TIME)
+        of_velocity, of_output = map(float, score_coefficients(process.marginal(process.clock(time)), prediction_type))
+        labels = torch.full((len(x),), float(time) * num_train_timesteps, dtype=torch.float32, device=x.device)
         with torch.enable_grad():
             leaf = v.detach().requires_grad_()
             output = model(torch.cat([x, leaf / process.velocity_scale], 1), labels).to(v.dtype)
             (slope,) = torch.autograd.grad(output, leaf, probe)
-        of_velocity, of_output = coefficients[point]
         score = of_velocity * v + of_output * output.detach()
         trace = of_velocity * per_pixel + of_output * (slope * probe).flatten(1).sum(1)
         divergence = float(process.drift[1, 1]) * per_pixel - process.friction * trace
@@ -78,17 +80,14 @@ def cld_nll(
 
     def log_joint(x: Tensor, v: Tensor, probe: Tensor) -> Tensor:
         """`log p(x, v)` at time 0, `(B,)`."""
-        divergence = torch.zeros(len(x), dtype=torch.float64)
-        for start in range(0, 2 * num_steps, 2):
-            h = float(clocks[start + 2] - clocks[start])
-            half = 0.5 * h
-            k1 = flow(x, v, probe, start)
-            k2 = flow(x + half * k1[0], v + half * k1[1], probe, start + 1)
-            k3 = flow(x + half * k2[0], v + half * k2[1], probe, start + 1)
-            k4 = flow(x + h * k3[0], v + h * k3[1], probe, start + 2)
-            dx, dv, rate = (h / 6 * (a + 2 * b + 2 * c + d) for a, b, c, d in zip(k1, k2, k3, k4, strict=True))
-            x, v, divergence = x + dx, v + dv, divergence + rate.cpu()
-        return divergence + normal_log_prob(x, 1.0) + normal_log_prob(v, process.mass)
+        x, v, divergence = odeint(
+            lambda clock, state: flow(clock, state, probe),
+            (x, v, x.new_zeros(len(x))),
+            clocks[[0, -1]],
+            method="rk4",
+            options={"grid_constructor": lambda *_: clocks},
+        )
+        return divergence[-1].cpu().double() + normal_log_prob(x[-1], 1.0) + normal_log_prob(v[-1], process.mass)
 
     bound = torch.zeros(len(images), dtype=torch.float64)
     for _ in range(num_velocities):
@@ -101,7 +100,7 @@ def cld_nll(
 
 def normal_log_prob(x: Tensor, variance: float) -> Tensor:
     """Log density of `N(0, variance I)`, `(B, ...)` to `(B,)` float64 on the CPU: not all devices have it."""
-    x = x.cpu().double().flatten(1)
+    x = x.cpu().flatten(1).double()
     return -0.5 * (x.square().sum(1) / variance + x.shape[1] * math.log(2 * math.pi * variance))
 
 

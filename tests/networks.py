@@ -3,7 +3,7 @@
 import math
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
 
 from diffusers_gm.processes.cld import lift
 from diffusers_gm.readings import VelocityReading
@@ -48,6 +48,29 @@ def tiny_network(in_channels=1, out_channels=1, **config):
         }
         | config,
     )
+
+
+def tiny_autoencoder(kind="AutoencoderKL", channels=3, latent_channels=4, **config):
+    """An untrained autoencoder, always the same, of one latent for 2x2 pixels."""
+    shape = {"in_channels": channels, "out_channels": channels, "latent_channels": latent_channels}
+    if kind == "AutoencoderTiny":
+        widths, blocks = ("encoder_block_out_channels", "decoder_block_out_channels"), ("encoder", "decoder")
+        shape |= dict.fromkeys(widths, (8, 8)) | {f"num_{name}_blocks": (1, 1) for name in blocks}
+        return build(AutoencoderTiny, **shape | config)
+    shape |= {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    shape |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return build({"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[kind], **shape | config)
+
+
+class Shuffle(torch.nn.Module):
+    """Pixels to channels or back: `(B, C, H, W)` to `(B, 4C, H/2, W/2)`."""
+
+    def __init__(self, up):
+        super().__init__()
+        self.up = up
+
+    def forward(self, x, *_):
+        return torch.nn.functional.pixel_shuffle(x, 2) if self.up else torch.nn.functional.pixel_unshuffle(x, 2)
 
 
 def perfect_network(scheduler, denoiser):

@@ -21,7 +21,7 @@ from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
 from diffusers_gm.training.folder import read_log
-from diffusers_gm.training.network import build_objective, build_scheduler, native_shape, new_unet
+from diffusers_gm.training.network import Objective, build_scheduler, native_shape, new_unet
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.plan import Plan
 from diffusers_gm.training.samples import sample_images
@@ -175,7 +175,7 @@ def test_the_objective_takes_times_of_the_whole_interval(options):
     images = data.split_digits()[0]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        loss = build_objective(args, plan, build_scheduler(args, plan))(network, images)
+        loss = Objective(args, plan, build_scheduler(args, plan))(network, images)
     assert loss.shape == (len(images),)
     assert loss.isfinite().all()
     # Uniform on [1e-5, 1], labels in units of 1 / 1000.
@@ -192,7 +192,7 @@ def test_dequantised_training_sees_the_images_with_noise_of_a_level(method, monk
     for name in ("cld.cld_loss", "ladder.denoising_loss"):
         monkeypatch.setattr(f"diffusers_gm.training.methods.{name}", lambda network, images, *_: seen.append(images))
     plan = plan_for(args)
-    objective = build_objective(args, plan, build_scheduler(args, plan))
+    objective = Objective(args, plan, build_scheduler(args, plan))
     for seed in (0, 0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
 from diffusers_gm.losses import cld_loss, denoising_loss
 from diffusers_gm.processes.cld import CLD
+from diffusers_gm.random import Draw
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.options import TrainingArguments
@@ -151,6 +152,8 @@ def test_a_step_of_training(options):
     noise = method.noise(args, torch.zeros(2, 1, 4, 4), lambda images: 10.0)
     scheduler = method.scheduler(args, noise, {})
     with NoFloat64(), torch.random.fork_rng(devices=[]):
-        loss = method.loss(args, noise, scheduler, lambda x, t: SimpleNamespace(sample=x[:, :1]), images())
+        labels = method.labels(args, noise, torch.rand(2, dtype=torch.float64))
+        network = lambda x, t: SimpleNamespace(sample=x[:, :1])
+        loss = method.loss(args, noise, scheduler, network, images(), labels, Draw.like(images()))
     assert loss.device == DEVICE
     assert loss.dtype == torch.float32

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from networks import normal_denoiser, velocity_network
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
 from diffusers_gm.data import check_levels, dequantized
@@ -124,6 +125,29 @@ def test_of_a_pipeline(tiny_velocity_unet, generator):
     assert torch.equal(
         cld_bits_per_dimension(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2), bits
     )
+
+
+def test_no_device_is_asked_for_float64(generator):
+    """All of a float32 run stays float32 where the network is, but for the clock, and for log densities, which are
+    `(B, d)` and `(B,)` on the CPU: `float64` of another shape than these would be on the device."""
+    images = torch.rand(3, 2, 4, 5, generator=generator)
+    wide = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                wide.add(tuple(result.shape))
+            return result
+
+    def network(u, labels):
+        assert u.dtype == labels.dtype == torch.float32
+        return (u[:, :2] * u[:, 2:]).tanh()
+
+    with Watch():
+        cld_nll(network, images, CLD(), num_steps=2, generator=generator)
+    on_the_clock = {shape for shape in wide if math.prod(shape) <= 4}  # scalars and matrices of one time
+    assert wide - on_the_clock <= {(3, 40), (3,), (3, 2, 2)}  # of two steps: three times, and their log densities
 
 
 def test_bad_input(tiny_unet):

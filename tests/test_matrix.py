@@ -34,6 +34,7 @@ SAMPLERS = {
     "langevin, three steps": (AnnealedLangevinScheduler, {"num_langevin_steps": 3}),
     "langevin, chain": (AnnealedLangevinScheduler, {"network_level": "chain"}),
     "consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
+    "explore": (AnnealedLangevinScheduler, {"algorithm_type": "explore"}),
     "gm langevin": (GMLangevinScheduler, {"algorithm_type": "langevin"}),
     "jump": (GMLangevinScheduler, {"algorithm_type": "jump", **MIX}),
     "exponential": (GMLangevinScheduler, {"algorithm_type": "exponential", **MIX}),

@@ -170,10 +170,10 @@ def test_what_means_nothing_beside_the_command_line_is_left_out(recipe, recipe_s
     ("text", "said"),
     [
         ("learnig_rate: 1", "unknown ['learnig_rate']; options are named as in --help"),
-        ("methods: {ddpm: {seed: 1}, cld: {maas: 1}}", "unknown ['ddpm', 'maas']"),
+        ("methods: {vdm: {seed: 1}, cld: {maas: 1}}", "unknown ['maas', 'vdm']"),
         ("config: digits", "unknown ['config']"),
         ("seed: one", "argument --seed: invalid int value: 'one'"),
-        ("method: ddpm", "argument --method: invalid choice: 'ddpm'"),
+        ("method: vdm", "argument --method: invalid choice: 'vdm'"),
         ("[1, 2]", "must map options to values"),
         ("methods: [cld]", "must map methods to options"),
         ("seed: {", "is no YAML file"),

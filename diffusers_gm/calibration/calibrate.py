@@ -90,7 +90,7 @@ def calibrate(
             number of calls, in sliced Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
-            unless told; others need as many images as fit: 4 will do.
+            and all classes, unless told; others need as many images as fit: 4 will do.
 
     Returns:
         a `CalibratedMultistepScheduler` for the network; `save_pretrained` and `push_to_hub` carry its levels.
@@ -302,8 +302,8 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {"num_inference_steps": MANY}
     if "generator" in parameters:
         arguments["generator"] = torch.Generator().manual_seed(0)
-    if hasattr(pipe, "calibration_batch_size"):
-        arguments["batch_size"] = pipe.calibration_batch_size
+    if hasattr(pipe, "calibration_arguments"):
+        given = given | pipe.calibration_arguments(given)
     return arguments | given
 
 

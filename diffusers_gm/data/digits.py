@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from ..extra import extra
+
 
 def load_digits_images() -> Tensor:
-    """The handwritten digits of scikit-learn, `(1797, 1, 8, 8)` float32 in [-1, 1]."""
-    try:
+    """The handwritten digits of scikit-learn, of the extra `evaluation`: `(1797, 1, 8, 8)` float32 in [-1, 1]."""
+    with extra("evaluation"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
     return torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
 
 

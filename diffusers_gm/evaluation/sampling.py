@@ -62,8 +62,7 @@ def image_shape(pipeline: Any) -> tuple[int, int, int]:
     """`(C, H, W)` of the images that it makes."""
     if isinstance(pipeline, UnconditionalPipeline):
         _, height, width = pipeline._image_shape()
-        # A velocity network has more channels going in, one that learned its variance more coming out.
-        return min(pipeline.unet.config["in_channels"], pipeline.unet.config["out_channels"]), height, width
+        return pipeline._picture_shape(height, width)
     try:
         images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
     except TypeError as error:

@@ -16,11 +16,17 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..data import sides
 from ..evaluation.table import Table
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
 
 NOT_MEASURED = "Not measured."
+LATENT = """
+
+This is a latent model: what is called an image here is the latents of one, which the autoencoder in the folder `vae`
+makes, scaled to mean 0 and standard deviation 1 in every channel (`latents_mean` and `latents_std` of
+`model_index.json`). The pipeline decodes them; `output_type="latent"` returns them. Errors of the autoencoder stay."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class TrainingResult:
     Attributes:
         num_images: size of the training set.
         steps, images_seen, seconds: length of the training.
-        log: the loss curve, dicts with `step` and `loss`.
+        log: the loss curve, dicts with `step`, `loss` and `loss_by_level`.
+        levels: what the bands of noise levels are called.
         hardware: in words.
         command: the command line.
         versions: of the packages.
@@ -41,13 +48,14 @@ class TrainingResult:
     steps: int
     images_seen: int
     seconds: float
-    log: list[dict[str, float]]
+    log: list[dict[str, Any]]
+    levels: list[str]
     hardware: str
     command: str
     versions: dict[str, str]
 
     @property
-    def final_entries(self) -> list[dict[str, float]]:
+    def final_entries(self) -> list[dict[str, Any]]:
         return self.log[-10:]
 
     @property
@@ -78,19 +86,19 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     body = Template(_template("model_card")).substitute(
         title=name.split("/")[-1],
-        resolution=options["resolution"],
+        size="x".join(map(str, sides(options["resolution"]))),
         method_name=method.title,
         version=result.versions["diffusers_gm"],
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
-        method=Template(method.card).substitute(said),
+        method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
         data=_data(options, result.num_images),
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
         final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
-        curve=_curve(result.log),
+        curve=_curve(result.log) + _by_level(entries, result.levels),
         steps=result.steps,
         images_seen=result.images_seen,
         duration=_duration(result.seconds),
@@ -140,7 +148,7 @@ def keep_card(folder: Path, path: Path) -> None:
     card.save(path)
 
 
-def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
+def _curve(log: Sequence[dict[str, Any]], rows: int = 8) -> str:
     """The loss curve as a table: means over equal parts of the training."""
     parts = [
         log[i * len(log) // min(rows, len(log)) : (i + 1) * len(log) // min(rows, len(log))]
@@ -148,6 +156,16 @@ def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
     ]
     means = [[f"up to {part[-1]['step']}", sum(entry["loss"] for entry in part) / len(part)] for part in parts]
     return Table("", ["steps", "mean loss"], means).markdown()
+
+
+def _by_level(entries: Sequence[dict[str, Any]], levels: Sequence[str]) -> str:
+    """The final loss of each band of noise levels, as a table; empty where a training of old did not log it."""
+    columns = zip(*(entry["loss_by_level"] for entry in entries if "loss_by_level" in entry), strict=True)
+    rows = []
+    for name, column in zip(levels, columns, strict=False):
+        known = [loss for loss in column if loss is not None]
+        rows.append([name, sum(known) / len(known) if known else "none"])
+    return "\n\n" + Table("", ["noise level sigma", "final loss"], rows).markdown() if rows else ""
 
 
 def _options(options: dict[str, Any]) -> str:

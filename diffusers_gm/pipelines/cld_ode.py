@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..extra import extra
 from ..processes.cld import lift
 from ..random import Generators, randn
 from ..readings import VelocityReading
@@ -66,10 +67,8 @@ def solve(
         ImportError: without torchdiffeq.
         RuntimeError: if the solver cannot keep the tolerances, or the network's output is not finite.
     """
-    try:
+    with extra("ode"):
         from torchdiffeq import odeint
-    except ImportError as error:
-        raise ImportError("ode_solver needs torchdiffeq: pip install diffusers-gm[ode]") from error
     process = scheduler.process
     scale = process.velocity_scale
 

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMulti
 from ..evaluation.report import curve_table, plot_curves
 from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import at_least, parse, study_parser
-from .digits import images_of, kept_results, quality, statistic_of, tie, trained_ddpm
+from .digits import images_of, kept_results, quality, statistic_of, tie, trained
 from .pictures import save_picture, show_rows
 from .report import Report
 
@@ -47,7 +47,7 @@ def lifted(args: argparse.Namespace) -> Report:
     results = kept_results("lifted", args.num_samples, args.output, steps=args.steps, schedulers=settings)
 
     def pipeline(name: str, seed: int) -> DDPMPipeline:
-        unet, source = trained_ddpm(args.output, args.steps, seed)
+        unet, source = trained(args.output, method="ddpm", max_train_steps=args.steps, seed=seed)
         kind, config = schedulers[name]
         return DDPMPipeline(unet, kind.from_config(source.config, clip_sample=False, **config))
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ...losses import cld_loss
 from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
+from ...random import Draw
 from ...schedulers import CLDSSCSScheduler
 from ..option import noise as option
 from ..option import number_or_auto, sampler, trained
@@ -57,17 +57,28 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
     )
 
 
-def loss(args: CLDOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
+def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
+    """Times that are uniform on the interval."""
+    return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
+
+
+def loss(
+    args: CLDOptions,
+    noise: Noise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
+) -> Tensor:
     process: CLD = scheduler.process
-    # Drawn on the CPU, where the coefficients are worked out in float64: not all devices have it.
-    uniform = torch.rand(len(images), dtype=torch.float64)
-    x, v = torch.randn((2, *images.shape), device=images.device)
-    initial = torch.randn_like(images) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
+    both = draw.normal((len(images), 2 * images.shape[1], *images.shape[2:]))
+    initial = draw.normal(images.shape) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(
         lambda u, t: network(u, t).sample,
         images,
-        FIRST_TIME + (1 - FIRST_TIME) * uniform,
-        torch.cat([x, v], 1),
+        labels / noise.num_train_timesteps,
+        both,
         process,
         scheduler.config["prediction_type"],
         initial,
@@ -93,6 +104,7 @@ METHOD = Method(
     check=check,
     noise=noise,
     scheduler=scheduler,
+    labels=labels,
     loss=loss,
     noise_in_words=in_words,
     card="""\

@@ -1,6 +1,5 @@
 """GM-SGM: Gaussian-mixture noise, the tractable stand-in for heavy-tailed noise, on a ladder of levels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from .ladder import (
     check_ladder,
     ladder_config,
     ladder_in_words,
+    ladder_labels,
     ladder_loss,
     ladder_noise,
     ladder_on_card,
@@ -96,8 +96,8 @@ def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLa
     )
 
 
-def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
-    return ladder_loss(build_mixture(args), scheduler, network, images)
+def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
+    return ladder_loss(build_mixture(args), scheduler, *batch)
 
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +116,7 @@ METHOD = Method(
     check=check,
     noise=lambda args, images, largest_distance: ladder_noise(args, images, largest_distance, build_mixture(args)),
     scheduler=scheduler,
+    labels=ladder_labels,
     loss=loss,
     noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder_in_words(args, noise)}",
     card="""\

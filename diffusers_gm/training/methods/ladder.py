@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ...losses import denoising_loss
 from ...processes.annealed import ladder_length
 from ...processes.mixture import GaussianMixtureNoise
+from ...random import Draw
 from ..option import noise, number_or_auto, sampler, trained
 from .method import LargestDistance, Noise, NoiseOptions
 
@@ -84,11 +84,22 @@ def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) ->
     }
 
 
-def ladder_loss(mixture: GaussianMixtureNoise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
-    """The denoising loss on levels drawn uniformly, `(B,)`."""
-    levels = scheduler.config["num_train_timesteps"]
-    timesteps = torch.randint(0, levels, (len(images),), device=images.device)
-    noise = mixture.sample(images.shape, device=images.device)
+def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
+    """All levels of the ladder alike."""
+    return (uniform * noise.num_train_timesteps).long()
+
+
+def ladder_loss(
+    mixture: GaussianMixtureNoise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
+) -> Tensor:
+    """The denoising loss, `(B,)`."""
+    timesteps = labels.to(images.device)
+    noise = mixture.sample(images.shape, draw.generator, draw.device, draw.dtype)
     space, kind = scheduler.noise_space, scheduler.config["prediction_type"]
     return denoising_loss(lambda x, t: network(x, t).sample, images, timesteps, noise, space, mixture, kind)
 

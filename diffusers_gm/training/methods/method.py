@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...random import Draw
 from ..option import noise
 
 
@@ -46,8 +47,10 @@ class Method:
         noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
             The largest distance of two of them takes long to measure: a function, to be called where it is needed.
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
-        loss: `(args, noise, scheduler, network, images)` is one loss per image, `(B,)`, of `(B, C, H, W)`. Times and
-            noise are drawn from the global generator of the images' device.
+        labels: `(args, noise, uniform)` are the network's labels of noise levels, `(B,)` on the CPU, from numbers that
+            are uniform in [0, 1), `(B,)` float64: what decides which levels are learned, and how often.
+        loss: `(args, noise, scheduler, network, images, labels, draw)` is one loss per image, `(B,)`, of
+            `(B, C, H, W)` at these levels, under noise from `draw`.
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
@@ -62,7 +65,8 @@ class Method:
     check: Callable[[Any], None]
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
-    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor], Tensor]
+    labels: Callable[[Any, Noise, Tensor], Tensor]
+    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor, Tensor, Draw], Tensor]
     noise_in_words: Callable[[Any, Noise], str]
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]

@@ -1,6 +1,5 @@
 """NCSNv2 (arXiv 2006.09011): Gaussian noise on a ladder of levels."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from .ladder import (
     check_ladder,
     ladder_config,
     ladder_in_words,
+    ladder_labels,
     ladder_loss,
     ladder_noise,
     ladder_on_card,
@@ -27,8 +27,8 @@ def scheduler(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> Ann
     return AnnealedLangevinScheduler(**ladder_config(args, noise, sampler), prediction_type=args.prediction_type)
 
 
-def loss(args: LadderOptions, noise: Noise, scheduler: Any, network: Callable[..., Any], images: Tensor) -> Tensor:
-    return ladder_loss(GAUSSIAN, scheduler, network, images)
+def loss(args: LadderOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
+    return ladder_loss(GAUSSIAN, scheduler, *batch)
 
 
 METHOD = Method(
@@ -39,6 +39,7 @@ METHOD = Method(
     check=check_ladder,
     noise=ladder_noise,
     scheduler=scheduler,
+    labels=ladder_labels,
     loss=loss,
     noise_in_words=lambda args, noise: f"{GAUSSIAN}, {ladder_in_words(args, noise)}",
     card="""\
