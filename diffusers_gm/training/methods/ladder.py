@@ -72,16 +72,20 @@ def ladder_noise(
 
 def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[str, Any]:
     """The config of a scheduler of the ladder."""
-    return sampler | {
-        "num_train_timesteps": noise.num_train_timesteps,
-        "noise_space": "ve",
-        "sigma_min": args.sigma_min,
-        "sigma_max": noise.sigma_max,
-        "scale_input": args.scale_input,
-        "num_langevin_steps": args.num_langevin_steps,
-        "step_size": args.step_size,
-        "step_size_criterion": args.step_size_criterion,
-    }
+    return (
+        {"timestep_spacing": "even", "network_level": "chain"}
+        | sampler
+        | {
+            "num_train_timesteps": noise.num_train_timesteps,
+            "noise_space": "ve",
+            "sigma_min": args.sigma_min,
+            "sigma_max": noise.sigma_max,
+            "scale_input": args.scale_input,
+            "num_langevin_steps": args.num_langevin_steps,
+            "step_size": args.step_size,
+            "step_size_criterion": args.step_size_criterion,
+        }
+    )
 
 
 def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
