@@ -9,6 +9,8 @@ import argparse
 import logging
 from collections.abc import Sequence
 
+from ..extra import extra
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -27,12 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
-        from .page import launch
-    except ImportError as error:
-        parser.exit(2, f"error: {error.name} is not installed: pip install diffusers-gm[app]\n")
-    try:
+        with extra("app"):
+            from .page import launch
         launch(args.model, args.host, args.port, args.browser)
-    except OSError as error:  # the port is taken
+    except (ImportError, OSError) as error:  # the port is taken, perhaps
         parser.exit(2, f"error: {error}\n")
 
 

@@ -39,3 +39,7 @@ from .sources import open_source as open_source
 from .sources import subset as subset
 from .stream import ImageStream as ImageStream
 from .stream import TrainingImages as TrainingImages
+from .streaming import Place as Place
+from .streaming import StreamedBatches as StreamedBatches
+from .streaming import StreamedImages as StreamedImages
+from .streaming import open_stream as open_stream

@@ -88,12 +88,13 @@ class TrainingImages(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Tensor]:
         """A batch, read in one go."""
         fetched = self._read([index for _, index in keys])
-        images = [self._augmented(image, key) for image, key in zip(fetched, keys, strict=True)]
+        images = [self.augmented(image, key) for image, key in zip(fetched, keys, strict=True)]
         if all(image.dtype == torch.uint8 for image in images):
             return list(scaled(torch.stack(images)))
         return [scaled(image) for image in images]
 
-    def _augmented(self, image: Tensor, key: tuple[int, int]) -> Tensor:
+    def augmented(self, image: Tensor, key: Sequence[int]) -> Tensor:
+        """An image of the source as it is learned, cropped and flipped as the key says."""
         image = as_channels(image, self.channels)
         random_crop = not self.center_crop and image.shape[-2] != image.shape[-1]
         if not (random_crop or self.random_flip):

@@ -56,7 +56,7 @@ def given_unet(args: TrainingArguments) -> Any | None:
                 unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--{option} {name} cannot be loaded: {error}") from error
-            return with_velocities(unet) if METHODS[args.method].input_factor == 2 else unet
+            return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
         raise ValueError(f"--{option} {name}: there is no network, neither in such a folder nor on the Hub")
     return None
 
@@ -137,7 +137,7 @@ def new_unet(
     head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution_of(height, width),
-        in_channels=METHODS[args.method].input_factor * channels,
+        in_channels=METHODS[args.method].input_factor(args) * channels,
         out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -150,7 +150,7 @@ def new_unet(
     )
 
 
-def native_shape(unet: Any, method: str, vae: Any = None) -> tuple[Resolution | None, int | None]:
+def native_shape(unet: Any, args: TrainingArguments, vae: Any = None) -> tuple[Resolution | None, int | None]:
     """Resolution and channels of the images that a network, or an autoencoder, is for; None where nothing says so.
 
     Raises:
@@ -159,7 +159,7 @@ def native_shape(unet: Any, method: str, vae: Any = None) -> tuple[Resolution | 
     size = None
     if unet is not None:
         entering, answering = channels_of(unet)
-        times, size = METHODS[method].input_factor, size_of(unet)
+        times, size = METHODS[args.method].input_factor(args), size_of(unet)
         known = (1, 3) if vae is None else (latent_channels(vae),)
         channels = entering // times
         # One that also answers a variance has twice as many.
@@ -167,7 +167,7 @@ def native_shape(unet: Any, method: str, vae: Any = None) -> tuple[Resolution | 
             needed = " or ".join(f"{times * c} channels to {c}" for c in known)
             unknown = "" if channels in known or vae else ": for latents, give their autoencoder with --vae"
             raise ValueError(
-                f"--method {method} needs a network from {needed}, this one goes from {entering} to {answering}"
+                f"--method {args.method} needs a network from {needed}, this one goes from {entering} to {answering}"
                 + unknown
             )
     if vae is None:
@@ -258,9 +258,17 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         ValueError: if options say other levels.
     """
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
-    ours = ("sigma_min", "sigma_max", "num_train_timesteps", "prediction_type", "objective", "scale_input")
+    ours = (
+        "sigma_min",
+        "sigma_max",
+        "sigma_data",
+        "num_train_timesteps",
+        "prediction_type",
+        "objective",
+        "scale_input",
+    )
     method = METHODS[args.method]
-    if args.model_name_or_path is None or not args.keep_noise_levels or "sigma_min" not in method.option_names:
+    if args.model_name_or_path is None or not args.keep_noise_levels or "prediction_type" not in method.option_names:
         return args, answers
     try:
         config = GMLangevinScheduler.load_config(
@@ -269,8 +277,8 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         source = GMLangevinScheduler.from_config(config)
     except (OSError, ValueError):  # a network alone, or a scheduler that says nothing of noise levels
         return args, answers
-    space, kind = source.noise_space, source.config["prediction_type"]
-    if space is None or space.kind not in ("vp", "ve") or kind == "score":
+    space, kind = source.noise_space, source.reading.prediction_type
+    if space is None or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score")):
         return args, answers
     given = [f"--{f.name}" for f in changed_options(args) if f.name in ours]
     if given:
@@ -282,6 +290,9 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
     changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
     changes |= {"objective": "score"} if kind == "scaled_score" else {"prediction_type": kind}
+    changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
+    # How often each level is seen is chosen anew for what the network answers.
+    changes |= dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
     if args.method != "gm-sgm" and kind == "scaled_score":  # of Gaussian noise, the two are the same
         changes["objective"] = "denoiser"
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}

@@ -1,6 +1,7 @@
 """What a training learns from must be the same when it is resumed: the images, and how many make a step."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -11,10 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..data import Examination, Labels
+from ..data import Examination, ImageSource, Labels, open_source, open_stream
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
 from .plan import Plan
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 
@@ -80,6 +83,23 @@ class TrainingData:
             )
 
 
+def open_training_data(args: TrainingArguments) -> ImageSource:
+    """The images that the options name; of a stream the first ones, for what needs some.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    named = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.image_column
+    if args.streaming:
+        source = open_stream(*named, args.background)
+        logger.warning(
+            f"--streaming: the first {source.num_images} images say what the data are like, --sigma_max auto and what "
+            "is black and white included"
+        )
+        return source
+    return open_source(*named, args.cache_dir, args.background)
+
+
 def training_data(
     args: TrainingArguments,
     plan: Plan,
@@ -93,7 +113,9 @@ def training_data(
         num_images=num_images,
         images_per_step=images_per_step,
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
-        largest_distance=plan.sigma_max if args.sigma_max == "auto" else None,
+        largest_distance=plan.sigma_max
+        if args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
+        else None,
         classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
     )
 
