@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, dequantized, resolution_of, sides
-from ..networks import answers_variance, asked, channels_of, size_of, without_variance
+from ..networks import answers_variance, asked, channels_of, num_class_embeds, size_of, without_variance
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
@@ -217,7 +217,8 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
     try:
         with torch.no_grad():
             sample = torch.zeros(2, entering, *size, device=unet.device)
-            answer = asked(unet)(sample, torch.tensor([0.0, 1.5])).sample
+            classes = None if num_class_embeds(unet) is None else torch.zeros(2, dtype=torch.int64, device=unet.device)
+            answer = told(asked(unet), classes)(sample, torch.tensor([0.0, 1.5])).sample
     except Exception as error:  # whatever it misses
         raise ValueError(f"a {name} of this config does not run on a noisy image and a timestep: {error}") from error
     finally:
