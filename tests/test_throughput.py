@@ -28,7 +28,7 @@ def test_the_command_prints_the_ratio(tmp_path, capsys):
 
 @pytest.mark.slow  # four processes
 def test_the_cache_of_latents_beside_the_autoencoder_alone(capsys):
-    latent_caching.main("--resolution 16 --batch_size 4 --batches 20 --repeats 1".split())
+    latent_caching.main(["--resolution", "16", "--batch_size", "4", "--batches", "20", "--repeats", "1"])
     printed = capsys.readouterr().out
     ours, theirs = (float(value) for value in re.findall(r"\| the (?:cache|autoencoder alone) \| (\S+)", printed))
     ratio = float(re.search(r"rate of the cache over that of the autoencoder alone: (\S+)", printed).group(1))
