@@ -278,7 +278,7 @@ def test_velocities_are_added_to_ordinary_networks_alone():
     network = tiny_network(2, 1)
     assert with_velocities(network) is network
     assert network.conv_in.in_channels == 2
-    assert native_shape(with_velocities(tiny_network()), "cld") == (8, 1)
+    assert native_shape(with_velocities(tiny_network()), TrainingArguments(method="cld")) == (8, 1)
 
 
 def test_weights_of_a_variant(tmp_path):

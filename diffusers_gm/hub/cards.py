@@ -41,6 +41,7 @@ class TrainingResult:
         hardware: in words.
         command: the command line.
         versions: of the packages.
+        class_names: of a conditional network.
     """
 
     num_images: int
@@ -53,6 +54,7 @@ class TrainingResult:
     hardware: str
     command: str
     versions: dict[str, str]
+    class_names: list[str] | None = None
 
     @property
     def final_entries(self) -> list[dict[str, Any]]:
@@ -86,6 +88,7 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     body = Template(_template("model_card")).substitute(
         title=name.split("/")[-1],
+        **_classes(result.class_names),
         size="x".join(map(str, sides(options["resolution"]))),
         method_name=method.title,
         version=result.versions["diffusers_gm"],
@@ -115,6 +118,27 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         citation=method.citation,
     )
     return model_card([method.name], [options["dataset_name"]] if from_hub else None, body)
+
+
+# Names of classes on a card.
+MOST_NAMES = 100
+
+
+def _classes(names: list[str] | None) -> dict[str, str]:
+    """What the template says of classes to choose from."""
+    if names is None:
+        return {"kind": "Unconditional", "asked": "batch_size=4", "classes": "", "choice": "no prompt and no class"}
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    known = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + more
+    return {
+        "kind": "Class-conditional",
+        "asked": f"class_labels={names[:1] * 4}",
+        "classes": (
+            f"`class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 makes "
+            "images more of their class.\n\n"
+        ),
+        "choice": "no prompt, and no other class",
+    }
 
 
 def _template(name: str) -> str:

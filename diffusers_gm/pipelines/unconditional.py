@@ -12,7 +12,7 @@ from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
-from ..networks import asked, channels_of, null_class, size_of
+from ..networks import asked, channels_of, null_class, num_class_embeds, size_of
 from ..random import Generators, check_generators, rand, randn
 from ..readings import VelocityReading
 from . import encoding
@@ -95,12 +95,11 @@ class UnconditionalPipeline(HubPipeline):
     def num_classes(self) -> int | None:
         """Classes to choose from; None for a network without."""
         embeds = self._num_class_embeds
-        return embeds if embeds is None or self._null_class is None else embeds - 1
+        return embeds if embeds is None or self.null_class is None else embeds - 1
 
     @property
     def _num_class_embeds(self) -> int | None:
-        null = null_class(self.unet)
-        return self.unet.config.get("num_class_embeds") if null is None else null + 1
+        return num_class_embeds(self.unet)
 
     @property
     def _may_go_without_labels(self) -> bool:
@@ -109,10 +108,16 @@ class UnconditionalPipeline(HubPipeline):
         return null_class(self.unet) is not None and named == (None, None)
 
     @property
-    def _null_class(self) -> int | None:
-        """The class that stands for none: the last one, unless all have names."""
+    def null_class(self) -> int | None:
+        """The class that stands for none: the last one, unless all have names; None where there is none."""
         embeds, names = self._num_class_embeds, self.class_names
         return None if embeds is None or (names is not None and len(names) == embeds) else embeds - 1
+
+    def labels_in_turn(self, num_images: int) -> list[int] | None:
+        """All classes one after the other, as many of each as there is room for; None for a network without."""
+        if self.num_classes is None or self._may_go_without_labels:
+            return None
+        return [i * self.num_classes // num_images for i in range(num_images)]
 
     def draw_labels(self, generators: Sequence[torch.Generator]) -> list[int] | None:
         """A class for each generator, in the proportions of the training data; None for a network without."""
@@ -268,8 +273,7 @@ class UnconditionalPipeline(HubPipeline):
                 if hasattr(scheduler, "set_begin_index"):
                     scheduler.set_begin_index(first)
                 noise = unit_noise(scheduler, shape, generator, device)
-                sample = picture.start(scheduler, timesteps[0], noise, finished)
-                sample = picture.keep(scheduler, sample, timesteps[0], noise)
+                sample = picture.start(scheduler, timesteps[0], noise(), finished)
             elif latents is not None:
                 sample = latents.to(device, torch.float32)
             else:
@@ -279,7 +283,7 @@ class UnconditionalPipeline(HubPipeline):
                 output = guidance.output(self._network, scaled(sample, t), t)
                 sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
                 if picture is not None and i + 1 < len(timesteps):
-                    sample = picture.keep(scheduler, sample, timesteps[i + 1], noise)
+                    sample = picture.keep(scheduler, sample, timesteps[i + 1], noise())
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, next(steps), t, {"latents": sample})
                     sample = changed.pop("latents", sample)
@@ -375,7 +379,7 @@ class UnconditionalPipeline(HubPipeline):
         interval: tuple[float, float] | None,
     ) -> Guidance:
         """What the arguments ask of the network; a ValueError for what it does not have."""
-        embeds, null = self._num_class_embeds, self._null_class
+        embeds, null = self._num_class_embeds, self.null_class
         if self.unet.config.get("class_embed_type") is not None:
             raise ValueError(
                 f"the network's class_embed_type {self.unet.config['class_embed_type']!r} takes no indices of classes: "

@@ -101,7 +101,8 @@ def draw_pictures(folder: Path, seed: int) -> None:
     _, held_out = split_digits()
     pipeline = load_pipeline(str(folder), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
-    images = pipeline(GRID * GRID, generator=generator, output_type="pt").images * 2 - 1
+    labels = pipeline.labels_in_turn(GRID * GRID)
+    images = pipeline(GRID * GRID, generator=generator, output_type="pt", class_labels=labels).images * 2 - 1
     scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
     title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
     plot_samples(images, held_out[: GRID * GRID], title, folder / "digits.png", GRID)

@@ -17,7 +17,7 @@ from .methods.method import Noise
 from .options import TrainingArguments, changed_options, names_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(Noise):
     """Options that depend on the data, resolved. Fields have the names of the options."""
 
