@@ -54,7 +54,7 @@ from diffusers_gm.training.folder import (
     save_checkpoint,
     start_output_dir,
 )
-from diffusers_gm.training.health import Health
+from diffusers_gm.training.health import DivergedError, Health
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
     averaged_weights,
@@ -83,8 +83,11 @@ def main() -> None:
         next(training, None)
     except (ValueError, ImportError) as error:  # what the options ask for and cannot have
         parser.error(str(error))
-    for _ in training:
-        pass
+    try:
+        for _ in training:
+            pass
+    except DivergedError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
 
 
 def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom

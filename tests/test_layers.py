@@ -11,7 +11,7 @@ PACKAGE = Path(diffusers_gm.__file__).parent
 
 # From the ground up; a room is a folder or a file of the package. Each may import those before it.
 ORDER = [
-    *("version", "random", "extra", "files", "launch", "data", "processes"),
+    *("version", "random", "extra", "cli", "files", "launch", "data", "processes"),
     *("readings", "losses", "likelihood", "samplers", "schedulers", "calibration", "pipelines"),
     "__init__",  # what `import diffusers_gm` shows
     "evaluation",

@@ -120,7 +120,10 @@ def test_options_of_diffusers_are_understood(words, capsys):
         ("--learnig_rate 1", "unknown option --learnig_rate: is it --learning_rate?"),
         ("--learnig_rate=1", "unknown option --learnig_rate: is it --learning_rate?"),
         ("photos", "unknown option photos, see --help"),
-        ("--learn 1", "unknown option --learn"),
+        ("--learn 1", "unknown option --learn: is it --learning_rate?"),
+        ("--batch_size 4", "unknown option --batch_size: is it --train_batch_size or --eval_batch_size?"),
+        ("--image_size 32", "unknown option --image_size, see --help"),  # nearest in letters: --step_size
+        ("--n_steps 9", "unknown option --n_steps, see --help"),  # --logging_steps
         ("--method ddpm", "argument --method: invalid choice: 'ddpm'"),
         ("--seed one", "argument --seed: invalid int value: 'one'"),
         ("--seed -1", "--seed must be at least 0, got -1"),

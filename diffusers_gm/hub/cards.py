@@ -5,7 +5,6 @@
 copies the card of a trained pipeline, with its pictures, to where cards are kept without their weights.
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..cli import Parser
 from ..evaluation.table import Table
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
@@ -179,10 +179,7 @@ def _cell(value: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.hub.cards",
-        description="Copy a card to where cards are kept without their weights.",
-    )
+    parser = Parser("diffusers_gm.hub.cards", "Copy a card to where cards are kept without their weights.")
     parser.add_argument("folder", type=Path, help="where the pipeline is, --output_dir of its training")
     parser.add_argument("card", type=Path, help="the card to write, NAME.md; its pictures go beside it")
     args = parser.parse_args(arguments)

@@ -6,7 +6,6 @@ so that what happens once does not count. The runs take turns; the medians and t
 and versions.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -22,11 +21,11 @@ import diffusers
 import torch
 from PIL import Image
 
+from ..cli import Parser, at_least
 from ..data import examine, open_folder, split_digits
 from ..evaluation.table import Table
 from ..training.network import new_unet
 from ..training.options import TrainingArguments
-from .command import at_least
 
 TRAINING_SCRIPT = Path(__file__).parents[2] / "train_gm_sgm.py"
 # What happens once is over after this many steps.
@@ -73,9 +72,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.studies.throughput", description=(__doc__ or "").split("\n", maxsplit=1)[0]
-    )
+    parser = Parser(f"{__package__}.throughput", (__doc__ or "").split("\n", maxsplit=1)[0])
     add = parser.add_argument
     add("--train_data_dir", type=Path, help="a folder of images; default: the digits, as PNGs in a temporary folder")
     add("--resolution", type=int, help="side of the images; default that of the data, which for the digits is 8")

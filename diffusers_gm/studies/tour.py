@@ -7,7 +7,6 @@ Every cell starts from the same noise. The last row is calibrated on the network
 network (those of diffusers one of mixture noise, say) are left out, and said to be.
 """
 
-import argparse
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler, calibrate
+from ..cli import Parser, at_least
 from ..evaluation.sampling import load_pipeline
-from .command import at_least, program
 from .pictures import save_picture
 
 CALLS = (5, 10, 20, 50)
@@ -92,9 +91,7 @@ def sampled(pipe: Any, num_calls: int, seed: int) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=program("tour"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{__package__}.tour", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="a trained pipeline, best one of Gaussian noise, which all samplers read")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
