@@ -83,11 +83,14 @@ def main() -> None:
         next(training, None)
     except (ValueError, ImportError) as error:  # what the options ask for and cannot have
         parser.error(str(error))
+    diverged = ""
     try:
         for _ in training:
             pass
     except DivergedError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        diverged = str(error)
+    if diverged:  # said when the training and its progress bar are gone
+        parser.exit(1, f"{parser.prog}: error: {diverged}\n")
 
 
 def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom

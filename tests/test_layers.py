@@ -16,7 +16,7 @@ ORDER = [
     "__init__",  # what `import diffusers_gm` shows
     "evaluation",
     "calibrate",  # the command; the function of that name is in `calibration`
-    *("training", "hub", "studies"),
+    *("training", "hub", "studies", "docs"),
 ]
 LONGEST_CHAIN = 7
 

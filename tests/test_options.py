@@ -160,8 +160,10 @@ def test_help_has_groups_and_says_everything_once(capsys):
     flat = " ".join(printed.split())
     assert "--method {gm-sgm,ncsnv2,cld} Gaussian-mixture noise" in flat
     assert "--mass X (cld) Mass M; the damping is critical, Gamma = 2 sqrt(M). [0.25]" in flat
-    assert "--use_ema, --no_use_ema Average the weights" in flat
-    assert "--no_random_flip" not in flat
+    assert "--use_ema {true,false} Average the weights" in flat
+    assert "--random_flip Flip" in flat
+    assert "--no_" not in flat
+    assert max(map(len, printed.splitlines())) <= 120
     assert "--num_epochs" not in flat
     for f in fields(TrainingArguments):
         assert f.metadata["help"].endswith(".")
@@ -323,7 +325,8 @@ def test_what_a_command_line_says_is_what_it_was(tmp_path):
     args = parse(
         "--method cld --no_use_ema --block_out_channels 8 16 --random_flip --num_epochs 3 --cld_loss dsm --seed 5"
     )
-    assert parse(command_line(args, 1).partition("train_gm_sgm.py")[2]) == args
+    assert parse(command_line(args, 1).partition("diffusers-gm-train")[2]) == args
+    assert command_line(args, 2).startswith("accelerate launch --num_processes 2 -m train_gm_sgm --")
 
 
 def test_data_are_measured_for_ladders_only(monkeypatch):

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 
 from ..cli import Parser
 from ..evaluation.table import Table
+from ..files import write_text
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
 
@@ -76,18 +77,21 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     entries = result.final_entries
     method = METHODS[options["method"]]
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
-    body = Template(_template("model_card")).substitute(
-        title=name.split("/")[-1],
+    return model_card(
+        [method.name],
+        [options["dataset_name"]] if from_hub else None,
+        files(__package__).joinpath("templates/model_card.md"),
+        title=f"{method.name.upper()}: {_data(options)}, {options['resolution']}x{options['resolution']}",
+        calibrated=bool(options["calibrate"]),
         resolution=options["resolution"],
         method_name=method.title,
-        version=result.versions["diffusers_gm"],
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
         method=Template(method.card).substitute(said),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
-        data=_data(options, result.num_images),
+        data=f"{_data(options)}, {result.num_images} images",
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
         final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
         curve=_curve(result.log),
@@ -106,16 +110,11 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         versions=", ".join(f"{name} {version}" for name, version in result.versions.items()),
         citation=method.citation,
     )
-    return model_card([method.name], [options["dataset_name"]] if from_hub else None, body)
-
-
-def _template(name: str) -> str:
-    return files(__package__).joinpath(f"templates/{name}.md").read_text(encoding="utf-8")
 
 
 def keep_card(folder: Path, path: Path) -> None:
-    """Copy the card of the pipeline in `folder`, with its pictures, to `path`, `NAME.md`: there it is called NAME, and
-    says that the model has to be trained first.
+    """Copy the card of the pipeline in `folder`, with its pictures, to `path`, `NAME.md`: there it says that the model
+    has to be trained first.
 
     Raises:
         ValueError: if there is no card in `folder`, or `path` is not that of a Markdown file.
@@ -126,8 +125,6 @@ def keep_card(folder: Path, path: Path) -> None:
         raise ValueError(f"there is no card in {folder}: it has no README.md")
     card = ModelCard.load(folder / "README.md")
     name, text = path.stem, card.text
-    heading = next(line for line in text.splitlines() if line.startswith("# "))
-    text = text.replace(heading, f"# {name}", 1)
     text = text.replace(HERE, f'from_pretrained("{folder.as_posix()}")')
     text = text.replace(HERE_NOTE, "Train it first, with the command below. ")
     for picture in ("samples.png", "results.png"):
@@ -137,7 +134,7 @@ def keep_card(folder: Path, path: Path) -> None:
     if card.data.eval_results:
         card.data.model_name = name
     card.text = text
-    card.save(path)
+    write_text(path, str(card))
 
 
 def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
@@ -155,14 +152,10 @@ def _options(options: dict[str, Any]) -> str:
     return Table("", ["option", "value"], rows).markdown()
 
 
-def _data(options: dict[str, Any], num_images: int) -> str:
+def _data(options: dict[str, Any]) -> str:
     if options["train_data_dir"] is not None:
-        name = f"a local folder, `{Path(options['train_data_dir']).resolve().name}`"
-    elif options["dataset_name"] == "digits":
-        name = "the handwritten digits of scikit-learn, its training part (80%)"
-    else:
-        name = f"`{options['dataset_name']}`"
-    return f"{name}, {num_images} images"
+        return f"the folder `{Path(options['train_data_dir']).resolve().name}`"
+    return "handwritten digits" if options["dataset_name"] == "digits" else f"`{options['dataset_name']}`"
 
 
 def _duration(seconds: float) -> str:
