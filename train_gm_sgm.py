@@ -25,28 +25,32 @@ kept in a YAML file, and some come with the package: `--config cifar10-cpu --met
 `python train_gm_sgm.py --help`.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from torch.utils.data import DataLoader
+from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
-from diffusers_gm.launch import check_processes
+from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
+from diffusers_gm.pictures import image_grid
+from diffusers_gm.training.batches import Batches
+from diffusers_gm.training.classes import classes_of
+from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
+    as_recorded,
     check_output_dir,
     find_checkpoint,
     read_checkpoint,
@@ -55,92 +59,103 @@ from diffusers_gm.training.folder import (
     start_output_dir,
 )
 from diffusers_gm.training.health import DivergedError, Health
+from diffusers_gm.training.latents import given_vae, latents_of
+from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
+    Objective,
     averaged_weights,
     build_ema,
     build_lr_scheduler,
-    build_objective,
     build_optimizer,
     build_scheduler,
     check_precision,
     fit_unet,
     given_unet,
+    levels_of_network,
     native_shape,
     new_unet,
 )
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
-from diffusers_gm.training.samples import hardware, image_grid, log_grid, sample_images
-from diffusers_gm.training.training_data import distance_measured_once, training_data
+from diffusers_gm.training.rehearsal import rehearse, save_batch
+from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
+from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
+from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
 
 
 def main() -> None:
     parser = OptionParser(__doc__.split("\n")[0])
-    training = train(parser.parse(sys.argv[1:]))
+    signals = Signals()
+    training = train(parser.parse(sys.argv[1:]), signals)
     try:
         next(training, None)
     except (ValueError, ImportError) as error:  # what the options ask for and cannot have
         parser.error(str(error))
     diverged = ""
     try:
-        for _ in training:
-            pass
+        with signals:
+            for _ in training:
+                pass
     except DivergedError as error:
         diverged = str(error)
     if diverged:  # said when the training and its progress bar are gone
         parser.exit(1, f"{parser.prog}: error: {diverged}\n")
 
 
-def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
+def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
     """The training, in two parts: before it stops for the first time it raises a ValueError for options that do not
-    fit each other, the data or what is on disk. Nothing is written before it goes on."""
+    fit each other, the data or what is on disk. Nothing is written before it goes on, but for latents."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
+    args = as_recorded(args, checkpoint)
     check_output_dir(args, checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(output_dir / args.logging_dir)),
+        kwargs_handlers=[PATIENCE],
     )
     check_processes(accelerator)
+    check_parallelism(accelerator)
     check_precision(accelerator)
     device, num_processes = accelerator.device, accelerator.num_processes
 
     # --- The data, and what the options come to for them ---
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.manual_seed(args.seed)
-    unet = given_unet(args)
+    unet, vae, given = given_unet(args), given_vae(args), args
+    args, of_network = levels_of_network(args, unet)
     with accelerator.main_process_first():
-        source = open_source(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_data_dir,
-            args.image_column,
-            args.cache_dir,
-            args.background,
-        )
+        source = open_training_data(args)
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
-    side, channels = native_shape(unet, args.method)
+    classes = classes_of(args, source, unet)
+    num_images = args.num_train_samples or source.num_images
+    side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
+    latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
+    if latents:
+        examination = latents.examination
     largest_distance = distance_measured_once(accelerator, checkpoint)
-    plan = make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)
+    plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
-            f"--train_batch_size {args.train_batch_size} is more than the {source.num_images} training images have for "
+            f"--train_batch_size {args.train_batch_size} is more than the {num_images} training images have for "
             f"{num_processes} process(es): it is {plan.train_batch_size}"
         )
     record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, source.num_images, images_per_step)
+    data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
-    scheduler = build_scheduler(args, plan)
-    objective = build_objective(args, plan, scheduler)
+    unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
+    unet = fit_unet(unet, args, examination.size)
+    scheduler = build_scheduler(args, plan, of_network)
+    objective = Objective(args, plan, scheduler, unet, classes.null)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -148,102 +163,125 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     num_parameters = unet.num_parameters()
     model, optimizer = accelerator.prepare(unet, optimizer)
-    unet = accelerator.unwrap_model(model)
+    unet = accelerator.unwrap_model(model, keep_torch_compile=False)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         if ema:
             ema.to(device)
 
+    size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
+    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
+    learned += classes.in_words
     accelerator.print(
-        f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
-        f"{plan.resolution}x{plan.resolution}\n"
+        f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
         f"learning rate: {plan.learning_rate:g}, {args.lr_scheduler}, {plan.lr_warmup_steps} steps warm-up\n"
-        f"samples: {plan.validation_inference_steps} network calls, {scheduler.config['algorithm_type']}\n"
+        f"samples: {plan.validation_inference_steps} network calls, {type(scheduler).__name__}\n"
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 
-    dataset = TrainingImages(
+    dataset: Any = TrainingImages(
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
+    dataset = latents.dataset if latents else dataset
     stream = ImageStream(
-        source.num_images,
+        num_images,
         plan.train_batch_size,
         args.seed,
         state.images_seen,
         num_processes,
         accelerator.process_index,
     )
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=stream,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-        )
-    )
+    batches = Batches(args, classes.of(dataset, args.seed), stream, accelerator, state.places)
 
-    def loss_of_next_batch() -> torch.Tensor:
-        images = next(batches).to(device, non_blocking=True)
-        # All random numbers of a step follow from the images seen before it, also after an interruption.
-        position = state.images_seen + accelerator.process_index * plan.train_batch_size
-        torch.manual_seed(seed_for(args.seed, STEP, position))
-        state.images_seen += plan.train_batch_size * num_processes
-        return objective(model, images).mean()
+    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
+    health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
+    level_losses = LevelLosses(objective, accelerator)
+    step_draws = StepDraws(args.seed, images_per_step, device)
+
+    def take_step() -> None:
+        start = state.images_seen
+        for first in range(accelerator.process_index * plan.train_batch_size, images_per_step, stream.stride):
+            images, labels = classes.on(device, next(batches))
+            # All random numbers of a step follow from the images seen before it, also after an interruption; noise
+            # from an image's own place among these, however a step is split.
+            torch.manual_seed(seed_for(args.seed, STEP, start + first))
+            draws = step_draws.of_batch(start, first, len(images))
+            with accelerator.accumulate(model):
+                losses = objective(model, images, draws, labels)
+                accelerator.backward(losses.mean())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    health.note_gradient(state.step + 1, norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            level_losses.note(losses, draws.levels)
+        lr_scheduler.step()
+        if ema:
+            ema.step(unet.parameters())
+        state.images_seen += images_per_step
+        state.step += 1
 
     if args.dry_run:
-        loss = loss_of_next_batch()
-        accelerator.backward(loss)
-        accelerator.print(f"one forward and backward pass: loss {float(loss.detach()):.4f}. Nothing was written.")
+        if args.first_batch and accelerator.is_main_process:
+            first, _ = classes.on(device, batches.first())
+            save_batch(latents.space.decode(first) if latents else first, Path(args.first_batch))
+        model.train()
+        accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
+        written = f" but {args.first_batch}" if args.first_batch else ""
+        accelerator.print(f"loss: {level_losses.means()[0]:.4f}. Nothing was written{written}.")
         return
 
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler)
+    components = latents.components if latents else {}
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components, **classes.for_pipeline())
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
     if args.report_to != "none":
-        accelerator.init_trackers("diffusers_gm", {name: str(value) for name, value in record.items()})
+        start_tracker(accelerator, record)
 
     def sample_grid():
+        num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline,
-                args.num_validation_images,
+                num_images,
                 args.eval_batch_size,
                 plan.validation_inference_steps,
                 args.seed,
             )
-        return image_grid(images)
-
-    def time_is_up() -> bool:
-        """Decided by the main process for all: one that ended alone would leave the others waiting for it."""
-        decision = [time.monotonic() >= deadline]
-        broadcast_object_list(decision)
-        return decision[0]
+        return image_grid(images, columns)
 
     def write_pipeline(finished: bool = False):
-        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted."""
-        if finished and args.calibrate:
+        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
+
+        All processes call it, and draw samples; the main one writes."""
+        effort = args.calibrate
+        if finished and effort:
+            images = examination.images if effort == "full" else None
             with averaged_weights(unet, ema):
-                images = examination.images if args.calibrate == "full" else None
-                pipeline.scheduler = calibrate(pipeline, effort=args.calibrate, images=images)
+                pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=images))
+        grid = sample_grid()
+        if not accelerator.is_main_process:
+            return
         result = cards.TrainingResult(
-            num_images=source.num_images,
+            num_images=num_images,
             num_parameters=num_parameters,
+            class_names=classes.names,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,
             log=read_log(output_dir),
+            levels=level_losses.names(),
             hardware=hardware(accelerator),
-            command=command_line(args, num_processes),
+            command=command_line(given, num_processes),
             versions=versions(),
         )
-        grid = sample_grid()
         log_grid(accelerator, grid, state.step)
         temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)
         with averaged_weights(unet, ema):
@@ -272,40 +310,22 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         unit="step",
     )
     started = time.monotonic() - state.seconds
-    deadline = time.monotonic() + 60 * (args.max_train_minutes or math.inf)
-    out_of_time = False
-    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
-    health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
-    losses = torch.zeros((), device=device)
+    stopping, why = Stopping(signals, args.max_train_minutes), NOTHING
     logged_step, logged_time = state.step, time.monotonic()
-    while state.step < plan.max_train_steps and not out_of_time:
-        for _ in range(args.gradient_accumulation_steps):
-            with accelerator.accumulate(model):
-                loss = loss_of_next_batch()
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    health.note_gradient(state.step + 1, norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses += loss.detach() / args.gradient_accumulation_steps
+    while state.step < plan.max_train_steps and not why:
         learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        if ema:
-            ema.step(unet.parameters())
-        state.step += 1
+        take_step()
         progress.update()
         last = state.step == plan.max_train_steps
-        out_of_time = args.max_train_minutes is not None and not last and time_is_up()
-        save = out_of_time or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
+        why = stopping.reason(last)
+        save = why != NOTHING or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
 
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
         if last or save or state.step % args.logging_steps == 0:
             steps = state.step - logged_step
-            mean_loss = float(accelerator.reduce(losses, "mean")) / steps
+            mean_loss, by_level = level_losses.means()
             health.check_loss(state.step, mean_loss)
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
-            losses.zero_()
             logged_step, logged_time = state.step, time.monotonic()
             if accelerator.is_main_process:
                 entry = {
@@ -313,8 +333,10 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
                     "lr": learning_rate,
                     "images_per_second": round(images_per_second, 1),
                 }
-                append_log(output_dir, {"step": state.step, **entry})
-                accelerator.log(entry, step=state.step)
+                append_log(output_dir, {"step": state.step, **entry, "loss_by_level": by_level})
+                named = zip(level_losses.names(), by_level, strict=True)
+                levels = {f"loss_by_level/{name}": loss for name, loss in named if loss is not None}
+                accelerator.log(entry | levels, step=state.step)
                 progress.set_postfix(
                     loss=f"{mean_loss:.4f}", images_per_second=f"{images_per_second:.0f}", refresh=False
                 )
@@ -324,32 +346,36 @@ def train(args: TrainingArguments) -> Iterator[None]:  # noqa: PLR0912, PLR0915 
         if last or save:
             health.check_network(state.step)
         if save:
+            state.places = gather_object([batches.places()]) if args.streaming else None
             save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
+            if why == SIGNAL:  # there may be no time for anything else
+                break
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
+                write_pipeline()
                 if accelerator.is_main_process:
-                    write_pipeline()
                     print(upload() or "the training goes on")
                 accelerator.wait_for_everyone()
         if args.validation_steps and state.step % args.validation_steps == 0 and not last:
+            grid = sample_grid()
             if accelerator.is_main_process:
-                grid = sample_grid()
                 with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
                     grid.save(path)
                 log_grid(accelerator, grid, state.step)
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused
     progress.close()
-    if out_of_time:
+    if why:
         accelerator.end_training()
         option = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
         accelerator.print(
-            f"--max_train_minutes {args.max_train_minutes:g} are over after {state.step} of {plan.max_train_steps} "
-            f"steps: run the same command again{option} to go on"
+            f"{stopping.in_words(why)} after {state.step} of {plan.max_train_steps} steps: run the same command again"
+            f"{option} to go on"
         )
+        if why == SIGNAL and accelerator.is_main_process:  # one that fails is enough: launchers end the others then
+            sys.exit(INTERRUPTED)
         return
 
-    if accelerator.is_main_process:
-        write_pipeline(finished=True)
+    write_pipeline(finished=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")

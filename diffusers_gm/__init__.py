@@ -12,6 +12,7 @@ from .calibration import calibrate as calibrate
 from .pipelines import CLDPipeline as CLDPipeline
 from .pipelines import GMSGMPipeline as GMSGMPipeline
 from .pipelines import NCSNv2Pipeline as NCSNv2Pipeline
+from .pipelines import UnconditionalPipeline as UnconditionalPipeline
 from .processes.mixture import GaussianMixtureNoise as GaussianMixtureNoise
 from .schedulers import AnnealedLangevinScheduler as AnnealedLangevinScheduler
 from .schedulers import CalibratedMultistepScheduler as CalibratedMultistepScheduler

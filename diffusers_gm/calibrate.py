@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
+from .calibration.picture import plot
 from .cli import Parser
 from .evaluation.sampling import load_pipeline
 from .files import write_json, write_text
@@ -43,37 +44,6 @@ def keep(calibration: Calibration, folder: Path) -> list[Path]:
     content["scheduler"] = ["diffusers_gm", type(calibration.scheduler).__name__]
     write_json(index, content)
     return [config, index]
-
-
-def plot(calibration: Calibration, path: Path) -> None:
-    """The levels of each budget, and its errors before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    budgets = list(calibration.levels)
-    for row, n in enumerate(budgets):
-        left.plot(calibration.levels[n], [row] * n, marker="|", markersize=12, linewidth=0.5, color=f"C{row}")
-    left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels")
-    left.invert_xaxis()
-    left.set_yticks(range(len(budgets)), [str(n) for n in budgets])
-    if calibration.errors:
-        for at, (name, marker) in enumerate((("fixed grid", "o"), ("calibrated", "^"))):
-            values = [calibration.errors[n][at] ** 0.5 for n in budgets]
-            right.plot(budgets, values, marker=marker, label=name, color=f"C{at}")
-        right.set(
-            xscale="log", yscale="log", xlabel="network calls", ylabel="root mean square, pixels in [-1, 1]",
-            title="distance to very many calls on the same path",
-        )  # fmt: skip
-        right.set_xticks(budgets, [str(n) for n in budgets])
-        right.minorticks_off()
-        right.legend()
-    else:
-        right.set_axis_off()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,12 +2,18 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from torch import Tensor
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
+from torch import Tensor, distributed
 from tqdm.auto import tqdm
+
+# How long a process waits for the others, as in diffusers' scripts: one may be sampling, or uploading a model.
+PATIENCE = InitProcessGroupKwargs(timeout=timedelta(seconds=7200))
 
 
 def process_state() -> PartialState:
@@ -29,6 +35,21 @@ def check_processes(state: Any) -> None:
         )
 
 
+def check_parallelism(state: Any) -> None:
+    """Raise a ValueError for a launch that would spread the network over processes: here each holds all of it.
+
+    Args:
+        state: an `Accelerator`.
+    """
+    kind = state.distributed_type.value
+    asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    if asked or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise ValueError(
+            f"accelerate is set up for {asked[0] if asked else kind}, which spreads a network over processes, and here "
+            "every process holds all of it: launch with --multi_gpu, or choose that in `accelerate config`"
+        )
+
+
 def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int, description: str) -> list:
     """`[work(batch), ...]` for the batches of `items`, in order, each done by one process and given to all.
 
@@ -45,3 +66,17 @@ def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int
 def from_main(make: Callable[[], Any]) -> Any:
     """What `make` returns on the main process, which alone calls it, given to all."""
     return broadcast_object_list([make() if process_state().is_main_process else None])[0]
+
+
+def largest(value: int) -> int:
+    """The largest of the values that the processes give, for all of them. Does not wait for a GPU."""
+    if process_state().num_processes == 1:
+        return value
+    values = torch.tensor([value])
+    distributed.all_reduce(values, distributed.ReduceOp.MAX, group=_cpu_group())
+    return int(values)
+
+
+@cache
+def _cpu_group() -> Any:
+    return distributed.new_group(backend="gloo", timeout=PATIENCE.timeout)

@@ -14,7 +14,7 @@ from test_training import ROOT, TINY, arguments, no_accelerator_left_behind, pla
 
 from diffusers_gm import data
 from diffusers_gm.training.methods import METHODS, options_of_others
-from diffusers_gm.training.network import build_objective, build_scheduler
+from diffusers_gm.training.network import Objective, build_scheduler
 from diffusers_gm.training.options import TrainingArguments, free_on_resume
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record
@@ -72,7 +72,6 @@ OF_DIFFUSERS = """
 REMEDIES = {
     "--save_images_epochs": "--validation_steps",
     "--save_model_epochs": "--checkpointing_steps",
-    "--ddpm_beta_schedule": "--sigma_min, --sigma_max and --num_train_timesteps",
     "--local_rank": "leave it out: `accelerate launch`",
     "--enable_xformers_memory_efficient_attention": "leave it out: PyTorch",
 }
@@ -124,13 +123,13 @@ def test_options_of_diffusers_are_understood(words, capsys):
         ("--batch_size 4", "unknown option --batch_size: is it --train_batch_size or --eval_batch_size?"),
         ("--image_size 32", "unknown option --image_size, see --help"),  # nearest in letters: --step_size
         ("--n_steps 9", "unknown option --n_steps, see --help"),  # --logging_steps
-        ("--method ddpm", "argument --method: invalid choice: 'ddpm'"),
+        ("--method vdm", "argument --method: invalid choice: 'vdm'"),
         ("--seed one", "argument --seed: invalid int value: 'one'"),
         ("--seed -1", "--seed must be at least 0, got -1"),
         ("--use_ema maybe", "'maybe' is neither 'true' nor 'false'"),
         ("--no_use_ema true", "neither"),
         ("--mass 1", "['--mass'] mean nothing for --method gm-sgm: leave them out"),
-        ("--config cifar11", "no recipe but cifar10-cpu, cifar10-gpu, digits"),
+        ("--config cifar11", "no recipe but cifar10-cpu, cifar10-gpu, cld-paper, digits"),
     ],
 )
 def test_option_errors_are_one_line(words, said, capsys):
@@ -158,7 +157,7 @@ def test_help_has_groups_and_says_everything_once(capsys):
     shown = re.findall(r"^  (--\w+)", printed, re.MULTILINE)
     assert sorted(shown) == sorted(["--config", *(f"--{f.name}" for f in fields(TrainingArguments))])
     flat = " ".join(printed.split())
-    assert "--method {gm-sgm,ncsnv2,cld} Gaussian-mixture noise" in flat
+    assert "--method {gm-sgm,ncsnv2,cld,ddpm} Gaussian-mixture noise" in flat
     assert "--mass X (cld) Mass M; the damping is critical, Gamma = 2 sqrt(M). [0.25]" in flat
     assert "--use_ema {true,false} Average the weights" in flat
     assert "--random_flip Flip" in flat
@@ -284,8 +283,8 @@ def test_networks_of_prompts_are_refused(train, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_networks_that_answer_the_image_learn_it(method):
-    if method == "cld":
-        with pytest.raises(ValueError, match=r"\['--prediction_type'\] mean nothing for --method cld"):
+    if method in ("cld", "ddpm"):
+        with pytest.raises(ValueError, match=r"\['--prediction_type'\] mean nothing for "):
             arguments(method=method, prediction_type="sample")
         return
     args = arguments(method=method, prediction_type="sample")
@@ -297,8 +296,8 @@ def test_networks_that_answer_the_image_learn_it(method):
         sample = images
 
     with torch.random.fork_rng():
-        assert build_objective(args, plan, scheduler)(lambda *_: Perfect, images).max() == 0
-        assert build_objective(args, plan, scheduler)(lambda *_: Perfect, images.flip(0)).min() > 0
+        assert Objective(args, plan, scheduler)(lambda *_: Perfect, images).max() == 0
+        assert Objective(args, plan, scheduler)(lambda *_: Perfect, images.flip(0)).min() > 0
 
 
 def test_a_model_that_answers_the_image_is_trained_and_says_so(train, tmp_path):
@@ -317,8 +316,11 @@ def test_records_hold_what_the_method_has():
         assert not {"cache_dir", "hub_token", "logging_dir"} & set(records[method])
         assert {name for name in options_of_others(method) if records[method][name] is not None} == set()
     assert records["gm-sgm"]["mixture_weights"] == pytest.approx([0.739, 0.261], abs=1e-3)
-    assert records["ncsnv2"]["sigma_max"] == 9.6299
+    assert records["ncsnv2"]["sigma_max"] == records["cld"]["sigma_max"] == 29.9641
+    assert records["ncsnv2"]["sigma_data"] == records["cld"]["sigma_data"] == 0.847
     assert records["cld"]["mass"] == 0.25
+    args = arguments(method="ncsnv2", timestep_sampling="uniform")
+    assert training_record(args, plan_for(args))["sigma_max"] == 9.6299
 
 
 def test_what_a_command_line_says_is_what_it_was(tmp_path):
@@ -332,9 +334,11 @@ def test_what_a_command_line_says_is_what_it_was(tmp_path):
 def test_data_are_measured_for_ladders_only(monkeypatch):
     """Distances take long on large images: a method without a ladder does without."""
     images = torch.zeros(4, 1, 8, 8)  # their largest distance is zero, which no ladder can have
-    assert plan_for(arguments(method="cld", train_batch_size=2), images).sigma_max is None
+    for options in ({}, {"method": "cld"}, {"method": "ncsnv2", "timestep_sampling": "uniform", "sigma_max": "9"}):
+        assert plan_for(arguments(train_batch_size=2, **options), images).sigma_max > 8
+    assert plan_for(arguments(method="cld", objective="score", train_batch_size=2), images).sigma_max is None
     with pytest.raises(ValueError, match="are all images the same"):
-        plan_for(arguments(method="ncsnv2", train_batch_size=2), images)
+        plan_for(arguments(method="ncsnv2", prediction_type="epsilon", train_batch_size=2), images)
 
 
 def test_what_is_free_on_resume():

@@ -459,3 +459,49 @@ def test_unknown_network_level():
     for cls in (AnnealedLangevinScheduler, GMLangevinScheduler):
         with pytest.raises(ValueError, match="network_level 'level': use 'ladder' or 'chain'"):
             cls(network_level="level")
+
+
+# --- Exploring ---
+
+
+def test_exploring_from_the_first_level():
+    scheduler = AnnealedLangevinScheduler(sigma_max=8.0, algorithm_type="explore")
+    for n in (1, 5, 12, 13, 50):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n
+        assert (scheduler.sigmas[:-1] == 8.0).sum() == max(1, n - 11)
+        assert (scheduler.sigmas[max(0, n - 12) :].diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    "config", [{"sigma_max": 8.0}, {"beta_schedule": "linear", "timestep_spacing": "trailing"}], ids=["ve", "vp"]
+)
+def test_a_run_that_begins_midway_explores_there(config, generator):
+    """As pipelines begin one: they cut the timesteps, and then say where they have."""
+    scheduler = AnnealedLangevinScheduler(**config, algorithm_type="explore")
+    plain = AnnealedLangevinScheduler(**config, algorithm_type="consistent")
+    plain.set_timesteps(40)
+    denoiser = ExactDenoiser(torch.randn(3, 1, 2, 2, generator=generator))
+    for begin in (10, 35):
+        scheduler.set_timesteps(40)
+        timesteps = scheduler.timesteps[begin:]
+        scheduler.set_begin_index(begin)
+        explored = max(1, 40 - begin - 11)
+        level = plain.sigmas[begin]
+        assert (scheduler.sigmas[begin:-1] == level).sum() == explored
+        assert (timesteps == plain.timesteps[begin]).sum() == explored
+        assert (timesteps[explored - 1 :].diff() < 0).all()
+        assert float(scheduler.sigmas[-2]) == pytest.approx(float(plain.sigmas[-2]), rel=1e-6)
+        noisy = scheduler.add_noise(
+            torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2, generator=generator), timesteps[:1]
+        )
+        left = run_from(scheduler, perfect_network(scheduler, denoiser), noisy, generator, timesteps)
+        assert float(torch.cdist(left.flatten(1), denoiser.points.flatten(1)).min(1).values.max()) < 0.05
+
+
+def test_levels_of_the_user_are_explored_where_they_are_repeated():
+    scheduler = AnnealedLangevinScheduler(sigma_max=8.0, algorithm_type="explore")
+    scheduler.set_timesteps(sigmas=[4.0, 2.0, 2.0, 2.0, 1.0, 0.1])
+    before = scheduler.timesteps.clone()
+    scheduler.set_begin_index(1)
+    assert torch.equal(scheduler.timesteps, before)

@@ -69,38 +69,42 @@ def test_far_modes_are_equally_far():
     assert float(weights.sum()) == pytest.approx(1)
 
 
-def test_distance_of_radii():
-    x = rare_modes.heavy_tailed_points()
-    assert rare_modes.radius_distance(x, x.flip(0)) == 0
-    assert rare_modes.radius_distance(math.e * x, x) == pytest.approx(1, abs=1e-5)
-
-
-def test_the_heavy_tailed_points_have_the_tail_of_their_law():
-    """The radius of a Student law in 4 dimensions is the root of 4 F(4, nu): compare its quantiles."""
-    from scipy.stats import f
-
-    x = rare_modes.heavy_tailed_points(20_000).flatten(1).norm(dim=1)
-    for q in (0.1, 0.5, 0.9, 0.99):
-        share = float((x < (4 * f.ppf(q, 4, 1.5)) ** 0.5).double().mean())
-        assert abs(share - q) < 5 * (q * (1 - q) / len(x)) ** 0.5
-
-
 def test_comparison_needs_two_standard_errors():
     found = {
         ("a", "l", 1): (1.0, 0.1),
-        (rare_modes.GAUSSIAN_LANGEVIN, "l", 1): (1.5, 0.1),
+        (rare_modes.LANGEVIN, "l", 1): (1.5, 0.1),
         ("a", "l", 2): (1.6, 0.1),
-        (rare_modes.GAUSSIAN_LANGEVIN, "l", 2): (1.5, 0.1),
+        (rare_modes.LANGEVIN, "l", 2): (1.5, 0.1),
         ("a", "l", 3): (1.9, 0.1),
-        (rare_modes.GAUSSIAN_LANGEVIN, "l", 3): (1.5, 0.1),
+        (rare_modes.LANGEVIN, "l", 3): (1.5, 0.1),
         ("a", "l", 4): None,
     }
-    better, worse = rare_modes.compare(found, "a", [("l", c) for c in (1, 2, 3, 4)])
-    assert better == ["l, 1 calls (1.500 to 1.000)"]
-    assert worse == ["l, 3 calls (1.500 to 1.900)"]
-    found = {(rare_modes.JUMP, *key[1:]): value for key, value in found.items() if key[0] == "a"} | found
-    words = rare_modes.summary(found, [("l", c) for c in (1, 2, 3, 4)])
-    assert words == f"{rare_modes.JUMP}: 1 better, most at l, 1 calls (1.500 to 1.000), 1 worse, of 3"
+    assert rare_modes.compare(found, "a", [("l", c) for c in (1, 2, 3, 4)]) == (1, 1)
+
+
+def test_digits_are_told_by_their_nearest_image():
+    from diffusers_gm.data import split_digits
+
+    train, held_out = split_digits()
+    assert rare_modes.label_error(train) == 0
+    assert rare_modes.label_error(held_out) < 0.08
+    zeros = train[rare_modes.labels_of_digits() == 0]
+    assert rare_modes.label_error(zeros) == pytest.approx(1 - len(zeros) / len(train))
+
+
+def test_exploring_finds_the_rare_modes(tmp_path):
+    points, weights = rare_modes.far_modes()
+    denoiser = ExactDenoiser(points, rare_modes.WIDTH, weights=weights)
+    errors = {
+        name: rare_modes.total_variation(
+            rare_modes.from_image(rare_modes.SAMPLERS[name], denoiser, points[:1], 2.5, 0.1, 50, 1000, 0),
+            points,
+            weights,
+        )
+        for name in (rare_modes.EXPLORE, rare_modes.LANGEVIN, "annealed jumps, exact steps")
+    }
+    assert errors[rare_modes.EXPLORE] < 0.08
+    assert min(errors.values()) == errors[rare_modes.EXPLORE] < errors[rare_modes.LANGEVIN] / 3
 
 
 # --- switching ---

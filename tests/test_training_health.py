@@ -26,7 +26,7 @@ from test_training import (
 from diffusers_gm import data
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.health import Health
-from diffusers_gm.training.network import build_objective, build_scheduler
+from diffusers_gm.training.network import Objective, build_scheduler
 
 DIVERGING = f"{SMALL} --max_train_steps 9 --checkpointing_steps 1 --checkpoints_total_limit 1 --validation_steps 0"
 
@@ -112,11 +112,11 @@ def stand_in(**options):
     )
 
 
-@pytest.fixture(params=["gm-sgm", "ncsnv2", "cld"])
+@pytest.fixture(params=["gm-sgm", "ncsnv2", "cld", "ddpm"])
 def healthy(request, tmp_path):
     args = arguments(method=request.param)
     plan, unet = plan_for(args), small_unet(method=request.param)
-    objective = build_objective(args, plan, build_scheduler(args, plan))
+    objective = Objective(args, plan, build_scheduler(args, plan))
     ema = EMAModel(unet.parameters(), foreach=True)
     return Health(stand_in(), unet, ema, objective, data.split_digits()[0][:4], tmp_path, 0.1)
 

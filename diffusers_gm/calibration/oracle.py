@@ -71,8 +71,9 @@ class AskedScheduler(CalibratedMultistepScheduler):
         self._taken += 1
         label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))
         self.ask(label)
-        if self._taken < len(self.timesteps):
-            self.timesteps[self._taken] = float(label)
+        place = (self.begin_index or 0) + self._taken
+        if place < len(self.timesteps):
+            self.timesteps[place] = float(label)
         prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
         denoised = denoised.to(sample.dtype)
         return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from ..extra import extra
+from ..pictures import curve_style, style
 from .results import Cell, Results, Statistic
 from .scoring import SLICED_WASSERSTEIN
 from .table import Table
@@ -14,6 +15,7 @@ from .table import Table
 # Distances: the smaller the better. Those with a floor that is not 0 in the mean are also given as multiples of it.
 DISTANCES = ("FD-Lite0", "FID", "KID-Lite0", "KID", SLICED_WASSERSTEIN)
 WITH_RATIO = ("FD-Lite0", "FID", SLICED_WASSERSTEIN)
+SCALES = dict.fromkeys(DISTANCES, "symlog") | dict.fromkeys(WITH_RATIO, "log")
 
 # Quality by number of calls; None where there is none.
 Curve = Mapping[int, Statistic | None]
@@ -124,23 +126,60 @@ def verdict(results: Results) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Distances against network calls, with the floor as a line."""
+    """Distances against network calls, with the floor as a line; of one number of calls, a row a scheduler."""
     with extra("evaluation"):
-        from matplotlib.figure import Figure
+        from matplotlib import rc_context
+
+    with rc_context(style()):
+        _figure(results).savefig(path, dpi=110)
+
+
+def _figure(results: Results) -> Any:
+    from matplotlib.figure import Figure
 
     metrics = [name for name in DISTANCES if name in results.floor[0]]
     shown = metrics or [name for name in results.floor[0] if name != "num_nan"]
-    figure = Figure(figsize=(max(6.0, 4.6 * len(shown)), 4.8), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        scale = "log" if name in WITH_RATIO else "symlog" if name in DISTANCES else "linear"
-        floor = statistic(results.floor, name)
-        plot_curves(axis, curves(results, name), floor.mean if floor else None, scale=scale)
+    budgets = {cell.calls for cell in results.cells if cell.calls is not None}
+    single, conditions = len(budgets) == 1, results.conditions
+    height = 1.6 + 0.28 * len({cell.scheduler for cell in results.cells}) if single else 4.8
+    names = 0.085 * max(len(cell.scheduler) for cell in results.cells) if single else 0.0
+    figure = Figure(figsize=(max(6.0, 4.6 * len(shown)) + names, height), layout="constrained")
+    order: list[str] = []  # of the first metric, for all
+    for axis, name in zip(figure.subplots(1, len(shown), squeeze=False, sharey=single)[0], shown, strict=True):
+        floor, found = statistic(results.floor, name), curves(results, name)
+        level, scale = floor.mean if floor else None, SCALES.get(name, "linear")
+        if single:
+            values = {who: next(iter(curve.values())) for who, curve in found.items()}
+            order = order or sorted(values, key=lambda who: value.mean if (value := values[who]) else math.inf)
+            plot_rows(axis, {who: values[who] for who in order}, level, scale)
+        else:
+            plot_curves(axis, found, level, scale=scale)
         axis.set_title(name)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
-    conditions = results.conditions
-    figure.suptitle(f"{conditions['model']}: {conditions['num_samples']} samples against {conditions['data']}")
-    figure.savefig(path, dpi=110)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
+    at = f" at {budgets.pop()} network calls" if single else ""
+    figure.suptitle(f"{conditions['model']}{at}: {conditions['num_samples']} samples against {conditions['data']}")
+    return figure
+
+
+def plot_rows(
+    axis: Any, values: Mapping[str, Statistic | None], floor: float | None = None, scale: str = "log"
+) -> None:
+    """Draw quality at one number of calls, a row each from above; arguments as in `plot_curves`."""
+    for row, value in enumerate(values.values()):
+        if value:
+            axis.errorbar(value.mean, row, xerr=value.spread, fmt="o", color="black", capsize=2)
+        else:
+            axis.text(0.5, row, "none", va="center", ha="center", fontsize=8, transform=axis.get_yaxis_transform())
+    if floor is not None:
+        axis.axvline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
+    axis.set_yticks(range(len(values)), list(values))
+    axis.set_ylim(len(values) - 0.5, -0.5)
+    axis.grid(axis="x", linewidth=0.3)
+    if scale == "log":
+        low, high = axis.dataLim.intervalx
+        _plain_log(axis, "x", (1, 1.5, 2, 3, 5, 7) if high < 12 * low else (1, 2, 5) if high < 100 * low else (1,))
 
 
 def plot_curves(
@@ -159,12 +198,10 @@ def plot_curves(
         styles: how to draw some of them.
         scale: of the ordinate: `log`, `linear`, or `symlog`, which is linear around 0, for the kernel distance.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    for name, curve in curves.items():
+    for i, (name, curve) in enumerate(curves.items()):
         kept = [(n, value.mean, value.spread or 0.0) for n, value in curve.items() if value]
         x, y, spread = zip(*kept, strict=True) if kept else ((), (), ())
-        style = {"marker": "o", "markersize": 4, "capsize": 2, **(styles or {}).get(name, {})}
+        style = {**curve_style(i), "markersize": 4, "capsize": 2, **(styles or {}).get(name, {})}
         axis.errorbar(x, y, spread, label=name, **style)
     if floor is not None:
         axis.axhline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
@@ -173,10 +210,18 @@ def plot_curves(
     axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.xaxis.minorticks_off()
     if scale == "log":
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        _plain_log(axis, "y")
     elif scale == "symlog":
         axis.set_yscale("symlog", linthresh=1e-2)
         axis.set_ylim(min(0.0, axis.dataLim.ymin) - 1e-2, 1.5 * max(axis.dataLim.ymax, 1e-2))
+
+
+def _plain_log(axis: Any, of: str, ticks: Sequence[float] = (1, 1.2, 1.5, 2, 3, 5, 7)) -> None:
+    """A logarithmic x or y with ticks in plain numbers, at these multiples of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set(**{f"{of}scale": "log"})
+    line = getattr(axis, f"{of}axis")
+    line.set_major_locator(LogLocator(subs=ticks))
+    line.set_major_formatter("{x:g}")
+    line.set_minor_locator(NullLocator())

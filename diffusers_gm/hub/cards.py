@@ -16,12 +16,18 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..cli import Parser
+from ..data import sides
 from ..evaluation.table import Table
 from ..files import write_text
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
 
 NOT_MEASURED = "Not measured."
+LATENT = """
+
+This is a latent model: what is called an image here is the latents of one, which the autoencoder in the folder `vae`
+makes, scaled to mean 0 and standard deviation 1 in every channel (`latents_mean` and `latents_std` of
+`model_index.json`). The pipeline decodes them; `output_type="latent"` returns them. Errors of the autoencoder stay."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,12 @@ class TrainingResult:
     Attributes:
         num_images: size of the training set.
         steps, images_seen, seconds: length of the training.
-        log: the loss curve, dicts with `step` and `loss`.
+        log: the loss curve, dicts with `step`, `loss` and `loss_by_level`.
+        levels: what the bands of noise levels are called.
         hardware: in words.
         command: the command line.
         versions: of the packages.
+        class_names: of a conditional network.
     """
 
     num_images: int
@@ -42,13 +50,15 @@ class TrainingResult:
     steps: int
     images_seen: int
     seconds: float
-    log: list[dict[str, float]]
+    log: list[dict[str, Any]]
+    levels: list[str]
     hardware: str
     command: str
     versions: dict[str, str]
+    class_names: list[str] | None = None
 
     @property
-    def final_entries(self) -> list[dict[str, float]]:
+    def final_entries(self) -> list[dict[str, Any]]:
         return self.log[-10:]
 
     @property
@@ -77,24 +87,29 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     entries = result.final_entries
     method = METHODS[options["method"]]
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
+    height, width = sides(options["resolution"])
+    size = f"{height}x{width}" if height != width else f"{width}x{width}"
+    times = 256 // max(height, width)
     return model_card(
         [method.name],
         [options["dataset_name"]] if from_hub else None,
         files(__package__).joinpath("templates/model_card.md"),
-        title=f"{method.name.upper()}: {_data(options)}, {options['resolution']}x{options['resolution']}",
+        title=f"{method.name.upper()}: {_data(options)}, {size}",
+        size=size,
+        enlarged=f".resize(({times * width}, {times * height}), 0)" if times > 3 else "",
         calibrated=bool(options["calibrate"]),
-        resolution=options["resolution"],
+        **_classes(result.class_names),
         method_name=method.title,
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
-        method=Template(method.card).substitute(said),
+        method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
         data=f"{_data(options)}, {result.num_images} images",
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
         final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
-        curve=_curve(result.log),
+        curve=_curve(result.log) + _by_level(entries, result.levels),
         steps=result.steps,
         images_seen=result.images_seen,
         duration=_duration(result.seconds),
@@ -110,6 +125,27 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         versions=", ".join(f"{name} {version}" for name, version in result.versions.items()),
         citation=method.citation,
     )
+
+
+# Names of classes on a card.
+MOST_NAMES = 100
+
+
+def _classes(names: list[str] | None) -> dict[str, str]:
+    """What the template says of classes to choose from."""
+    if names is None:
+        return {"kind": "Unconditional", "asked": "batch_size=4", "classes": "", "choice": "no prompt and no class"}
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    known = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + more
+    return {
+        "kind": "Class-conditional",
+        "asked": f"class_labels={names[:1] * 4}",
+        "classes": (
+            f"`class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 makes "
+            "images more of their class.\n\n"
+        ),
+        "choice": "no prompt, and no other class",
+    }
 
 
 def keep_card(folder: Path, path: Path) -> None:
@@ -137,7 +173,7 @@ def keep_card(folder: Path, path: Path) -> None:
     write_text(path, str(card))
 
 
-def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
+def _curve(log: Sequence[dict[str, Any]], rows: int = 8) -> str:
     """The loss curve as a table: means over equal parts of the training."""
     parts = [
         log[i * len(log) // min(rows, len(log)) : (i + 1) * len(log) // min(rows, len(log))]
@@ -145,6 +181,16 @@ def _curve(log: Sequence[dict[str, float]], rows: int = 8) -> str:
     ]
     means = [[f"up to {part[-1]['step']}", sum(entry["loss"] for entry in part) / len(part)] for part in parts]
     return Table("", ["steps", "mean loss"], means).markdown()
+
+
+def _by_level(entries: Sequence[dict[str, Any]], levels: Sequence[str]) -> str:
+    """The final loss of each band of noise levels, as a table; empty where a training of old did not log it."""
+    columns = zip(*(entry["loss_by_level"] for entry in entries if "loss_by_level" in entry), strict=True)
+    rows = []
+    for name, column in zip(levels, columns, strict=False):
+        known = [loss for loss in column if loss is not None]
+        rows.append([name, sum(known) / len(known) if known else "none"])
+    return "\n\n" + Table("", ["noise level sigma", "final loss"], rows).markdown() if rows else ""
 
 
 def _options(options: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""Unconditional generation with critically-damped Langevin diffusion."""
+"""Generation with critically-damped Langevin diffusion."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -11,6 +12,8 @@ from ..random import Generators
 from ..schedulers import CLDSSCSScheduler
 from .cld_ode import ODE_SOLVERS, network_model, solve, start_and_ends
 from .unconditional import CALLBACK_TENSORS, UnconditionalPipeline
+
+CLASSES: dict[str, Any] = {"class_labels": None, "guidance_scale": 1.0, "guidance_interval": None}
 
 
 @dataclass
@@ -26,7 +29,7 @@ class ODEPipelineOutput(ImagePipelineOutput):
 
 
 class CLDPipeline(UnconditionalPipeline):
-    """Unconditional generation with critically-damped Langevin diffusion (arXiv 2112.07068).
+    """Generation with critically-damped Langevin diffusion (arXiv 2112.07068).
 
     Args:
         unet: a velocity network from `cat([x, v / sqrt(M)], 1)`, `(B, 2C, H, W)`, and a timestep to `(B, C, H, W)`
@@ -44,7 +47,7 @@ class CLDPipeline(UnconditionalPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         num_inference_steps: int | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -52,9 +55,11 @@ class CLDPipeline(UnconditionalPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
+        *,
         ode_solver: str | None = None,
         rtol: float | None = None,
         atol: float | None = None,
+        **arguments: Any,
     ) -> ImagePipelineOutput | tuple:
         """Generate images, by the sampler of the scheduler or by an adaptive ODE solver.
 
@@ -71,6 +76,8 @@ class CLDPipeline(UnconditionalPipeline):
                 None: the scheduler's sampler.
             rtol, atol: tolerances of a step, on x and `v / sqrt(M)`, both of size 1: relative and absolute, root mean
                 square over an image; 1e-4 by default.
+            arguments: `class_labels`, `guidance_scale`, `guidance_interval`, `height` and `width`, and without
+                `ode_solver` `image`, `strength`, `mask_image` and `num_resamples`, as in the other pipelines.
 
         Returns:
             An `ImagePipelineOutput`, with `ode_solver` an `ODEPipelineOutput`, which has `num_network_calls` too; or
@@ -93,17 +100,24 @@ class CLDPipeline(UnconditionalPipeline):
                 return_dict,
                 callback_on_step_end,
                 callback_on_step_end_tensor_inputs,
+                **arguments,
             )
         rtol, atol = (1e-4 if tolerance is None else tolerance for tolerance in (rtol, atol))
         self._check_ode(ode_solver, rtol, atol, num_inference_steps, callback_on_step_end)
-        shape = self._checked_shape(batch_size, generator, latents, output_type)
+        batch_size = self._batch_size(batch_size, arguments.get("class_labels"), latents)
+        size = {name: arguments.pop(name, None) for name in ("height", "width")}
+        shape = self._checked_shape(batch_size, generator, latents, output_type, **size)
+        classes = {name: arguments.pop(name, default) for name, default in CLASSES.items()}
+        guidance = self._guidance(batch_size, *classes.values())
+        if arguments:
+            raise ValueError(f"{sorted(arguments)} do not go with ode_solver={ode_solver!r}: leave them out")
 
         num_network_calls = 0
 
         def network(model_input: Tensor, label: Tensor) -> Tensor:
             nonlocal num_network_calls
             num_network_calls += 1
-            return self.unet(model_input.to(self.unet.dtype), label).sample
+            return guidance.output(self._network, model_input, label)
 
         model = network_model(self.scheduler, network)
         x, v, clocks = start_and_ends(self.scheduler, shape, latents, generator, self._execution_device)

@@ -1,10 +1,10 @@
-"""Unconditional generation with a Gaussian-mixture score-based model."""
+"""Generation with a Gaussian-mixture score-based model."""
 
 from .unconditional import UnconditionalPipeline
 
 
 class GMSGMPipeline(UnconditionalPipeline):
-    """Unconditional generation with a network trained on Gaussian-mixture noise.
+    """Generation with a network trained on Gaussian-mixture noise.
 
     Args:
         unet: network from `(B, C, H, W)` noisy images and a timestep to an output of the same shape.

@@ -1,10 +1,10 @@
-"""Unconditional generation with annealed Langevin dynamics."""
+"""Generation with annealed Langevin dynamics."""
 
 from .unconditional import UnconditionalPipeline
 
 
 class NCSNv2Pipeline(UnconditionalPipeline):
-    """Unconditional generation with a noise-conditional score network (NCSNv2, arXiv 2006.09011).
+    """Generation with a noise-conditional score network (NCSNv2, arXiv 2006.09011).
 
     Args:
         unet: network from `(B, C, H, W)` noisy images and a timestep to an output of the same shape.

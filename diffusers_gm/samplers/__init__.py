@@ -8,6 +8,7 @@ images = sample(TwoStep(), denoiser, y, sigmas)
 
 from .cld import CriticallyDamped as CriticallyDamped
 from .langevin import Consistent as Consistent
+from .langevin import Explore as Explore
 from .langevin import Langevin as Langevin
 from .mixture import Ancestral as Ancestral
 from .mixture import TwoStep as TwoStep

@@ -1,4 +1,5 @@
-"""Annealed Langevin dynamics: NCSN and NCSNv2, jumps of a Gaussian mixture, consistent annealed sampling.
+"""Annealed Langevin dynamics: NCSN and NCSNv2, jumps of a Gaussian mixture, consistent annealed sampling, and
+exploring, which spends all its steps on one level.
 
 With `sigma^2 score = w (D - y)`: w is 1 for Gaussian noise. Under mixture noise an image in component k is at the local
 level `c_k sigma`, and steps are measured in it, as NCSNv2 measures its own in sigma: `w = E[c^-2 | y]` makes it
@@ -20,6 +21,7 @@ from ..processes.annealed import (
 )
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw
+from .mixture import StepPlan, TwoStep
 from .sampler import Memory, Plan, check_calls, levels_after, one_a_level
 
 
@@ -254,3 +256,57 @@ def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
             f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, "
             "use more levels, or leave it None"
         )
+
+
+# --- Exploring -------------------------------------------------------------------------------------------------------
+
+# Levels of a run that explores: enough for the probability flow.
+DESCENT = 12
+
+# The dimensionless step: long ones bias (rare modes of .05 get .07 at .6), short ones go nowhere.
+EXPLORING_STEP = 0.25
+
+
+@dataclass(frozen=True)
+class ExplorePlan(StepPlan):
+    """Attributes: step_size: the dimensionless step a."""
+
+    step_size: float
+
+
+@dataclass(frozen=True)
+class Explore:
+    """Langevin steps on the first level, all calls but `DESCENT`, then the probability flow down, `TwoStep`.
+
+    A chain passes between far modes where they have grown together, and nowhere below: steps spent there find rare and
+    far modes that steps on the way down do not. Up to `DESCENT` calls it is `TwoStep`. A level that custom levels name
+    several times is explored, wherever it is.
+
+    Weak order 1 in a on the level, order 2 on the way down.
+
+    Attributes:
+        step_size: the paper's eps, `a * sigma_L^2`; None: a = `EXPLORING_STEP`.
+        denoise: end with D.
+    """
+
+    step_size: float | None = None
+    denoise: bool = True
+
+    def spend(self, num_calls: int) -> list[int]:
+        num_levels = min(len(one_a_level(num_calls, 1 if self.denoise else 2)), DESCENT)
+        return [int(num_calls) - num_levels + 1, *[1] * (num_levels - 1)]
+
+    def plan(self, sigmas: Tensor) -> ExplorePlan:
+        a = EXPLORING_STEP if self.step_size is None else fixed_step_size(self.step_size, float(sigmas[-1]))
+        down = TwoStep(self.denoise).plan(sigmas)
+        return ExplorePlan(sigmas, down.levels, down.after, a)
+
+    def step(
+        self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        sigma = plan.levels[i]
+        if plan.after[i] != sigma:
+            return TwoStep(self.denoise).step(plan, i, y, denoised, memory, draw)
+        # What was known of D is of another y.
+        moved = langevin_step(y, denoised, sigma, plan.step_size, draw.normal(y.shape))
+        return moved, memory._replace(denoised=())

@@ -72,7 +72,7 @@ class TwoStep:
     """Probability flow `dy / dsigma = (y - D) / sigma`, exact for any fixed law of the noise. Deterministic.
 
     Second order: D is extrapolated from two calls to the middle of the step, which is DPM-Solver++(2M) (arXiv
-    2211.01095). First order at the first call.
+    2211.01095). First order at the first call. Goes up as well, over noise levels that ascend, without `denoise`.
 
     Attributes: denoise: end with D.
     """
@@ -93,7 +93,7 @@ class TwoStep:
         if after == 0:
             return denoised, memory
         ahead = denoised
-        if before and before[0][0] > sigma:
+        if before and before[0][0] != sigma:
             length = to_the_middle(log_ratio(before[0][0], sigma), log_ratio(sigma, after))
             ahead = torch.lerp(before[0][1], denoised, 1 + length)
         return torch.lerp(ahead, y, after / sigma), memory

@@ -110,7 +110,7 @@ def to_the_middle(before: float, after: float) -> float:
         before: length of the step from the previous call to the one of D, `log(sigma_previous / sigma)`; 0: no step.
         after: length of the step that follows, `log(sigma / sigma_next)`.
     """
-    return after / (2 * before) if before > 0 else 0.0
+    return after / (2 * before) if before else 0.0
 
 
 def log_ratio(sigma: float, sigma_next: float) -> float:

@@ -136,6 +136,10 @@ class SamplerScheduler(Swappable):
             ValueError: see the class.
         """
         labels, levels = self._labels_and_levels(num_inference_steps, timesteps, sigmas, mu)
+        self._prepare(labels, levels, device)
+
+    def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
+        """A run with these labels and noise levels, `(n,)` float64 each."""
         plan = self.sampler.plan(levels)
         moved = plan.sigmas != levels
         if moved.any():  # a sampler that tells the network other levels than those of the grid

@@ -1,12 +1,17 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
+
+import torch
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
+from torch import Tensor
 
-from ..samplers import Consistent, Langevin
+from ..samplers import Consistent, Explore, Langevin
+from ..samplers.langevin import DESCENT
 from .base import SamplerScheduler
 
 
@@ -52,6 +57,9 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         step_size_criterion: Technique 4 for one level (`prop3`, the paper's) or the whole chain (`fixed_point`).
         algorithm_type: `langevin`, or `consistent` annealed sampling (arXiv 2009.05475): one step per level, so more
             levels for the same calls; `num_langevin_steps` is not used, and `step_size=None` is the ancestral step.
+            `explore`: all calls but a dozen are Langevin steps at the first level, `step_size=None` ones of a quarter
+            of its variance; the rest is the probability flow, and all there is up to a dozen calls. For rare and far
+            modes, and for image-to-image that is to change its subject: a run that begins midway explores there.
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
             where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls.
@@ -61,7 +69,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             calls, the step is unstable (`a >= 1`) or Technique 4 has no solution.
     """
 
-    algorithms = ("langevin", "consistent")
+    algorithms = ("langevin", "consistent", "explore")
 
     @register_to_config
     def __init__(
@@ -100,7 +108,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         num_langevin_steps: int = 1,
         step_size: float | None = None,
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
-        algorithm_type: Literal["langevin", "consistent"] = "langevin",
+        algorithm_type: Literal["langevin", "consistent", "explore"] = "langevin",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
         beta_0: float = 4.0,
@@ -112,9 +120,46 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         check_network_level(network_level)
         if algorithm_type == "consistent":
             self._setup(Consistent(step_size, denoise))
+        elif algorithm_type == "explore":
+            self._setup(Explore(step_size, denoise))
         else:
             chain = network_level == "chain"
             self._setup(Langevin(num_langevin_steps, step_size, step_size_criterion, denoise, follow_chain=chain))
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """As in the other schedulers."""
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
+        self._given = (num_inference_steps, mu)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start the next run at call `begin_index` (image-to-image).
+
+        `explore`: at the level that a run which explores nothing has there. The timesteps from there on change, in
+        place: pipelines have taken theirs out of them already.
+        """
+        super().set_begin_index(begin_index)
+        run = self._run
+        if not isinstance(self.sampler, Explore) or run is None or not 0 < begin_index < len(run):
+            return
+        num_calls, mu = self._given
+        if num_calls is None:  # levels of the user's own
+            return
+        labels = self._grid(num_calls, self._flow_shift(mu))
+        labels = labels if run.timesteps.is_floating_point() else labels.round()
+        rest = labels[begin_index:]
+        down = torch.linspace(0, len(rest) - 1, min(len(rest), DESCENT)).round().long()
+        labels = torch.cat([labels[:begin_index], rest[:1].expand(len(rest) - len(down)), rest[down]])
+        levels = self.reading.sigma(labels)
+        run.calls, run.plan = self.reading.calls(labels, levels), self.sampler.plan(levels)
+        run.timesteps.copy_(labels)
+        self.sigmas = self._visible_sigmas(labels, levels)
 
 
 def check_network_level(value: str) -> None:

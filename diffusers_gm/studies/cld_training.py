@@ -133,7 +133,7 @@ def losses(args: argparse.Namespace) -> Report:
         ratios[name] = ratios_to_floor(results, name, unet, scheduler, args.calls)
         errors[name] = score_errors(unet, scheduler, args.num_samples, True)
         own[name] = errors[name] if hybrid else score_errors(unet, scheduler, args.num_samples, False)
-        styles[name] = {"color": color, "linestyle": "-" if hybrid else "--", "marker": "o"}
+        styles[name] = {"color": color, "linestyle": "-" if hybrid else "--"}
         right.semilogy(TIMES, errors[name], label=name, **styles[name])
     plot_curves(left, as_curves(ratios, args.calls), 1, styles)
     left.set(ylabel="sliced W2 over the floor", title="samples")

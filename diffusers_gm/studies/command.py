@@ -8,9 +8,11 @@ import matplotlib
 
 from ..cli import Parser, at_least
 from ..data import split_digits
+from ..pictures import style
 from .report import Report
 
 matplotlib.use("Agg")  # pictures go to files
+matplotlib.rcParams.update(style())
 
 Study = Callable[[argparse.Namespace], Report]
 

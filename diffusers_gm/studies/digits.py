@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data import Examination, ImageStream, split_digits
@@ -23,10 +23,9 @@ from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
 from ..training.network import (
-    TrainingLoss,
+    Objective,
     build_ema,
     build_lr_scheduler,
-    build_objective,
     build_optimizer,
     build_scheduler,
     fit_unet,
@@ -54,7 +53,7 @@ def plan_for_digits(args: TrainingArguments) -> Plan:
     return make_plan(args, Examination(train, 0), len(train), None, num_processes=1)
 
 
-def train_on_digits(args: TrainingArguments, loss: TrainingLoss, name: str) -> Any:
+def train_on_digits(args: TrainingArguments, loss: Callable[[Any, Tensor], Tensor], name: str) -> Any:
     """A network trained with the recipe of `train_gm_sgm.py` (optimizer, schedule, average) on the training digits.
 
     The global random state is the caller's again afterwards.
@@ -81,18 +80,6 @@ def train_on_digits(args: TrainingArguments, loss: TrainingLoss, name: str) -> A
         average.copy_to(unet.parameters())
     print(f"trained {name}: {plan.max_train_steps} steps, {time.monotonic() - start:.0f} s", flush=True)
     return unet.eval().requires_grad_(False)
-
-
-def ddpm_loss(scheduler: DDPMScheduler) -> TrainingLoss:
-    """The objective of diffusers' own training example: the squared error of the predicted noise."""
-
-    def loss(network: Callable[..., Any], images: Tensor) -> Tensor:
-        noise = torch.randn_like(images)
-        timesteps = torch.randint(0, scheduler.config["num_train_timesteps"], (len(images),))
-        noisy = scheduler.add_noise(images, noise, timesteps)
-        return (network(noisy, timesteps).sample - noise).square().flatten(1).mean(1)
-
-    return loss
 
 
 def parts_of(output: Path) -> Path:
@@ -146,17 +133,8 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
     plan = plan_for_digits(args)
     scheduler = build_scheduler(args, plan)
     name = name_of(args)
-    objective = build_objective(args, plan, scheduler)
+    objective = Objective(args, plan, scheduler)
     return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
-
-
-def trained_ddpm(output: Path, steps: int, seed: int) -> tuple[Any, DDPMScheduler]:
-    """An ordinary DDPM network of the digits, of the same size and budget as ours, and the scheduler it was trained
-    with: linear betas, 1000 steps, the noise predicted."""
-    scheduler = DDPMScheduler()
-    args = TrainingArguments(method="ncsnv2", max_train_steps=steps, seed=seed)
-    name = f"ddpm max_train_steps={steps} seed={seed}"
-    return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, ddpm_loss(scheduler), name)), scheduler
 
 
 def name_of(args: TrainingArguments) -> str:

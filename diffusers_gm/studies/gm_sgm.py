@@ -4,7 +4,7 @@
     python -m diffusers_gm.studies.gm_sgm lag          why the Langevin samplers differ: who knows where the chain is
     python -m diffusers_gm.studies.gm_sgm switching    large jumps and small roaming along a run
     python -m diffusers_gm.studies.gm_sgm increments   tails of mixture noise against the alpha-stable law
-    python -m diffusers_gm.studies.gm_sgm rare_modes   rare and far modes, heavy-tailed data, with exact scores
+    python -m diffusers_gm.studies.gm_sgm rare_modes   rare and far modes: jumps, or steps on the first level
 
 Finished trainings and measurements are kept in the folder `.parts` of `--output`: a second run takes up where the first
 ended.
@@ -229,7 +229,7 @@ def lag(args: argparse.Namespace) -> Report:
            for c in budgets if mean[ours, c] < (1 - least) * mean[plain, c]}  # fmt: skip
 
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    plot_curves(axis, found, 1, {name: {"linestyle": "--", "marker": "s"} for name in (told, ours_told)})
+    plot_curves(axis, found, 1, {name: {"linestyle": "--"} for name in (told, ours_told)})
     axis.set_ylabel("sliced W2 over the floor")
     axis.set_title("annealed Langevin dynamics, T = 1")
     axis.legend(fontsize=8)
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="claim: some of the mixtures")
     args = parse(parser, argv, over_floor=("claim", "lag"))
     if args.study == "rare_modes" and args.calls and min(args.calls) < 12:
-        parser.error(f"--calls {args.calls}: rare_modes takes up to 5 Langevin steps a level, and needs at least 12")
+        parser.error(f"--calls {args.calls}: rare_modes needs at least 12")
     STUDIES[args.study](args).write(args.output)
 
 

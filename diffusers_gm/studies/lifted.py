@@ -15,7 +15,7 @@ from ..cli import at_least
 from ..evaluation.report import curve_table, plot_curves
 from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import parse, study_parser
-from .digits import images_of, kept_results, quality, statistic_of, tie, trained_ddpm
+from .digits import images_of, kept_results, quality, statistic_of, tie, trained
 from .pictures import save_picture, show_rows
 from .report import Report
 
@@ -48,7 +48,7 @@ def lifted(args: argparse.Namespace) -> Report:
     results = kept_results("lifted", args.num_samples, args.output, steps=args.steps, schedulers=settings)
 
     def pipeline(name: str, seed: int) -> DDPMPipeline:
-        unet, source = trained_ddpm(args.output, args.steps, seed)
+        unet, source = trained(args.output, method="ddpm", max_train_steps=args.steps, seed=seed)
         kind, config = schedulers[name]
         return DDPMPipeline(unet, kind.from_config(source.config, clip_sample=False, **config))
 
@@ -75,7 +75,7 @@ def lifted(args: argparse.Namespace) -> Report:
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.1)))
     axis = top.subplots()
-    plot_curves(axis, found, 1, {name: {"linestyle": "--", "marker": "s"} for name in PEERS})
+    plot_curves(axis, found, 1, {name: {"linestyle": "--"} for name in PEERS})
     axis.set_ylabel("sliced W2 over the floor")
     axis.set_title("one DDPM network of the digits")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

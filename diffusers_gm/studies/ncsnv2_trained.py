@@ -230,7 +230,7 @@ def techniques(args: argparse.Namespace) -> Report:
     figure = plt.figure(figsize=(11, 8), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.5, 1)))
     axis = top.subplots()
-    styles = {name: {"linestyle": ("--", ":", "-.")[i // 10], "marker": "s"} for i, name in enumerate(rows_of)}
+    styles = {name: {"linestyle": ("--", ":", "-.")[i // 10]} for i, name in enumerate(rows_of)}
     plot_curves(axis, curves, 1, styles | {BASE: {"linewidth": 3}})
     axis.set_ylabel("sliced W2 over the floor")
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

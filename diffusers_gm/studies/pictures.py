@@ -1,18 +1,24 @@
 """The pictures of the demo and the studies, but for curves of quality. Needs the `evaluation` extra."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from ..app.compare import Run
+from ..pictures import COLORS, image_grid, style
 from ..processes.cld import CLD, transform
 from ..processes.mixture import GaussianMixtureNoise
-from ..random import Draw
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update(style())
+
+# A component of noise is a jump where it is drawn for fewer images than this.
+RARE = 0.05
 
 
 def save_picture(figure: Any, path: Path) -> str:
@@ -24,30 +30,63 @@ def save_picture(figure: Any, path: Path) -> str:
 
 
 def show_rows(axis: Any, images: dict[str, Tensor], columns: int = 24) -> None:
-    """Draw one row of `columns` gray images `(n, 1, H, W)` in [-1, 1] under each name."""
-    rows = [torch.nn.functional.pad(x[:columns, 0].clamp(-1, 1), (0, 1, 0, 1)) for x in images.values()]
-    height = rows[0].shape[1]
-    axis.imshow(torch.cat([row.movedim(0, 1).flatten(1) for row in rows]), cmap="gray", vmin=-1, vmax=1)
-    axis.set_yticks([height * (i + 0.5) for i in range(len(rows))], list(images), fontsize=7)
-    axis.set_xticks([])
+    """Draw one row of `columns` images `(n, 1 or 3, H, W)` in [-1, 1], where there are as many, under each name."""
+    columns = min(columns, *(len(x) for x in images.values()))
+    grid = image_grid(torch.cat([x[:columns] for x in images.values()]), columns)
+    show_grid(axis, grid)
+    axis.set_yticks([grid.height * (i + 0.5) / len(images) for i in range(len(images))], list(images), fontsize=7)
+    axis.tick_params(axis="y", length=0)
+
+
+def show_grid(axis: Any, grid: Any) -> None:
+    """Draw an `image_grid`, without a frame."""
+    axis.imshow(grid, vmin=0, vmax=255)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
 
 
 def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path, columns: int = 10) -> None:
-    """As many samples as real images `(n, 1, H, W)`, side by side, in rows."""
+    """As many samples as real images `(n, 1 or 3, H, W)`, side by side, in rows."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained")
     for axis, images, name in zip(axes, (samples, real), (title, "held-out digits"), strict=True):
-        show_rows(axis, {str(i): row for i, row in enumerate(images.split(columns))}, columns)
-        axis.set(title=name, yticks=[])
+        show_grid(axis, image_grid(images, columns))
+        axis.set(title=name)
     save_picture(figure, path)
+
+
+def plot_trajectories(runs: Sequence[Run], path: Path) -> None:
+    """The way of one image through each run: what the network saw, and the denoised image, at every call."""
+    calls = max(len(run.looks) for run in runs)
+    figure, axes = plt.subplots(
+        len(runs), 1, figsize=(0.4 + 0.65 * calls, 0.5 + 1.6 * len(runs)), layout="constrained", squeeze=False
+    )
+    for axis, run in zip(axes[:, 0], runs, strict=True):
+        seen, denoised = (torch.cat([getattr(look, of)[:1] for look in run.looks]) for of in ("seen", "denoised"))
+        show_rows(axis, {"y": seen, "D": denoised}, calls)
+        axis.set_title(run.sampler.name, fontsize=9, loc="left", pad=3)
+    figure.suptitle(f"one image in {calls} network calls: y as the network sees it, D denoised", fontsize=10)
+    save_picture(figure, path)
+
+
+def shares_and_jumps(law: GaussianMixtureNoise, count: int) -> tuple[list[float], list[tuple[float, float]]]:
+    """What `count` pictures show of a law of noise: scales of equal shares of the draws, ascending, and every scale
+    that is drawn more rarely than `RARE`, with its probability. Which are shown is not left to chance: the largest
+    jump of a law may be one draw in thousands."""
+    pairs = sorted(zip(law.scales.tolist(), law.weights.tolist(), strict=True))
+    rare = [pair for pair in pairs if pair[1] < RARE][-count // 3 :]
+    common = [pair for pair in pairs if pair[1] >= RARE]
+    ends = torch.tensor([share for _, share in common]).cumsum(0)
+    places = (torch.arange(count - len(rare)) + 0.5) / (count - len(rare)) * ends[-1]
+    return [common[int(i)][0] for i in torch.searchsorted(ends, places)], rare
 
 
 def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: float, path: Path) -> None:
     """One digit under several draws of noise of equal variance, and random walks with the same increments.
 
-    Gaussian draws disturb every copy alike; mixture draws leave some nearly clean (roaming) and drown others (jumps).
+    Gaussian draws disturb every copy alike; mixture draws leave most nearly clean (roaming) and drown some (jumps).
     """
     generator = torch.Generator().manual_seed(0)
-    columns = 14
+    columns, jump = 14, COLORS[4]
     laws = {
         "Gaussian": GaussianMixtureNoise([1.0], [1.0]),
         **({f"this model's\nmixture (K = {len(mixture)})": mixture} if len(mixture) > 1 else {}),
@@ -56,19 +95,30 @@ def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: floa
     figure = plt.figure(figsize=(13, 9), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.25, 1.2)))
     for row, (name, law) in zip(top.subplots(len(laws), columns), laws.items(), strict=True):
-        scales = law.sample_scales((columns, 1, 1, 1), Draw(generator)).sort(0).values
+        shares, rare = shares_and_jumps(law, columns)
+        titles = [f"c = {c:.2f}" for c in shares] + [f"c = {c:.2f}\n1 draw in {1 / share:,.0f}" for c, share in rare]
+        scales = torch.tensor(shares + [c for c, _ in rare]).view(-1, 1, 1, 1)
         noisy = image + sigma * scales * torch.randn((columns, *image.shape), generator=generator)
-        for axis, picture, scale in zip(row, noisy, scales.flatten(), strict=True):
-            axis.imshow(picture[0], cmap="gray", vmin=-1.5, vmax=1.5)
-            axis.set_title(f"c = {float(scale):.2f}", fontsize=8)
+        for i, (axis, picture, title) in enumerate(zip(row, noisy, titles, strict=True)):
+            axis.imshow(picture[0], vmin=-1.5, vmax=1.5)
+            axis.set_title(title, fontsize=8)
             axis.set(xticks=[], yticks=[])
+            if i >= len(shares):
+                axis.spines[:].set(color=jump, linewidth=3)
         row[0].set_ylabel(name, fontsize=9)
-    top.suptitle(f"one digit, noise of equal variance (sigma = {sigma:g}), sorted by the scale c that was drawn")
+    top.suptitle(
+        f"one digit, noise of equal variance (sigma = {sigma:g}) and scale c: equal shares of the draws, ascending; "
+        "framed: the jumps, one of each"
+    )
     for axis, (name, law) in zip(bottom.subplots(1, len(laws)), laws.items(), strict=True):
-        axis.plot(*law.sample((2000, 2), generator).cumsum(0).T, linewidth=0.6)
+        increments = law.sample((2000, 2), generator)
+        walk = torch.cat([torch.zeros(1, 2), increments.cumsum(0)])
+        axis.plot(*walk.T, linewidth=0.6)
+        for i in (increments.norm(dim=1) > 5).nonzero().flatten().tolist():
+            axis.plot(*walk[i : i + 2].T, color=jump, linestyle="-", linewidth=1.5)
         axis.set_title(name.replace("\n", " "), fontsize=10)
         axis.set_aspect("equal", "datalim")
-    bottom.suptitle("2000 steps of a random walk, increments of equal variance")
+    bottom.suptitle("2000 steps of a random walk, increments of equal variance; thick: steps of more than 5")
     save_picture(figure, path)
 
 
@@ -97,7 +147,7 @@ def plot_forward_cld(image: Tensor, process: CLD, path: Path) -> None:
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.3)))
     for row, axes in enumerate(top.subplots(2, len(shown))):
         for axis, step in zip(axes, shown, strict=True):
-            axis.imshow(track[step, row], cmap="gray", vmin=-1.5, vmax=1.5)
+            axis.imshow(track[step, row], vmin=-1.5, vmax=1.5)
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(f"t = {step / num_steps:.2f}", fontsize=8)

@@ -1,49 +1,75 @@
-"""Rare and far modes, and heavy-tailed data, with exact scores: a study of `.gm_sgm`.
+"""Rare and far modes, with exact scores, and an image that is to become another: a study of `.gm_sgm`.
 
-No network: what is left is what the noise law and the sampler do.
+What decides is where the calls are spent, on the first level or on the way down, and not how long the steps are.
 """
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from ..data import split_digits
 from ..evaluation import mode_weights_error as total_variation
 from ..evaluation.results import Statistic
 from ..evaluation.sampling import NoGridError
 from ..evaluation.table import Table
 from ..processes.mixture import GaussianMixtureNoise
-from ..schedulers import GMLangevinScheduler
+from ..random import Draw
+from ..readings.grids import sigma_grid
+from ..samplers import Ancestral, Explore, Langevin, Memory, Sampler, sample
+from ..samplers.langevin import EXPLORING_STEP, ExplorePlan, langevin_step
 from .digits import kept_results
-from .exact import ExactDenoiser, exact_network, run
+from .exact import ExactDenoiser
+from .ncsnv2_trained import train_ncsnv2
 from .pictures import save_picture
 from .report import Report
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 3)
 WEIGHTS = (0.5, 0.2, 0.15, 0.1, 0.04, 0.01)
 DISTANCE, WIDTH, SIGMA_MIN = 10.0, 0.3, 0.1
-# Largest noise levels in units of the distance, and Langevin steps a level.
-FACTORS, LANGEVIN_STEPS = (0.25, 0.5, 1.0), (1, 3, 5)
+# First noise levels, in units of the distance.
+FACTORS = (0.25, 0.5, 1.0)
 
-# Samplers: whether the score is that of mixture noise, the algorithm, and whether its clock is random (jumps).
-GAUSSIAN_LANGEVIN = "Gaussian noise, langevin"
-JUMP = "Gaussian noise, jump"
-EXPONENTIAL, NO_JUMPS = "Gaussian noise, exponential", "Gaussian noise, exponential, no jumps"
-SAMPLERS = {
-    GAUSSIAN_LANGEVIN: (False, "langevin", False),
-    JUMP: (False, "jump", True),
-    NO_JUMPS: (False, "exponential", False),
-    EXPONENTIAL: (False, "exponential", True),
-    "mixture noise, langevin": (True, "langevin", True),
-    "mixture noise, jump": (True, "jump", True),
-    "Gaussian noise, ancestral": (False, "ancestral", False),
-    "mixture noise, ancestral": (True, "ancestral", True),
+# The level at which an image becomes another, and the first index of one that is a zero.
+MIDWAY, ZERO = 1.0, 0
+
+
+class ExploreByJumps(Explore):
+    """`Explore` whose steps are of the random lengths of a mixture's jumps, as long as is stable."""
+
+    def step(
+        self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
+    ) -> tuple[Tensor, Memory]:
+        sigma = plan.levels[i]
+        if plan.after[i] != sigma:
+            return super().step(plan, i, y, denoised, memory, draw)
+        a = min(plan.step_size, 0.5 / float(MIXTURE.scales.max()) ** 2) * MIXTURE.sample_scales(y.shape, draw) ** 2
+        return langevin_step(y, denoised, sigma, a, draw.normal(y.shape)), memory._replace(denoised=())
+
+
+LANGEVIN, EXPLORE = "annealed Langevin", f"explore, a = {EXPLORING_STEP:g}"
+
+
+def exploring(a: float) -> Explore:
+    return Explore(step_size=a * SIGMA_MIN**2)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    LANGEVIN: Langevin(),
+    "annealed Langevin, told the chain's level": Langevin(follow_chain=True),
+    "annealed jumps": Langevin(jumps=MIXTURE),
+    "annealed jumps, exact steps": Langevin(jumps=MIXTURE, exact=True),
+    "ancestral": Ancestral(),
+    EXPLORE: Explore(),
+    "explore, a = 0.1": exploring(0.1),
+    "explore, a = 0.6": exploring(0.6),
+    "explore by jumps": ExploreByJumps(),
 }
+ON_NETWORK = (LANGEVIN, "annealed Langevin, told the chain's level", "annealed jumps", "ancestral", EXPLORE)
 
 
 def far_modes() -> tuple[Tensor, Tensor]:
@@ -52,216 +78,168 @@ def far_modes() -> tuple[Tensor, Tensor]:
     return points.view(-1, 1, 4, 4), torch.tensor(WEIGHTS)
 
 
-def heavy_tailed_points(count: int = 400, degrees: float = 1.5) -> Tensor:
-    """Draws of a multivariate Student law in 4 dimensions, `(count, 1, 2, 2)`: their radius has the tail r^-degrees."""
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn((count, 4), generator=generator)
-    # A chi-squared variable of fractional degrees, by its quantiles.
-    from scipy.stats import chi2
-
-    uniform = torch.rand(count, generator=generator).numpy()
-    scale = (degrees / torch.from_numpy(chi2.ppf(uniform, degrees)).float()).sqrt()
-    return (normal * scale[:, None]).view(-1, 1, 2, 2)
-
-
-def radius_distance(samples: Tensor, reference: Tensor) -> float:
-    """W1 distance of the logarithms of the norms of as many samples and reference draws, `(n, ...)` each."""
-    a, b = (x.flatten(1).norm(dim=1).log().sort().values for x in (samples, reference))
-    return float((a - b).abs().mean())
-
-
 def exact_draws(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, width: float) -> Tensor:
     """`count` draws of the mixture of Gaussians of this width around the points."""
     chosen = points[torch.multinomial(weights, count, replacement=True, generator=generator)]
     return chosen + width * torch.randn(chosen.shape, generator=generator)
 
 
-def sample(
-    data: tuple[Tensor, Tensor, float], start: Tensor, sampler: str, sigma_max: float, steps: int, calls: int,
-    count: int, seed: int,
-) -> Tensor:  # fmt: skip
-    """Samples from `start` plus noise of the first level, with the exact score.
+def from_image(
+    sampler: Sampler, denoiser: Callable, image: Tensor, high: float, low: float, calls: int, count: int, seed: int
+) -> Tensor:
+    """`count` samples of runs of `calls` from one image `(1, C, H, W)` plus noise of the level `high`.
 
     Raises:
         NoGridError: without a stable step.
     """
-    points, weights, width = data
-    mixture, algorithm, jumps = SAMPLERS[sampler]
-    law = MIXTURE if jumps else GaussianMixtureNoise([1.0], [1.0])
-    scheduler = GMLangevinScheduler(
-        noise_space="ve",
-        sigma_min=SIGMA_MIN,
-        sigma_max=sigma_max,
-        prediction_type="score" if mixture else "epsilon",
-        model_noise="mixture" if mixture else "gaussian",
-        mixture_weights=law.weights.tolist(),
-        mixture_scales=law.scales.tolist(),
-        algorithm_type=algorithm,
-        num_langevin_steps=steps,
-    )
     try:
-        scheduler.set_timesteps(calls)
+        counts = torch.tensor(sampler.spend(calls))
+        sigmas = sigma_grid(high, low, len(counts), "log_snr").repeat_interleave(counts)
+        sampler.plan(sigmas)
     except ValueError as error:
         raise NoGridError(str(error)) from error
-    denoiser = ExactDenoiser(points, width, MIXTURE if mixture else None, weights)
     generator = torch.Generator().manual_seed(seed)
-    first = start + scheduler.initial_sample((count, *points.shape[1:]), generator, torch.device("cpu"), torch.float32)
-    return run(exact_network(denoiser, scheduler), scheduler, first, generator)
+    start = image + high * torch.randn((count, *image.shape[1:]), generator=generator)
+    return sample(sampler, denoiser, start, sigmas, generator)
+
+
+def denoiser_of(unet: Any, scheduler: Any) -> Callable[[Tensor, float], Tensor]:
+    """D of a trained network."""
+    reading = scheduler.reading
+
+    def denoiser(y: Tensor, sigma: float) -> Tensor:
+        call = reading.calls(reading.timestep(torch.tensor([sigma], dtype=torch.float64)))[0]
+        return reading.denoised(unet(reading.model_input(y, None, call), call.label).sample, y, call)
+
+    return denoiser
+
+
+def labels_of_digits() -> Tensor:
+    """The digit that each training image shows, `(n,)`, in the order of `split_digits`."""
+    from sklearn.datasets import load_digits
+
+    labels = torch.from_numpy(load_digits().target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return labels[order[: len(split_digits()[0])]]
+
+
+def label_error(images: Tensor) -> float:
+    """Total variation between the digits that images show, by their nearest training image, and all training digits."""
+    (points, _), labels = split_digits(), labels_of_digits()
+    shown = labels[torch.cdist(images.flatten(1), points.flatten(1)).argmin(1)]
+    shares = [torch.bincount(found, minlength=10) / len(found) for found in (shown, labels)]
+    return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
 Found = dict[tuple, tuple[float, float] | None]
 
 
-def compare(found: Found, ours: str, keys: Sequence[tuple]) -> tuple[list[str], list[str]]:
-    """Where `ours` is better, and where worse, than Gaussian Langevin by more than two standard errors, in words.
-
-    The largest ratio comes first.
-    """
-    better: list[tuple[float, str]] = []
-    worse: list[tuple[float, str]] = []
+def compare(found: Found, ours: str, keys: Sequence[tuple]) -> tuple[int, int]:
+    """In how many settings `ours` is better, and worse, than annealed Langevin by more than two standard errors."""
+    better = worse = 0
     for key in keys:
-        a, b = found.get((ours, *key)), found.get((GAUSSIAN_LANGEVIN, *key))
-        if a is None or b is None:
-            continue
-        difference, error = a[0] - b[0], (a[1] ** 2 + b[1] ** 2) ** 0.5
-        if abs(difference) > 2 * error:
-            text = "sigma_1 {:g}, T = {}, {} calls" if len(key) == 3 else "{}, {} calls"
-            case = max(a[0], b[0]) / min(a[0], b[0]), f"{text.format(*key)} ({b[0]:.3f} to {a[0]:.3f})"
-            (better if difference < 0 else worse).append(case)
-    return [text for _, text in sorted(better, reverse=True)], [text for _, text in sorted(worse, reverse=True)]
-
-
-def summary(found: Found, keys: Sequence[tuple]) -> str:
-    """Every sampler against Gaussian Langevin: in how many settings better and worse, and the largest gain."""
-    words = []
-    for sampler in SAMPLERS:
-        measured = sum(found.get((sampler, *key)) is not None for key in keys)
-        if sampler != GAUSSIAN_LANGEVIN and measured:
-            better, worse = compare(found, sampler, keys)
-            gain = f", most at {better[0]}" if better else ""
-            words.append(f"{sampler}: {len(better)} better{gain}, {len(worse)} worse, of {measured}")
-    return "; ".join(words)
-
-
-def plot(found: Found, exact: float, levels: Sequence[str], calls: int, path: Path) -> str:
-    figure, axes = plt.subplots(1, 4, figsize=(13, 4.6), layout="constrained")
-    for axis, steps in zip(axes, LANGEVIN_STEPS, strict=False):
-        for i, sampler in enumerate(SAMPLERS):
-            curve = [(f, *v) for f in FACTORS if (v := found.get((sampler, f, steps, calls)))]
-            if curve:
-                axis.errorbar(*zip(*curve, strict=True), marker="o", markersize=3, color=f"C{i}", label=sampler)
-        axis.axhline(exact, color="gray", linestyle=":", label="exact draws")
-        axis.set(title=f"six modes, T = {steps}, {calls} calls", xlabel="sigma_1 / distance of the modes", yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
-        axis.set_ylim(0.01, 0.6)
-    axes[0].set_ylabel("total variation of the mode weights")
-    for i, sampler in enumerate(SAMPLERS):
-        shown = [found[sampler, level, calls] for level in levels]
-        axes[3].plot(levels, [v[0] if v else math.nan for v in shown], "-o", color=f"C{i}", markersize=3)
-    axes[3].set(title=f"heavy tails, T = 1, {calls} calls", ylabel="W1 of log radius", yscale="log", xlabel="sigma_1")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    return save_picture(figure, path)
+        a, b = found.get((ours, *key)), found.get((LANGEVIN, *key))
+        if a is not None and b is not None and abs(a[0] - b[0]) > 2 * (a[1] ** 2 + b[1] ** 2) ** 0.5:
+            better, worse = better + (a[0] < b[0]), worse + (a[0] > b[0])
+    return better, worse
 
 
 def rare_modes(args: argparse.Namespace) -> Report:
-    budgets = args.calls or [50, 200]
-    seeds, count = max(5, args.seeds), 8 * args.num_samples
+    budgets, seeds, count = args.calls or [50, 200], max(5, args.seeds), 8 * args.num_samples
     points, weights = far_modes()
-    heavy = heavy_tailed_points()
-    even = torch.full((len(heavy),), 1 / len(heavy))
-    distances = torch.pdist(heavy.flatten(1))
-    levels = {"Technique 1": float(distances.max()), "median distance": float(distances.median())}
+    denoiser = ExactDenoiser(points, WIDTH, weights=weights)
     results = kept_results(
         "rare_modes",
         count,
         args.output,
         floor=False,
+        steps=args.steps,
         modes=[WEIGHTS, DISTANCE, WIDTH, SIGMA_MIN],
         mixture=[MIXTURE.weights.tolist(), MIXTURE.scales.tolist()],
-        samplers=SAMPLERS,
+        samplers={name: repr(sampler) for name, sampler in SAMPLERS.items()},
     )
+    network = denoiser_of(*train_ncsnv2(args, 0))
+    digits, zero = split_digits()[0], int((labels_of_digits() == ZERO).nonzero()[0])
 
-    def modes(sampler: str, factor: float, steps: int, calls: int, seed: int) -> dict[str, float]:
-        data = (points, weights, WIDTH)
-        samples = sample(data, points[0], sampler, factor * DISTANCE, steps, calls, count, seed)
+    def modes(name: str, factor: float, calls: int, seed: int) -> dict[str, float]:
+        high = factor * DISTANCE
+        samples = from_image(SAMPLERS[name], denoiser, points[:1], high, SIGMA_MIN, calls, count, seed)
         return {"error": total_variation(samples, points, weights)}
 
-    def tails(sampler: str, level: str, calls: int, seed: int) -> dict[str, float]:
-        samples = sample((heavy, even, 0.1), torch.zeros(1), sampler, levels[level], 1, calls, count, seed)
-        generator = torch.Generator().manual_seed(1000 + seed)
-        return {"error": radius_distance(samples, exact_draws(heavy, even, count, generator, 0.1))}
+    def subjects(name: str, calls: int, seed: int) -> dict[str, float]:
+        image = digits[zero : zero + 1]
+        samples = from_image(SAMPLERS[name], network, image, MIDWAY, 0.01, calls, args.num_samples, seed)
+        return {"error": label_error(samples)}
 
-    def over_seeds(name: str, calls: int, make: Callable[[int], dict[str, float]]) -> tuple[float, float] | None:
-        scores = results.of_seeds(name, calls, seeds, make)
-        if scores is None:
-            return None
-        value = Statistic.of([score["error"] for score in scores])
-        return value.mean, value.error
+    def over_seeds(
+        name: str, calls: int, num_seeds: int, make: Callable[[int], dict[str, float]]
+    ) -> tuple[float, float] | None:
+        scores = results.of_seeds(name, calls, num_seeds, make)
+        value = None if scores is None else Statistic.of([score["error"] for score in scores])
+        return None if value is None else (value.mean, value.error or 0.0)
 
-    settings = [(f, t, c) for c in budgets for f in FACTORS for t in LANGEVIN_STEPS]
+    settings = [(factor, calls) for calls in budgets for factor in FACTORS]
     found: Found = {}
-    for sampler in SAMPLERS:
-        for factor, steps, calls in settings:
-            if sampler.endswith("ancestral") and steps > 1:
-                continue
-            name = f"{sampler}, sigma_1 {factor:g} distances, T = {steps}"
-            make = partial(modes, sampler, factor, steps, calls)
-            found[sampler, factor, steps, calls] = over_seeds(name, calls, make)
-        for level in levels:
-            for calls in budgets:
-                make = partial(tails, sampler, level, calls)
-                found[sampler, level, calls] = over_seeds(f"{sampler}, heavy tails, {level}", calls, make)
-    exact = [
-        total_variation(exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH), points, weights)
-        for s in range(seeds)
-    ]
-
-    from scipy.stats import t as student
-
-    # That two means over seeds of one law differ by more than two standard errors.
-    by_chance = 2 * float(student.sf(2, 2 * seeds - 2))
+    for name in SAMPLERS:
+        for factor, calls in settings:
+            cell = f"{name}, first level {factor:g} distances"
+            found[name, factor, calls] = over_seeds(cell, calls, seeds, partial(modes, name, factor, calls))
+    for name in ON_NETWORK:
+        for calls in budgets:
+            found[name, calls] = over_seeds(f"{name}, digits", calls, args.seeds, partial(subjects, name, calls))
+    floor = Statistic.of(
+        [
+            total_variation(
+                exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH), points, weights
+            )
+            for s in range(seeds)
+        ]
+    ).mean
+    real = label_error(split_digits()[1][: args.num_samples])
 
     def words(key: tuple) -> str:
         value = found.get(key)
         return "-" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"
 
-    rows = [[f"{f:g}", t, c, *(words((s, f, t, c)) for s in SAMPLERS)] for f, t, c in settings]
-    heavy_rows = [[lv, c, *(words((s, lv, c)) for s in SAMPLERS)] for lv in levels for c in budgets]
-
-    better, worse = compare(found, JUMP, settings)
-    tail_keys = [(lv, c) for lv in levels for c in budgets]
-    pairs = [(found[EXPONENTIAL, *key], found[NO_JUMPS, *key]) for key in settings]
-    logs = [math.log(a[0] / b[0]) for a, b in pairs if a and b]
-    typical = math.exp(sum(logs) / len(logs))
-    best = {key: min((v[0], s) for s in SAMPLERS if (v := found.get((s, *key))) is not None) for key in settings}
-    winners = [b[1] for b in best.values()]
-    most = max(set(winners), key=winners.count)
-
-    floor = sum(exact) / len(exact)
-    picture = plot(found, floor, list(levels), budgets[-1], args.output / "gm_sgm_rare_modes.png")
+    first = [f"{words((EXPLORE, FACTORS[0], n))} against {words((LANGEVIN, FACTORS[0], n))} at {n}" for n in budgets]
+    jumps = [compare(found, name, settings) for name in SAMPLERS if "annealed jumps" in name]
+    found_jumps = {(LANGEVIN if name == EXPLORE else name, *key): value for (name, *key), value in found.items()
+                   if name in (EXPLORE, "explore by jumps")}  # fmt: skip
+    by_jumps = compare(found_jumps, "explore by jumps", settings)
+    midway = [f"{words((EXPLORE, n))} against {words((LANGEVIN, n))} at {n}" for n in budgets]
+    figure, axes = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.4), layout="constrained", squeeze=False)
+    for axis, calls in zip(axes[0], budgets, strict=True):
+        for name in SAMPLERS:
+            curve = [(f, *v) for f in FACTORS if (v := found[name, f, calls])]
+            if curve:
+                axis.errorbar(*zip(*curve, strict=True), marker="o", markersize=3, label=name)
+        axis.axhline(floor, color="gray", linestyle=":", label="exact draws")
+        axis.set(title=f"{calls} calls", xlabel="first level / distance of the modes", yscale="log")
+    axes[0, 0].set_ylabel("total variation of the mode weights")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    columns = [f"{factor:g} distances, {calls} calls" for factor, calls in settings]
     return Report(
         "gm_sgm_rare_modes",
-        "GM-SGM: rare and far modes, heavy-tailed data",
-        "Started in the largest of six far modes, with exact scores, do jumps or mixture noise find the rare modes "
-        "better than Langevin dynamics with Gaussian noise? And do they get the tails of heavy-tailed data?",
-        f"Jumps on the ordinary score help {'in places' if better else 'nowhere'}: they are better than Langevin "
-        f"steps in {len(better)} and worse in {len(worse)} of {len(settings)} settings (two standard "
-        f"errors, which {by_chance:.0%} of comparisons of equals exceed by chance). "
-        f"Where steps are integrated exactly, jumps change the error by a factor {typical:.2f} (geometric mean, "
-        f"exponential with over without jumps). All samplers against Gaussian Langevin: {summary(found, settings)}. "
-        f"On the heavy-tailed data: {summary(found, tail_keys)}. The best sampler of the modes is most often "
-        f"'{most}' ({winners.count(most)} of {len(settings)} settings).",
+        "GM-SGM: rare and far modes",
+        "Started in the largest of six far modes, with exact scores, what finds the rare ones: jumps, or steps on the "
+        "first level? And does an image become another in the same way?",
+        f"Exploring wins, jumps lose. From a first level of a quarter of the distance, exploring has an error of "
+        f"{', '.join(first)} calls for annealed Langevin; exact draws have {floor:.3f}. Of {len(settings)} settings "
+        f"jumps on the ladder are better than Langevin steps in {jumps[0][0]} and worse in {jumps[0][1]}, with exact "
+        f"steps in {jumps[1][0]} and {jumps[1][1]} (two standard errors); exploring by jumps is better than exploring "
+        f"in {by_jumps[0]} and worse in {by_jumps[1]}. From one zero at sigma = {MIDWAY:g}, a trained network: "
+        f"exploring {', '.join(midway)} calls; held-out digits have {real:.3f}.",
         [
-            Table(f"Six modes in 16 dimensions, total-variation error of their weights, mean ± standard error of "
-                  f"{seeds} seeds, n = {count}; exact draws have {floor:.3f}. `-`: no stable step, or the "
-                  "sampler has no T.", ["sigma_1 / distance", "T", "calls", *SAMPLERS], rows),
-            Table("400 points of a Student law in 4 dimensions (1.5 degrees of freedom), W1 of the log radius, T = 1.",
-                  ["sigma_1", "calls", *SAMPLERS], heavy_rows),
+            Table(f"Six modes in 16 dimensions: total-variation error of their weights, mean ± standard error of "
+                  f"{seeds} seeds, n = {count}; exact draws have {floor:.3f}. `-`: no stable step.",
+                  ["sampler", *columns], [[s, *(words((s, *key)) for key in settings)] for s in SAMPLERS]),
+            Table(f"A network of the digits, from one zero plus noise of {MIDWAY:g}: total variation between the "
+                  f"digits shown, by the nearest training image, and all, {args.seeds} seed(s), n = "
+                  f"{args.num_samples}; held-out ones have {real:.3f}.", ["sampler", *(f"{n} calls" for n in budgets)],
+                  [[s, *(words((s, n)) for n in budgets)] for s in ON_NETWORK]),
         ],
-        [picture],
-        f"Weights {', '.join(map(str, WEIGHTS))}; all modes {DISTANCE:g} apart, width {WIDTH:g}, sigma_L = "
-        f"{SIGMA_MIN:g}; chains start at the largest mode plus noise of the first level. Mixture: power law, alpha = "
-        f"1.5, K = 3. Heavy tails: runs start at the origin; Technique 1 is {levels['Technique 1']:.3g}, the median "
-        f"distance {levels['median distance']:.3g}.",
+        [save_picture(figure, args.output / "gm_sgm_rare_modes.png")],
+        f"Weights {', '.join(map(str, WEIGHTS))}; all modes {DISTANCE:g} apart, width {WIDTH:g}, last level "
+        f"{SIGMA_MIN:g}; runs start at the largest mode plus noise of the first level. Jumps: power law, alpha = 1.5, "
+        f"K = 3. The network: ncsnv2, {args.steps} steps.",
     )  # fmt: skip

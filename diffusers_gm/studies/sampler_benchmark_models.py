@@ -15,7 +15,7 @@ from ..data import examine, open_source, split_digits
 from ..evaluation.features import fingerprint
 from ..evaluation.sampling import describe_model
 from ..schedulers import CLDSSCSScheduler
-from .digits import parts_of, pipeline_of, trained, trained_ddpm
+from .digits import parts_of, pipeline_of, trained
 from .exact import ExactDenoiser, NetworkOf, exact_network
 from .sampler_benchmark_calibration import Calibrations
 from .sampler_benchmark_problems import Erring, GaussianMixture
@@ -137,7 +137,7 @@ def cifar10_model(folder: Path, num_images: int, num_samples: int, output: Path)
 
 def ddpm_model(num_samples: int, steps: int, output: Path) -> Model:
     """A network that diffusers' own recipe trained on the digits."""
-    unet, source = trained_ddpm(output, steps, 0)
+    unet, source = trained(output, method="ddpm", max_train_steps=steps)
     pipeline = pipeline_of(unet, DDPMScheduler.from_config(source.config, clip_sample=False))
     conditions = f"Trained with diffusers' objective for {steps} steps."
     return _of_digits("a DDPM network of the digits", pipeline, compatible, num_samples, conditions, output)

@@ -3,7 +3,8 @@
 CPU seconds per step of `train_gm_sgm.py` and of `diffusers_loop.py`: the same folder of PNGs (the digits, or one that
 is given), the same network, the same batch, in processes of one thread. A run of few steps is taken from one of many,
 so that what happens once does not count. The runs take turns; the medians and their ratio are printed, with machine
-and versions.
+and versions. With `--num_processes 2` also the efficiency of two processes, each with a batch of its own: CPU seconds
+per image of one over those of two.
 """
 
 import json
@@ -27,6 +28,9 @@ from ..evaluation.table import Table
 from ..training.network import new_unet
 from ..training.options import TrainingArguments
 
+# Of accelerate, and how to start some processes with it.
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"]
+OURS, THEIRS, TOGETHER = "train_gm_sgm.py", "diffusers", "train_gm_sgm.py, all processes"
 TRAINING_SCRIPT = Path(__file__).parents[2] / "train_gm_sgm.py"
 # What happens once is over after this many steps.
 FIRST_STEPS = 10
@@ -78,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--resolution", type=int, help="side of the images; default that of the data, which for the digits is 8")
     add("--block_out_channels", type=at_least(1), nargs="+", help="of the network; default as for train_gm_sgm.py")
     add("--train_batch_size", type=at_least(1), default=128)
+    add("--num_processes", type=at_least(1), default=1, help="also measure so many processes of train_gm_sgm.py")
     add("--method", choices=["gm-sgm", "ncsnv2", "cld"], default="gm-sgm")
     add("--steps", type=at_least(1), default=150, help="steps that are measured in a run")
     add("--repeats", type=at_least(1), default=5, help="runs of each loop")
@@ -114,6 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                        "--overwrite_output_dir"]  # fmt: skip
             return [sys.executable, TRAINING_SCRIPT, *options]
 
+        def many(steps: int) -> list[object]:
+            _, *words = ours(steps)
+            return [*LAUNCHER, args.num_processes, *words]
+
         def theirs(steps: int) -> list[object]:
             numbers = resolution, args.train_batch_size, steps
             return [sys.executable, "-m", "diffusers_gm.studies.diffusers_loop", folder, config, *numbers]
@@ -124,16 +133,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"batches of {args.train_batch_size}, {unet.num_parameters():,} parameters, {args.method}; {args.steps} "
             "steps a run"
         )
-        found = measure({"train_gm_sgm.py": ours, "diffusers": theirs}, args.steps, args.repeats, cwd)
+        loops: dict[str, Callable[[int], Sequence[object]]] = {OURS: ours, THEIRS: theirs}
+        if args.num_processes > 1:
+            loops[TOGETHER] = many
+        found = measure(loops, args.steps, args.repeats, cwd)
+    print("\n" + report(found, args.train_batch_size, args.num_processes))
+
+
+def report(found: dict[str, list[float]], batch_size: int, num_processes: int) -> str:
+    """What `measure` found as a table, and the ratios."""
+    medians = {name: statistics.median(values) for name, values in found.items()}
     rows = []
     for name, values in found.items():
-        median = statistics.median(values)
-        rate = 1000 * args.train_batch_size / median
-        rows.append([name, f"{median:.1f}", f"{min(values):.1f} to {max(values):.1f}", f"{rate:.0f}"])
-    header = ["loop", "CPU ms per step, median", "range", "images per CPU second"]
-    print("\n" + Table("", header, rows).markdown())
-    ratio = statistics.median(found["diffusers"]) / statistics.median(found["train_gm_sgm.py"])
-    print(f"\nrate of train_gm_sgm.py over that of diffusers: {ratio:.3f}")
+        images = batch_size * (num_processes if name == TOGETHER else 1)
+        spread = f"{min(values):.1f} to {max(values):.1f}"
+        rows.append([name, f"{medians[name]:.1f}", spread, f"{1000 * images / medians[name]:.0f}"])
+    lines = [Table("", ["loop", "CPU ms per step, median", "range", "images per CPU second"], rows).markdown(), ""]
+    lines.append(f"rate of {OURS} over that of {THEIRS}: {medians[THEIRS] / medians[OURS]:.3f}")
+    if TOGETHER in found:
+        efficiency = num_processes * medians[OURS] / medians[TOGETHER]
+        lines.append(f"efficiency of {num_processes} processes: {efficiency:.3f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from .. import files
+from ..data.latents import CONTENTS
+from .draws import DRAWS_VERSION
+from .methods import METHODS
 from .options import TrainingArguments, free_on_resume
 from .training_data import STATE_FILE, TrainingData, read_state
 
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
 ARGS_FILE = "training_args.json"
 LOG_FILE = "training_log.jsonl"
+LATENTS = "latents"
 SUPERSEDED = "superseded-"
 UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
@@ -65,6 +69,24 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         f"--resume_from_checkpoint {resume!r}: there is no complete checkpoint; --output_dir has "
         f"{[path.name for path in list_checkpoints(folder)] or 'none'}"
     )
+
+
+def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArguments:
+    """The options; those that were left open are as the training of the checkpoint had them."""
+    if checkpoint is None:
+        return args
+    record = recorded_options(read_state(checkpoint), args.method)
+    recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
+    args = replace(args, **recorded)
+    args.left_open |= recorded.keys()
+    return args
+
+
+def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:
+    """The options in a checkpoint's state file, and what those came to that were not there yet."""
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    record, formerly = defaults | content["arguments"], METHODS[method].formerly
+    return record | {name: value for name, value in formerly.items() if record.get(name) is None}
 
 
 def _newest_whole(folder: Path) -> Path | None:
@@ -125,7 +147,8 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
         )
-    if any(folder.iterdir()) and not (folder / ARGS_FILE).is_file():
+    others = [path for path in folder.iterdir() if path.name != LATENTS or not (path / CONTENTS).is_file()]
+    if others and not (folder / ARGS_FILE).is_file():
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds files that are not from a training: choose another, or "
             "add to it with --overwrite_output_dir"
@@ -176,14 +199,14 @@ def _set_aside(checkpoints: list[Path]) -> None:
         logger.warning(f"{path.name} is later than where this training goes on: it is now {target.name}")
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
+def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of the loss curve; one that was cut short by a kill is left out."""
     path = folder / LOG_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def append_log(folder: Path, entry: dict[str, float]) -> None:
+def append_log(folder: Path, entry: dict[str, Any]) -> None:
     with (folder / LOG_FILE).open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -193,11 +216,16 @@ def append_log(folder: Path, entry: dict[str, float]) -> None:
 
 @dataclass
 class TrainingState:
-    """How far a training is. The data seen decide the order of the data and the noise that come next."""
+    """How far a training is. The data seen decide the order of the data and the noise that come next.
+
+    Attributes:
+        places: of a stream, where each process is, see `Batches`.
+    """
 
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
+    places: list[Any] | None = None
 
 
 def save_checkpoint(
@@ -224,6 +252,7 @@ def save_checkpoint(
             "state": asdict(state),
             "arguments": record,
             "data": asdict(data),
+            "draws": DRAWS_VERSION,
             "files": files.checksums(temporary),
         }
         content = json.loads(json.dumps(content))  # as it will be read
@@ -245,7 +274,7 @@ def read_checkpoint(
     """
     content = read_state(checkpoint)
     free = free_on_resume(args)
-    before, now = content["arguments"], json.loads(json.dumps(record))
+    before, now = recorded_options(content, args.method), json.loads(json.dumps(record))
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now
@@ -256,6 +285,11 @@ def read_checkpoint(
             f"--resume_from_checkpoint {checkpoint.name} continues a training with other options: {'; '.join(changes)}"
         )
     state = TrainingState(**content["state"])
+    if content.get("draws") != DRAWS_VERSION:
+        logger.warning(
+            f"{checkpoint.name} is of an earlier version, which drew noise for batches; from here on it is drawn for "
+            "images, by the same law: the end will not be that of an uninterrupted training bit by bit"
+        )
     data.check_against(TrainingData.of(content), checkpoint.name)
     if state.step > record["max_train_steps"]:
         raise ValueError(f"--max_train_steps {record['max_train_steps']} is over: {checkpoint.name} is later")

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from .draws import Draws
 from .folder import list_checkpoints
-from .network import TrainingLoss, averaged_weights
+from .network import Objective, averaged_weights
 
 # A network whose loss is this many times that of one that answers zero, on the same images under the same noise, is
 # not coming back; what is far below it still may.
@@ -45,9 +45,9 @@ class Health:
     def __init__(
         self,
         accelerator: Accelerator,
-        unet: UNet2DModel,
+        unet: nn.Module,
         ema: EMAModel | None,
-        objective: TrainingLoss,
+        objective: Objective,
         images: Tensor,
         folder: Path,
         learning_rate: float,
@@ -88,7 +88,7 @@ class Health:
         """Raise a DivergedError if the network, or the average, should not be saved.
 
         Their weights must be finite, and so must their losses, up to `WORSE_THAN_SILENCE` times that of a network
-        that answers zero. Costs two forward passes; leaves the random state as it was.
+        that answers zero. Costs two forward passes, and no random numbers.
         """
         networks: list[EMAModel | None] = [None, self.ema] if self.ema else [None]
         measured = [self._measure(ema) for ema in networks]
@@ -106,16 +106,15 @@ class Health:
     @torch.no_grad()
     def _measure(self, ema: EMAModel | None) -> Tensor:
         """Norm of the weights, loss of the network and of silence, `(3,)`."""
-        device = self.accelerator.device
         losses = []
-        with averaged_weights(self.unet, ema), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with averaged_weights(self.unet, ema):
             for network in (self.unet, self._silence):
-                torch.manual_seed(0)  # the same times and noise for both
-                losses.append(self.objective(network, self.images).mean().float())
+                draws = Draws.always_the_same(self.images)
+                losses.append(self.objective(network, self.images, draws).mean().float())
             norm = torch.nn.utils.get_total_norm(list(self.unet.parameters())).float()
         return torch.stack([norm, *losses])
 
-    def _silence(self, *_: Tensor) -> SimpleNamespace:
+    def _silence(self, *_: Tensor, **__: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=torch.zeros_like(self.images))
 
     def _look_at_gradients(self, but: float = 0) -> None:

@@ -17,10 +17,6 @@ from .recipe import read_recipe, recipe_names
 INSTEAD = {
     "save_images_epochs": "set --validation_steps, the optimizer steps between grids of samples",
     "save_model_epochs": "set --checkpointing_steps, the optimizer steps between checkpoints",
-    "ddpm_beta_schedule": (
-        "there are no betas to choose: set --sigma_min, --sigma_max and --num_train_timesteps, "
-        "or for --method cld --beta_0 and --beta_1"
-    ),
     "local_rank": "leave it out: `accelerate launch` tells every process its rank",
     "enable_xformers_memory_efficient_attention": "leave it out: PyTorch's own memory-efficient attention is used",
     "use_auth_token": "leave it out: log in with `hf auth login`, or set HF_TOKEN",

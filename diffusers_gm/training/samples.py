@@ -1,4 +1,4 @@
-"""Grids of samples, and what they were made on."""
+"""Samples of a training, and what they were made on."""
 
 import math
 from typing import Any
@@ -6,33 +6,46 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.utils import make_image_grid
 from PIL import Image
+from torch import Tensor
+
+from ..launch import over_processes, process_state
 
 
 def sample_images(pipeline: Any, num_images: int, batch_size: int, num_inference_steps: int, seed: int) -> list:
-    """PIL images, the same for the same seed whatever the batch size."""
+    """PIL images, the same for the same seed whatever the batch size; each process draws a part, and has all. Those of
+    a conditional network are of all classes in turn."""
     pipeline.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
-    for start in range(0, num_images, batch_size):
-        seeds = range(seed + start, seed + min(start + batch_size, num_images))
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        images += pipeline(len(generators), num_inference_steps, generators).images
-    return images
+    classes = pipeline.labels_in_turn(num_images)
+
+    def draw(seeds: Tensor) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(s) for s in seeds.tolist()]
+        labels = classes and [classes[s - seed] for s in seeds.tolist()]
+        return pipeline(len(generators), num_inference_steps, generators, class_labels=labels).images
+
+    share = math.ceil(num_images / process_state().num_processes)
+    parts = over_processes(draw, torch.arange(seed, seed + num_images), min(batch_size, share), "samples")
+    return [image for part in parts for image in part]
 
 
-def image_grid(images: list, min_side: int = 64) -> Image.Image:
-    """Images in the squarest full grid, small ones enlarged without smoothing."""
-    rows = next(r for r in range(math.isqrt(len(images)), 0, -1) if len(images) % r == 0)
-    factor = math.ceil(min_side / min(images[0].size))
-    size = (images[0].width * factor, images[0].height * factor)
-    return make_image_grid([i.resize(size, Image.Resampling.NEAREST) for i in images], rows, len(images) // rows)
+def start_tracker(accelerator: Accelerator, record: dict[str, Any]) -> None:
+    """Begin a run of the tracker, if there is one, with the options: numbers as numbers."""
+    simple = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in record.items()}
+    accelerator.init_trackers("diffusers_gm", {name: simple[name] for name in record if record[name] is not None})
 
 
 def log_grid(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
-    """Show a grid of samples to the trackers that take images."""
+    """Show a grid of samples to the tracker; call it on the main process."""
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
+        if tracker.name == "trackio":
+            import trackio
+
+            tracker.log({"samples": trackio.Image(grid)}, step=step)
+        elif tracker.name == "mlflow":
+            import mlflow
+
+            mlflow.log_image(grid, key="samples", step=step)
+        else:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": np.asarray(grid)[None]}, step, **layout)
 

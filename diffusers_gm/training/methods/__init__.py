@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
-from . import cld, gm_sgm, ncsnv2
+from . import cld, ddpm, gm_sgm, ncsnv2
 from .cld import CLDOptions
+from .ddpm import DDPMOptions
 from .gm_sgm import MixtureOptions
 from .ladder import LadderOptions
 from .method import Method
 
-METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (gm_sgm, ncsnv2, cld)}
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (gm_sgm, ncsnv2, cld, ddpm)}
 
 
 @dataclass
-class MethodOptions(CLDOptions, MixtureOptions, LadderOptions):
+class MethodOptions(DDPMOptions, CLDOptions, MixtureOptions, LadderOptions):
     """The options of all methods."""
 
 

@@ -1,16 +1,17 @@
 """What a method of training is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
+from ...random import Draw
 from ..option import noise
 
 
 @dataclass
-class NoiseOptions:
+class TimeOptions:
     """What is asked of every method."""
 
     num_train_timesteps: str = noise(
@@ -25,9 +26,11 @@ class Noise:
     """What the options of the noise come to for given data; None where a method has none. Named as the options."""
 
     num_train_timesteps: int
-    sigma_max: float | None
-    mixture_weights: list[float] | None
-    mixture_scales: list[float] | None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float | None = None
+    mixture_weights: list[float] | None = None
+    mixture_scales: list[float] | None = None
 
 
 LargestDistance = Callable[[Tensor], float]
@@ -46,13 +49,17 @@ class Method:
         noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
             The largest distance of two of them takes long to measure: a function, to be called where it is needed.
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
-        loss: `(args, noise, scheduler, network, images)` is one loss per image, `(B,)`, of `(B, C, H, W)`. Times and
-            noise are drawn from the global generator of the images' device.
+        labels: `(args, noise, uniform)` are the network's labels of noise levels, `(B,)` on the CPU, from numbers that
+            are uniform in [0, 1), `(B,)` float64: what decides which levels are learned, and how often.
+        loss: `(args, noise, scheduler, network, images, labels, draw)` is one loss per image, `(B,)`, of
+            `(B, C, H, W)` at these levels, under noise from `draw`.
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
         citation: BibTeX.
-        input_factor: channels that enter the network for each channel of an image.
+        choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
+        formerly: what version 0.1.0, whose records say nothing of them, had for some of those that `choose` names.
+        input_factor: `(args)` is how many channels enter the network for each channel of an image.
     """
 
     name: str
@@ -62,12 +69,15 @@ class Method:
     check: Callable[[Any], None]
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
-    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor], Tensor]
+    labels: Callable[[Any, Noise, Tensor], Tensor]
+    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor, Tensor, Draw], Tensor]
     noise_in_words: Callable[[Any, Noise], str]
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]
     citation: str
-    input_factor: int = 1
+    choose: Callable[[Any], dict[str, Any]] = lambda args: {}
+    formerly: dict[str, Any] = field(default_factory=dict)
+    input_factor: Callable[[Any], int] = lambda args: 1
 
     @property
     def option_names(self) -> set[str]:

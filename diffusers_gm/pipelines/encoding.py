@@ -1,0 +1,103 @@
+"""From images to latents and between latents, through the probability flow."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..random import Draw, Generators, randn
+from ..readings import VelocityReading
+from ..samplers import Memory, TwoStep
+from ..schedulers import CalibratedMultistepScheduler
+from .guidance import Guidance, Network
+from .inpainting import noised
+
+
+def ours(scheduler: Any) -> Any:
+    """A scheduler of this package that reads the network as `scheduler` does; it itself, if it is one.
+
+    Raises:
+        ValueError: for a scheduler that cannot be swapped.
+    """
+    return scheduler if hasattr(scheduler, "reading") else CalibratedMultistepScheduler.from_config(scheduler.config)
+
+
+def noise_level(scheduler: Any, timestep: Tensor) -> float:
+    """sigma of `y = x0 + sigma noise` at a timestep, by a scheduler of this package."""
+    return float(scheduler.reading.sigma(timestep.cpu().double()))
+
+
+def encode(
+    scheduler: Any,
+    network: Network,
+    guidance: Guidance,
+    images: Tensor,
+    num_steps: int,
+    generator: Generators,
+) -> Tensor:
+    """The sample at the first level that the probability flow `dy / dsigma = (y - D) / sigma` leads from to `images`.
+
+    The mirror of a run of `num_steps` calls of the scheduler on its own noise levels: one call finds the y whose D is
+    the image, the others go up from there, in steps of second order. A network that sees a velocity is shown a
+    companion noise that stays the same, drawn by `generator`.
+    """
+    reader = ours(scheduler)
+    reading = reader.reading
+    scheduler.set_timesteps(num_steps, device=images.device)
+    labels = scheduler.timesteps.cpu().double().unique()
+    sigmas = reading.sigma(labels)
+    calls = reading.calls(labels, sigmas)
+    companion = None
+    if isinstance(reading, VelocityReading):
+        companion = randn(images.shape, generator, images.device, images.dtype)
+
+    def denoised(y: Tensor, i: int) -> Tensor:
+        sample = reading.visible(y, companion, calls[i])
+        label = reader._as_timesteps(labels)[i].to(images.device)
+        output = guidance.output(network, reading.model_input(sample, label, calls[i]), label)
+        return reader._denoised(reader.without_variance(output, sample), sample, y, calls[i], Memory())[0]
+
+    sampler, memory, draw = TwoStep(denoise=False), Memory(), Draw.like(images)
+    y = 2 * images - denoised(images, 0)
+    if len(sigmas) > 1:
+        plan = sampler.plan(sigmas)
+        for i in range(len(sigmas) - 1):
+            y, memory = sampler.step(plan, i, y, denoised(y, i), memory, draw)
+    if companion is not None or reader is scheduler:
+        return reading.visible(y, companion, calls[len(sigmas) - 1])
+    # What a scheduler of diffusers carries is a multiple of y.
+    return noised(scheduler, y, scheduler.timesteps[0], torch.zeros_like(y))
+
+
+def slerp(start: Tensor, end: Tensor, num_images: int) -> Tensor:
+    """Latents on the great circle from one to another, both ends included.
+
+    A straight line would leave the shell on which noise lies; on the circle its length stays, or goes evenly from that
+    of one end to that of the other.
+
+    Args:
+        start, end: latents of one image, `(C, H, W)` or `(1, C, H, W)`.
+        num_images: at least 2.
+
+    Returns:
+        `(num_images, C, H, W)`, for `latents` of a pipeline with a deterministic sampler.
+
+    Raises:
+        ValueError: for other shapes, or fewer images.
+    """
+    one, other = (latents.squeeze(0) if latents.ndim == 4 else latents for latents in (start, end))
+    if one.ndim != 3 or one.shape != other.shape:
+        raise ValueError(
+            f"slerp goes between latents of two images (1, C, H, W), got {tuple(start.shape)} and {tuple(end.shape)}"
+        )
+    if num_images < 2:
+        raise ValueError(f"num_images must be at least 2, both ends: got {num_images}")
+    lengths = one.norm(), other.norm()
+    cosine = (one * other).sum() / (lengths[0] * lengths[1])
+    angle = cosine.clamp(-1, 1).acos()
+    share = torch.linspace(0, 1, num_images, dtype=one.dtype, device=one.device).reshape(-1, 1, 1, 1)
+    if angle < 1e-4:
+        return torch.lerp(one, other, share)
+    weights = ((1 - share) * angle).sin() / angle.sin(), (share * angle).sin() / angle.sin()
+    length = (1 - share) * lengths[0] + share * lengths[1]
+    return length * (weights[0] * one / lengths[0] + weights[1] * other / lengths[1])

@@ -1,0 +1,249 @@
+"""The comparison that decides: our methods beside diffusers' DDPM on one network, one optimizer and equal steps.
+
+    python -m diffusers_gm.studies.equal_budget --steps 1200 --seeds 2
+    python -m diffusers_gm.studies.equal_budget --train_data_dir fashion/train --test_data_dir fashion/test
+
+Every method is trained by `train_gm_sgm.py` with the same shape of network, batch, optimizer, average and steps, in
+slices of `--max_train_minutes`; the CPU seconds are told beside. Every network is sampled by as many samplers; the best
+of them is chosen on the first set of samples and judged on the others. Distances are to images that no training saw,
+beside that of as many training images to them. What is finished is not done again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration import calibrate
+from ..cli import at_least
+from ..data import examine, open_folder, split_digits
+from ..evaluation.features import lite0
+from ..evaluation.results import Results, Statistic
+from ..evaluation.sampling import build_scheduler, load_pipeline, num_steps_for, sample
+from ..evaluation.scoring import Reference, score
+from ..evaluation.sources import MAX_ELEMENTS
+from ..evaluation.table import Table
+from ..files import write_json
+from .command import parse, study_parser
+from .digits import parts_of
+from .report import Report
+from .throughput import TRAINING_SCRIPT, cpu_seconds
+
+# A way to train, and what it adds to the options that all share.
+KINDS: dict[str, list[str]] = {
+    "ddpm": ["--method", "ddpm"],
+    "ncsnv2": ["--method", "ncsnv2"],
+    "gm-sgm": ["--method", "gm-sgm"],
+    "cld": ["--method", "cld"],
+    "cld-paper": ["--method", "cld", "--config", "cld-paper"],
+}
+BASELINE = "ddpm"
+CALIBRATED = "calibrated"
+MULTISTEP = [["CalibratedMultistepScheduler", f"stochasticity={tau}"] for tau in (0, 0.4)]
+# As many of each method: those of its paper, and the best known.
+OWN: dict[str, list[list[str]]] = {
+    "ddpm": [
+        ["DDPMScheduler"],
+        ["UniPCMultistepScheduler"],
+        ["DPMSolverMultistepScheduler", "algorithm_type=sde-dpmsolver++", "use_karras_sigmas=true"],
+    ],
+    "ncsnv2": [
+        ["AnnealedLangevinScheduler", "algorithm_type=consistent"],
+        ["AnnealedLangevinScheduler", "network_level=chain"],
+        ["CLDSSCSScheduler"],
+    ],
+    "gm-sgm": [["GMLangevinScheduler", f"algorithm_type={name}"] for name in ("ancestral", "ode", "exponential")],
+    "cld": [["CLDSSCSScheduler", f"splitting_order={order}"] for order in (1, 2)]
+    + [["CLDSSCSScheduler", "algorithm_type=probability_flow"]],
+}
+
+
+# --- Training ---
+
+
+def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str) -> tuple[Path, float]:
+    """The folder of the pipeline of a kind, and the CPU seconds that its training took.
+
+    Raises:
+        RuntimeError: if the training fails.
+    """
+    folder = parts_of(output) / f"equal-budget {data} {kind} {seed}"
+    spent = folder.with_name(f"{folder.name}.json")
+    while not (folder / "model_index.json").is_file():
+        before = json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"] if spent.is_file() else 0.0
+        command = [
+            *(sys.executable, TRAINING_SCRIPT, *KINDS[kind], "--seed", seed, *shared),
+            *("--checkpoints_total_limit", 1, "--validation_steps", 0, "--resume_from_checkpoint", "latest"),
+            *("--output_dir", folder.resolve()),
+        ]
+        took = cpu_seconds(command, Path.cwd())
+        write_json(spent, {"cpu_seconds": before + took})
+        print(f"{folder.name}: {before + took:.0f} CPU seconds", flush=True)
+    return folder, json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"]
+
+
+# --- Samples ---
+
+
+def samplers_of(kind: str) -> list[list[str]]:
+    return [[CALIBRATED], *MULTISTEP, *OWN["cld" if kind == "cld-paper" else kind]]
+
+
+def draw(folder: Path, words: Sequence[str], calls: Sequence[int], n: int, num: int, seed: int) -> tuple[Tensor, int]:
+    """Samples `(num, C, H, W)` at `n` of the `calls`, and the network calls that they took."""
+    pipeline, scheduler = _sampler(folder, tuple(words), tuple(calls))
+    return sample(pipeline, scheduler, num_steps_for(scheduler, n), num, 1000 + seed, 250)
+
+
+@cache
+def _sampler(folder: Path, words: tuple[str, ...], calls: tuple[int, ...]) -> tuple[Any, Any]:
+    pipeline = load_pipeline(str(folder), torch.device("cpu"))
+    if words == (CALIBRATED,):
+        with torch.random.fork_rng():
+            return pipeline, calibrate(pipeline, calls=calls, effort="fast", progress=False)
+    return pipeline, build_scheduler(pipeline.scheduler, words)[1]
+
+
+def images_for(args: argparse.Namespace, side: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Training images and images that no training saw, `(n, C, H, W)` in [-1, 1]."""
+    if args.train_data_dir is None:
+        return split_digits()
+    training, test = (
+        examine(open_folder(folder), 0, side, channels, args.num_reference, MAX_ELEMENTS).images
+        for folder in (args.train_data_dir, args.test_data_dir)
+    )
+    return training, test
+
+
+def nearest(images: Tensor, training: Tensor) -> float:
+    """Median distance of an image to the nearest training image."""
+    return float(torch.cdist(images.flatten(1), training.flatten(1)).amin(1).median())
+
+
+def scores(samples: Tensor, reference: Reference, training: Tensor) -> dict[str, float]:
+    """Those of `evaluation.score`, and how near the samples are to training images, over test images."""
+    found = score(samples, reference)
+    if not found["num_nan"]:
+        own = nearest(samples.clamp(-1, 1), training)
+        found["nearest training image"] = own / nearest(reference.images[: len(samples)], training)
+    return found
+
+
+# --- The study ---
+
+
+def equal_budget(args: argparse.Namespace) -> Report:
+    data = args.name or ("digits" if args.train_data_dir is None else args.train_data_dir.resolve().parent.name)
+    shared = [*args.training, "--max_train_steps", str(args.steps), "--max_train_minutes", str(args.max_train_minutes)]
+    if args.train_data_dir is not None:
+        shared += ["--train_data_dir", str(args.train_data_dir.resolve())]
+    folders, seconds = {}, {}
+    for seed in range(args.seeds):
+        for kind in args.kinds:
+            folders[kind, seed], seconds[kind, seed] = trained(kind, seed, shared, args.output, data)
+
+    config = load_pipeline(str(folders[args.kinds[0], 0]), torch.device("cpu")).unet.config
+    training, test = images_for(args, config["sample_size"], config["out_channels"])
+    num = args.num_samples
+    reference = Reference(test, lite0())
+    conditions = {"study": "equal_budget", "data": data, "num_samples": num, "training": shared}
+    results = Results(parts_of(args.output) / f"equal-budget {data} n={num}.json", conditions)
+    if not results.floor:
+        results.floor = [scores(training[-num:], reference, training[:-num])]
+    for seed in range(args.seeds):
+        for kind in args.kinds:
+            for words in samplers_of(kind):
+                for n in args.calls:
+                    for drawn in range(args.draws):
+                        results.measure(
+                            f"{kind} {seed}: {' '.join(words)}",
+                            n,
+                            drawn,
+                            partial(draw, folders[kind, seed], words, args.calls, n, num, drawn),
+                            partial(scores, reference=reference, training=training),
+                        )
+    return report(args, data, results, seconds)
+
+
+def values(results: Results, kind: str, words: str, n: int, seeds: int, draws: range, metric: str) -> list[float]:
+    cells = [results.find(f"{kind} {seed}: {words}", n, drawn) for seed in range(seeds) for drawn in draws]
+    return [cell.scores.get(metric, float("nan")) for cell in cells if cell is not None]
+
+
+def report(args: argparse.Namespace, data: str, results: Results, seconds: dict[tuple[str, int], float]) -> Report:
+    """The best sampler of each kind is chosen by FD on the first draw; tables show the others."""
+    judged = range(1, args.draws) if args.draws > 1 else range(1)
+    metric = lite0().frechet_name
+    floor = results.floor[0]
+    rows, ratios = [], {}
+    for kind in args.kinds:
+        for n in args.calls:
+            names = [" ".join(words) for words in samplers_of(kind)]
+            of = partial(values, results, kind, n=n, seeds=args.seeds)
+            best = min(names, key=lambda name: mean(of(name, draws=range(1), metric=metric)))
+            shown = [Statistic.of(of(best, draws=judged, metric=name)) for name in floor if name != "num_nan"]
+            ratios[kind, n] = shown[0].mean
+            rows.append([kind, n, best, *(format(s, ".3g") for s in shown)])
+    for kind in args.kinds[1:] if args.kinds[0] == BASELINE else []:
+        for n in args.calls:
+            ratios[kind, n] /= ratios[BASELINE, n]
+    rows.append(["training images", "", "the floor", *(f"{v:.3g}" for name, v in floor.items() if name != "num_nan")])
+    cost = [[kind, *(f"{seconds[kind, seed]:.0f}" for seed in range(args.seeds))] for kind in args.kinds]
+    over = [[kind, *(f"{ratios[kind, n]:.2f}" for n in args.calls)] for kind in args.kinds if kind != BASELINE]
+    better = [k for k in args.kinds if k != BASELINE and all(ratios[k, n] <= 1 for n in args.calls)]
+    worse = [k for k in args.kinds if k != BASELINE and all(ratios[k, n] > 1 for n in args.calls)]
+    words = [f"{', '.join(who)} {what} at all budgets" for who, what in ((better, "at most"), (worse, "above")) if who]
+    return Report(
+        f"equal-budget-{data}",
+        f"Equal budget: our methods beside diffusers' DDPM, {data}",
+        "One network, one optimizer, equal steps: which way of training gives the best samples, by its best sampler?",
+        f"{metric} over that of DDPM: {'; '.join(words) or 'mixed, see the table'}.",
+        [
+            Table(f"{metric} (a squared distance) over that of DDPM.", ["", *map(str, args.calls)], over),
+            Table(
+                "Distances to test images, mean and spread over trainings and draws.",
+                ["trained as", "calls", "best sampler", *(name for name in floor if name != "num_nan")],
+                rows,
+            ),
+            Table("CPU seconds of the trainings, by seed.", ["", *map(str, range(args.seeds))], cost),
+        ],
+        conditions=(
+            f"{data}; trainings of {args.steps} steps, {' '.join(args.training) or 'default options'}, {args.seeds} "
+            "seeds; "
+            f"{args.num_samples} samples; the sampler "
+            f"was chosen on draw 0 of {args.draws}. Nearest training image: median distance over "
+            "that of test images, below 1 where samples are copies."
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = study_parser("equal_budget", __doc__, ["equal_budget"])
+    add = parser.add_argument
+    add("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="what is trained")
+    add("--calls", type=at_least(2), nargs="+", default=[10, 20, 50], help="network calls")
+    add("--draws", type=at_least(1), default=3, help="sets of samples; the first chooses the sampler")
+    add("--train_data_dir", type=Path, help="training images, a folder; default: the digits")
+    add("--test_data_dir", type=Path, help="images that are kept from the training, a folder; needed beside the former")
+    add("--name", help="of the data")
+    add("--num_reference", type=at_least(2), default=10_000, help="images to compare with, at most")
+    add("--max_train_minutes", type=float, default=9.0, help="length of a slice of a training")
+    add("--training", nargs=argparse.REMAINDER, default=[], help="more options for train_gm_sgm.py; the last of all")
+    args = parse(parser, arguments, ())
+    if (args.train_data_dir is None) != (args.test_data_dir is None):
+        parser.error("--train_data_dir and --test_data_dir go together")
+    held_out = len(split_digits()[1])
+    if args.train_data_dir is None and args.num_samples > held_out:
+        parser.error(f"--num_samples {args.num_samples}: there are {held_out} held-out digits")
+    equal_budget(args).write(args.output)
+
+
+if __name__ == "__main__":
+    main()

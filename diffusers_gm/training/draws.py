@@ -1,0 +1,77 @@
+"""The random numbers that images are disturbed by: the same for an image however the images of a step are split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import LEVELS, STEP, generator_for
+from ..random import Draw
+
+# Written to checkpoints. Until version 1 noise was drawn for batches; from such a checkpoint a training goes on under
+# other noise of the same law.
+DRAWS_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What disturbs a batch of B images.
+
+    Attributes:
+        levels: decides the noise level of each image, uniform in [0, 1); `(B,)` float64 on the CPU, where levels are
+            worked out.
+        noise: where their noise comes from.
+    """
+
+    levels: Tensor
+    noise: Draw
+
+    @staticmethod
+    def of(images: Tensor) -> "Draws":
+        """From the global generators."""
+        return Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
+
+    @staticmethod
+    def always_the_same(images: Tensor) -> "Draws":
+        """Levels evenly spread, and noise, that depend on the number of images alone."""
+        levels = (torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images)
+        return Draws(levels, Draw.like(images, _generators(range(len(images)), images.device)))
+
+
+class StepDraws:
+    """The draws of a training. Each image of a step has a seed of its own, by its place in the endless stream.
+
+    Args:
+        seed: of the training.
+        images_per_step: over all batches and processes.
+        device: of the noise.
+    """
+
+    def __init__(self, seed: int, images_per_step: int, device: torch.device):
+        self.seed = seed
+        self.images_per_step = images_per_step
+        self.device = device
+        self._generators: list[torch.Generator] = []
+
+    def of_batch(self, start_of_step: int, first: int, batch_size: int) -> Draws:
+        """For `batch_size` images of a step, from the `first` on; `start_of_step` images were seen before the step."""
+        mine = slice(first, first + batch_size)
+        sequence = np.random.SeedSequence((self.seed, STEP, start_of_step))
+        seeds = sequence.generate_state(self.images_per_step, np.uint64)[mine] >> np.uint64(1)
+        levels = torch.rand(
+            self.images_per_step,
+            dtype=torch.float64,
+            generator=generator_for(self.seed, LEVELS, start_of_step),
+        )
+        # Seeding those of before is faster than making new ones.
+        if len(self._generators) != batch_size:
+            self._generators = _generators(seeds.tolist(), self.device)
+        for generator, one in zip(self._generators, seeds.tolist(), strict=True):
+            generator.manual_seed(one)
+        return Draws(levels[mine], Draw(self._generators, self.device))
+
+
+def _generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

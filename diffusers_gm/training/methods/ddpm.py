@@ -1,0 +1,89 @@
+"""diffusers' own DDPM (arXiv 2006.11239), trained by the same script: the baseline that the others stand beside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ...pipelines import UnconditionalPipeline
+from ...random import Draw
+from ..option import noise as option
+from ..option import number_or_auto
+from .method import LargestDistance, Method, Noise, TimeOptions
+
+
+@dataclass
+class DDPMOptions(TimeOptions):
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
+        "linear", "Schedule of the variances of the steps, as DDPMScheduler has it."
+    )
+
+
+def check(args: Any) -> None:
+    if number_or_auto("num_train_timesteps", args.num_train_timesteps, int) is None:
+        raise ValueError("--num_train_timesteps auto is for ladders of noise levels: ddpm needs a number")
+    if args.algorithm_type is not None:
+        raise ValueError(f"--algorithm_type {args.algorithm_type} means nothing for --method ddpm: leave it out")
+
+
+def noise(args: DDPMOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
+    return Noise(int(args.num_train_timesteps))
+
+
+def scheduler(args: DDPMOptions, noise: Noise, sampler: dict[str, Any]) -> DDPMScheduler:
+    return DDPMScheduler(noise.num_train_timesteps, beta_schedule=args.ddpm_beta_schedule, **sampler)
+
+
+def labels(args: DDPMOptions, noise: Noise, uniform: Tensor) -> Tensor:
+    """All times alike."""
+    return (uniform * noise.num_train_timesteps).long()
+
+
+def loss(
+    args: DDPMOptions,
+    noise: Noise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
+) -> Tensor:
+    """That of diffusers' example: the squared error of the predicted noise."""
+    eps, timesteps = draw.normal(images.shape), labels.to(images.device)
+    output = network(scheduler.add_noise(images, eps, timesteps), timesteps).sample
+    return (output.to(eps.dtype) - eps).square().flatten(1).mean(1)
+
+
+def in_words(args: DDPMOptions, noise: Noise) -> str:
+    return f"{noise.num_train_timesteps} steps of a Gaussian diffusion, {args.ddpm_beta_schedule} betas"
+
+
+METHOD = Method(
+    name="ddpm",
+    title="a denoising diffusion probabilistic model (DDPM)",
+    pipeline=UnconditionalPipeline,
+    options=(DDPMOptions,),
+    check=check,
+    noise=noise,
+    scheduler=scheduler,
+    labels=labels,
+    loss=loss,
+    noise_in_words=in_words,
+    card="""\
+A UNet of $parameters parameters was trained to predict the noise of $steps steps of a Gaussian diffusion with
+$betas betas, for images in [-1, 1]: diffusers' own DDPM. Its network and scheduler are plain ones of diffusers, in the
+folders `unet` and `scheduler`; every scheduler of diffusers or of diffusers_gm samples it.""",
+    card_values=lambda record: {"steps": record["num_train_timesteps"], "betas": record["ddpm_beta_schedule"]},
+    citation="""\
+```bibtex
+@inproceedings{ho2020denoising,
+  title = {Denoising Diffusion Probabilistic Models},
+  author = {Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020},
+  note = {arXiv:2006.11239}
+}
+```""",
+)

@@ -1,0 +1,63 @@
+"""What a training would be and cost, from a few steps of it: `--dry_run`."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+from ..launch import largest
+from ..pictures import image_grid
+
+# So many steps after the first, which is slower, or as many as there is time for.
+MOST_STEPS, MOST_SECONDS = 5, 20.0
+
+
+def rehearse(take_step: Callable[[], None], num_steps: int, device: torch.device) -> str:
+    """Take some of `num_steps` steps; say how long one lasts, how long all would, and the memory that they need."""
+    times = [time.monotonic()]
+    enough = 0
+    while len(times) <= num_steps and not enough:
+        take_step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.monotonic())
+        out_of_time = len(times) > 2 and times[-1] - times[0] > MOST_SECONDS
+        enough = largest(out_of_time or len(times) > 1 + MOST_STEPS)  # the same for all processes
+    first, measured = times[1] - times[0], max(len(times) - 2, 1)
+    each = (times[-1] - times[1]) / (len(times) - 2) if len(times) > 2 else first
+    return (
+        f"time: {first:.3g} s for the first step, then {each:.3g} s a step ({measured} measured): {num_steps} "
+        f"steps last {duration(first + each * (num_steps - 1))}, beside samples and checkpoints\n"
+        f"memory: at most {peak_memory(device) / 2**30:.3g} GiB of the {'GPU' if device.type == 'cuda' else 'process'}"
+    )
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most bytes in use so far: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def save_batch(images: Tensor, path: Path, most: int = 64) -> None:
+    """Training images `(B, 1 or 3, H, W)` in [-1, 1] as one picture, `most` of them."""
+    pixels = (images[:most].float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
+    image_grid(DiffusionPipeline.numpy_to_pil(pixels)).save(path)

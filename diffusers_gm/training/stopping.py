@@ -1,0 +1,93 @@
+"""Ending before the last step, with a checkpoint: time is up, or a signal came. All processes at the same step."""
+
+import math
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from ..launch import largest
+
+# Exit code of a training that a signal ended: its checkpoint is written, run it again (EX_TEMPFAIL of sysexits.h).
+INTERRUPTED = 75
+
+# What may end a training, in the order of what goes first.
+NOTHING, TIME, SIGNAL = range(3)
+
+
+class Signals:
+    """Inside, SIGTERM and SIGINT are noted. A second SIGINT ends the process at once.
+
+    Also noted is the end of the launcher that started the process: it passes on no signals, and may end by one.
+
+    Attributes:
+        received: what came first, by its name; empty: nothing.
+    """
+
+    NOTED = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[signal.Signals, Any] = {}
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # as `accelerate launch` sets it
+        self._launcher = os.getppid() if launched else None
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # no other may listen
+            self._before = {number: signal.signal(number, self._note) for number in self.NOTED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        self._say(signal.Signals(number).name)
+
+    def _say(self, what: str) -> None:
+        if not self.received:
+            self.received = what
+            with suppress(OSError):  # not by print: a signal may come while that writes
+                os.write(2, f"\n{what}: the training ends with a checkpoint after this step\n".encode())
+
+    def look(self) -> bool:
+        """Whether there is a reason to end."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._say("the end of the launcher")
+        return bool(self.received)
+
+
+def ignore_signals(worker: int) -> None:
+    """In the processes that load data: the training needs them for its last step, and ends them itself."""
+    for number in Signals.NOTED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Stopping:
+    """Whether to end here: asked by all processes after each step, with the same answer for all.
+
+    Args:
+        signals: those that this process received.
+        minutes: of training; None: any number.
+    """
+
+    def __init__(self, signals: Signals, minutes: float | None):
+        self.signals = signals
+        self.minutes = minutes
+        self.deadline = time.monotonic() + 60 * (minutes or math.inf)
+
+    def reason(self, last: bool) -> int:
+        """`NOTHING`, `TIME` (not after the last step) or `SIGNAL`; what is one for a process is one for all."""
+        out_of_time = time.monotonic() >= self.deadline and not last
+        return largest(SIGNAL if self.signals.look() else TIME if out_of_time else NOTHING)
+
+    def in_words(self, reason: int) -> str:
+        """What ended the training."""
+        if reason == TIME:
+            return f"--max_train_minutes {self.minutes:g} are over"
+        return f"ended by {self.signals.received or 'a signal to another process'}"

@@ -1,0 +1,70 @@
+"""The study that trains all methods at an equal budget, and the data that it can use."""
+
+import gzip
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_gm.evaluation.results import Results
+from diffusers_gm.studies import equal_budget, fashion_mnist
+from diffusers_gm.studies.report import Report
+
+
+def idx(values):
+    return b"\0" * (16 if values.ndim == 3 else 8) + values.astype(np.uint8).tobytes()
+
+
+def test_fashion_mnist_becomes_pngs_by_class(tmp_path):
+    rng = np.random.default_rng(0)
+    source, output = tmp_path / "idx", tmp_path / "png"
+    source.mkdir()
+    written = {}
+    for prefix, pack in (("train", True), ("t10k", False)):
+        written[prefix] = rng.integers(0, 256, (3, 28, 28))
+        for name, values in (("images-idx3", written[prefix]), ("labels-idx1", np.array([9, 0, 9]))):
+            path = source / f"{prefix}-{name}-ubyte"
+            if pack:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(idx(values)))
+            else:
+                path.write_bytes(idx(values))
+    fashion_mnist.main([str(output), "--source", str(source)])
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        for i, name in enumerate(("ankle boot", "t-shirt", "ankle boot")):
+            np.testing.assert_array_equal(Image.open(output / split / name / f"{i:05d}.png"), written[prefix][i])
+
+
+def test_what_cannot_be_compared_is_an_error(tmp_path, capsys):
+    for words, said in (
+        (["--train_data_dir", str(tmp_path)], "--train_data_dir and --test_data_dir go together"),
+        (["--num_samples", "361"], "there are 360 held-out digits"),
+        (["--kinds", "vdm"], "invalid choice: 'vdm'"),
+    ):
+        with pytest.raises(SystemExit):
+            equal_budget.main([*words, "--output", str(tmp_path)])
+        assert said in capsys.readouterr().err
+
+
+def test_every_kind_has_as_many_samplers():
+    assert {len(equal_budget.samplers_of(kind)) for kind in equal_budget.KINDS} == {6}
+
+
+@pytest.mark.slow
+def test_the_study_trains_measures_and_goes_on(tmp_path, capfd):
+    words = ["--kinds", "ddpm", "ncsnv2", "--steps", "2", "--seeds", "1", "--draws", "1", "--calls", "4"]
+    words += ["--num_samples", "114", "--output"]
+    small = ["--training", "--train_batch_size", "16", "--block_out_channels", "8", "16"]
+    equal_budget.main([*words, str(tmp_path), *small])
+    report = Report.read(tmp_path / "equal-budget-digits.json")
+    over, distances, seconds = report.tables
+    assert [row[0] for row in over.rows] == ["ncsnv2"]
+    assert [row[0] for row in distances.rows] == ["ddpm", "ncsnv2", "training images"]
+    assert all(float(row[1]) > 0 for row in seconds.rows)
+    (path,) = (tmp_path / ".parts").glob("equal-budget digits n=*.json")
+    cells = Results.read(path).cells
+    assert len(cells) == 12
+    best = min((c for c in cells if c.scheduler.startswith("ddpm")), key=lambda c: c.scores["FD-Lite0"])
+    assert distances.rows[0][2] in best.scheduler
+    capfd.readouterr()
+    equal_budget.main([*words, str(tmp_path), *small])
+    assert "sampled in" not in capfd.readouterr().out, "nothing is done twice"

@@ -1,0 +1,237 @@
+"""What a step is made of: the draws of its images, losses by level, the optimizer, the compiler, trackers."""
+# ruff: noqa: F401, F811 - fixtures of the other file
+
+import contextlib
+import importlib.util
+import json
+import sqlite3
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_training import (
+    SMALL,
+    TINY,
+    WEIGHTS,
+    arguments,
+    launch,
+    load,
+    no_accelerator_left_behind,
+    plan_for,
+    same_state,
+    train,
+)
+
+from diffusers_gm import data
+from diffusers_gm.random import Draw
+from diffusers_gm.training.draws import Draws, StepDraws
+from diffusers_gm.training.folder import LOG_FILE, read_log
+from diffusers_gm.training.level_losses import LevelLosses
+from diffusers_gm.training.network import Objective, build_scheduler
+
+METHODS = ("gm-sgm", "ncsnv2", "cld")
+
+# --- Splits of a step ---
+
+SPLIT = (
+    f"{SMALL.replace('--train_batch_size 16', '')} --max_train_steps 4 --checkpointing_steps 0 --validation_steps 0 "
+    "--random_flip --lr_scheduler constant --learning_rate 0.1 --adam_epsilon 1 --logging_steps 1"
+)  # an epsilon of 1: AdamW divides by next to nothing, which would magnify rounding errors
+
+
+def same_to_rounding(one, other, start):
+    """Whether weights differ by far less than the training moved them."""
+    moved = sum(float((one[name] - start[name]).square().sum()) for name in one) ** 0.5
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+    return 0 <= apart < 1e-4 * moved
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_32_is_two_of_16_accumulated(train, tmp_path, method):
+    train(SPLIT.replace("0.1", "1e-30"), f"--method {method} --train_batch_size 32 --output_dir", tmp_path / "start")
+    splits = {"32": "", "16": "--gradient_accumulation_steps 2", "8": "--gradient_accumulation_steps 4"}
+    for size, more in splits.items():
+        train(SPLIT, f"--method {method} --train_batch_size {size}", more, "--output_dir", tmp_path / size)
+    start, whole, *parts = (load(tmp_path / name / WEIGHTS) for name in ("start", *splits))
+    for part in parts:
+        assert same_to_rounding(whole, part, start)
+    levels = [[entry["loss_by_level"] for entry in read_log(tmp_path / name)] for name in splits]
+    for one, other in zip(levels[0], levels[1], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.slow  # processes of their own
+def test_a_step_of_32_is_one_of_two_processes(tmp_path):
+    launch(SPLIT.replace("0.1", "1e-30"), "--train_batch_size 32 --output_dir", tmp_path / "start")
+    launch(SPLIT, "--train_batch_size 32 --output_dir", tmp_path / "one")
+    two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29615")
+    for size, more in (("16", ""), ("8", "--gradient_accumulation_steps 2")):
+        words = f"--train_batch_size {size} {more} --output_dir {tmp_path / size}"
+        launch(SPLIT, words, launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+        start, one, other = (load(tmp_path / name / WEIGHTS) for name in ("start", "one", size))
+        assert same_to_rounding(one, other, start)
+
+
+def test_draws_follow_from_the_place_of_an_image_in_the_stream():
+    def of(splits, start=96):
+        """What 12 images get, in batches of these sizes."""
+        draws, first, found = StepDraws(0, 12, torch.device("cpu")), 0, []
+        for size in splits:
+            some = draws.of_batch(start, first, size)
+            found.append((some.levels, some.noise.normal((size, 1, 4, 4)), some.noise.uniform((size,))))
+            first += size
+        return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+    whole = of([12])
+    assert same_state(whole, of([6, 6]))
+    assert same_state(whole, of([3, 4, 5]))
+    assert not any(torch.equal(*pair) for pair in zip(whole, of([12], start=108), strict=True))
+    levels, noise, _ = whole
+    assert ((levels >= 0) & (levels < 1)).all()
+    assert len({tuple(image.flatten().tolist()) for image in noise}) == 12
+
+
+def test_checkpoints_of_noise_per_batch_are_gone_on_from_and_it_is_said(train, tmp_path, caplog):
+    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1")
+    train(options, "--output_dir", tmp_path / "out")
+    state = tmp_path / "out" / "checkpoint-1" / "training_state.json"
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))  # as of version 0.1.0
+    train(options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint checkpoint-1")
+    assert "checkpoint-1 is of an earlier version, which drew noise for batches" in caplog.text
+    caplog.clear()
+    train(options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint checkpoint-1")
+    train(options, "--output_dir", tmp_path / "out", "--resume_from_checkpoint checkpoint-2")
+    assert caplog.text.count("which drew noise for batches") == 1
+
+
+# --- Losses by level ---
+
+
+@pytest.fixture(params=METHODS)
+def objective(request):
+    args = arguments(method=request.param)
+    plan = plan_for(args)
+    return Objective(args, plan, build_scheduler(args, plan))
+
+
+def test_a_level_that_fails_is_seen(objective):
+    """A network whose answers are right but for one band of levels."""
+    levels = LevelLosses(objective, SimpleNamespace(device=torch.device("cpu"), reduce=lambda x, how: x))
+    assert len(levels.edges) == 11
+    assert levels.edges == sorted(levels.edges)
+    uniform = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    sigma = objective.sigma(uniform)
+    bad = (sigma > levels.edges[6]) & (sigma < levels.edges[7])
+    assert bad.any()
+    losses = torch.where(bad, 5.0, 0.1)
+    for part in range(0, 2000, 500):  # in batches
+        levels.note(losses[part : part + 500], uniform[part : part + 500])
+    mean, bands = levels.means()
+    assert mean == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert bands[6] == pytest.approx(5, rel=0.05)
+    assert all(band == pytest.approx(0.1, rel=0.3) for i, band in enumerate(bands) if i != 6 and band is not None)
+    levels.note(losses[bad][:3], uniform[bad][:3])
+    mean, bands = levels.means()
+    assert mean == 5
+    assert [i for i, band in enumerate(bands) if band is not None] == [6]
+
+
+def test_they_are_logged_and_on_the_card(train, tmp_path):
+    train(TINY, "--logging_steps 1 --output_dir", tmp_path / "out")
+    for entry in read_log(tmp_path / "out"):
+        known = [loss for loss in entry["loss_by_level"] if loss is not None]
+        assert len(entry["loss_by_level"]) == 10
+        assert min(known) <= entry["loss"] <= max(known)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| noise level sigma | final loss |" in card
+    assert "| 0.01 to 0.0199 |" in card
+    assert "| 4.84 to 9.63 |" in card
+
+
+# --- Optimizer, formats, compiler ---
+
+
+def test_8_bits_without_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--use_8bit_adam: the package is not installed; pip install bitsandbytes"):
+        arguments(use_8bit_adam=True)
+
+
+def test_the_format_of_images_in_memory_is_not_the_networks_business(train, tmp_path):
+    for name, option in (("usual", ""), ("last", "--channels_last")):
+        train(SPLIT, option, "--train_batch_size 16 --output_dir", tmp_path / name)
+    train(SPLIT.replace("0.1", "1e-30"), "--train_batch_size 16 --output_dir", tmp_path / "start")
+    start, usual, last = (load(tmp_path / name / WEIGHTS) for name in ("start", "usual", "last"))
+    assert same_to_rounding(usual, last, start)
+    assert all(weight.is_contiguous() for weight in last.values())
+
+
+def test_adam_of_8_bits_learns_and_goes_on(train, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = f"{SMALL} --max_train_steps 4 --checkpointing_steps 2 --validation_steps 0 --use_8bit_adam"
+    train(options, "--output_dir", tmp_path / "whole")
+    train(
+        options, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"
+    )
+    assert same_state(*(load(tmp_path / name / WEIGHTS) for name in ("whole", "resumed")))
+
+
+@pytest.mark.slow  # the compiler
+def test_a_compiled_network_is_saved_as_any_other(tmp_path):
+    """Checkpoints, too: what was trained compiled goes on without, and the other way round."""
+    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1")
+    compiled = ("launch", "--cpu", "--num_processes", "1", "--dynamo_backend", "inductor")
+    launch(options, "--output_dir", tmp_path / "plain")
+    launch(options, "--output_dir", tmp_path / "compiled", launcher=compiled)
+    names = [WEIGHTS, "checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"]
+    for name in names:
+        one, other = (load(tmp_path / folder / name) for folder in ("plain", "compiled"))
+        assert one.keys() == other.keys(), name
+        assert all(torch.allclose(one[key], other[key], atol=1e-2) for key in one), name
+    resume = "--resume_from_checkpoint", tmp_path / "compiled" / "checkpoint-1"
+    launch(options, "--output_dir", tmp_path / "goes-on", *resume)
+    resume = "--resume_from_checkpoint", tmp_path / "plain" / "checkpoint-1"
+    launch(options, "--output_dir", tmp_path / "goes-on-compiled", *resume, launcher=compiled)
+    assert load(tmp_path / "goes-on" / WEIGHTS).keys() == load(tmp_path / "goes-on-compiled" / WEIGHTS).keys()
+
+
+# --- Trackers ---
+
+
+def test_tensorboard_has_losses_images_and_typed_options(train, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(TINY, "--report_to tensorboard --logging_steps 1 --output_dir", tmp_path / "out")
+    found = events.EventAccumulator(str(tmp_path / "out" / "logs" / "diffusers_gm")).Reload()
+    assert {"loss", "lr", "images_per_second"} < set(found.Tags()["scalars"])
+    assert any(name.startswith("loss_by_level/") for name in found.Tags()["scalars"])
+    assert found.Tags()["images"] == ["samples"]
+    options = next((tmp_path / "out" / "logs").rglob("hparams.yml")).read_text()
+    for line in ("train_batch_size: 16", "learning_rate: 0.002", "use_ema: true", "method: gm-sgm"):
+        assert line in options.splitlines()
+
+
+def test_mlflow_has_losses_images_and_options(train, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs.db")
+    train(TINY, "--report_to mlflow --logging_steps 1 --output_dir", tmp_path / "out")
+    (run,) = mlflow.search_runs(experiment_names=["diffusers_gm"], output_format="list")
+    assert run.data.metrics["loss"] > 0
+    assert run.data.params["train_batch_size"] == "16"
+    client = mlflow.MlflowClient()
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 2
+    assert any(file.path.endswith(".png") for file in client.list_artifacts(run.info.run_id, "images"))
+
+
+def test_trackio_has_losses_images_and_options(tmp_path):
+    pytest.importorskip("trackio")
+    options = TINY, "--report_to trackio --logging_steps 1 --output_dir", tmp_path / "out"
+    launch(*options, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    assert len(list((tmp_path / "trackio" / "media").rglob("*.png"))) == 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "diffusers_gm.db")) as database:
+        metrics = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+        ((config,),) = database.execute("select config from configs").fetchall()
+    assert len([entry for entry in metrics if "loss" in entry]) == 2
+    assert json.loads(config)["train_batch_size"] == 16
