@@ -189,6 +189,6 @@ CITATION = """```bibtex
   author = {Song, Yang and Ermon, Stefano},
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2020},
-  note = {arXiv:2006.09011}
+  url = {https://arxiv.org/abs/2006.09011}
 }
 ```"""
