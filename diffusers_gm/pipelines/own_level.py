@@ -33,8 +33,7 @@ class OwnLevel:
     def __init__(self, scheduler: Any, network: Network, guidance: Guidance, generator: Generators = None):
         self.scheduler, self.reading = scheduler, scheduler.reading
         self.network, self.guidance, self.generator = network, guidance, generator
-        mixture = scheduler.model_mixture
-        self.unit = float(mixture.scales[mixture.weights.argmax()])
+        self.unit = scheduler.model_mixture.commonest_scale
         ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
         self.low, self.high = (self.unit * end for end in self.reading.sigma(ends).tolist())
 

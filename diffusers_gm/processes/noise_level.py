@@ -76,8 +76,10 @@ def estimate_noise_level(
         residual = ((y - here) / sigma[per_image]).flatten(1).square().sum(1)
         noise = (size - (probe * moved).flatten(1).sum(1)).clamp(min=LEAST_NOISE * size)
         information = 2 * (probe - moved).flatten(1).square().sum(1)
-        # Newton's step for the logarithm of `|y - D|^2 / (sigma^2 (d - div D))`, which is nearly linear.
-        step = (noise / information * (residual / noise).log()).clamp(-LONGEST_STEP, LONGEST_STEP)
+        # Newton's step for the logarithm of `|y - D|^2 / (sigma^2 (d - div D))`, which is nearly linear. Its factor is
+        # at least 1/2, MacKay's step, unless D spreads images, as it may far below their level.
+        factor = (noise / information).clamp(min=0.5)
+        step = (factor * (residual / noise).log()).clamp(-LONGEST_STEP, LONGEST_STEP)
         below, above = torch.where(step > 0, log_sigma, below), torch.where(step > 0, above, log_sigma)
         ahead = log_sigma + step
         ahead = torch.where(ahead > above, (log_sigma + above) / 2, ahead)
