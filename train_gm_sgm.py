@@ -29,25 +29,28 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from torch.utils.data import DataLoader
+from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, open_source, seed_for, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
 from diffusers_gm.pictures import image_grid
+from diffusers_gm.training.batches import Batches
+from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
+    as_recorded,
     check_output_dir,
     find_checkpoint,
     read_checkpoint,
@@ -56,6 +59,7 @@ from diffusers_gm.training.folder import (
     start_output_dir,
 )
 from diffusers_gm.training.health import Health
+from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import (
@@ -68,6 +72,7 @@ from diffusers_gm.training.network import (
     check_precision,
     fit_unet,
     given_unet,
+    levels_of_network,
     native_shape,
     new_unet,
 )
@@ -76,8 +81,8 @@ from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse, save_batch
 from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
-from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping, ignore_signals
-from diffusers_gm.training.training_data import distance_measured_once, training_data
+from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
+from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
 
 
 def main() -> None:
@@ -95,9 +100,10 @@ def main() -> None:
 
 def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
     """The training, in two parts: before it stops for the first time it raises a ValueError for options that do not
-    fit each other, the data or what is on disk. Nothing is written before it goes on."""
+    fit each other, the data or what is on disk. Nothing is written before it goes on, but for latents."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
+    args = as_recorded(args, checkpoint)
     check_output_dir(args, checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -114,36 +120,36 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     # --- The data, and what the options come to for them ---
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     torch.manual_seed(args.seed)
-    unet = given_unet(args)
+    unet, vae, given = given_unet(args), given_vae(args), args
+    args, of_network = levels_of_network(args, unet)
     with accelerator.main_process_first():
-        source = open_source(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_data_dir,
-            args.image_column,
-            args.cache_dir,
-            args.background,
-        )
+        source = open_training_data(args)
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
-    side, channels = native_shape(unet, args.method)
+    classes = classes_of(args, source, unet)
+    num_images = args.num_train_samples or source.num_images
+    side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
+    latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
+    if latents:
+        examination = latents.examination
     largest_distance = distance_measured_once(accelerator, checkpoint)
-    plan = make_plan(args, examination, source.num_images, source.image_column, num_processes, largest_distance)
+    plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
-            f"--train_batch_size {args.train_batch_size} is more than the {source.num_images} training images have for "
+            f"--train_batch_size {args.train_batch_size} is more than the {num_images} training images have for "
             f"{num_processes} process(es): it is {plan.train_batch_size}"
         )
     record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, source.num_images, images_per_step)
+    data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, plan.resolution, examination.channels), args, plan.resolution)
-    scheduler = build_scheduler(args, plan)
-    objective = Objective(args, plan, scheduler)
+    unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
+    unet = fit_unet(unet, args, examination.size)
+    scheduler = build_scheduler(args, plan, of_network)
+    objective = Objective(args, plan, scheduler, unet, classes.null)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -157,9 +163,11 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if ema:
             ema.to(device)
 
+    size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
+    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
+    learned += classes.in_words
     accelerator.print(
-        f"{args.method}: {num_parameters:,} parameters, {source.num_images} images of {examination.channels}x"
-        f"{plan.resolution}x{plan.resolution}\n"
+        f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
         f"steps: {state.step} to {plan.max_train_steps} of {images_per_step} images, on {num_processes} x "
         f"{device.type}\n"
@@ -168,26 +176,19 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 
-    dataset = TrainingImages(
+    dataset: Any = TrainingImages(
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
+    dataset = latents.dataset if latents else dataset
     stream = ImageStream(
-        source.num_images,
+        num_images,
         plan.train_batch_size,
         args.seed,
         state.images_seen,
         num_processes,
         accelerator.process_index,
     )
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=stream,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-    )
+    batches = Batches(args, classes.of(dataset, args.seed), stream, accelerator, state.places)
 
     some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
     health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
@@ -197,13 +198,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     def take_step() -> None:
         start = state.images_seen
         for first in range(accelerator.process_index * plan.train_batch_size, images_per_step, stream.stride):
-            images = next(batches).to(device, non_blocking=True)
+            images, labels = classes.on(device, next(batches))
             # All random numbers of a step follow from the images seen before it, also after an interruption; noise
             # from an image's own place among these, however a step is split.
             torch.manual_seed(seed_for(args.seed, STEP, start + first))
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(model):
-                losses = objective(model, images, draws)
+                losses = objective(model, images, draws, labels)
                 accelerator.backward(losses.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -219,7 +220,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
-            save_batch(torch.stack(dataset.__getitems__(next(iter(stream)))), Path(args.first_batch))
+            first, _ = classes.on(device, batches.first())
+            save_batch(latents.space.decode(first) if latents else first, Path(args.first_batch))
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""
@@ -229,7 +231,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler)
+    components = latents.components if latents else {}
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components, **classes.for_pipeline())
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -237,15 +240,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
+        num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline,
-                args.num_validation_images,
+                num_images,
                 args.eval_batch_size,
                 plan.validation_inference_steps,
                 args.seed,
             )
-        return image_grid(images)
+        return image_grid(images, columns)
 
     def write_pipeline(finished: bool = False):
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
@@ -260,15 +264,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if not accelerator.is_main_process:
             return
         result = cards.TrainingResult(
-            num_images=source.num_images,
+            num_images=num_images,
             num_parameters=num_parameters,
+            class_names=classes.names,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,
             log=read_log(output_dir),
             levels=level_losses.names(),
             hardware=hardware(accelerator),
-            command=command_line(args, num_processes),
+            command=command_line(given, num_processes),
             versions=versions(),
         )
         log_grid(accelerator, grid, state.step)
@@ -335,6 +340,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if last or save:
             health.check_network(state.step)
         if save:
+            state.places = gather_object([batches.places()]) if args.streaming else None
             save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
             if why == SIGNAL:  # there may be no time for anything else
                 break

@@ -10,14 +10,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
+from .calibration.picture import plot
 from .evaluation.sampling import load_pipeline
 from .files import write_json, write_text
-from .pictures import curve_style, style
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,43 +48,6 @@ def keep(calibration: Calibration, folder: Path) -> list[Path]:
     content["scheduler"] = ["diffusers_gm", type(calibration.scheduler).__name__]
     write_json(index, content)
     return [config, index]
-
-
-def plot(calibration: Calibration, path: Path) -> None:
-    """The levels of each budget, and its errors before and after."""
-    from matplotlib import rc_context
-
-    with rc_context(style()):
-        _figure(calibration).savefig(path, dpi=100)
-
-
-def _figure(calibration: Calibration) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    budgets = list(calibration.levels)
-    for row, n in enumerate(budgets):
-        left.plot(
-            calibration.levels[n], [row] * n, marker="|", markersize=12, linewidth=0.5, color="black", linestyle="-"
-        )
-    left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels")
-    left.invert_xaxis()
-    left.set_yticks(range(len(budgets)), [str(n) for n in budgets])
-    if calibration.errors:
-        for at, name in enumerate(("fixed grid", "calibrated")):
-            values = [calibration.errors[n][at] ** 0.5 for n in budgets]
-            right.plot(budgets, values, label=name, **curve_style(at))
-        right.set(
-            xscale="log", yscale="log", xlabel="network calls", ylabel="root mean square, pixels in [-1, 1]",
-            title="distance to very many calls on the same path",
-        )  # fmt: skip
-        right.set_xticks(budgets, [str(n) for n in budgets])
-        right.minorticks_off()
-        right.legend()
-    else:
-        right.set_axis_off()
-    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,10 +3,10 @@
 import math
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
 
 from diffusers_gm.processes.cld import lift
-from diffusers_gm.readings import VelocityReading
+from diffusers_gm.readings import CompanionReading, VelocityReading
 from diffusers_gm.readings.velocity import score_coefficients
 from diffusers_gm.samplers import Memory
 from diffusers_gm.studies.exact import ExactDenoiser
@@ -50,10 +50,35 @@ def tiny_network(in_channels=1, out_channels=1, **config):
     )
 
 
+def tiny_autoencoder(kind="AutoencoderKL", channels=3, latent_channels=4, **config):
+    """An untrained autoencoder, always the same, of one latent for 2x2 pixels."""
+    shape = {"in_channels": channels, "out_channels": channels, "latent_channels": latent_channels}
+    if kind == "AutoencoderTiny":
+        widths, blocks = ("encoder_block_out_channels", "decoder_block_out_channels"), ("encoder", "decoder")
+        shape |= dict.fromkeys(widths, (8, 8)) | {f"num_{name}_blocks": (1, 1) for name in blocks}
+        return build(AutoencoderTiny, **shape | config)
+    shape |= {"block_out_channels": (8, 8), "norm_num_groups": 4}
+    shape |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return build({"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}[kind], **shape | config)
+
+
+class Shuffle(torch.nn.Module):
+    """Pixels to channels or back: `(B, C, H, W)` to `(B, 4C, H/2, W/2)`."""
+
+    def __init__(self, up):
+        super().__init__()
+        self.up = up
+
+    def forward(self, x, *_):
+        return torch.nn.functional.pixel_shuffle(x, 2) if self.up else torch.nn.functional.pixel_unshuffle(x, 2)
+
+
 def perfect_network(scheduler, denoiser):
     """`(input, label) -> output` of `denoiser(y, sigma) -> D`, in the words of the network that the scheduler
     describes; a score needs an `ExactDenoiser`."""
     kind, space = scheduler.config.prediction_type, scheduler.noise_space
+    if isinstance(scheduler.reading, CompanionReading):
+        return companion_network(scheduler.reading, denoiser)
     if isinstance(scheduler.reading, VelocityReading):
         return velocity_network(scheduler.reading.process, denoiser, kind)
     if isinstance(denoiser, ExactDenoiser):
@@ -79,6 +104,18 @@ def velocity_network(process, denoiser, prediction_type="velocity_score", num_tr
         score = at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
         of_velocity, of_output = score_coefficients(marginal, prediction_type)
         return (score - of_velocity * v) / of_output
+
+    return network
+
+
+def companion_network(reading, denoiser):
+    """`(cat([alpha y, c], 1), label) -> output` of `denoiser(y, sigma)`."""
+
+    def network(model_input, label):
+        sigma = reading.sigma(label.reshape(-1)[:1].double())
+        y = model_input.chunk(2, 1)[0] / float(reading.space.alpha(sigma))
+        denoised = denoiser(y, float(sigma))
+        return reading.space.output(denoised, (y - denoised) / float(sigma), float(sigma), "edm")
 
     return network
 

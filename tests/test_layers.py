@@ -11,11 +11,12 @@ PACKAGE = Path(diffusers_gm.__file__).parent
 
 # From the ground up; a room is a folder or a file of the package. Each may import those before it.
 ORDER = [
-    *("version", "random", "extra", "files", "launch", "pictures", "data", "processes"),
+    *("version", "random", "extra", "files", "launch", "pictures", "autoencoders", "networks", "data", "processes"),
     *("readings", "losses", "likelihood", "samplers", "schedulers", "calibration", "pipelines"),
     "__init__",  # what `import diffusers_gm` shows
     "evaluation",
     "calibrate",  # the command; the function of that name is in `calibration`
+    "app",
     *("training", "hub", "studies"),
 ]
 LONGEST_CHAIN = 7

@@ -126,7 +126,7 @@ def test_options_of_diffusers_are_understood(words, capsys):
         ("--use_ema maybe", "'maybe' is neither 'true' nor 'false'"),
         ("--no_use_ema true", "neither"),
         ("--mass 1", "['--mass'] mean nothing for --method gm-sgm: leave them out"),
-        ("--config cifar11", "no recipe but cifar10-cpu, cifar10-gpu, digits"),
+        ("--config cifar11", "no recipe but cifar10-cpu, cifar10-gpu, cld-paper, digits"),
     ],
 )
 def test_option_errors_are_one_line(words, said, capsys):
@@ -311,8 +311,11 @@ def test_records_hold_what_the_method_has():
         assert not {"cache_dir", "hub_token", "logging_dir"} & set(records[method])
         assert {name for name in options_of_others(method) if records[method][name] is not None} == set()
     assert records["gm-sgm"]["mixture_weights"] == pytest.approx([0.739, 0.261], abs=1e-3)
-    assert records["ncsnv2"]["sigma_max"] == 9.6299
+    assert records["ncsnv2"]["sigma_max"] == records["cld"]["sigma_max"] == 29.9641
+    assert records["ncsnv2"]["sigma_data"] == records["cld"]["sigma_data"] == 0.847
     assert records["cld"]["mass"] == 0.25
+    args = arguments(method="ncsnv2", timestep_sampling="uniform")
+    assert training_record(args, plan_for(args))["sigma_max"] == 9.6299
 
 
 def test_what_a_command_line_says_is_what_it_was(tmp_path):
@@ -325,9 +328,11 @@ def test_what_a_command_line_says_is_what_it_was(tmp_path):
 def test_data_are_measured_for_ladders_only(monkeypatch):
     """Distances take long on large images: a method without a ladder does without."""
     images = torch.zeros(4, 1, 8, 8)  # their largest distance is zero, which no ladder can have
-    assert plan_for(arguments(method="cld", train_batch_size=2), images).sigma_max is None
+    for options in ({}, {"method": "cld"}, {"method": "ncsnv2", "timestep_sampling": "uniform", "sigma_max": "9"}):
+        assert plan_for(arguments(train_batch_size=2, **options), images).sigma_max > 8
+    assert plan_for(arguments(method="cld", objective="score", train_batch_size=2), images).sigma_max is None
     with pytest.raises(ValueError, match="are all images the same"):
-        plan_for(arguments(method="ncsnv2", train_batch_size=2), images)
+        plan_for(arguments(method="ncsnv2", prediction_type="epsilon", train_batch_size=2), images)
 
 
 def test_what_is_free_on_resume():

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .pixels import as_channels, fit, scaled
+from .pixels import Resolution, as_channels, fit, resolution_of, scaled
 from .seeds import EXAMINATION, generator_for
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREADABLE = 0.1
+NUM_EXAMINED = 2000
 # 256 MiB of float32.
 MAX_ELEMENTS = 2**26
 
@@ -23,28 +24,36 @@ class Examination:
     """What a seeded random subset says about the training images.
 
     Attributes:
-        images: the subset `(n, channels, resolution, resolution)`, cropped at the centre.
+        images: the subset `(n, channels, height, width)`, cropped at the centre; or the latents of one.
         num_unreadable: how many more were drawn that cannot be read.
+        of_latents: where `images` are latents, the resolution of the images that these stand for.
     """
 
     images: Tensor
     num_unreadable: int
+    of_latents: Resolution | None = None
 
     @property
     def channels(self) -> int:
         return self.images.shape[1]
 
     @property
-    def resolution(self) -> int:
-        return self.images.shape[-1]
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the network sees."""
+        return self.images.shape[-2], self.images.shape[-1]
+
+    @property
+    def resolution(self) -> Resolution:
+        """Of the images."""
+        return resolution_of(*self.size) if self.of_latents is None else self.of_latents
 
 
 def examine(
     source: ImageSource,
     seed: int,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     channels: int | None = None,
-    num_images: int = 2000,
+    num_images: int = NUM_EXAMINED,
     max_elements: int = MAX_ELEMENTS,
 ) -> Examination:
     """Read up to `num_images` images, or as many as have `max_elements` elements.
@@ -68,16 +77,16 @@ def examine(
             continue
         if resolution is None:
             _check_size(image, images)
-        square = scaled(fit(image, resolution or image.shape[-1]))
-        num_channels = channels or max(len(square), images.shape[1])
+        fitting = scaled(fit(image, resolution or image.shape[-1]))
+        num_channels = channels or max(len(fitting), images.shape[1])
         if num_read == 0 or num_channels > images.shape[1]:
             # Room for all that may come: memory that is not written to costs nothing.
-            most = math.ceil(max_elements / (num_channels * square[0].numel()))
-            room = torch.empty(max(num_read + 1, min(most, len(order))), num_channels, *square.shape[1:])
+            most = math.ceil(max_elements / (num_channels * fitting[0].numel()))
+            room = torch.empty(max(num_read + 1, min(most, len(order))), num_channels, *fitting.shape[1:])
             if num_read:
                 room[:num_read] = images[:num_read]
             images = room
-        images[num_read] = as_channels(square, num_channels)
+        images[num_read] = as_channels(fitting, num_channels)
         num_read += 1
         if num_read == len(images):
             break
@@ -100,7 +109,7 @@ def _check_size(image: Tensor, images: Tensor) -> None:
     """Raise a ValueError unless the image is a square, as large as those before it."""
     size = f"{image.shape[-2]}x{image.shape[-1]}"
     if image.shape[-2] != image.shape[-1]:
-        raise ValueError(f"the images are not square ({size}): set --resolution")
+        raise ValueError(f"the images are not square ({size}): set --resolution, to one side or to height and width")
     native = images.shape[-1] or image.shape[-1]
     if image.shape[-1] != native:
         raise ValueError(f"the images differ in size ({native}x{native}, {size}): set --resolution")

@@ -10,6 +10,8 @@ from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 Colour = tuple[int, int, int]
+# Side of a square, or height and width.
+Resolution = int | Sequence[int]
 
 
 def colour(background: str | Sequence[int]) -> Colour:
@@ -137,17 +139,29 @@ def as_channels(image: Tensor, channels: int) -> Tensor:
     return torch.einsum("chw,c->hw", scaled(image), torch.tensor([0.299, 0.587, 0.114]))[None]
 
 
-def fit(image: Tensor, resolution: int, crop: Sequence[float] = (0.5, 0.5)) -> Tensor:
-    """`(C, H, W)` as `(C, resolution, resolution)`: the shorter side is resized, the longer one cropped.
+def sides(resolution: Resolution) -> tuple[int, int]:
+    """Height and width."""
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    return height, width
+
+
+def resolution_of(height: int, width: int) -> Resolution:
+    """As options have it: one number for a square."""
+    return height if height == width else [height, width]
+
+
+def fit(image: Tensor, resolution: Resolution, crop: Sequence[float] = (0.5, 0.5)) -> Tensor:
+    """`(C, H, W)` as `(C, *sides(resolution))`: resized until one side fits and the other is not too short, which is
+    then cropped; proportions stay.
 
     `crop` is the place of the crop, vertical and horizontal, from 0 (top, left) to 1. What is resized becomes float32.
     """
-    height, width = image.shape[-2:]
-    if height == width == resolution:
+    height, width = sides(resolution)
+    if image.shape[-2:] == (height, width):
         return image
-    if min(height, width) != resolution:
-        scale = resolution / min(height, width)
-        size = (max(resolution, round(height * scale)), max(resolution, round(width * scale)))
+    scale = max(height / image.shape[-2], width / image.shape[-1])
+    if scale != 1:
+        size = (max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale)))
         image = F.interpolate(scaled(image)[None], size, mode="bilinear", antialias=True)[0]
-    top, left = (round(c * (n - resolution)) for c, n in zip(crop, image.shape[-2:], strict=True))
-    return image[:, top : top + resolution, left : left + resolution]
+    top, left = (round(c * n) for c, n in zip(crop, (image.shape[-2] - height, image.shape[-1] - width), strict=True))
+    return image[:, top : top + height, left : left + width]

@@ -41,8 +41,11 @@ def cld_bits_per_dimension(
         num_steps, num_velocities, generator: see `cld_nll`.
         batch_size: images at once.
 
+    Of a class-conditional network that of all classes together, by the class that stands for none.
+
     Raises:
-        ValueError: for a pipeline whose scheduler does not describe a velocity network, or images of other levels.
+        ValueError: for a pipeline whose scheduler does not describe a velocity network or whose network knows no images
+            without a class, or images of other levels.
     """
     scheduler = pipeline.scheduler
     if not isinstance(getattr(scheduler, "reading", None), VelocityReading):
@@ -52,9 +55,12 @@ def cld_bits_per_dimension(
         )
     check_levels(images, num_levels)
     unet, config = pipeline.unet, scheduler.config
+    null = pipeline.null_class
+    if pipeline.num_classes is not None and null is None:
+        raise ValueError("the likelihood needs a network that knows a class for none: it was trained to drop no labels")
     nats = [
         cld_nll(
-            lambda u, t: unet(u.to(unet.dtype), t).sample,
+            lambda u, t: unet(u.to(unet.dtype), t, None if null is None else u.new_full((len(u),), null).long()).sample,
             dequantized(batch.to(unet.device, torch.float32), num_levels, generator),
             scheduler.reading.process,
             config["prediction_type"],

@@ -62,8 +62,7 @@ def image_shape(pipeline: Any) -> tuple[int, int, int]:
     """`(C, H, W)` of the images that it makes."""
     if isinstance(pipeline, UnconditionalPipeline):
         _, height, width = pipeline._image_shape()
-        # A velocity network has more channels going in, one that learned its variance more coming out.
-        return min(pipeline.unet.config["in_channels"], pipeline.unet.config["out_channels"]), height, width
+        return pipeline._picture_shape(height, width)
     try:
         images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
     except TypeError as error:
@@ -188,9 +187,14 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
 
 
 def _images(pipeline: Any, num_images: int, num_steps: int, generators: list[torch.Generator]) -> Tensor:
-    """`(n, C, H, W)` float32 in [-1, 1] on the CPU."""
+    """`(n, C, H, W)` float32 in [-1, 1] on the CPU; of all classes in the proportions of the training data."""
+    labels = pipeline.draw_labels(generators) if isinstance(pipeline, UnconditionalPipeline) else None
     images = pipeline(
-        batch_size=num_images, num_inference_steps=num_steps, generator=generators, output_type="np"
+        batch_size=num_images,
+        num_inference_steps=num_steps,
+        generator=generators,
+        output_type="np",
+        **({} if labels is None else {"class_labels": labels}),
     ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() * 2 - 1
 

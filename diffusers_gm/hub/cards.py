@@ -16,11 +16,17 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..data import sides
 from ..evaluation.table import Table
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
 
 NOT_MEASURED = "Not measured."
+LATENT = """
+
+This is a latent model: what is called an image here is the latents of one, which the autoencoder in the folder `vae`
+makes, scaled to mean 0 and standard deviation 1 in every channel (`latents_mean` and `latents_std` of
+`model_index.json`). The pipeline decodes them; `output_type="latent"` returns them. Errors of the autoencoder stay."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class TrainingResult:
         hardware: in words.
         command: the command line.
         versions: of the packages.
+        class_names: of a conditional network.
     """
 
     num_images: int
@@ -47,6 +54,7 @@ class TrainingResult:
     hardware: str
     command: str
     versions: dict[str, str]
+    class_names: list[str] | None = None
 
     @property
     def final_entries(self) -> list[dict[str, Any]]:
@@ -80,14 +88,15 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     body = Template(_template("model_card")).substitute(
         title=name.split("/")[-1],
-        resolution=options["resolution"],
+        **_classes(result.class_names),
+        size="x".join(map(str, sides(options["resolution"]))),
         method_name=method.title,
         version=result.versions["diffusers_gm"],
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
-        method=Template(method.card).substitute(said),
+        method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
         data=_data(options, result.num_images),
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
@@ -109,6 +118,27 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         citation=method.citation,
     )
     return model_card([method.name], [options["dataset_name"]] if from_hub else None, body)
+
+
+# Names of classes on a card.
+MOST_NAMES = 100
+
+
+def _classes(names: list[str] | None) -> dict[str, str]:
+    """What the template says of classes to choose from."""
+    if names is None:
+        return {"kind": "Unconditional", "asked": "batch_size=4", "classes": "", "choice": "no prompt and no class"}
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    known = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + more
+    return {
+        "kind": "Class-conditional",
+        "asked": f"class_labels={names[:1] * 4}",
+        "classes": (
+            f"`class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 makes "
+            "images more of their class.\n\n"
+        ),
+        "choice": "no prompt, and no other class",
+    }
 
 
 def _template(name: str) -> str:

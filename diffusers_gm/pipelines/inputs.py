@@ -44,7 +44,7 @@ def class_indices(labels: ClassLabels, num_embeds: int, names: list[str] | None)
         ValueError: for an index out of range, or a name that is none of `names`.
     """
     given = labels.tolist() if isinstance(labels, Tensor) else labels
-    if not isinstance(given, int | str):
+    if isinstance(given, Sequence) and not isinstance(given, str):
         given = list(given)
     flat = given if isinstance(given, list) else [given]
     found = [_index(label, names) for label in flat]

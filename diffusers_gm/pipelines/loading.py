@@ -92,6 +92,8 @@ class HubPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         for path in (folder / self.config_name, *folder.glob("*/config.json")):
             _edit_json(path, lambda config: config.pop("_name_or_path", None))
+        absent = [name for name in self._optional_components if getattr(self, name) is None]
+        _edit_json(folder / self.config_name, lambda config: [config.pop(name, None) for name in absent])
         if type(self).__module__.split(".")[0] != LIBRARY:
             return  # a class of the user's: whoever loads it needs that one
         name = type(self).__name__

@@ -14,7 +14,7 @@ from ..version import __version__
 QUALITY_FILES = ("quality.json", "quality.md", "quality.png", "results.json", "results.md", "results.png")
 CARD_FILES = ("README.md", "samples.png", "training_args.json", *QUALITY_FILES)
 # What belongs in a model repository: neither optimizer states nor logs.
-UPLOADED = ("model_index.json", "pipeline.py", "unet/*", "scheduler/*", *CARD_FILES)
+UPLOADED = ("model_index.json", "pipeline.py", "unet/*", "scheduler/*", "vae/*", *CARD_FILES)
 
 # The card of a model that was not pushed by its training loads it from its own folder.
 HERE = 'from_pretrained(".")'

@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
+import torch.nn.functional as F
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
+from ..autoencoders import LatentSpace, check_scaling, downsampling
+from ..networks import asked, channels_of, null_class, num_class_embeds, size_of
 from ..processes.noise_level import NoiseLevel
 from ..random import Generators, check_generators, rand, randn
 from ..readings import VelocityReading
@@ -27,15 +30,20 @@ STRENGTH = 0.8
 
 
 class UnconditionalPipeline(HubPipeline):
-    """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or ours.
+    """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or ours: in pixel
+    space, or with `vae` in the space of its latents.
 
     Follows the whole scheduler contract (`scale_model_input`, `init_noise_sigma`), so that schedulers of diffusers
     whose noise space suits the network work too. The sample is kept in float32 whatever the network's dtype.
 
     Args:
-        unet: the network. With `num_class_embeds` in its config it is class-conditional, and the last of these classes
-            stands for none, for guidance.
+        unet: the network, any of `(sample, timestep[, class_labels])`. With `num_class_embeds` in its config it is
+            class-conditional, and the last of these classes stands for none, for guidance.
         scheduler: see the class.
+        vae: what the network takes for images are latents of this `AutoencoderKL`, `AutoencoderTiny` or `VQModel`;
+            None: images. `vae.enable_slicing()` and `vae.enable_tiling()` save memory.
+        latents_mean, latents_std: of each channel of what `vae` makes: the network's latents are scaled by them to
+            mean 0 and standard deviation 1. None: scaled as the config of `vae` says, by its `scaling_factor`.
         class_names: of the classes, by index; saved with the pipeline. As many as the network has classes if none of
             them stands for none.
         class_shares: share of each class in the training data; None: all alike.
@@ -44,25 +52,39 @@ class UnconditionalPipeline(HubPipeline):
         ValueError: for names or shares that do not suit the network.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers has it
     default_num_inference_steps = 50
-    unet: UNet2DModel
+    unet: Any
     scheduler: Any
+    vae: Any
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         class_names: Sequence[str] | Mapping[Any, str] | None = None,
         class_shares: Sequence[float] | Mapping[Any, float] | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: Sequence[float] | Mapping[Any, float] | None = None,
+        latents_std: Sequence[float] | Mapping[Any, float] | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        scaling = {"latents_mean": by_index(latents_mean), "latents_std": by_index(latents_std)}
+        check_scaling(scaling, vae)
         names, shares = by_index(class_names), by_index(class_shares)
         check_classes(names, shares, self._num_class_embeds)
-        for argument, values in (("class_names", names), ("class_shares", shares)):
+        for argument, values in {"class_names": names, "class_shares": shares, **scaling}.items():
             if values is not None:  # a mapping, as lists in model_index.json are components
                 self.register_to_config(**{argument: {str(i): value for i, value in enumerate(values)}})
+
+    @property
+    def latent_space(self) -> LatentSpace | None:
+        """What the network takes for images; None where they are images."""
+        if self.vae is None:
+            return None
+        return LatentSpace.of(self.vae, *(by_index(self.config.get(name)) for name in ("latents_mean", "latents_std")))
 
     # --- Classes ---
 
@@ -75,17 +97,29 @@ class UnconditionalPipeline(HubPipeline):
     def num_classes(self) -> int | None:
         """Classes to choose from; None for a network without."""
         embeds = self._num_class_embeds
-        return embeds if embeds is None or self._null_class is None else embeds - 1
+        return embeds if embeds is None or self.null_class is None else embeds - 1
 
     @property
     def _num_class_embeds(self) -> int | None:
-        return self.unet.config.get("num_class_embeds")
+        return num_class_embeds(self.unet)
 
     @property
-    def _null_class(self) -> int | None:
-        """The class that stands for none: the last one, unless all have names."""
+    def _may_go_without_labels(self) -> bool:
+        """Whether the network, which has classes by its nature, may have been trained without."""
+        named = (self.config.get("class_names"), self.config.get("class_shares"))
+        return null_class(self.unet) is not None and named == (None, None)
+
+    @property
+    def null_class(self) -> int | None:
+        """The class that stands for none: the last one, unless all have names; None where there is none."""
         embeds, names = self._num_class_embeds, self.class_names
         return None if embeds is None or (names is not None and len(names) == embeds) else embeds - 1
+
+    def labels_in_turn(self, num_images: int) -> list[int] | None:
+        """All classes one after the other, as many of each as there is room for; None for a network without."""
+        if self.num_classes is None or self._may_go_without_labels:
+            return None
+        return [i * self.num_classes // num_images for i in range(num_images)]
 
     def draw_labels(self, generators: Sequence[torch.Generator]) -> list[int] | None:
         """A class for each generator, in the proportions of the training data; None for a network without."""
@@ -93,7 +127,7 @@ class UnconditionalPipeline(HubPipeline):
 
     def _labels_at(self, quantiles: Tensor) -> list[int] | None:
         """The classes at quantiles of their law in the training data, `(n,)` in [0, 1)."""
-        if self.num_classes is None:
+        if self.num_classes is None or self._may_go_without_labels:
             return None
         shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)
         return torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True).tolist()
@@ -101,8 +135,10 @@ class UnconditionalPipeline(HubPipeline):
     # --- Shapes ---
 
     def _image_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """`(C, H, W)` of the sample; its own size unless told."""
-        channels_in, channels_out = self.unet.config["in_channels"], self.unet.config["out_channels"]
+        """`(C, H, W)` of the sample; its own size unless told that of the images."""
+        channels_in, channels_out = channels_of(self.unet)
+        if (self.scheduler.config.get("variance_type") or "").startswith("learned") and channels_out == 2 * channels_in:
+            channels_out = channels_in
         expected = 2 * channels_out if self._sees_velocity else channels_out
         if channels_in != expected:
             raise ValueError(
@@ -110,20 +146,34 @@ class UnconditionalPipeline(HubPipeline):
                 f"network with {expected} input channels for its {channels_out} output channels, "
                 f"this one has {channels_in}"
             )
-        size = self.unet.config["sample_size"]
-        if size is None and None in (height, width):
+        own, pixels = size_of(self.unet), downsampling(self.vae) if self.vae is not None else 1
+        if own is None and None in (height, width):
             raise ValueError(
                 "the network's config has no sample_size: set unet.config.sample_size to the image size, or give "
                 "height and width"
             )
-        own: Any = (size, size) if isinstance(size, int) or size is None else size
-        factor = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-        for argument, side in (("height", height), ("width", width)):
+        given, levels = (height, width), len(self.unet.config.get("block_out_channels") or [])
+        factor = pixels * 2 ** max(levels - 1, 0)
+        for argument, side in zip(("height", "width"), given, strict=True):
             if side is not None and (side < 1 or side % factor):
                 raise ValueError(
                     f"{argument}={side} must be a positive multiple of {factor}: the network halves images so often"
                 )
-        return channels_in, height or own[0], width or own[1]
+        size = [own[i] if side is None and own else (side or 0) // pixels for i, side in enumerate(given)]
+        if not levels and own is not None and size != list(own):
+            raise ValueError(
+                f"height={height} and width={width}: a {type(self.unet).__name__} makes images of "
+                f"{own[0] * pixels}x{own[1] * pixels} alone"
+            )
+        return channels_in, size[0], size[1]
+
+    def _picture_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images that samples of this size are, or stand for."""
+        if self.vae is not None:
+            pixels = downsampling(self.vae)
+            return self.vae.config["out_channels"], pixels * height, pixels * width
+        channels_in, channels_out = channels_of(self.unet)  # more come in with velocities, out with a variance
+        return min(channels_in, channels_out), height, width
 
     def calibration_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What `diffusers_gm.calibrate` runs this pipeline with, which was `given` these arguments: many images, where
@@ -178,7 +228,8 @@ class UnconditionalPipeline(HubPipeline):
             num_inference_steps: network calls, all included; None: `default_num_inference_steps` of the class.
             generator: decides the images; a list of `batch_size` generators decides them one by one.
             latents: what to start from, `(B, C, H, W)`, in place of `scheduler.initial_sample`.
-            output_type: `pil`, `np` (`(B, H, W, C)` in [0, 1]) or `pt` (`(B, C, H, W)` in [0, 1]).
+            output_type: `pil`, `np` (`(B, H, W, C)` in [0, 1]), `pt` (`(B, C, H, W)` in [0, 1]), or `latent`: what the
+                network takes for images, `(B, C, h, w)`, with `vae` not decoded.
             return_dict: whether to return an `ImagePipelineOutput` or a plain tuple.
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": ...})` after each call;
                 the `latents` of the dict it returns replace the sample.
@@ -193,7 +244,7 @@ class UnconditionalPipeline(HubPipeline):
             strength: how much noise the image is given: the share of the run that is made, in (0, 1]. Of
                 `num_inference_steps` calls only that share is made. By default .8; 1 with a mask.
             mask_image: which pixels of `image` are new (white, 1) and which stay (black, 0): these are put back at
-                their own noise level before every call.
+                their own noise level before every call. With `vae`, latents stay all whose pixels do.
             num_resamples: how often the finished image is given noise again and is denoised again, from ever lower
                 levels, so that known and new pixels come to agree; costs half a run for each. See
                 `pipelines.inpainting`.
@@ -224,8 +275,7 @@ class UnconditionalPipeline(HubPipeline):
                 if hasattr(scheduler, "set_begin_index"):
                     scheduler.set_begin_index(first)
                 noise = unit_noise(scheduler, shape, generator, device)
-                sample = picture.start(scheduler, timesteps[0], noise, finished)
-                sample = picture.keep(scheduler, sample, timesteps[0], noise)
+                sample = picture.start(scheduler, timesteps[0], noise(), finished)
             elif latents is not None:
                 sample = latents.to(device, torch.float32)
             else:
@@ -235,7 +285,7 @@ class UnconditionalPipeline(HubPipeline):
                 output = guidance.output(self._network, scaled(sample, t), t)
                 sample = scheduler.step(output, t, sample, **step_kwargs).prev_sample
                 if picture is not None and i + 1 < len(timesteps):
-                    sample = picture.keep(scheduler, sample, timesteps[i + 1], noise)
+                    sample = picture.keep(scheduler, sample, timesteps[i + 1], noise())
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, next(steps), t, {"latents": sample})
                     sample = changed.pop("latents", sample)
@@ -275,12 +325,12 @@ class UnconditionalPipeline(HubPipeline):
             ValueError: for any argument out of range, before the first network call.
         """
         num_steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        channels = self.unet.config["out_channels"]
+        channels, *_ = self._picture_shape(1, 1)
         images = as_images(image, "image", (None, channels, None, None))
         self._image_shape(*images.shape[2:])
         check_generators(generator, len(images))
         guidance = self._guidance(len(images), class_labels, guidance_scale, guidance_interval)
-        images = (2 * images - 1).to(self._execution_device)
+        images = self._as_learned((2 * images - 1).to(self._execution_device))
         latents = encoding.encode(self.scheduler, self._network, guidance, images, num_steps, generator)
         self.maybe_free_model_hooks()
         return latents
@@ -358,7 +408,12 @@ class UnconditionalPipeline(HubPipeline):
         self, image: Any, generator: Generators, class_labels: ClassLabels | None
     ) -> tuple[OwnLevel, Tensor]:
         """What asks the network at the images' own levels, and the images, `(B, C, H, W)` about [-1, 1]."""
-        noisy = as_images(image, "image", (None, self.unet.config["out_channels"], None, None), noisy=True)
+        if self.vae is not None:
+            raise ValueError(
+                "noise of images is none of their latents: this needs a network in pixel space, without vae"
+            )
+        channels, *_ = self._picture_shape(1, 1)
+        noisy = as_images(image, "image", (None, channels, None, None), noisy=True)
         self._image_shape(*noisy.shape[2:])
         check_generators(generator, len(noisy))
         guidance = self._guidance(len(noisy), class_labels, 1.0, None)
@@ -368,7 +423,7 @@ class UnconditionalPipeline(HubPipeline):
     def _network(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output, in float32."""
         classes = {} if labels is None else {"class_labels": labels}
-        return self.unet(model_input.to(self.unet.dtype), timestep, **classes).sample.float()
+        return asked(self.unet)(model_input.to(self.unet.dtype), timestep, **classes).sample.float()
 
     def _initial_sample(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
         if hasattr(self.scheduler, "initial_sample"):
@@ -393,8 +448,8 @@ class UnconditionalPipeline(HubPipeline):
         width: int | None = None,
     ) -> tuple[int, ...]:
         """The shape of the sample; a ValueError for arguments that no run can serve."""
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np' or 'pt'")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np', 'pt' or 'latent'")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_generators(generator, batch_size)
@@ -411,7 +466,7 @@ class UnconditionalPipeline(HubPipeline):
         interval: tuple[float, float] | None,
     ) -> Guidance:
         """What the arguments ask of the network; a ValueError for what it does not have."""
-        embeds, null = self._num_class_embeds, self._null_class
+        embeds, null = self._num_class_embeds, self.null_class
         if self.unet.config.get("class_embed_type") is not None:
             raise ValueError(
                 f"the network's class_embed_type {self.unet.config['class_embed_type']!r} takes no indices of classes: "
@@ -421,6 +476,8 @@ class UnconditionalPipeline(HubPipeline):
         if embeds is None:
             if class_labels is not None:
                 raise ValueError(f"class_labels={class_labels!r}: this network has no classes, leave them out")
+            return Guidance()
+        if class_labels is None and scale == 1 and self._may_go_without_labels:
             return Guidance()
         if class_labels is None:
             some = f", such as {self.class_names[:3]}" if self.class_names else ""
@@ -460,12 +517,14 @@ class UnconditionalPipeline(HubPipeline):
             raise ValueError(f"strength must be in (0, 1], got {strength}")
         if num_resamples < 0 or int(num_resamples) != num_resamples:
             raise ValueError(f"num_resamples must be a whole number of at least 0, got {num_resamples}")
-        batch, (height, width) = shape[0], shape[2:]
-        clean = 2 * as_images(image, "image", (batch, self.unet.config["out_channels"], height, width)) - 1
+        batch, (channels, height, width) = shape[0], self._picture_shape(*shape[2:])
+        clean = 2 * as_images(image, "image", (batch, channels, height, width)) - 1
         mask = None if mask_image is None else as_images(mask_image, "mask_image", (batch, 1, height, width)).round()
+        if mask is not None and self.vae is not None:
+            mask = F.adaptive_max_pool2d(mask, shape[2:])
         device = self._execution_device
         picture = Picture(
-            clean.to(device).expand(batch, -1, -1, -1),
+            self._as_learned(clean.to(device)).expand(batch, -1, -1, -1),
             None if mask is None else mask.to(device),
             strength,
             num_resamples,
@@ -473,9 +532,18 @@ class UnconditionalPipeline(HubPipeline):
         picture.check(num_steps)
         return picture
 
+    def _as_learned(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] as the network takes them: their latents, with `vae`."""
+        space = self.latent_space
+        return images if space is None else space.encode(images)
+
     def _finished(self, image: Tensor, output_type: str) -> Any:
-        """Images in [-1, 1] as the user wants them; the end of a call."""
-        images: Any = (image / 2 + 0.5).clamp(0, 1)
+        """Images in [-1, 1], or latents of some, as the user wants them; the end of a call."""
+        if output_type == "latent":
+            self.maybe_free_model_hooks()
+            return image
+        space = self.latent_space
+        images: Any = ((image if space is None else space.decode(image)) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":

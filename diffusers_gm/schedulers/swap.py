@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..processes.cld import CLD
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..readings import ImageReading, NoiseSpace, Reading, VelocityReading
+from ..readings import CompanionReading, ImageReading, NoiseSpace, Reading, VelocityReading
+from ..readings.companion import COMPANION_PREDICTION_TYPE
 from ..readings.noise_space import PREDICTION_TYPES
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
 
@@ -42,15 +43,20 @@ OWN = "diffusers_gm"
 def reading_from_config(config: Any) -> Reading:
     """How the network that a config of ours describes sees noise.
 
-    A velocity prediction type means a network of CLD. Else `noise_space=None` is inferred: a beta schedule means `vp`,
-    a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything else `ve`.
+    A velocity prediction type, or `cld_edm`, means a network of CLD. Else `noise_space=None` is inferred: a beta
+    schedule means `vp`, a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything
+    else `ve`.
 
     Raises:
         ValueError: for an unknown noise space or prediction type.
     """
-    if config.prediction_type in VELOCITY_PREDICTION_TYPES:
+    n, prediction_type = config.num_train_timesteps, config.prediction_type
+    if prediction_type in (*VELOCITY_PREDICTION_TYPES, COMPANION_PREDICTION_TYPE):
         process = CLD(config.beta_0, config.beta_1, config.mass, config.gamma)
-        return VelocityReading(process, config.prediction_type, config.num_train_timesteps)
+        if prediction_type in VELOCITY_PREDICTION_TYPES:
+            return VelocityReading(process, prediction_type, n)
+        space = NoiseSpace.edm(config.sigma_min, config.sigma_max, n, config.sigma_data or 1.0)
+        return CompanionReading(process, prediction_type, n, space)
     kind = config.noise_space
     if kind is None:
         if config.trained_betas is not None or config.beta_schedule is not None:
@@ -59,7 +65,6 @@ def reading_from_config(config: Any) -> Reading:
             kind = "flow"
         else:
             kind = "ve" if config.sigma_data is None else "edm"
-    n, prediction_type = config.num_train_timesteps, config.prediction_type
     if kind == "vp":
         space = NoiseSpace.vp(betas_from_config(config)[1])
     elif kind == "ve":

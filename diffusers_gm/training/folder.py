@@ -6,7 +6,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from .. import files
+from ..data.latents import CONTENTS
 from .draws import DRAWS_VERSION
+from .methods import METHODS
 from .options import TrainingArguments, free_on_resume
 from .training_data import STATE_FILE, TrainingData, read_state
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
 ARGS_FILE = "training_args.json"
 LOG_FILE = "training_log.jsonl"
+LATENTS = "latents"
 SUPERSEDED = "superseded-"
 UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
@@ -66,6 +69,24 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         f"--resume_from_checkpoint {resume!r}: there is no complete checkpoint; --output_dir has "
         f"{[path.name for path in list_checkpoints(folder)] or 'none'}"
     )
+
+
+def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArguments:
+    """The options; those that were left open are as the training of the checkpoint had them."""
+    if checkpoint is None:
+        return args
+    record = recorded_options(read_state(checkpoint), args.method)
+    recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
+    args = replace(args, **recorded)
+    args.left_open |= recorded.keys()
+    return args
+
+
+def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:
+    """The options in a checkpoint's state file, and what those came to that were not there yet."""
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    record, formerly = defaults | content["arguments"], METHODS[method].formerly
+    return record | {name: value for name, value in formerly.items() if record.get(name) is None}
 
 
 def _newest_whole(folder: Path) -> Path | None:
@@ -126,7 +147,8 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
         )
-    if any(folder.iterdir()) and not (folder / ARGS_FILE).is_file():
+    others = [path for path in folder.iterdir() if path.name != LATENTS or not (path / CONTENTS).is_file()]
+    if others and not (folder / ARGS_FILE).is_file():
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds files that are not from a training: choose another, or "
             "add to it with --overwrite_output_dir"
@@ -194,11 +216,16 @@ def append_log(folder: Path, entry: dict[str, Any]) -> None:
 
 @dataclass
 class TrainingState:
-    """How far a training is. The data seen decide the order of the data and the noise that come next."""
+    """How far a training is. The data seen decide the order of the data and the noise that come next.
+
+    Attributes:
+        places: of a stream, where each process is, see `Batches`.
+    """
 
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
+    places: list[Any] | None = None
 
 
 def save_checkpoint(
@@ -247,7 +274,7 @@ def read_checkpoint(
     """
     content = read_state(checkpoint)
     free = free_on_resume(args)
-    before, now = content["arguments"], json.loads(json.dumps(record))
+    before, now = recorded_options(content, args.method), json.loads(json.dumps(record))
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

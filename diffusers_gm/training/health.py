@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .draws import Draws
 from .folder import list_checkpoints
@@ -42,7 +41,7 @@ class Health:
     def __init__(
         self,
         accelerator: Accelerator,
-        unet: UNet2DModel,
+        unet: nn.Module,
         ema: EMAModel | None,
         objective: Objective,
         images: Tensor,
@@ -111,7 +110,7 @@ class Health:
             norm = torch.nn.utils.get_total_norm(list(self.unet.parameters())).float()
         return torch.stack([norm, *losses])
 
-    def _silence(self, *_: Tensor) -> SimpleNamespace:
+    def _silence(self, *_: Tensor, **__: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=torch.zeros_like(self.images))
 
     def _look_at_gradients(self, but: float = 0) -> None:

@@ -18,7 +18,11 @@ SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dro
 
 @dataclass
 class TrainingArguments(MethodOptions):
-    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them."""
+    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them.
+
+    Attributes:
+        left_open: the options that the method chose, see `Method.choose`.
+    """
 
     # What is trained
     method: str = trained(
@@ -43,8 +47,18 @@ class TrainingArguments(MethodOptions):
     )
     image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
     background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
+    class_conditional: bool = data(
+        False,
+        "Learn each class of images: 'label' of the data set, the folders of a folder of images, what digits are.",
+    )
+    label_column: str | None = data(None, "Column with the classes; default 'label'.")
+    class_dropout: float = data(
+        0.1, "How often the class is dropped, so that samples can be guided; 0 for never.", below_one=True
+    )
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
-    resolution: int | None = data(None, "Side of the training images; default that of the data.", at_least=1)
+    resolution: list[int] | int | None = data(
+        None, "Side of the training images, or height and width; default that of the data."
+    )
     center_crop: bool = data(False, "Crop images that are not square at the centre rather than at random.")
     random_flip: bool = data(False, "Flip images horizontally at random.")
     dequantize: int | None = data(
@@ -53,6 +67,21 @@ class TrainingArguments(MethodOptions):
         at_least=2,
     )
     max_train_samples: int | None = data(None, "Train on this many images only, chosen by --seed.", at_least=2)
+    streaming: bool = data(
+        False, "Read the images as they come, from the Hub or a folder of parquet or tar files, and keep none."
+    )
+    num_train_samples: int | None = data(None, "With --streaming: how many images an epoch has.", at_least=2)
+    shuffle_buffer_size: int = data(
+        1000, "With --streaming: images that are shuffled at a time; files are shuffled, too.", at_least=1
+    )
+    vae: str | None = data(
+        None,
+        "Train on the latents of this autoencoder, a folder, a pipeline or on the Hub; what is drawn is decoded by it.",
+        path=True,
+    )
+    latents_cache_dir: str | None = data(
+        None, "Where latents are kept, for other trainings too; default 'latents' in --output_dir.", private=True
+    )
     dataloader_num_workers: int = data(
         0, "Processes that load the data; 0 loads them in the main process.", at_least=0, free_on_resume=True
     )
@@ -60,16 +89,24 @@ class TrainingArguments(MethodOptions):
     # Network
     model_name_or_path: str | None = network(
         None,
-        "UNet2DModel or pipeline to fine-tune, a folder or on the Hub.",
+        "Network or pipeline to fine-tune, a folder or on the Hub.",
         in_place_of=("model_config", *SHAPE),
         path=True,
     )
     model_config: str | None = network(
         None,
-        "Config of a UNet2DModel to train from scratch, a JSON file or its folder.",
+        "Config of a network to train from scratch, a JSON file or its folder; its _class_name decides which.",
         aliases=("model_config_name_or_path",),
         in_place_of=("model_name_or_path", *SHAPE),
         path=True,
+    )
+    revision: str | None = network(None, "Branch, tag or commit of --model_name_or_path and --vae.")
+    variant: str | None = network(None, "Variant of their weights, such as fp16.")
+    keep_noise_levels: bool = network(
+        True,
+        "gm-sgm and ncsnv2: fine-tune a network of a pipeline at the noise levels, labels and prediction type that "
+        "the pipeline's scheduler says it has.",
+        free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = network(
         None,
@@ -182,7 +219,12 @@ class TrainingArguments(MethodOptions):
     validation_steps: int = output(
         500, "Steps between grids of samples; 0 for one at the end only.", at_least=0, free_on_resume=True
     )
-    num_validation_images: int = output(16, "Images in a grid.", at_least=1, free_on_resume=True)
+    num_validation_images: int = output(
+        16,
+        "Images in a grid; with --class_conditional a row for each class, as long as that leaves.",
+        at_least=1,
+        free_on_resume=True,
+    )
     validation_inference_steps: int | None = output(
         None,
         "Network calls per image; default that of the pipeline.",
@@ -218,6 +260,7 @@ class TrainingArguments(MethodOptions):
 
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
+        self.left_open: set[str] = set()
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError("give --dataset_name or --train_data_dir, not both")
         if self.model_name_or_path is not None and self.model_config is not None:
@@ -228,18 +271,21 @@ class TrainingArguments(MethodOptions):
                 raise ValueError(f"{given} describe a new network: leave them out, the model has its own")
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "digits"
+        self._check_images()
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
         foreign = options_of_others(self.method)
         given = [f"--{f.name}" for f in changed_options(self) if f.name in foreign]
         if given:
             raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
+        self._choose()
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
             raise ValueError(
                 f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
                 "or leave the option out"
             )
+        check_streaming(self)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("--use_8bit_adam: the package is not installed; pip install bitsandbytes")
         if self.first_batch is not None:
@@ -249,9 +295,40 @@ class TrainingArguments(MethodOptions):
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
 
+    def _choose(self) -> None:
+        chosen = METHODS[self.method].choose(self)
+        self.left_open = {name for name in chosen if getattr(self, name) is None}
+        for name in self.left_open:
+            setattr(self, name, chosen[name])
+
+    def _check_images(self) -> None:
+        if isinstance(self.resolution, list) and len(self.resolution) == 1:
+            (self.resolution,) = self.resolution
+        sides = [self.resolution] if isinstance(self.resolution, int) else self.resolution or [1]
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError(f"--resolution must be a side or a height and a width, at least 1, got {self.resolution}")
+        if self.vae is None and self.latents_cache_dir is not None:
+            raise ValueError("--latents_cache_dir is for --vae: give an autoencoder, or leave it out")
+        if self.vae is not None and self.dequantize is not None:
+            raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
+
     @property
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
+
+
+def check_streaming(args: TrainingArguments) -> None:
+    if args.streaming and (args.num_train_samples is None or args.max_train_samples is not None):
+        raise ValueError(
+            "--streaming needs --num_train_samples, how many images an epoch has, as a stream cannot be counted; "
+            "and goes without --max_train_samples"
+        )
+    if args.streaming and args.vae is not None:
+        raise ValueError("--vae keeps the latents of all images, and --streaming none: leave out one of them")
+    if args.streaming and args.class_conditional:
+        raise ValueError("--class_conditional counts the images of every class, and a stream cannot be counted")
+    if args.num_train_samples is not None and not args.streaming:
+        raise ValueError("--num_train_samples is for --streaming; --max_train_samples takes some images of a set")
 
 
 def check_picture(path: str, dry_run: bool) -> None:
@@ -264,8 +341,8 @@ def check_picture(path: str, dry_run: bool) -> None:
 
 
 def changed_options(args: TrainingArguments) -> list[Field]:
-    """The options that have another value than their default, `method` first."""
-    changed = [f for f in fields(args) if getattr(args, f.name) != f.default]
+    """The options that were given another value than their default, `method` first."""
+    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
     return sorted(changed, key=lambda f: f.name != "method")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data import Examination, check_levels
+from ..data import Examination, Resolution, check_levels
 from ..processes.annealed import max_pairwise_distance
 from ..version import __version__
 from .methods import METHODS, options_of_others
@@ -17,11 +17,11 @@ from .methods.method import Noise
 from .options import TrainingArguments, changed_options, names_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan(Noise):
     """Options that depend on the data, resolved. Fields have the names of the options."""
 
-    resolution: int
+    resolution: Resolution
     image_column: str | None
     train_batch_size: int
     validation_inference_steps: int
@@ -76,7 +76,7 @@ def make_plan(
         train_batch_size=batch_size,
         validation_inference_steps=args.validation_inference_steps or method.pipeline.default_num_inference_steps,
         max_train_steps=steps,
-        learning_rate=args.learning_rate or (2e-3 if examination.resolution <= 16 else 2e-4),
+        learning_rate=args.learning_rate or (2e-3 if max(examination.size) <= 16 else 2e-4),
         lr_warmup_steps=warmup,
     )
 

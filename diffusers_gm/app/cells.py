@@ -1,0 +1,115 @@
+"""Runs as HTML: a row a sampler, a cell a number of calls, with the samples, the way to them and what they cost."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import torch
+from torch import Tensor
+
+from ..pictures import image_grid
+from .compare import Run
+
+# Of a batch, in a cell.
+MAX_SHOWN = 32
+# Calls of the way of one image, in a cell.
+MAX_WAY = 8
+
+CSS = """
+.gm-sampler { margin: 0 0 1.2rem }
+.gm-sampler h3 { font-size: 1rem; margin: 0 0 .4rem; color: var(--body-text-color) }
+.gm-cells { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 420px)); gap: .8rem }
+.gm-cell { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem; margin: 0;
+  background: var(--block-background-fill); color: var(--body-text-color); min-width: 0 }
+.gm-cell img { display: block; width: 100%; border-radius: 2px }
+.gm-cell .gm-waiting { aspect-ratio: 2; display: grid; place-items: center; opacity: .6 }
+.gm-cell figcaption { font-size: .85rem; margin: 0 0 .4rem; display: flex; flex-wrap: wrap; gap: .1rem .7rem }
+.gm-cell .gm-calls { font-weight: 600 }
+.gm-way { margin-top: .5rem; font-size: .75rem }
+.gm-way span { display: block; margin-bottom: .2rem; opacity: .75 }
+.gm-cell.gm-failed, .gm-error { border: 1px solid #b3261e; border-left-width: 5px }
+.gm-error, .gm-note { padding: .5rem .8rem; border-radius: 8px; color: var(--body-text-color);
+  background: var(--block-background-fill); overflow-wrap: anywhere }
+.gm-note { opacity: .8; font-size: .85rem; padding: .2rem 0; background: none }
+"""
+
+
+def table(runs: Sequence[Run]) -> str:
+    """All runs of a comparison, as far as they have come."""
+    samplers = dict.fromkeys(run.sampler.name for run in runs)
+    return "".join(
+        f'<section class="gm-sampler"><h3>{escape(name)}</h3><div class="gm-cells">'
+        + "".join(cell(run) for run in runs if run.sampler.name == name)
+        + "</div></section>"
+        for name in samplers
+    )
+
+
+def cell(run: Run) -> str:
+    """One run."""
+    calls = f'<span class="gm-calls">{run.calls} call{"s" * (run.calls != 1)}</span>'
+    if run.error:
+        return f'<figure class="gm-cell gm-failed"><figcaption>{calls}</figcaption>{escape(run.error)}</figure>'
+    if run.images is None:
+        waiting = f'<figcaption>{calls}</figcaption><div class="gm-waiting">waiting</div>'
+        return f'<figure class="gm-cell">{waiting}</figure>'
+    if run.finished:
+        facts = [f"{run.seconds:.2f} s"]
+        facts += [f"{run.network_calls} made"] if run.network_calls != run.calls else []
+        if run.distance is not None:
+            facts.append(f'<span title="{DISTANCE}">{run.distance[0]:.2f} x floor (± {run.distance[1]:.2f})</span>')
+    else:
+        facts = [f"denoised at call {run.network_calls}"]
+    caption = "".join(f"<span>{fact}</span>" for fact in facts)
+    shown = run.images[:MAX_SHOWN]
+    rows = f"first {len(shown)} of {len(run.images)}" if len(shown) < len(run.images) else f"{len(shown)}"
+    what = f"{rows} {'samples' if run.finished else 'denoised images'} of {run.sampler.name}, {run.calls} calls"
+    return (
+        f'<figure class="gm-cell{" gm-finished" * run.finished}"><figcaption>{calls}{caption}</figcaption>'
+        f"{picture(shown, min(8, len(shown)), what)}{way(run)}</figure>"
+    )
+
+
+DISTANCE = (
+    "sliced Wasserstein distance to the training images, over that of as many other real images; in brackets the "
+    "spread of the latter"
+)
+
+
+def way(run: Run) -> str:
+    """The denoised image at the calls of a run, evenly chosen where they are many."""
+    last = len(run.looks) - 1
+    if last < 0:
+        return ""
+    at = sorted({round(i * last / (MAX_WAY - 1)) for i in range(MAX_WAY)}) if last >= MAX_WAY else range(last + 1)
+    text = "first image, denoised at call " + ", ".join(str(i + 1) for i in at)
+    frames = torch.cat([run.looks[i].denoised[:1] for i in at])
+    strip = f'<div style="width: {len(at) / MAX_WAY:.1%}">{picture(frames, len(at), text)}</div>'
+    return f'<div class="gm-way"><span>{text}</span>{strip}</div>'
+
+
+def picture(images: Tensor, columns: int, alt: str) -> str:
+    """An `image_grid` of images in [-1, 1] as an `img`."""
+    data = io.BytesIO()
+    image_grid(images, columns).save(data, "PNG")
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{encoded}" alt="{escape(alt)}">'
+
+
+def error(text: str) -> str:
+    """A sentence about what went wrong."""
+    return f'<div class="gm-error" role="alert">{escape(sentence(text))}</div>'
+
+
+def note(text: str) -> str:
+    """A sentence about what there is."""
+    return f'<div class="gm-note">{escape(text)}</div>' if text else ""
+
+
+def sentence(text: str) -> str:
+    """A message of an exception on one line, of a length that is read."""
+    words = " ".join(text.split()) or "something went wrong"
+    words = words if len(words) <= 400 else words[:400].rsplit(" ", 1)[0] + " ..."
+    words = words[0].upper() + words[1:] if words.split()[0].isalpha() else words  # not the name of a model
+    return words + ("" if words[-1] in ".?!" else ".")

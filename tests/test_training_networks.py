@@ -1,0 +1,289 @@
+"""Networks that a training takes: of other classes than UNet2DModel, of other sizes than squares, trained before."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from networks import build, seeded, tiny_autoencoder, tiny_network
+from test_data import save_images
+from test_training import no_accelerator_left_behind, plan_for, train  # noqa: F401
+
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CLDPipeline,
+    GaussianMixtureNoise,
+    GMLangevinScheduler,
+    GMSGMPipeline,
+    NCSNv2Pipeline,
+    data,
+)
+from diffusers_gm.networks import asked
+from diffusers_gm.training.network import (
+    Objective,
+    build_scheduler,
+    fit_unet,
+    given_unet,
+    levels_of_network,
+    native_shape,
+    new_unet,
+    with_velocities,
+)
+from diffusers_gm.training.options import TrainingArguments
+
+PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}
+SHORT = (
+    "--train_batch_size 8 --validation_inference_steps 4 --num_validation_images 4 --max_train_steps 3 "
+    "--validation_steps 2 --checkpointing_steps 3"
+)
+
+
+def dit(channels=1, out_channels=None, **config):
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "norm_num_groups": 4}
+    shape |= {"num_embeds_ada_norm": 10, "in_channels": channels, "out_channels": out_channels}
+    return build(DiTTransformer2DModel, **shape | config)
+
+
+def conditional(channels=1, out_channels=1, **config):
+    """A UNet2DConditionModel without attention to a text."""
+    shape = {"sample_size": 8, "in_channels": channels, "out_channels": out_channels, "block_out_channels": (8, 8)}
+    shape |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
+    return build(UNet2DConditionModel, **shape | {"mid_block_type": None, "layers_per_block": 1} | config)
+
+
+KINDS = {"dit": dit, "conditional": conditional}
+
+
+def written(unet, folder):
+    """The path of a network's config."""
+    unet.save_config(folder)
+    return folder / "config.json"
+
+
+# --- Other classes ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_is_called_as_others_are(kind):
+    """A single timestep, or one for each image; without labels the class that stands for none."""
+    network, images = asked(KINDS[kind]()), torch.randn(2, 1, 8, 8, generator=seeded(0)[0])
+    with torch.no_grad():
+        one = network(images, torch.tensor(3.5)).sample
+        assert torch.equal(network(images, torch.tensor([3.5, 3.5])).sample, one)
+        assert torch.equal(network(images, 3.5).sample, one)
+        assert not torch.allclose(network(images, torch.tensor([3.5, 700.0])).sample, one)
+        if kind == "dit":
+            assert torch.equal(network(images, 3.5, class_labels=torch.tensor([10, 10])).sample, one)
+            assert not torch.equal(network(images, 3.5, class_labels=torch.tensor([1, 2])).sample, one)
+
+
+@pytest.mark.parametrize("method", PIPELINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_of_other_classes_are_trained_saved_and_loaded(train, tmp_path, kind, method):  # noqa: F811
+    times = 2 if method == "cld" else 1
+    config = written(KINDS[kind](times, 1), tmp_path / "network")
+    train(SHORT, f"--method {method} --model_config {config} --output_dir", tmp_path / "out")
+    pipeline = PIPELINES[method].from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.unet) is type(KINDS[kind]())
+    assert pipeline(2, 4, seeded(0, 1), output_type="pt").images.shape == (2, 1, 8, 8)
+    one = pipeline(1, 4, seeded(1), output_type="pt").images
+    assert torch.allclose(pipeline(2, 4, seeded(0, 1), output_type="pt").images[1:], one, atol=1e-5)
+
+
+def test_a_transformer_learns_latents(train, tmp_path):  # noqa: F811
+    tiny_autoencoder(channels=1).save_pretrained(tmp_path / "vae")
+    config = written(dit(4, sample_size=4), tmp_path / "network")
+    train(SHORT, f"--model_config {config} --vae {tmp_path / 'vae'} --output_dir", tmp_path / "out")
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline(1, 4, seeded(0)).images[0].size == (8, 8)
+    labelled = pipeline(1, 4, seeded(0), class_labels=3, output_type="latent").images
+    assert not torch.equal(labelled, pipeline(1, 4, seeded(0), output_type="latent").images)
+
+
+@pytest.mark.parametrize(
+    ("network", "resolution", "said"),
+    [
+        (lambda: dit(sample_size=16), 8, "sample_size = 16, and is to learn 8x8"),
+        (
+            lambda: conditional(cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")),
+            8,
+            "run",
+        ),
+        (conditional, 7, "--resolution 7 must be a multiple of 2"),
+        (conditional, [8, 7], "--resolution 8 7 must be a multiple of 2"),
+    ],
+)
+def test_networks_that_cannot_do_it_say_so(network, resolution, said):
+    with pytest.raises(ValueError, match=said):
+        fit_unet(network(), TrainingArguments(), resolution)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "Imaginary"}, "is a Imaginary, which is no network of diffusers"),
+        ({"_class_name": "DDPMScheduler"}, "is a DDPMScheduler, which is no network"),
+        ({"_class_name": "AutoencoderKL"}, "is a AutoencoderKL: what is trained here is called with a noisy image and"),
+        ({"_class_name": "FluxTransformer2DModel"}, "is a FluxTransformer2DModel: what is trained here"),
+    ],
+)
+def test_what_is_no_network_of_images_and_timesteps(tmp_path, config, said):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        given_unet(TrainingArguments(model_config=str(tmp_path / "config.json")))
+
+
+def test_a_transformer_cannot_forget_the_timestep():
+    with pytest.raises(ValueError, match="--conditioning none: a DiTTransformer2DModel has no time embedding"):
+        fit_unet(dit(), TrainingArguments(method="ncsnv2", conditioning="none"), 8)
+
+
+def test_an_answer_that_holds_a_variance_is_trained_and_sampled_without(train, tmp_path):  # noqa: F811
+    tiny_network(1, 2).save_pretrained(tmp_path / "unet")
+    train(SHORT, f"--model_name_or_path {tmp_path / 'unet'} --output_dir", tmp_path / "out")
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config["variance_type"] == "learned_range"
+    assert pipeline(1, 4, seeded(0), output_type="pt").images.shape == (1, 1, 8, 8)
+    before, after = (w.state_dict()["conv_out.weight"] for w in (tiny_network(1, 2), pipeline.unet))
+    assert torch.equal(before[1], after[1]), "nothing is learned of it"
+    assert not torch.equal(before[0], after[0])
+
+
+# --- Other sizes ---
+
+
+@pytest.mark.parametrize("method", PIPELINES)
+def test_images_that_are_no_squares(train, tmp_path, method):  # noqa: F811
+    folder = save_images(tmp_path / "images", 20, size=(30, 20), mode="RGB")
+    options = f"{SHORT} --block_out_channels 8 8 --method {method} --train_data_dir {folder} --random_flip"
+    train(options, "--resolution 16 24 --output_dir", tmp_path / "out")
+    pipeline = PIPELINES[method].from_pretrained(tmp_path / "out")
+    assert pipeline.unet.config["sample_size"] == [16, 24]
+    assert pipeline(1, 4, seeded(0)).images[0].size == (24, 16)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "generation of 16x24 images" in card
+    assert "--resolution 16 24" in card
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["resolution"] == [16, 24]
+    train(options, "--resolution 16 24 --resume_from_checkpoint latest --output_dir", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"--resolution was \[16, 24\] and is 16"):
+        train(options, "--resolution 16 --resume_from_checkpoint latest --output_dir", tmp_path / "out")
+
+
+def test_latents_of_images_that_are_no_squares(train, tmp_path):  # noqa: F811
+    tiny_autoencoder("AutoencoderTiny").save_pretrained(tmp_path / "vae")
+    folder = save_images(tmp_path / "images", 20, size=(30, 20), mode="RGB")
+    train(
+        f"{SHORT} --block_out_channels 8 8 --train_data_dir {folder} --vae {tmp_path / 'vae'} --resolution 16 24",
+        f"--output_dir {tmp_path / 'out'}",
+    )
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.unet.config["sample_size"] == [8, 12]
+    assert pipeline(1, 4, seeded(0)).images[0].size == (24, 16)
+
+
+def test_one_number_stays_a_square():
+    assert TrainingArguments(resolution=[32]).resolution == TrainingArguments(resolution=32).resolution == 32
+    with torch.random.fork_rng():
+        assert new_unet(TrainingArguments(block_out_channels=[8]), [8, 8], 1).config["sample_size"] == 8
+
+
+# --- Trained before ---
+
+
+def save_ddpm(folder, channels=1, **config):
+    network = tiny_network(channels, channels)
+    DDPMPipeline(network, DDPMScheduler(beta_schedule="squaredcos_cap_v2", **config)).save_pretrained(folder)
+    return network
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_ddpm_network_goes_on_with_its_own_loss(tmp_path, prediction_type):
+    """Under Gaussian noise, the loss is that of DDPM: same levels, same labels, same input, same answer."""
+    network = save_ddpm(tmp_path, prediction_type=prediction_type)
+    ddpm = DDPMPipeline.from_pretrained(tmp_path).scheduler
+    args, of_network = levels_of_network(TrainingArguments(method="ncsnv2", model_name_or_path=str(tmp_path)), network)
+    plan = plan_for(args)
+    scheduler = build_scheduler(args, plan, of_network)
+    assert (scheduler.noise_space.kind, plan.num_train_timesteps) == ("vp", 1000)
+    assert torch.allclose(scheduler.alphas_cumprod, ddpm.alphas_cumprod)
+    images = data.split_digits()[0][:16]
+    inputs = []
+
+    def seen(sample, timesteps):
+        inputs.append((sample, timesteps))
+        return network(sample, timesteps)
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        losses = Objective(args, plan, scheduler, network)(seen, images)
+    (sample, timesteps), alphas = inputs[0], ddpm.alphas_cumprod
+    root, rest = (alphas[timesteps].sqrt()[:, None, None, None], (1 - alphas[timesteps]).sqrt()[:, None, None, None])
+    noise = (sample - root * images) / rest
+    assert torch.allclose(ddpm.add_noise(images, noise, timesteps), sample, atol=1e-5)
+    velocity = ddpm.get_velocity(images, noise, timesteps)
+    target = {"epsilon": noise, "sample": images, "v_prediction": velocity}[prediction_type]
+    with torch.no_grad():
+        expected = (network(sample, timesteps).sample - target).square().flatten(1).mean(1)
+    assert torch.allclose(losses, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", PIPELINES)
+def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):  # noqa: F811
+    before = save_ddpm(tmp_path / "ddpm")
+    options = f"{SHORT} --learning_rate 1e-12 --method {method} --model_name_or_path {tmp_path / 'ddpm'}"
+    train(options, "--output_dir", tmp_path / "out")
+    pipeline = PIPELINES[method].from_pretrained(tmp_path / "out")
+    images = torch.randn(1, 1, 8, 8, generator=seeded(0)[0])
+    seen = images if method != "cld" else torch.cat([images, torch.randn(1, 1, 8, 8, generator=seeded(1)[0])], 1)
+    with torch.no_grad():
+        assert torch.allclose(pipeline.unet(seen, 7).sample, before(images, 7).sample, atol=1e-6)
+    assert pipeline(1, 4, seeded(0), output_type="pt").images.shape == (1, 1, 8, 8)
+    config = pipeline.scheduler.config
+    if method == "cld":
+        assert config["prediction_type"] == "cld_mixed"
+    else:
+        assert (config["noise_space"], config["beta_schedule"]) == ("vp", "squaredcos_cap_v2")
+        record = json.loads((tmp_path / "out" / "training_args.json").read_text())
+        assert record["sigma_min"] == pytest.approx(float(pipeline.scheduler.noise_space.sigma(torch.tensor(0))), 1e-4)
+    if method == "gm-sgm":
+        assert (config["model_noise"], len(config["mixture_weights"])) == ("mixture", 2)
+    train(options, "--resume_from_checkpoint latest --output_dir", tmp_path / "out")
+    if method != "cld":
+        with pytest.raises(ValueError, match=r"\['--sigma_max'\]: the network .* has the noise levels, labels and"):
+            train(options, "--sigma_max 5 --output_dir", tmp_path / "other")
+        train(options, "--no_keep_noise_levels --sigma_max 5 --output_dir", tmp_path / "other")
+        assert PIPELINES[method].from_pretrained(tmp_path / "other").scheduler.config["sigma_max"] == 5
+
+
+def test_a_network_of_a_ladder_keeps_its_ladder(tmp_path):
+    mixture = GaussianMixtureNoise([0.5, 0.5], [0.6, 1.3]).normalized()
+    scheduler = GMLangevinScheduler(
+        num_train_timesteps=200,
+        sigma_max=7.0,
+        prediction_type="scaled_score",
+        mixture_weights=mixture.weights.tolist(),
+        mixture_scales=mixture.scales.tolist(),
+        model_noise="mixture",
+    )
+    GMSGMPipeline(tiny_network(), scheduler).save_pretrained(tmp_path)
+    args, of_network = levels_of_network(TrainingArguments(model_name_or_path=str(tmp_path)), tiny_network())
+    assert (args.sigma_max, args.num_train_timesteps, args.objective, of_network) == ("7", "200", "score", {})
+    args, _ = levels_of_network(TrainingArguments(method="ncsnv2", model_name_or_path=str(tmp_path)), tiny_network())
+    assert isinstance(build_scheduler(args, plan_for(args)), AnnealedLangevinScheduler)
+    assert (args.objective, args.prediction_type) == ("denoiser", "epsilon")
+
+
+def test_velocities_are_added_to_ordinary_networks_alone():
+    network = tiny_network(2, 1)
+    assert with_velocities(network) is network
+    assert network.conv_in.in_channels == 2
+    assert native_shape(with_velocities(tiny_network()), TrainingArguments(method="cld")) == (8, 1)
+
+
+def test_weights_of_a_variant(tmp_path):
+    tiny_network().save_pretrained(tmp_path, variant="fp16")
+    args = TrainingArguments(model_name_or_path=str(tmp_path), variant="fp16")
+    assert torch.equal(given_unet(args).conv_in.weight, tiny_network().conv_in.weight)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        given_unet(TrainingArguments(model_name_or_path=str(tmp_path)))
