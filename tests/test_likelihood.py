@@ -83,12 +83,12 @@ def test_a_denoiser_that_listens_to_its_companion_is_bounded_from_above(generato
     n = 2000
     image = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64).expand(n, 1, 1, 1)
     companion = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
-    means = 0.5 * companion  # D of data N(c / 2, 1)
+    means = 1.5 * companion  # D of data N(1.5 c, 1)
     denoiser = lambda y, sigma: means + (y - means) / (1 + sigma**2)
-    found = flow_nll(denoiser, image, (0.001, 100.0), 50, generator)
+    found = flow_nll(denoiser, image, (0.001, 1000.0), 100, generator)
     each = torch.distributions.Normal(means, 1.0).log_prob(image).flatten()
-    torch.testing.assert_close(found, -each, rtol=5e-3, atol=5e-3)
-    marginal = torch.distributions.Normal(0.0, 1.25**0.5).log_prob(image[0]).item()
+    torch.testing.assert_close(found, -each, rtol=0, atol=0.01)
+    marginal = torch.distributions.Normal(0.0, 3.25**0.5).log_prob(image[0]).item()
     assert found.mean() > -marginal + 5 * found.std() / n**0.5
 
 
@@ -181,7 +181,7 @@ def test_no_device_is_asked_for_float64(generator):
 
     with Watch():
         flow_nll(denoiser, images, (0.1, 10.0), 2, generator)
-    assert {shape for shape in wide if math.prod(shape) > 3} <= {(3, 2, 4, 5), (3, 40)}
+    assert {shape for shape in wide if math.prod(shape) > 3} <= {(3, 2, 4, 5), (2, 4, 5), (3, 40)}
 
 
 def test_bad_input():
@@ -208,7 +208,7 @@ def test_the_command_says_which_models_it_takes(tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             main([str(tmp_path / name)])
         assert ended.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        line = capsys.readouterr().err.splitlines()[-1]
         assert words in line
         assert "make one with train_gm_sgm.py --dequantize 17" in line
 
