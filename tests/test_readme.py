@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 # The results page and the cards are made by commands.
 PAGES = [README, *sorted((ROOT / "diffusers_gm").rglob("*.md")), ROOT / "model_cards" / "README.md"]
+PAGES.append(ROOT / ".github" / "CONTRIBUTING.md")
 PAGES = [page for page in PAGES if page.parent.name != "templates"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -62,7 +63,7 @@ def test_the_readme_is_short():
 @every_page
 def test_no_measured_figure_is_typed(page):
     """Figures stand on the results page. Code, links, arXiv's numbers and versions are none."""
-    none = r"```.*?```|`[^`]*`|\]\([^)]*\)|\b\d{4}\.\d{5}\b|\b(?:diffusers|Python) \d+\.\d+|\b\d+\.\d+\.\d+\b"
+    none = r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)|\b\d{4}\.\d{5}\b|\b(?:diffusers|Python) \d+\.\d+|\b\d+\.\d+\.\d+\b"
     text = re.sub(none, "", page.read_text(), flags=re.DOTALL)
     assert not re.findall(r"\d*\.\d\d+|\d ?(?:times|%)", text)
 

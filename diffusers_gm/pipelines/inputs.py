@@ -68,13 +68,14 @@ def _index(label: Any, names: list[str] | None) -> int:
     return int(label)
 
 
-def as_images(image: Any, argument: str, shape: Sequence[int | None]) -> Tensor:
+def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: bool = False) -> Tensor:
     """Images of a user's, `(1 or B, C, H, W)` float32 in [0, 1].
 
     Args:
         image: PIL images, arrays `(..., H, W, C)` or tensors `(..., C, H, W)` in [0, 1], one or a list.
         argument: its name.
         shape: `(B, C, H, W)` of the run; None where anything will do.
+        noisy: whether values may lie outside [0, 1].
 
     Raises:
         ValueError: for another shape, or values out of [0, 1].
@@ -95,6 +96,6 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None]) -> Tensor:
             f"{tuple(images.shape)}: convert or resize it, or give height and width"
         )
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
+    if not noisy and not (low >= 0 and high <= 1):
         raise ValueError(f"{argument} must be in [0, 1], as pipelines return images; it goes from {low:g} to {high:g}")
     return images

@@ -290,12 +290,12 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
     changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
     changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
-    changes |= {"objective": "score"} if kind == "scaled_score" else {"prediction_type": kind}
+    learned_score = kind == "scaled_score" and args.method == "gm-sgm"  # of Gaussian noise, the two are the same
+    changes |= {"objective": "score" if learned_score else "denoiser"}
+    changes |= {"prediction_type": "epsilon" if kind == "scaled_score" else kind}
     changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
     # How often each level is seen is chosen anew for what the network answers.
     changes |= dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
-    if args.method != "gm-sgm" and kind == "scaled_score":  # of Gaussian noise, the two are the same
-        changes["objective"] = "denoiser"
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **changes), answers | (betas if space.kind == "vp" else {})
 
