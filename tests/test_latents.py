@@ -432,3 +432,12 @@ def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):  # n
         train(options, f"--resume_from_checkpoint latest --vae {tmp_path / 'other'}")
     train(options, f"--overwrite_output_dir --vae {tmp_path / 'other'}")
     assert "AutoencoderTiny" in (tmp_path / "out" / CACHE / "latents.json").read_text()
+
+
+def test_latents_by_class(train, tmp_path, autoencoder):  # noqa: F811
+    """Labels stay with their images, and a class can be asked for."""
+    options = f"{SMALL} --vae {autoencoder} --class_conditional --max_train_steps 2 --max_train_samples 300"
+    train(options, "--random_flip --output_dir", tmp_path / "out")
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.num_classes == 10
+    assert pipeline(1, 4, seeded(0), class_labels=3, guidance_scale=2.0).images[0].size == (8, 8)

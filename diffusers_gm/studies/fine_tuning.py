@@ -133,8 +133,8 @@ def fine_tuning(args: argparse.Namespace) -> Report:
         pictures=[save_picture(figure, args.output / "fine_tuning.png")],
         conditions=f"Digits, a network of {before.num_parameters():,} parameters; DDPM of {3 * args.steps} steps of "
         f"{BATCH} images; a constant learning rate of 5e-4, seed 0, weights not averaged; held-out digits at noise "
-        f"levels {', '.join(map(str, SIGMAS))}, under the noise of the method. cld starts from inputs for its companion "
-        "noise whose weights are zero, and learns another prediction type.",
+        f"levels {', '.join(map(str, SIGMAS))}, under the noise of the method. cld starts from inputs for its "
+        "companion noise whose weights are zero, and learns another prediction type.",
     )
 
 
