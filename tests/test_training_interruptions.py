@@ -1,7 +1,10 @@
 """Signals, dead launchers and dead processes: a training ends with a checkpoint, and goes on from it to the bit."""
 # ruff: noqa: F401 - fixtures of the other file
 
+import contextlib
+import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -11,12 +14,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from networks import tiny_autoencoder
+from test_streaming import save_parquets
 from test_training import ROOT, SMALL, WEIGHTS, load, no_accelerator_left_behind, same_state, train
 
-from diffusers_gm.training.folder import LOG_FILE, list_checkpoints
+from diffusers_gm.training.folder import LOG_FILE, find_checkpoint, list_checkpoints
+from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.stopping import INTERRUPTED, Signals
 
-STEPS = f"{SMALL} --max_train_steps 400 --checkpointing_steps 150 --validation_steps 0 --logging_steps 1"
+STEPS = f"{SMALL} --max_train_steps 200 --checkpointing_steps 150 --validation_steps 0 --logging_steps 1"
 DIRECT = (sys.executable, ROOT / "train_gm_sgm.py")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 ONE = (*ACCELERATE, "--cpu", "--num_processes", "1", ROOT / "train_gm_sgm.py")
@@ -87,19 +93,20 @@ def goes_on(folder, whole):
     assert same_state(load(folder / WEIGHTS), load(whole / WEIGHTS))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_with_a_checkpoint(whole, tmp_path, number):
     process = start(DIRECT, tmp_path / "out")
     wait_for(tmp_path / "out")
     process.send_signal(number)
     printed = finish(process)
     assert process.returncode == INTERRUPTED, printed
-    said = rf"ended by {number.name} after \d+ of 400 steps: .* with --resume_from_checkpoint latest to go on"
+    said = rf"ended by {number.name} after \d+ of 200 steps: .* with --resume_from_checkpoint latest to go on"
     assert re.search(said, printed)
     assert "Traceback" not in printed
     goes_on(tmp_path / "out", whole)
 
 
+@pytest.mark.slow  # processes of their own
 def test_ctrl_c_reaches_the_loaders_of_the_data_too(tmp_path, whole):
     process = start(DIRECT, tmp_path / "out", "--dataloader_num_workers 2")
     wait_for(tmp_path / "out")
@@ -109,6 +116,7 @@ def test_ctrl_c_reaches_the_loaders_of_the_data_too(tmp_path, whole):
     goes_on(tmp_path / "out", whole)
 
 
+@pytest.mark.slow  # processes of their own
 def test_a_second_sigint_ends_it_at_once(tmp_path):
     """While it is stopped nothing can be finished: what ends it is the second signal."""
     process = start(DIRECT, tmp_path / "out", "--num_validation_images 64 --validation_inference_steps 900 "
@@ -124,6 +132,7 @@ def test_a_second_sigint_ends_it_at_once(tmp_path):
     assert not list_checkpoints(tmp_path / "out")
 
 
+@pytest.mark.slow  # processes of their own
 def test_under_the_launcher(tmp_path, whole):
     """One that is ended takes its training along, which is then nobody's child."""
     process = start(ONE, tmp_path / "out")
@@ -157,7 +166,7 @@ def test_one_of_two_processes_ends_both(tmp_path, who):
     assert process.returncode == 1, printed
     assert len(list_checkpoints(folder)) == 1, printed
     assert "to go on" in printed
-    process = start(two(29641), folder, "--resume_from_checkpoint latest --max_train_steps 400")
+    process = start(two(29641), folder, "--resume_from_checkpoint latest")
     printed = finish(process, 300)
     assert process.returncode == 0, printed
     assert (folder / "model_index.json").is_file()
@@ -174,6 +183,61 @@ def test_a_process_that_dies_ends_all(tmp_path):
     assert time.monotonic() - began < 30
     assert not any(map(psutil.pid_exists, all_of_them))
     assert process.returncode == 1
+
+
+# --- Random kills ---
+
+INTERVAL = 10
+KILLED = f"{SMALL} --max_train_steps 120 --checkpointing_steps {INTERVAL} --checkpoints_total_limit 2 --logging_steps 1"
+MODES = {
+    "gm-sgm": (DIRECT, "--dropout 0.1 --random_flip"),
+    "ncsnv2": (ONE, "--method ncsnv2 --gradient_accumulation_steps 2 --train_batch_size 8"),
+    "cld": (DIRECT, "--method cld --dataloader_num_workers 2"),
+    "latents": (DIRECT, "--vae {vae}"),
+    "stream": (DIRECT, "--streaming --num_train_samples 40 --train_data_dir {stream} --dataloader_num_workers 2"),
+    "two": (two(29645), "--train_batch_size 8"),
+}
+
+
+@pytest.mark.slow  # dozens of trainings
+@pytest.mark.parametrize("mode", MODES)
+def test_random_kills_lose_no_more_than_an_interval(mode, tmp_path):
+    """Five kills of all processes at once, wherever they are; the end is that of a training that was let alone."""
+    places = {"vae": tmp_path / "vae", "stream": tmp_path / "stream"}
+    tiny_autoencoder(channels=1).save_pretrained(places["vae"])
+    save_parquets(places["stream"])
+    command, options = MODES[mode]
+    options = f"{KILLED} {options.format(**places)} --validation_steps 25"
+    generator, folder, kills = random.Random(mode), tmp_path / "killed", 0
+    while kills < 5:
+        process = start(command, folder, options, "--resume_from_checkpoint latest")
+        before = (find_latest(folder) or 0) if folder.exists() else 0
+        step = min(before + generator.randint(1, 30), 119)
+        wait_for(folder, step)
+        time.sleep(0.3 * generator.random())
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        finish(process)
+        kills += 1
+        lines = (folder / LOG_FILE).read_text().splitlines()
+        reached = max(json.loads(line)["step"] for line in lines if line.endswith("}"))
+        assert reached - (find_latest(folder) or 0) <= INTERVAL
+    for name in ("killed", "whole"):
+        process = start(command, tmp_path / name, options, "--resume_from_checkpoint latest")
+        printed = finish(process, 300)
+        assert process.returncode == 0, printed
+    for name in (WEIGHTS, "checkpoint-120/model.safetensors", "checkpoint-120/custom_checkpoint_1.pkl"):
+        assert same_state(*(load(tmp_path / which / name) for which in ("killed", "whole"))), name
+    assert not list(folder.glob("tmp-*"))
+
+
+def find_latest(folder):
+    """The step of the newest checkpoint that is whole."""
+    args = TrainingArguments(output_dir=str(folder), resume_from_checkpoint="latest")
+    checkpoint = find_checkpoint(args)
+    return checkpoint and int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 # --- In this process ---

@@ -6,10 +6,13 @@ workers.
 """
 
 from .digits import load_digits_images as load_digits_images
+from .digits import split_digit_labels as split_digit_labels
 from .digits import split_digits as split_digits
 from .examination import Examination as Examination
 from .examination import examine as examine
 from .folders import list_folder as list_folder
+from .labels import LabelledImages as LabelledImages
+from .labels import Labels as Labels
 from .latents import LatentCache as LatentCache
 from .latents import TrainingLatents as TrainingLatents
 from .levels import check_levels as check_levels
@@ -36,3 +39,7 @@ from .sources import open_source as open_source
 from .sources import subset as subset
 from .stream import ImageStream as ImageStream
 from .stream import TrainingImages as TrainingImages
+from .streaming import Place as Place
+from .streaming import StreamedBatches as StreamedBatches
+from .streaming import StreamedImages as StreamedImages
+from .streaming import open_stream as open_stream

@@ -88,12 +88,13 @@ class TrainingImages(Dataset):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Tensor]:
         """A batch, read in one go."""
         fetched = self._read([index for _, index in keys])
-        images = [self._augmented(image, key) for image, key in zip(fetched, keys, strict=True)]
+        images = [self.augmented(image, key) for image, key in zip(fetched, keys, strict=True)]
         if all(image.dtype == torch.uint8 for image in images):
             return list(scaled(torch.stack(images)))
         return [scaled(image) for image in images]
 
-    def _augmented(self, image: Tensor, key: tuple[int, int]) -> Tensor:
+    def augmented(self, image: Tensor, key: Sequence[int]) -> Tensor:
+        """An image of the source as it is learned, cropped and flipped as the key says."""
         image = as_channels(image, self.channels)
         random_crop = not self.center_crop and image.shape[-2] != image.shape[-1]
         if not (random_crop or self.random_flip):
@@ -103,7 +104,7 @@ class TrainingImages(Dataset):
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
 
     def _read(self, indices: list[int]) -> list[Tensor]:
-        indices = [self._readable(index) for index in indices]
+        indices = [self.shown_for(index) for index in indices]
         return [
             self._replacement(index, image) if isinstance(image, Exception) else image
             for index, image in zip(indices, self.source.fetch(indices), strict=True)
@@ -114,14 +115,14 @@ class TrainingImages(Dataset):
         while True:
             if index not in self.unreadable:  # as it is where a batch holds it twice
                 self._give_up(index, failure)
-            index = self._readable(index)
+            index = self.shown_for(index)
             (image,) = self.source.fetch([index])
             if not isinstance(image, Exception):
                 return image
             failure = image
 
-    def _readable(self, index: int) -> int:
-        """The first image from this one on that is not known to be unreadable."""
+    def shown_for(self, index: int) -> int:
+        """The first image from this one on that is not known to be unreadable: what is shown in its place."""
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
             if candidate not in self.unreadable:

@@ -6,6 +6,8 @@ from typing import Any
 
 # What the column of the images is called, where nothing says so.
 USUAL_COLUMNS = ("image", "img")
+# And in tar files as of webdataset, where columns are suffixes of files.
+SUFFIXES = ("png", "jpg", "jpeg", "webp")
 
 
 def holds_images(path: Path, image_column: str | None = None) -> bool:
@@ -73,14 +75,17 @@ def images_of(dataset: Any, image_column: str | None) -> tuple[Any, str]:
     """
     import datasets
 
-    columns = list(dataset.features)
+    columns = list(dataset.features or next(iter(dataset), {}))  # a stream may not know before it is read
     if image_column is None:
-        image_column = next((name for name in USUAL_COLUMNS if name in columns), None)
+        image_column = next((name for name in USUAL_COLUMNS + SUFFIXES if name in columns), None)
         if image_column is None:
             raise ValueError(f"no column is called 'image' or 'img': set --image_column to one of {columns}")
     elif image_column not in columns:
         raise ValueError(f"--image_column {image_column!r} is not in the data: use one of {columns}")
     try:
+        kind: Any = (dataset.features or {}).get(image_column)
+        if isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") not in ("binary", "string"):
+            raise ValueError  # which a stream would only find when it is read
         # Not decoded, so that one unreadable image does not end the training.
         return dataset.select_columns([image_column]).cast_column(
             image_column, datasets.Image(decode=False)

@@ -216,11 +216,16 @@ def append_log(folder: Path, entry: dict[str, Any]) -> None:
 
 @dataclass
 class TrainingState:
-    """How far a training is. The data seen decide the order of the data and the noise that come next."""
+    """How far a training is. The data seen decide the order of the data and the noise that come next.
+
+    Attributes:
+        places: of a stream, where each process is, see `Batches`.
+    """
 
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
+    places: list[Any] | None = None
 
 
 def save_checkpoint(

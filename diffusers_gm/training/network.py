@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, dequantized, resolution_of, sides
-from ..networks import answers_variance, asked, channels_of, size_of, without_variance
+from ..networks import answers_variance, asked, channels_of, num_class_embeds, size_of, without_variance
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
+from .classes import told
 from .draws import Draws
 from .methods import METHODS
 from .options import TrainingArguments, changed_options
@@ -48,7 +49,7 @@ def given_unet(args: TrainingArguments) -> Any | None:
                 config = UNet2DModel.load_config(name, **kwargs)
             except OSError:
                 continue
-            cls = network_class(f"--{option} {name}", config)
+            cls = network_class(f"--{option} {name}", config, args.class_conditional)
             if option == "model_config":
                 return cls.from_config(config)
             try:
@@ -60,8 +61,9 @@ def given_unet(args: TrainingArguments) -> Any | None:
     return None
 
 
-def network_class(option: str, config: dict[str, Any]) -> Any:
-    """The class that `config` names; a ValueError if its networks need more than a noisy image and a timestep."""
+def network_class(option: str, config: dict[str, Any], conditional: bool = False) -> Any:
+    """The class that `config` names; a ValueError if its networks need more than a noisy image, a timestep and, if
+    `conditional`, a class, which they must then know."""
     kind = config.get("_class_name", "UNet2DModel")
     cls: Any = getattr(diffusers, kind, None)
     is_network = inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
@@ -74,10 +76,16 @@ def network_class(option: str, config: dict[str, Any]) -> Any:
             f"{option} is a {kind}: what is trained here is called with a noisy image and a timestep alone"
         )
     classes = [f"{name} = {config[name]!r}" for name in ("num_class_embeds", "class_embed_type") if config.get(name)]
-    if classes:
+    known = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if conditional and (not known or config.get("class_embed_type")):
+        raise ValueError(
+            f"{option} is a network without num_class_embeds, and does not know the classes of --class_conditional: "
+            "leave that out, or train a new network"
+        )
+    if classes and not conditional:
         raise ValueError(
             f"{option} needs a class for every image ({', '.join(classes)}), and images have none here: "
-            "take a network without"
+            "add --class_conditional, or take a network without"
         )
     embedding = config.get("time_embedding_type", "positional")
     if embedding != "positional":
@@ -108,7 +116,9 @@ def with_velocities(unet: Any) -> Any:
     return unet
 
 
-def new_unet(args: TrainingArguments, resolution: Resolution, channels: int) -> UNet2DModel:
+def new_unet(
+    args: TrainingArguments, resolution: Resolution, channels: int, num_class_embeds: int | None = None
+) -> UNet2DModel:
     """A network of the described shape, or of one that suits the resolution."""
     height, width = sides(resolution)
     largest, small = max(height, width), max(height, width) <= 16
@@ -136,6 +146,7 @@ def new_unet(args: TrainingArguments, resolution: Resolution, channels: int) -> 
         norm_num_groups=math.gcd(32, *widths),
         attention_head_dim=head_dim,
         dropout=args.dropout,
+        num_class_embeds=num_class_embeds,
     )
 
 
@@ -206,7 +217,8 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
     try:
         with torch.no_grad():
             sample = torch.zeros(2, entering, *size, device=unet.device)
-            answer = asked(unet)(sample, torch.tensor([0.0, 1.5])).sample
+            classes = None if num_class_embeds(unet) is None else torch.zeros(2, dtype=torch.int64, device=unet.device)
+            answer = told(asked(unet), classes)(sample, torch.tensor([0.0, 1.5])).sample
     except Exception as error:  # whatever it misses
         raise ValueError(f"a {name} of this config does not run on a noisy image and a timestep: {error}") from error
     finally:
@@ -310,20 +322,30 @@ class Objective:
     """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
 
     Levels and noise, that of `--dequantize` included, come from the third argument, by default from the global
-    generators. `unet` is the network itself, for those that are not called as a `UNet2DModel` is.
+    generators; the classes of a conditional network from the fourth, by default `null_class`. `unet` is the network
+    itself, for those that are not called as a `UNet2DModel` is.
     """
 
     args: TrainingArguments
     plan: Plan
     scheduler: Any
     unet: Any = None
+    null_class: int | None = None
 
-    def __call__(self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None) -> Tensor:
+    def __call__(
+        self,
+        network: Callable[..., Any],
+        images: Tensor,
+        draws: Draws | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
         draws = draws or Draws.of(images)
+        if classes is None and self.null_class is not None:
+            classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
         loss = METHODS[self.args.method].loss
-        network = self._as_denoiser(network, images.shape[1])
+        network = told(self._as_denoiser(network, images.shape[1]), classes)
         return loss(self.args, self.plan, self.scheduler, network, images, self.labels(draws.levels), draws.noise)
 
     def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:

@@ -47,6 +47,14 @@ class TrainingArguments(MethodOptions):
     )
     image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
     background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
+    class_conditional: bool = data(
+        False,
+        "Learn each class of images: 'label' of the data set, the folders of a folder of images, what digits are.",
+    )
+    label_column: str | None = data(None, "Column with the classes; default 'label'.")
+    class_dropout: float = data(
+        0.1, "How often the class is dropped, so that samples can be guided; 0 for never.", below_one=True
+    )
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
     resolution: list[int] | int | None = data(
         None, "Side of the training images, or height and width; default that of the data."
@@ -59,6 +67,13 @@ class TrainingArguments(MethodOptions):
         at_least=2,
     )
     max_train_samples: int | None = data(None, "Train on this many images only, chosen by --seed.", at_least=2)
+    streaming: bool = data(
+        False, "Read the images as they come, from the Hub or a folder of parquet or tar files, and keep none."
+    )
+    num_train_samples: int | None = data(None, "With --streaming: how many images an epoch has.", at_least=2)
+    shuffle_buffer_size: int = data(
+        1000, "With --streaming: images that are shuffled at a time; files are shuffled, too.", at_least=1
+    )
     vae: str | None = data(
         None,
         "Train on the latents of this autoencoder, a folder, a pipeline or on the Hub; what is drawn is decoded by it.",
@@ -196,7 +211,10 @@ class TrainingArguments(MethodOptions):
     )
     checkpointing_steps: int = output(500, "Steps between checkpoints; 0 for none.", at_least=0, free_on_resume=True)
     checkpoints_total_limit: int | None = output(
-        None, "Keep only the newest checkpoints.", at_least=1, free_on_resume=True
+        None,
+        "Keep only so many, the newest; superseded-checkpoint-* are no longer counted, and stay.",
+        at_least=1,
+        free_on_resume=True,
     )
     resume_from_checkpoint: str | None = output(
         None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", free_on_resume=True, path=True
@@ -204,7 +222,12 @@ class TrainingArguments(MethodOptions):
     validation_steps: int = output(
         500, "Steps between grids of samples; 0 for one at the end only.", at_least=0, free_on_resume=True
     )
-    num_validation_images: int = output(16, "Images in a grid.", at_least=1, free_on_resume=True)
+    num_validation_images: int = output(
+        16,
+        "Images in a grid; with --class_conditional a row for each class, as long as that leaves.",
+        at_least=1,
+        free_on_resume=True,
+    )
     validation_inference_steps: int | None = output(
         None,
         "Network calls per image; default that of the pipeline.",
@@ -261,10 +284,12 @@ class TrainingArguments(MethodOptions):
         self._choose()
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
+            package = "diffusers-gm[trackers]" if self.report_to == "tensorboard" else self.report_to
             raise ValueError(
-                f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
+                f"--report_to {self.report_to}: the package is not installed; pip install {package}, "
                 "or leave the option out"
             )
+        check_streaming(self)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("--use_8bit_adam: the package is not installed; pip install bitsandbytes")
         if self.first_batch is not None:
@@ -294,6 +319,20 @@ class TrainingArguments(MethodOptions):
     @property
     def on_digits(self) -> bool:
         return self.train_data_dir is None and self.dataset_name == "digits"
+
+
+def check_streaming(args: TrainingArguments) -> None:
+    if args.streaming and (args.num_train_samples is None or args.max_train_samples is not None):
+        raise ValueError(
+            "--streaming needs --num_train_samples, how many images an epoch has, as a stream cannot be counted; "
+            "and goes without --max_train_samples"
+        )
+    if args.streaming and args.vae is not None:
+        raise ValueError("--vae keeps the latents of all images, and --streaming none: leave out one of them")
+    if args.streaming and args.class_conditional:
+        raise ValueError("--class_conditional counts the images of every class, and a stream cannot be counted")
+    if args.num_train_samples is not None and not args.streaming:
+        raise ValueError("--num_train_samples is for --streaming; --max_train_samples takes some images of a set")
 
 
 def check_picture(path: str, dry_run: bool) -> None:

@@ -1,8 +1,10 @@
 """What a training learns from must be the same when it is resumed: the images, and how many make a step."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..data import Examination
+from ..data import Examination, ImageSource, Labels, open_source, open_stream
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
 from .plan import Plan
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 
@@ -31,12 +35,14 @@ class TrainingData:
             decides which noise is drawn for them, not what is learned.
         brightness: means of some images that the seed chooses, so that others, or another order, are noticed.
         largest_distance: between two images, where it was measured.
+        classes: of a conditional training, the name of each class and its number of images.
     """
 
     num_images: int | None = None
     images_per_step: int | None = None
     brightness: list[float] | None = None
     largest_distance: float | None = None
+    classes: list[list[Any]] | None = None
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "TrainingData":
@@ -67,10 +73,40 @@ class TrainingData:
             raise ValueError(
                 f"{checkpoint} was trained on other images, or on these in another order (are files renamed?): {anew}"
             )
+        by_class = zip_longest(before.classes or [], self.classes or [])
+        other_classes = [(one, other) for one, other in by_class if one != other]
+        if other_classes:
+            (one, other), words = other_classes[0], lambda of: f"{of[0]!r} with {of[1]} images" if of else "not there"
+            raise ValueError(
+                f"{checkpoint} was trained on other classes: the first that differs was {words(one)} and is "
+                f"{words(other)}: {anew}"
+            )
+
+
+def open_training_data(args: TrainingArguments) -> ImageSource:
+    """The images that the options name; of a stream the first ones, for what needs some.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    named = args.dataset_name, args.dataset_config_name, args.train_data_dir, args.image_column
+    if args.streaming:
+        source = open_stream(*named, args.background)
+        logger.warning(
+            f"--streaming: the first {source.num_images} images say what the data are like, --sigma_max auto and what "
+            "is black and white included"
+        )
+        return source
+    return open_source(*named, args.cache_dir, args.background)
 
 
 def training_data(
-    args: TrainingArguments, plan: Plan, examination: Examination, num_images: int, images_per_step: int
+    args: TrainingArguments,
+    plan: Plan,
+    examination: Examination,
+    num_images: int,
+    images_per_step: int,
+    labels: Labels | None = None,
 ) -> TrainingData:
     """What a checkpoint is to remember of the data."""
     return TrainingData(
@@ -80,6 +116,7 @@ def training_data(
         largest_distance=plan.sigma_max
         if args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
         else None,
+        classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
     )
 
 

@@ -1,0 +1,218 @@
+"""Images that are read as they come: parts, order, and going on from any place to the bit."""
+# ruff: noqa: F401, F811 - fixtures of the other file
+
+import io
+import json
+import tarfile
+from collections import Counter
+from dataclasses import asdict
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, same_state, train
+from torch.utils.data import DataLoader
+
+from diffusers_gm.data import Place, StreamedBatches, TrainingImages, open_stream
+from diffusers_gm.training.folder import list_checkpoints
+from diffusers_gm.training.training_data import STATE_FILE
+
+SHARDS, ROWS = 4, 10
+
+
+def png(number):
+    """An image whose corner tells its number."""
+    pixels = torch.full((8, 8, 3), 7, dtype=torch.uint8)
+    pixels[0, 0] = torch.tensor([number, 255 - number, 128])
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "png")
+    return file.getvalue()
+
+
+def save_parquets(folder, shards=SHARDS, broken=()):
+    import datasets
+
+    folder.mkdir()
+    for shard in range(shards):
+        numbers = range(shard * ROWS, (shard + 1) * ROWS)
+        rows = [{"bytes": b"broken" if n in broken else png(n), "path": f"{n}.png"} for n in numbers]
+        table = datasets.Dataset.from_dict({"image": rows, "label": list(numbers)})
+        table.cast_column("image", datasets.Image()).to_parquet(folder / f"part-{shard}.parquet")
+    return folder
+
+
+def save_tars(folder):
+    folder.mkdir()
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"part-{shard}.tar", "w") as tar:
+            for number in range(shard * ROWS, (shard + 1) * ROWS):
+                for suffix, content in (("png", png(number)), ("json", b'{"label": 1}')):
+                    info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(params=[save_parquets, save_tars], ids=["parquet", "webdataset"])
+def folder(request, tmp_path):
+    return request.param(tmp_path / "stream")
+
+
+def batches(folder, size=5, processes=1, index=0, places=None, num_images=SHARDS * ROWS, block=8, turn=0):
+    images = TrainingImages(open_stream(train_data_dir=str(folder)), 8, 3, seed=0)
+    return StreamedBatches(images, size, block, num_images, processes, index, places or [Place()], turn)
+
+
+def numbers(images):
+    """Which images these are."""
+    return ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def rows(taken):
+    return [number for seen, _ in taken for number in seen]
+
+
+def take(stream, count):
+    return [(numbers(images), place) for images, place in islice(iter(stream), count)]
+
+
+def test_an_epoch_has_every_image_once_and_no_two_are_alike(folder):
+    epochs = take(batches(folder), 24)
+    orders = [rows(epochs[start : start + 8]) for start in (0, 8, 16)]
+    assert all(sorted(order) == list(range(SHARDS * ROWS)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    shards = [[number // ROWS for number in order] for order in orders]
+    assert any(order != shards[0] for order in shards[1:]), "files come in another order, too"
+    assert any(a != b for a, b in zip(orders[0], sorted(orders[0]), strict=True))
+
+
+def test_it_goes_on_from_every_place(folder):
+    whole = take(batches(folder), 20)
+    for done, (_, place) in enumerate(whole[:-1], 1):
+        kept = Place(**json.loads(json.dumps(asdict(place))))  # as in a checkpoint
+        assert rows(take(batches(folder, places=[kept]), 20 - done)) == rows(whole[done:]), done
+
+
+def test_it_goes_on_again_and_again(folder):
+    whole, place, seen = take(batches(folder, 1), 60), Place(), []
+    for count in (1, 2, 9, 3, 12, 1, 20, 12):
+        some = take(batches(folder, 1, places=[place]), count)
+        seen, place = seen + some, some[-1][1]
+    assert rows(seen) == rows(whole)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_share_an_epoch(folder, processes):
+    """Of two or four each has its shards; of three each reads all, and takes its rows."""
+    seen = []
+    for index in range(processes):
+        part = take(batches(folder, 1, processes, index), 40)
+        mine = [(numbers, place) for numbers, place in part if place.epoch == 0]
+        seen += rows(mine)
+        for done in (1, len(mine) // 2, len(mine)):
+            rest = take(batches(folder, 1, processes, index, [part[done - 1][1]]), 9)
+            assert rows(rest) == rows(part[done:][:9]), done
+    assert sorted(seen) == list(range(SHARDS * ROWS))
+
+
+def test_workers_of_a_loader_have_parts_too_and_go_on(folder):
+    def of(places, count, turn=0):
+        loader = DataLoader(batches(folder, places=places, turn=turn), batch_size=None, num_workers=2)
+        with torch.random.fork_rng():  # which it draws a seed for its workers from
+            given = (batch for batch in loader if batch is not None)
+            return [(numbers(images), place) for images, place in islice(given, count)]
+
+    whole = of([Place(), Place()], 8)
+    assert sorted(rows(whole)) == list(range(SHARDS * ROWS))
+    assert rows(of([whole[2][1], whole[3][1]], 4)) == rows(whole[4:])
+    turned = of([whole[4][1], whole[3][1]], 3, turn=1)
+    assert rows(turned) == rows(whole[5:]), "after an odd number of batches it is the other one's turn"
+    with pytest.raises(ValueError, match=r"--dataloader_num_workers 5: a process reads 4 shards .* use at most 4"):
+        batches(folder, places=[Place()] * 5)
+
+
+# --- What is wrong ---
+
+
+def test_a_stream_that_ends_early(folder):
+    with pytest.raises(ValueError, match=r"ended after 40 images, and --num_train_samples 50 says 50: set it to"):
+        take(batches(folder, num_images=50), 9)
+    with pytest.raises(ValueError, match=r"part of 2 parts of the .* ended after 20 images, .* 100 says 50"):
+        take(batches(folder, 5, 2, num_images=100), 9)
+
+
+def test_a_stream_that_breaks_off(tmp_path):
+    folder = save_tars(tmp_path / "stream")
+    stream = batches(folder)
+    for path in folder.glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(RuntimeError, match=r"the stream of .* broke off after \d+ rows or more"):
+        take(stream, 9)
+
+
+def test_images_that_cannot_be_read_are_passed_over(tmp_path, caplog):
+    folder = save_parquets(tmp_path / "stream", broken={3, 17})
+    seen = rows(take(batches(folder, 2), 19))
+    assert sorted(seen) == sorted(set(range(40)) - {3, 17})
+    assert "2 of" in caplog.text
+    with pytest.raises(ValueError, match=r"\d+ of 10\d images of the stream cannot be read"):
+        take(batches(save_parquets(tmp_path / "worse", broken=set(range(0, 40, 3))), 1), 100)
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no parquet or tar files to be streamed"):
+        open_stream(train_data_dir=str(tmp_path / "empty"))
+    Image.new("L", (8, 8)).save(tmp_path / "empty" / "image.png")
+    with pytest.raises(ValueError, match="image files are read one by one anyway: leave out --streaming"):
+        open_stream(train_data_dir=str(tmp_path / "empty"))
+    for name in ({"dataset_name": "digits"}, {"train_data_dir": str(tmp_path / "none")}):
+        with pytest.raises(ValueError, match="cannot be streamed: give a data set of the Hub, or a folder"):
+            open_stream(**name)
+    folder = save_parquets(tmp_path / "stream")
+    with pytest.raises(
+        ValueError, match=r"--image_column 'picture' is not in the data: use one of \['image', 'label'\]"
+    ):
+        open_stream(train_data_dir=str(folder), image_column="picture")
+    with pytest.raises(ValueError, match="--image_column 'label' holds .* not images"):
+        open_stream(train_data_dir=str(folder), image_column="label")
+    for options, said in (
+        ({"streaming": True}, "--streaming needs --num_train_samples"),
+        ({"streaming": True, "num_train_samples": 9, "max_train_samples": 5}, "goes without --max_train_samples"),
+        ({"num_train_samples": 9}, "--num_train_samples is for --streaming"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            arguments(**options)
+
+
+# --- Trainings ---
+
+OPTIONS = (
+    f"{SMALL} --streaming --num_train_samples 40 --shuffle_buffer_size 7 --random_flip --validation_steps 0 "
+    "--checkpointing_steps 3 --train_batch_size 6 --num_train_epochs 2"
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slices_of_a_training_give_what_one_run_does(train, tmp_path, folder, workers):
+    options = OPTIONS, f"--train_data_dir {folder} --dataloader_num_workers {workers}"
+    train(*options, "--output_dir", tmp_path / "whole")
+    assert list_checkpoints(tmp_path / "whole")[-1].name == "checkpoint-14", "2 x 40 images, 6 a step"
+    slices = (1, 3, 7) if workers else range(1, 14)
+    while not list_checkpoints(tmp_path / "sliced") or len(list_checkpoints(tmp_path / "sliced")) < len(slices):
+        train(*options, "--max_train_minutes 1e-9 --resume_from_checkpoint latest --output_dir", tmp_path / "sliced")
+    train(*options, "--resume_from_checkpoint latest --output_dir", tmp_path / "sliced")
+    assert same_state(load(tmp_path / "whole" / WEIGHTS), load(tmp_path / "sliced" / WEIGHTS))
+    assert "40 images" in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_other_workers_would_be_another_order(train, tmp_path, folder):
+    options = OPTIONS, f"--train_data_dir {folder} --output_dir {tmp_path / 'out'}"
+    train(*options)
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / STATE_FILE).read_text())["state"]
+    assert len(state["places"]) == len(state["places"][0]["workers"]) == 1
+    with pytest.raises(ValueError, match="as many processes and --dataloader_num_workers as before: 1 x 1, not 1 x 2"):
+        train(*options, "--dataloader_num_workers 2 --resume_from_checkpoint checkpoint-3")
+    with pytest.raises(ValueError, match="--shuffle_buffer_size was 7 and is 8"):
+        train(*options, "--shuffle_buffer_size 8 --resume_from_checkpoint checkpoint-3")
