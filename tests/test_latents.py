@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from hub_server import FakeHub
 from networks import Shuffle, seeded, tiny_autoencoder, tiny_network
 from PIL import Image
 from safetensors.torch import load_file
 from test_data import save_images
+from test_hub import TOKEN, Client
 from test_training import ROOT, WEIGHTS, launch, load, no_accelerator_left_behind, same_state, train  # noqa: F401
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDPipeline, CLDSSCSScheduler, GMSGMPipeline, NCSNv2Pipeline
@@ -213,6 +215,50 @@ def test_a_run_from_an_image_starts_from_its_latents(method):
 def test_a_scaling_that_makes_no_sense(arguments, said):
     with pytest.raises(ValueError, match=said):
         NCSNv2Pipeline(tiny_network(4, 4), ladder(), **{"vae": tiny_autoencoder()} | arguments)
+
+
+ON_THE_HUB = """
+import sys, torch
+from diffusers_gm import NCSNv2Pipeline
+from diffusers_gm.autoencoders import fingerprint, load_autoencoder
+from diffusers_gm.training.network import given_unet
+from diffusers_gm.training.options import TrainingArguments
+NCSNv2Pipeline.from_pretrained(sys.argv[1]).push_to_hub("me/latent")
+pipe = NCSNv2Pipeline.from_pretrained("me/latent")
+print("DRAWN", pipe(1, 3, torch.Generator().manual_seed(0), output_type="pt").images.sum().item())
+print("ITS OWN", fingerprint(pipe.vae) == fingerprint(load_autoencoder("me/latent")))
+for revision in (None, "next"):
+    print("VAE", fingerprint(load_autoencoder("me/vae", revision=revision)))
+    args = TrainingArguments(model_name_or_path="me/net", revision=revision)
+    print("NET", given_unet(args).conv_in.weight.sum().item())
+"""
+
+
+def test_latent_models_and_revisions_on_the_hub(tmp_path):
+    pipe = latent_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    autoencoders = [tiny_autoencoder(kind) for kind in ("AutoencoderKL", "AutoencoderTiny")]
+    networks = [tiny_network(), tiny_network(act_fn="relu")]
+    torch.nn.init.ones_(networks[1].conv_in.weight)
+    with FakeHub({TOKEN: "me"}) as hub:
+        for name, (first, second) in {"me/vae": autoencoders, "me/net": networks}.items():
+            saved = []
+            for model in (first, second):
+                folder = tmp_path / name.split("/")[1] / str(len(saved))
+                model.save_pretrained(folder)
+                saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            hub.add(name, saved[0])
+            hub.repos[name].commit("next", saved[1])
+        printed = Client(hub, tmp_path / "home", TOKEN).run(ON_THE_HUB, tmp_path / "pipeline").stdout.splitlines()
+        assert "vae/config.json" in hub.repos["me/latent"].files
+    said = [line.partition(" ")[::2] for line in printed]
+    drawn = pipe(1, 3, seeded(0)[0], output_type="pt").images.sum().item()
+    assert [value for name, value in said if name == "DRAWN"] == [str(drawn)]
+    assert "ITS OWN True" in printed
+    assert [value for name, value in said if name == "VAE"] == [fingerprint(vae) for vae in autoencoders]
+    sums = [str(network.conv_in.weight.sum().item()) for network in networks]
+    assert [value for name, value in said if name == "NET"] == sums
 
 
 # --- The cache ---
