@@ -403,6 +403,19 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
     assert "latents_cache_dir" not in record
 
 
+@pytest.mark.slow
+def test_two_processes_compute_latents_and_train_on_them(tmp_path, autoencoder):
+    """As one process does with accumulated gradients."""
+    options = f"{SMALL} --vae {autoencoder} --random_flip --max_train_steps 3 --logging_steps 1 --validation_steps 0"
+    two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613")
+    launch(options, "--output_dir", tmp_path / "two", launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+    launch(options, "--gradient_accumulation_steps 2 --output_dir", tmp_path / "one")
+    for path in (tmp_path / "one" / CACHE).glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / CACHE / path.name).read_bytes()
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert [entry["loss"] for entry in logs[0]] == pytest.approx([entry["loss"] for entry in logs[1]], rel=1e-3)
+
+
 def test_a_dry_run_computes_a_few_latents_and_writes_nothing(train, tmp_path, autoencoder, capsys):  # noqa: F811
     train(SMALL, f"--vae {autoencoder} --dry_run --output_dir", tmp_path / "out")
     assert "1437 images of 1x8x8, as latents of 4x4x4" in capsys.readouterr().out
