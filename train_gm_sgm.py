@@ -43,12 +43,14 @@ from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
 from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.batches import Batches
+from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
     UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
+    as_recorded,
     check_output_dir,
     find_checkpoint,
     read_checkpoint,
@@ -56,7 +58,7 @@ from diffusers_gm.training.folder import (
     save_checkpoint,
     start_output_dir,
 )
-from diffusers_gm.training.health import Health
+from diffusers_gm.training.health import DivergedError, Health
 from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
@@ -91,9 +93,15 @@ def main() -> None:
         next(training, None)
     except (ValueError, ImportError) as error:  # what the options ask for and cannot have
         parser.error(str(error))
-    with signals:
-        for _ in training:
-            pass
+    diverged = ""
+    try:
+        with signals:
+            for _ in training:
+                pass
+    except DivergedError as error:
+        diverged = str(error)
+    if diverged:  # said when the training and its progress bar are gone
+        parser.exit(1, f"{parser.prog}: error: {diverged}\n")
 
 
 def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom
@@ -101,6 +109,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     fit each other, the data or what is on disk. Nothing is written before it goes on, but for latents."""
     output_dir, method = Path(args.output_dir), METHODS[args.method]
     checkpoint = find_checkpoint(args)
+    args = as_recorded(args, checkpoint)
     check_output_dir(args, checkpoint)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -123,8 +132,9 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         source = open_training_data(args)
     if args.max_train_samples is not None:
         source = subset(source, args.max_train_samples, args.seed)
+    classes = classes_of(args, source, unet)
     num_images = args.num_train_samples or source.num_images
-    side, channels = native_shape(unet, args.method, vae)
+    side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
     latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
     if latents:
@@ -138,13 +148,14 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         )
     record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, num_images, images_per_step)
+    data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
 
     # --- Network, noise, optimizer ---
-    unet = fit_unet(unet or new_unet(args, examination.size, examination.channels), args, examination.size)
+    unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
+    unet = fit_unet(unet, args, examination.size)
     scheduler = build_scheduler(args, plan, of_network)
-    objective = Objective(args, plan, scheduler, unet)
+    objective = Objective(args, plan, scheduler, unet, classes.null)
     optimizer = build_optimizer(args, plan, unet)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
@@ -160,6 +171,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
     learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
+    learned += classes.in_words
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
@@ -182,7 +194,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         num_processes,
         accelerator.process_index,
     )
-    batches = Batches(args, dataset, stream, accelerator, state.places)
+    batches = Batches(args, classes.of(dataset, args.seed), stream, accelerator, state.places)
 
     some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
     health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
@@ -192,13 +204,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     def take_step() -> None:
         start = state.images_seen
         for first in range(accelerator.process_index * plan.train_batch_size, images_per_step, stream.stride):
-            images = next(batches).to(device, non_blocking=True)
+            images, labels = classes.on(device, next(batches))
             # All random numbers of a step follow from the images seen before it, also after an interruption; noise
             # from an image's own place among these, however a step is split.
             torch.manual_seed(seed_for(args.seed, STEP, start + first))
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(model):
-                losses = objective(model, images, draws)
+                losses = objective(model, images, draws, labels)
                 accelerator.backward(losses.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -214,7 +226,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
-            first = batches.first().to(device)
+            first, _ = classes.on(device, batches.first())
             save_batch(latents.space.decode(first) if latents else first, Path(args.first_batch))
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
@@ -225,7 +237,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **(latents.components if latents else {}))
+    components = latents.components if latents else {}
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components, **classes.for_pipeline())
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -233,15 +246,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
+        num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline,
-                args.num_validation_images,
+                num_images,
                 args.eval_batch_size,
                 plan.validation_inference_steps,
                 args.seed,
             )
-        return image_grid(images)
+        return image_grid(images, columns)
 
     def write_pipeline(finished: bool = False):
         """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
@@ -258,6 +272,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         result = cards.TrainingResult(
             num_images=num_images,
             num_parameters=num_parameters,
+            class_names=classes.names,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,

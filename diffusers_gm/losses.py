@@ -25,7 +25,7 @@ def denoising_target(
     """What a network of this prediction type learns to answer, same shape as the images.
 
     - `epsilon`: the noise itself. The minimiser is `(y - E[x0 | y]) / sigma` (empirical Bayes).
-    - `sample`, `v_prediction`: the same denoiser in the words of `NoiseSpace.output`.
+    - `sample`, `v_prediction`, `edm`: the same denoiser in the words of `NoiseSpace.output`.
     - `scaled_score`: `-sigma` times the score of the noise, `sum_k rho_k(eta) eta / c_k^2`. The minimiser is
       `-sigma * grad log p(y)`, with the least variance of all targets that have it (denoising score matching).
 
@@ -52,6 +52,7 @@ def denoising_loss(
     space: NoiseSpace,
     mixture: GaussianMixtureNoise,
     prediction_type: str = "epsilon",
+    snr_gamma: float | None = None,
 ) -> Tensor:
     """Denoising score matching on Gaussian-mixture noise, one value per image, shape `(B,)`.
 
@@ -66,11 +67,26 @@ def denoising_loss(
         space: the network's noise space.
         mixture: the law of `noise`.
         prediction_type: what the network answers, see `denoising_target`.
+        snr_gamma: see `min_snr_weight`; None: weight 1 at all levels.
     """
     sigma = space.sigma(timesteps).to(images.dtype)[(...,) + (None,) * (images.ndim - 1)]
     output = model(space.alpha(sigma) * (images + sigma * noise), timesteps)
     error = output.to(noise.dtype) - denoising_target(images, noise, sigma, space, mixture, prediction_type)
-    return error.square().flatten(1).mean(1)
+    loss = error.square().flatten(1).mean(1)
+    if snr_gamma is None:
+        return loss
+    return loss * min_snr_weight(sigma.flatten(), space, prediction_type, snr_gamma)
+
+
+def min_snr_weight(sigma: Tensor, space: NoiseSpace, prediction_type: str, gamma: float) -> Tensor:
+    """Weights min-SNR-gamma (arXiv 2303.09556) of the squared error of an output, same shape as `sigma`.
+
+    `min(SNR, gamma)` on the error of the image, `SNR = (s / sigma)^2` with s the size of the data: on that of the
+    noise `min(SNR, gamma) / SNR`, of the velocity and of EDM's output `min(SNR, gamma) / (SNR + 1)`.
+    """
+    s = space.sigma_data
+    of_output = space.denoised(torch.ones_like(sigma), torch.zeros_like(sigma), sigma, prediction_type)
+    return (s / sigma).square().clamp(max=gamma) * (of_output / s).square()
 
 
 def cld_loss(

@@ -27,9 +27,9 @@ def asked(network: Callable[..., Any], described_by: Any = None) -> Callable[...
 
     def call(sample: Tensor, timestep: Any, class_labels: Tensor | None = None, **others: Any) -> Any:
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        if null is not None:
-            if class_labels is None:
-                class_labels = torch.full((len(sample),), null, device=sample.device)
+        if null is not None and class_labels is None:
+            class_labels = torch.full((len(sample),), null, device=sample.device)
+        if class_labels is not None:
             others["class_labels"] = class_labels
         return network(sample, timesteps, **fixed, **others)
 
@@ -39,6 +39,12 @@ def asked(network: Callable[..., Any], described_by: Any = None) -> Callable[...
 def null_class(unet: Any) -> int | None:
     """The label that stands for no class, in a `DiTTransformer2DModel`, which always wants one; else None."""
     return unet.config["num_embeds_ada_norm"] if "num_embeds_ada_norm" in getattr(unet, "config", {}) else None
+
+
+def num_class_embeds(unet: Any) -> int | None:
+    """How many labels a network knows, that for no class among them; None of one without classes."""
+    null = null_class(unet)
+    return unet.config.get("num_class_embeds") if null is None else null + 1
 
 
 def channels_of(unet: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 # In grey, lines differ by their dashes and points by their markers.
 LINESTYLES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "os^DvPX"
+MARKERS = "os^DvPX<>*pd"
 
 
 def style() -> Any:
@@ -28,9 +28,10 @@ def style() -> Any:
 
 
 def curve_style(index: int) -> dict[str, Any]:
-    """How to draw the points of a curve among others: colour and marker; dashes from the eighth curve on."""
-    turn, at = divmod(index, len(COLORS))
-    return {"color": COLORS[at], "marker": MARKERS[at], "linestyle": LINESTYLES[turn % len(LINESTYLES)]}
+    """How to draw the points of a curve among others: colour and marker, and dashes where there are many."""
+    turn, at = divmod(index, len(MARKERS))
+    color, dashes = COLORS[index % len(COLORS)], LINESTYLES[turn % len(LINESTYLES)]
+    return {"color": color, "marker": MARKERS[at], "linestyle": dashes}
 
 
 def as_images(images: Tensor) -> list[Image.Image]:

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
 
 from diffusers_gm.processes.cld import lift
-from diffusers_gm.readings import VelocityReading
+from diffusers_gm.readings import CompanionReading, VelocityReading
 from diffusers_gm.readings.velocity import score_coefficients
 from diffusers_gm.samplers import Memory
 from diffusers_gm.studies.exact import ExactDenoiser
@@ -77,6 +77,8 @@ def perfect_network(scheduler, denoiser):
     """`(input, label) -> output` of `denoiser(y, sigma) -> D`, in the words of the network that the scheduler
     describes; a score needs an `ExactDenoiser`."""
     kind, space = scheduler.config.prediction_type, scheduler.noise_space
+    if isinstance(scheduler.reading, CompanionReading):
+        return companion_network(scheduler.reading, denoiser)
     if isinstance(scheduler.reading, VelocityReading):
         return velocity_network(scheduler.reading.process, denoiser, kind)
     if isinstance(denoiser, ExactDenoiser):
@@ -102,6 +104,18 @@ def velocity_network(process, denoiser, prediction_type="velocity_score", num_tr
         score = at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
         of_velocity, of_output = score_coefficients(marginal, prediction_type)
         return (score - of_velocity * v) / of_output
+
+    return network
+
+
+def companion_network(reading, denoiser):
+    """`(cat([alpha y, c], 1), label) -> output` of `denoiser(y, sigma)`."""
+
+    def network(model_input, label):
+        sigma = reading.sigma(label.reshape(-1)[:1].double())
+        y = model_input.chunk(2, 1)[0] / float(reading.space.alpha(sigma))
+        denoised = denoiser(y, float(sigma))
+        return reading.space.output(denoised, (y - denoised) / float(sigma), float(sigma), "edm")
 
     return network
 

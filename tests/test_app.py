@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from networks import tiny_network
+from networks import tiny_autoencoder, tiny_network
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -44,6 +44,9 @@ PIPELINES = {
         tiny_network(), GMLangevinScheduler(sigma_max=10.0, model_noise="mixture", **MIXTURE)
     ),
     "cld": lambda: CLDPipeline(tiny_network(2, 1), CLDSSCSScheduler(prediction_type="cld_mixed")),
+    "classes": lambda: NCSNv2Pipeline(
+        tiny_network(num_class_embeds=4), AnnealedLangevinScheduler(sigma_max=10.0), class_names=["one", "two", "many"]
+    ),
     "ddpm": lambda: DDPMPipeline(tiny_network(), DDPMScheduler(clip_sample=False)),
 }
 
@@ -84,7 +87,7 @@ def test_the_menu_is_what_suits_the_network(folders):
     for menu in menus.values():
         assert SAVED in menu.samplers
         assert "Euler, flow" in menu.left_out
-        assert not menu.classes
+    assert {name: menu.classes for name, menu in menus.items() if menu.classes} == {"classes": ["one", "two", "many"]}
 
 
 def test_models_that_are_none_are_refused_in_words(tmp_path):
@@ -193,6 +196,27 @@ def test_settings():
             Settings(**wrong)
 
 
+def test_classes_and_guidance(folders):
+    model = Model.load(folders["classes"])
+    everything, two, guided = (
+        done(model, "UniPC", 4, Settings(num_images=6, **chosen))
+        for chosen in ({}, {"class_label": "two"}, {"class_label": "two", "guidance_scale": 3.0})
+    )
+    assert not torch.equal(two.images, everything.images)
+    assert not torch.equal(two.images, guided.images)
+    of_pipe = model.pipe(4, num_inference_steps=4, class_labels="two", generator=Settings(num_images=4).generators())
+    assert len(of_pipe.images) == 4
+    assert 'class_labels="two", guidance_scale=3.0' in code_of(model, guided, Settings(0, 6, "two", 3.0))
+
+
+def test_latents_are_decoded():
+    vae = tiny_autoencoder()
+    pipe = NCSNv2Pipeline(tiny_network(4, 4), AnnealedLangevinScheduler(sigma_max=10.0), vae=vae)
+    run = done(Model.of("", pipe), "UniPC", 4)
+    assert run.images.shape[1:] == run.looks[-1].denoised.shape[1:] == (3, 16, 16)
+    torch.testing.assert_close(run.looks[-1].denoised, run.images[:1], atol=0.5, rtol=0)
+
+
 # --- Distance ---
 
 
@@ -241,7 +265,7 @@ def test_calibrating_adds_a_sampler_whose_levels_are_shown(folders):
     ("name", "sampler"),
     [
         *(("ncsnv2", SAVED), ("ncsnv2", "UniPC"), ("ncsnv2", "annealed Langevin, chain"), ("ncsnv2", CALIBRATED)),
-        *(("cld", "CLD, probability flow"), ("ddpm", "UniPC"), ("ddpm", "CLD, sscs")),
+        *(("cld", "CLD, probability flow"), ("ddpm", "UniPC"), ("ddpm", "CLD, sscs"), ("classes", "UniPC")),
     ],
 )
 def test_the_code_gives_the_same_images(folders, name, sampler, capsys):

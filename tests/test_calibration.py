@@ -26,7 +26,7 @@ from diffusers_gm import (
     NCSNv2Pipeline,
     calibrate,
 )
-from diffusers_gm.calibration.calibrate import calibrate_in_full, martingale_defect
+from diffusers_gm.calibration.calibrate import calibrate_in_full, martingale_defect, stochasticity_for
 from diffusers_gm.calibration.search import LocalDefects, fine_ladder, gram, nearest, search
 from diffusers_gm.calibration.trajectory import BrownianPath, Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels
@@ -147,6 +147,12 @@ def test_the_martingale_defect_tells_a_network_that_errs():
     assert martingale_defect(errs, start(2000), HIGH, LOW) < -0.3
 
 
+def test_noise_is_little_unless_errors_dominate_and_calls_are_many():
+    for n in (2, 8, 10, 50):
+        assert stochasticity_for(0.1, n) == stochasticity_for(-0.4, n) == 0.4
+        assert stochasticity_for(-0.7, n) == (1.0 if n > 8 else 0.4)
+
+
 # --- Pipelines ---
 
 
@@ -180,7 +186,7 @@ def test_a_pipeline_of_diffusers_is_calibrated_as_its_denoiser_is(tmp_path):
     result = calibrate_in_full(pipe, (4, 6), progress=False, batch_size=32, output_type="np")
     assert pipe.scheduler is original
     assert pipe.unet.count == result.network_calls + 1
-    assert result.stochasticity == {4: 0.0, 6: 0.0}
+    assert result.stochasticity == {4: 0.4, 6: 0.4}
     for n, (fixed, best) in result.errors.items():
         assert best <= fixed
         assert len(result.levels[n]) == n
@@ -210,7 +216,7 @@ def test_real_images_choose_the_stochasticity():
         pipe, (4,), effort="fast", images=images, progress=False, batch_size=64, output_type="np"
     )
     assert result.stochasticity[4] in (0.0, 0.4, 1.0)
-    assert result.network_calls == 48 + 3 * (56 + 2 * 4)
+    assert result.network_calls == 48 + 56 + 3 * 2 * 4
     given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=0.7, progress=False, batch_size=2)
     assert given.stochasticity == {4: 0.7}
     assert given.scheduler.config.calibration["stochasticity"] == {"4": 0.7}
@@ -326,7 +332,7 @@ def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     assert (tmp_path / "model" / "calibration.png").stat().st_size > 5000
     loaded = NCSNv2Pipeline.from_pretrained(tmp_path / "model")
     assert isinstance(loaded.scheduler, CalibratedMultistepScheduler)
-    assert sorted(loaded.scheduler.config.calibration) == ["3", "5"]
+    assert sorted(loaded.scheduler.config.calibration) == ["3", "5", "stochasticity"]
     assert json.loads((tmp_path / "model" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     missing = subprocess.run([*command[:3], tmp_path / "none"], capture_output=True, text=True, check=False)
     assert missing.returncode == 2

@@ -72,6 +72,10 @@ def cut(path):
 
 def as_of_version_0_1_0(checkpoint):
     state = json.loads((checkpoint / STATE_FILE).read_text())
+    for name in ("sigma_data", "timestep_sampling", "p_mean", "p_std", "snr_gamma", "cld_feed_companion"):
+        state["arguments"].pop(name)
+    if state["arguments"]["method"] == "cld":
+        state["arguments"]["objective"] = None
     (checkpoint / STATE_FILE).write_text(json.dumps({name: state[name] for name in ("state", "arguments")}))
 
 
@@ -131,9 +135,34 @@ def test_no_checkpoint_is_whole(trained_once, tmp_path):
         latest(folder)
 
 
+@pytest.mark.parametrize(
+    ("method", "published"),
+    [
+        ("", "--prediction_type epsilon"),
+        ("--method ncsnv2", "--prediction_type sample"),
+        ("--method cld", "--objective score"),
+    ],
+)
+def test_trainings_of_version_0_1_0_go_on_as_they_were(train, tmp_path, method, published):
+    """What they were by default then, and what they were given, without that it is said again."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(options(6), method, published, "--output_dir", whole)
+    train(options(4), method, published, "--output_dir", resumed)
+    for checkpoint in list_checkpoints(resumed):
+        as_of_version_0_1_0(checkpoint)
+    train(options(6), method, "--output_dir", resumed, "--resume_from_checkpoint latest")
+    assert same_state(*(load(folder / WEIGHTS) for folder in (whole, resumed)))
+    other = "--timestep_sampling log_uniform --resume_from_checkpoint latest"
+    with pytest.raises(ValueError, match="--timestep_sampling was 'uniform' and is 'log_uniform'|uniform times"):
+        train(options(8), method, other, "--output_dir", resumed)
+
+
 def test_checkpoints_of_version_0_1_0_load(train, trained):
     for checkpoint in list_checkpoints(trained):
         as_of_version_0_1_0(checkpoint)
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        state["arguments"] |= {"prediction_type": "epsilon", "sigma_max": 9.6299}
+        (checkpoint / STATE_FILE).write_text(json.dumps(state))
     with pytest.raises(ValueError, match="in steps of 16 images and these options make 32"):
         train(options(6, "--train_batch_size 32"), "--output_dir", trained, "--resume_from_checkpoint latest")
     assert latest(trained).name == "checkpoint-4"
@@ -240,13 +269,14 @@ def test_distances_are_measured_only_where_they_are_needed():
         raise AssertionError("measured")
 
     images = data.split_digits()[0]
-    for given in ({"method": "cld"}, {"sigma_max": "7"}):
+    ladder = {"timestep_sampling": "uniform"}
+    for given in ({}, {"method": "cld"}, {"method": "cld", "objective": "score"}, {"sigma_max": "7", **ladder}):
         make_plan(arguments(**given), data.Examination(images, 0), len(images), None, 1, measured)
-    plan = make_plan(arguments(), data.Examination(images, 0), len(images), None, 1, lambda images: 8.0)
+    plan = make_plan(arguments(**ladder), data.Examination(images, 0), len(images), None, 1, lambda images: 8.0)
     assert plan.sigma_max == 8
 
 
-@pytest.mark.parametrize(("method", "known"), [("gm-sgm", 9.6299), ("cld", None)])
+@pytest.mark.parametrize(("method", "known"), [("gm-sgm --prediction_type epsilon", 9.6299), ("cld", None)])
 def test_a_checkpoint_remembers_the_largest_distance(train, tmp_path, method, known):
     """Identical images have none: the answer comes from the checkpoint."""
     train(options(2), "--method", method, "--output_dir", tmp_path / "out")
@@ -260,7 +290,7 @@ def test_a_checkpoint_remembers_the_largest_distance(train, tmp_path, method, kn
 
 def test_a_number_in_place_of_the_measured_one_is_another_training(train, trained):
     resume = "--output_dir", trained, "--resume_from_checkpoint latest"
-    with pytest.raises(ValueError, match=r"--sigma_max was 9.6299 and is 5.0"):
+    with pytest.raises(ValueError, match=r"--sigma_max was 29.9641 and is 5.0"):
         train(options(6), *resume, "--sigma_max 5")
 
 

@@ -36,7 +36,7 @@ def test_demo_leaves_its_pictures_and_the_table(digits_model, tmp_path):
         capture_output=True,
         text=True,
     )
-    for name in ("digits.png", "forward_noise.png", "comparison.png"):
+    for name in ("digits.png", "forward_noise.png", "trajectories.png", "comparison.png"):
         with Image.open(digits_model / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 10, name
         assert name in done.stdout

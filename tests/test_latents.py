@@ -329,11 +329,11 @@ def autoencoder(tmp_path_factory):
 def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, method):  # noqa: F811
     options = (
         f"{SMALL} --method {method} --vae {autoencoder} --random_flip --max_train_steps 3 --checkpointing_steps 2 "
-        f"--validation_steps 2 --latents_cache_dir {tmp_path / CACHE}"
+        f"--validation_steps 2 --max_train_samples 300 --latents_cache_dir {tmp_path / CACHE}"
     )
     train(options, "--output_dir", tmp_path / "whole")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / CACHE).glob("*.safetensors")}
-    assert len(made) == -(-1437 // 256)
+    assert len(made) == 2
     train(options, "--output_dir", tmp_path / "sliced", "--max_train_minutes 1e-9")
     train(options, "--output_dir", tmp_path / "sliced", "--resume_from_checkpoint latest")
     assert {path: path.stat().st_mtime_ns for path in made} == made, "computed once"
@@ -348,7 +348,7 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
     assert fingerprint(pipeline.vae) == fingerprint(load_autoencoder(str(autoencoder)))
     assert pipeline(1, 4, seeded(0), output_type="latent").images.shape == (1, 4, 4, 4)
     assert pipeline(1, 4, seeded(0)).images[0].size == (8, 8)
-    assert Image.open(tmp_path / "whole" / "samples.png").size == (128, 128), "decoded, 2 x 2 images, 8 times as large"
+    assert Image.open(tmp_path / "whole" / "samples.png").size == (132, 132), "decoded: 2 x 2 images, 8 times as large"
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "This is a latent model" in card
     assert "generation of 8x8 images" in card
@@ -363,9 +363,9 @@ def test_a_dry_run_computes_a_few_latents_and_writes_nothing(train, tmp_path, au
     assert not (tmp_path / "out").exists()
 
 
-def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(tmp_path, autoencoder):
+def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(train, tmp_path, autoencoder):  # noqa: F811
     """Latents that are there are not computed again, and those of a killed training are as good as others."""
-    folder = save_images(tmp_path / "images", 1100, size=(8, 8))
+    folder = save_images(tmp_path / "images", 600, size=(8, 8))
     options = f"{SMALL} --vae {autoencoder} --train_data_dir {folder} --max_train_steps 1 --eval_batch_size 1"
     command = [sys.executable, str(ROOT / "train_gm_sgm.py"), *options.split(), "--output_dir", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -377,10 +377,10 @@ def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     made = {path: path.stat().st_mtime_ns for path in cache.glob("latents-*.safetensors")}
-    assert 1 <= len(made) < 5
-    launch(options, "--output_dir", tmp_path / "out")
+    assert 1 <= len(made) < 3
+    train(options, "--output_dir", tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    launch(options, "--output_dir", tmp_path / "whole")
+    train(options, "--output_dir", tmp_path / "whole")
     assert same_state(load(tmp_path / "out" / WEIGHTS), load(tmp_path / "whole" / WEIGHTS))
 
 
@@ -424,7 +424,7 @@ def test_options_that_do_not_go_together(options, said):
 
 
 def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):  # noqa: F811
-    options = f"{SMALL} --vae {autoencoder} --max_train_steps 1 --validation_steps 0 --output_dir {tmp_path / 'out'}"
+    options = f"{SMALL} --vae {autoencoder} --max_train_steps 1 --max_train_samples 40 --output_dir {tmp_path / 'out'}"
     train(options)
     tiny_autoencoder("AutoencoderTiny", 1).save_pretrained(tmp_path / "other")
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]

@@ -26,6 +26,7 @@ READINGS = {
     "svd": {"noise_space": "edm", "sigma_min": 0.02, "sigma_max": 80.0, "prediction_type": "v_prediction"},
     "velocity score": {"prediction_type": "velocity_score"},
     "scaled velocity score": {"prediction_type": "scaled_velocity_score", "beta_0": 3.0, "beta_1": 2.0},
+    "cld edm": {"prediction_type": "cld_edm", "sigma_min": 0.02, "sigma_max": 30.0, "sigma_data": 0.5, "gamma": 0.1},
     "mixed score": {"prediction_type": "cld_mixed", "mass": 0.5, "gamma": 0.1},
 }
 MIX = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62]}

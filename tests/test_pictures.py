@@ -41,6 +41,7 @@ def test_grids_of_tensors_are_not_smoothed():
 def test_curves_are_told_apart_in_grey():
     styles = [curve_style(i) for i in range(3 * len(COLORS))]
     assert len({(s["marker"], str(s["linestyle"])) for s in styles}) == len(styles)
+    assert len({(s["marker"], s["color"]) for s in styles}) == len(styles)
     with matplotlib.rc_context(style()):
         axis = Figure().subplots()
         lines = [axis.plot([0, 1])[0] for _ in COLORS]

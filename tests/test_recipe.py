@@ -42,8 +42,8 @@ def test_the_three_methods_differ_in_nothing_else(scale):
     options = {method: asdict(commands(METHOD=method, SCALE=scale)[0]) for method in ("gm-sgm", "ncsnv2", "cld")}
     for method, given in options.items():
         different = {name for name, value in given.items() if value != options["gm-sgm"][name]}
-        names = {"gm-sgm": set(), "ncsnv2": {"method", "output_dir"}}
-        assert different == names.get(method, {"method", "output_dir", "prediction_type"})
+        assert different <= {"method", "output_dir", "prediction_type", "cld_feed_companion"}, "CLD has its own"
+        assert given["timestep_sampling"] == "log_normal"
         assert given["output_dir"] == f"outputs/cifar10-{method}-{scale}"
 
 
@@ -108,7 +108,7 @@ def test_every_recipe_suits_every_method(name, method):
 
 
 def test_the_recipes_of_the_package():
-    assert recipe_names() == ["cifar10-cpu", "cifar10-gpu", "digits"]
+    assert recipe_names() == ["cifar10-cpu", "cifar10-gpu", "cld-paper", "digits", "latent-256"]
     words = "--dataset_name digits --max_train_steps 1200 --calibrate fast"
     assert asdict(parse("--config digits")) == asdict(parse(words))
 
@@ -177,7 +177,7 @@ def test_what_means_nothing_beside_the_command_line_is_left_out(recipe, recipe_s
         ("[1, 2]", "must map options to values"),
         ("methods: [cld]", "must map methods to options"),
         ("seed: {", "is no YAML file"),
-        ("{method: cld, sigma_max: 3}", "['--sigma_max'] mean nothing for --method cld"),
+        ("{method: cld, step_size: 3}", "['--step_size'] mean nothing for --method cld"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_said_in_one_line(recipe, text, said, capsys):
@@ -192,4 +192,4 @@ def test_what_is_recorded_holds_the_values_of_the_recipe(recipe):
     args = parse(recipe("{seed: 3, max_train_steps: 5}"))
     said = command_line(args, 1)
     assert "--config" not in said
-    assert parse(said.partition("train_gm_sgm.py")[2]) == args
+    assert parse(said.partition("diffusers-gm-train")[2]) == args

@@ -5,7 +5,7 @@ import re
 import pytest
 from test_data import save_images
 
-from diffusers_gm.studies import throughput
+from diffusers_gm.studies import latent_caching, throughput
 
 
 @pytest.mark.slow  # four trainings in processes of their own
@@ -26,6 +26,16 @@ def test_the_command_prints_the_ratio(tmp_path, capsys):
     assert 0.2 < efficiency < 1.5
 
 
+@pytest.mark.slow  # four processes
+def test_the_cache_of_latents_beside_the_autoencoder_alone(capsys):
+    latent_caching.main(["--resolution", "16", "--batch_size", "4", "--batches", "20", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    ours, theirs = (float(value) for value in re.findall(r"\| the (?:cache|autoencoder alone) \| (\S+)", printed))
+    ratio = float(re.search(r"rate of the cache over that of the autoencoder alone: (\S+)", printed).group(1))
+    assert ratio == pytest.approx(theirs / ours, rel=0.1)
+    assert 0.3 < ratio < 3
+
+
 def test_bad_options(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, message in [
@@ -36,3 +46,6 @@ def test_bad_options(tmp_path, capsys):
         with pytest.raises(SystemExit):
             throughput.main(words)
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        latent_caching.main(["--resolution", "12"])
+    assert "--resolution 12 must be a multiple of 8" in capsys.readouterr().err

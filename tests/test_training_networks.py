@@ -241,7 +241,7 @@ def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):  # 
     assert pipeline(1, 4, seeded(0), output_type="pt").images.shape == (1, 1, 8, 8)
     config = pipeline.scheduler.config
     if method == "cld":
-        assert config["prediction_type"] == "cld_mixed"
+        assert config["prediction_type"] == "cld_edm"
     else:
         assert (config["noise_space"], config["beta_schedule"]) == ("vp", "squaredcos_cap_v2")
         record = json.loads((tmp_path / "out" / "training_args.json").read_text())
@@ -278,7 +278,7 @@ def test_velocities_are_added_to_ordinary_networks_alone():
     network = tiny_network(2, 1)
     assert with_velocities(network) is network
     assert network.conv_in.in_channels == 2
-    assert native_shape(with_velocities(tiny_network()), "cld") == (8, 1)
+    assert native_shape(with_velocities(tiny_network()), TrainingArguments(method="cld")) == (8, 1)
 
 
 def test_weights_of_a_variant(tmp_path):

@@ -5,15 +5,15 @@
 Needs the `app` extra: pip install diffusers-gm[app]. The page is served on this machine alone unless told.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 
+from ..cli import Parser
+from ..extra import extra
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def build_parser() -> Parser:
+    parser = Parser("diffusers_gm.app", __doc__)
     add = parser.add_argument
     add("--model", default="outputs/demo", help="folder of a pipeline, or its name on the Hub; default outputs/demo")
     add("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: to everybody on the network")
@@ -27,12 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
-        from .page import launch
-    except ImportError as error:
-        parser.exit(2, f"error: {error.name} is not installed: pip install diffusers-gm[app]\n")
-    try:
+        with extra("app"):
+            from .page import launch
         launch(args.model, args.host, args.port, args.browser)
-    except OSError as error:  # the port is taken
+    except (ImportError, OSError) as error:  # the port is taken, perhaps
         parser.exit(2, f"error: {error}\n")
 
 

@@ -49,6 +49,7 @@ MENU: dict[str, tuple[str, dict[str, Any]]] = {
         {"algorithm_type": "langevin", "network_level": "chain", "step_size": None},
     ),
     "annealed, consistent": ("AnnealedLangevinScheduler", {"algorithm_type": "consistent", "step_size": None}),
+    "annealed, explore": ("AnnealedLangevinScheduler", {"algorithm_type": "explore", "step_size": None}),
     "CLD, sscs": ("CLDSSCSScheduler", {"algorithm_type": "sscs"}),
     "CLD, probability flow": ("CLDSSCSScheduler", {"algorithm_type": "probability_flow"}),
     "DDPM": ("DDPMScheduler", {}),
@@ -120,9 +121,13 @@ class Model:
         pipe = load_pipeline(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if not isinstance(pipe, UnconditionalPipeline):
             raise ValueError(f"{name} is a {type(pipe).__name__}: only pipelines of images without a prompt are shown")
+        return cls.of(name, pipe)
+
+    @classmethod
+    def of(cls, name: str, pipe: Any) -> "Model":
+        """A pipeline that was loaded from `name`."""
         model = cls(name, pipe, {SAVED: Sampler(SAVED, pipe.scheduler)}, {})
-        count = getattr(pipe, "num_classes", None) or 0
-        model.classes = (getattr(pipe, "class_names", None) or [str(i) for i in range(count)])[:count]
+        model.classes = pipe.class_names or [str(i) for i in range(pipe.num_classes or 0)]
         for entry, (of_class, options) in MENU.items():
             try:
                 model.samplers[entry] = _sampler(pipe.scheduler, entry, of_class, options)
@@ -170,7 +175,7 @@ class Settings:
     Attributes:
         seed: image i is drawn by a generator with seed `seed + i`.
         num_images: in the batch.
-        class_label: of all images; None: unconditional, or all classes.
+        class_label: of all images; None: all classes, in the proportions of the training data.
         guidance_scale: for networks with classes.
 
     Raises:
@@ -191,12 +196,20 @@ class Settings:
     def generators(self) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(self.seed + i) for i in range(self.num_images)]
 
+    def of_classes(self, model: Model) -> dict[str, Any]:
+        """What only pipelines with classes take: guidance, and the class if it is a single one."""
+        found: dict[str, Any] = {}
+        if model.classes and self.class_label is not None:
+            found["class_labels"] = self.class_label if model.pipe.class_names else int(self.class_label)
+        if model.classes and self.guidance_scale != 1:
+            found["guidance_scale"] = self.guidance_scale
+        return found
+
     def arguments(self, model: Model) -> dict[str, Any]:
-        """Those of the pipeline that only some take."""
-        if not model.classes:
-            return {}
-        label = {} if self.class_label is None else {"class_labels": model.classes.index(self.class_label)}
-        return {**label, **({"guidance_scale": self.guidance_scale} if self.guidance_scale != 1 else {})}
+        """Of the pipeline, all that decides the images but for the number of steps."""
+        generators = self.generators()
+        labels = {"class_labels": model.pipe.draw_labels(generators)} if model.classes else {}
+        return {"generator": generators, **labels, **self.of_classes(model)}
 
 
 def parse_calls(text: str) -> list[int]:
@@ -217,7 +230,7 @@ def parse_calls(text: str) -> list[int]:
 @dataclass(frozen=True)
 class Look:
     """One network call of a run: what the network saw, and the denoised image, of the first `NUM_WATCHED` images of the
-    batch, `(n, C, H, W)`. What was seen is scaled as the network sees it, without velocities."""
+    batch, `(n, C, H, W)`. What was seen is scaled as the network sees it, without velocities, and not decoded."""
 
     seen: Tensor
     denoised: Tensor
@@ -231,7 +244,8 @@ class Run:
         sampler, calls: what is run; `calls` is the most that it may make.
         steps: its `num_inference_steps`, fewer where a step makes several calls.
         looks: of the calls that have been made.
-        images: `(n, C, H, W)` in [-1, 1]: denoised images of the last call, at the end the samples; None before.
+        images: `(n, C, H, W)` in [-1, 1]: denoised images of the last call (of latents, the first ones), at the end
+            the samples; None before.
         finished: whether `images` are the samples.
         seconds: until the samples were there.
         network_calls: made.
@@ -277,7 +291,7 @@ def _watched(model: Model, scheduler: Any, steps: int, settings: Settings) -> It
     pipe.scheduler = scheduler
     news: queue.Queue[Any] = queue.Queue()
     stopped, made = threading.Event(), 0
-    denoise, take = _denoiser(scheduler), scheduler.step
+    denoise, take, space = _denoiser(scheduler), scheduler.step, pipe.latent_space
 
     def count(*_: Any) -> None:
         nonlocal made
@@ -290,8 +304,10 @@ def _watched(model: Model, scheduler: Any, steps: int, settings: Settings) -> It
         seen = scheduler.scale_model_input(sample, timestep)
         result = take(output, timestep, sample, *args, **kwargs)
         denoised = denoise(output, timestep, seen, result)
-        look = Look(*(x[:NUM_WATCHED, : denoised.shape[1]].float().cpu() for x in (seen, denoised)))
-        news.put((look, _pixels(pipe, denoised), made))
+        # Latents take long to decode.
+        pictures = (denoised if space is None else space.decode(denoised[:NUM_WATCHED])).float().cpu()
+        look = Look(seen[:NUM_WATCHED, : denoised.shape[1]].float().cpu(), pictures[:NUM_WATCHED])
+        news.put((look, pictures, made))
         return result
 
     def work() -> None:
@@ -300,7 +316,6 @@ def _watched(model: Model, scheduler: Any, steps: int, settings: Settings) -> It
             output = pipe(
                 batch_size=settings.num_images,
                 num_inference_steps=steps,
-                generator=settings.generators(),
                 output_type="pt",
                 **settings.arguments(model),
             )
@@ -341,11 +356,6 @@ def _denoiser(scheduler: Any) -> Callable[[Tensor, Any, Tensor, Any], Tensor]:
         return ours.clip(ours.reading.denoised(ours.without_variance(output, seen), seen / call.fed, call))
 
     return denoised
-
-
-def _pixels(pipe: Any, denoised: Tensor) -> Tensor:
-    """Denoised images as pictures, in [-1, 1]."""
-    return denoised.float().cpu()
 
 
 # --- Real images ---
@@ -402,7 +412,7 @@ def calibrate(model: Model, calls: Sequence[int], effort: str, settings: Setting
         ValueError: for numbers of calls that cannot be calibrated.
         ImportError: without the `evaluation` extra.
     """
-    pipe, arguments = copy.copy(model.pipe), settings.arguments(model)
+    pipe, arguments = copy.copy(model.pipe), settings.of_classes(model)
     found = calibrate_in_full(pipe, calls, effort=effort, **arguments)  # type: ignore[arg-type]
     given = "".join(f", {name}={_python(value)}" for name, value in arguments.items())
     code = f"calibrate(pipe, calls={tuple(calls)!r}, effort={_python(effort)}{given})"
@@ -433,7 +443,9 @@ def code_of(model: Model, run: Run, settings: Settings) -> str:
     lines = [f"from {module} import {', '.join(names)}" for module, names in sorted(imports.items())]
     lines += ["", f"pipe = {load.format(f'{source}.from_pretrained({_python(model.name)})')}"]
     lines += [f"pipe.scheduler = {own}"] if own else []
-    arguments = "".join(f", {name}={_python(value)}" for name, value in settings.arguments(model).items())
+    given = {name: _python(value) for name, value in settings.of_classes(model).items()}
+    labels = {"class_labels": "pipe.draw_labels(generators)"} if model.classes else {}
+    arguments = "".join(f", {name}={value}" for name, value in (labels | given).items())
     lines += [
         f"seeds = range({settings.seed}, {settings.seed + settings.num_images})",
         "generators = [torch.Generator().manual_seed(seed) for seed in seeds]",

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -22,17 +23,21 @@ from .trajectory import Denoiser, Trajectories, sliced_distance
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
-# Network calls that a budget may cost, besides the teacher's run, in units of itself.
-MAX_RUNS, MAX_CALLS = 60, 400
+# Network calls that a budget may cost, besides the teachers' runs: in units of itself, and in all.
+MAX_RUNS, MAX_CALLS = 40, 240
 
 # Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
 NUM_FAST, NUM_MARTINGALE = 56, 48
 
-# Martingale defects below which a network's errors matter, and dominate. Exact denoisers have about +.1.
-ERRS, ERRS_MUCH = -0.2, -0.5
+# The martingale defect below which a network's errors dominate; exact denoisers have about 0.
+ERRS = -0.5
+
+# Stochasticities: a little, which costs an exact denoiser nothing and forgives small errors; and, among networks whose
+# errors dominate, that of runs with more than `FEW` calls.
+LITTLE, MUCH, FEW = 0.4, 1.0, 8
 
 # Stochasticities among which real images choose.
-CANDIDATES = (0.0, 0.4, 1.0)
+CANDIDATES = (0.0, LITTLE, MUCH)
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
@@ -83,8 +88,8 @@ def calibrate(
         calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
         effort: `full`; or `fast`: one run of 56 calls, from whose denoised images the local errors of all steps are
             estimated; good on many networks and poor on some.
-        stochasticity: tau of the sampler. None: by the martingale defect of the network, 0 (the probability flow)
-            unless its errors matter, see `stochasticity_for`; or by `images`.
+        stochasticity: tau of the sampler; 0 is the probability flow, deterministic. None: by the martingale defect of
+            the network and the number of calls, see `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` like the network's, such as those that it was trained on: then the choice
             among levels calibrated for tau = 0, .4 and 1 is that of the samples which are closest to these, for each
             number of calls, in sliced Wasserstein distance.
@@ -132,18 +137,27 @@ def calibrate_in_full(
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW))
-        taus = [stochasticity] if stochasticity is not None else [stochasticity_for(result.martingale_defect)]
-        taus = list(CANDIDATES) if stochasticity is None and images is not None else taus
-        samplers = {tau: Multistep(order, corrector, tau) for tau in taus}
+        taus: dict[int, tuple[float, ...]]
+        if stochasticity is not None:
+            taus = dict.fromkeys(budgets, (stochasticity,))
+        elif images is not None:
+            taus = dict.fromkeys(budgets, CANDIDATES)
+        else:
+            taus = {n: (stochasticity_for(result.martingale_defect, n),) for n in budgets}
+        samplers = {
+            tau: Multistep(order, corrector, tau) for tau in sorted({tau for of_n in taus.values() for tau in of_n})
+        }
         calibrated = _from_one_run if effort == "fast" else _from_trajectories
-        found = {tau: calibrated(ladder, scheduler, sampler, budgets) for tau, sampler in samplers.items()}
-        for n in budgets:
-            result.stochasticity[n] = taus[0]
-            if images is not None:
-                result.stochasticity[n] = min(
-                    taus, key=lambda tau: ladder.distance(samplers[tau], found[tau][n][0], images)
-                )
-            result.levels[n], error = found[result.stochasticity[n]][n]
+        found = {
+            tau: calibrated(ladder, scheduler, sampler, [n for n in budgets if tau in taus[n]])
+            for tau, sampler in samplers.items()
+        }
+        for n, of_n in taus.items():
+            tau = of_n[0]
+            if images is not None and len(of_n) > 1:
+                tau = min(of_n, key=lambda tau: ladder.distance(samplers[tau], found[tau][n][0], images))
+            result.stochasticity[n] = tau
+            result.levels[n], error = found[tau][n]
             result.errors |= {n: error} if error else {}
         result.network_calls = clock.calls
 
@@ -172,6 +186,12 @@ class Ladder:
     high: float
     low: float
 
+    @cached_property
+    def one_run(self) -> tuple[Tensor, Tensor]:
+        """Levels of one run of the probability flow, and the Gram matrix of its D's."""
+        sigmas = fine_ladder(self.high, self.low, NUM_FAST)
+        return sigmas, gram(Trajectories(self.denoiser, self.start, sigmas, Multistep()).teacher.denoised)
+
     def fresh_start(self, seed: int) -> Tensor:
         """Another y of the same kind."""
         return torch.randn(self.start.shape, generator=torch.Generator().manual_seed(seed)).to(self.start) * (
@@ -189,9 +209,8 @@ class Ladder:
 
 
 def _from_one_run(ladder: Ladder, scheduler: Any, sampler: Multistep, budgets: list[int]) -> Found:
-    sigmas = fine_ladder(ladder.high, ladder.low, NUM_FAST)
-    teacher = Trajectories(ladder.denoiser, ladder.start, sigmas, sampler).teacher
-    defects = LocalDefects(sigmas, gram(teacher.denoised), 1 + sampler.stochasticity**2)
+    sigmas, matrix = ladder.one_run
+    defects = LocalDefects(sigmas, matrix, 1 + sampler.stochasticity**2)
     return {n: (sigmas[defects.best(n)].tolist(), None) for n in budgets}
 
 
@@ -202,7 +221,7 @@ def _from_trajectories(ladder: Ladder, scheduler: Any, sampler: Multistep, budge
     defects = LocalDefects(
         sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]), 1 + sampler.stochasticity**2
     )
-    # Levels that are no better along another path were made for this one: then the fixed grid stays.
+    # Levels that are no better along another path were made for this one: then what they were made from stays.
     others = Trajectories(ladder.denoiser, ladder.fresh_start(2), sigmas, sampler, seed=2)
     found: Found = {}
     for n in budgets:
@@ -214,18 +233,18 @@ def _from_trajectories(ladder: Ladder, scheduler: Any, sampler: Multistep, budge
         fixed = nearest(sigmas, scheduler.calibrated_or_even_levels(n))
         starts += [fixed] if fixed is not None else []
         best = search(trajectories, n, starts, min(MAX_RUNS * n, MAX_CALLS))
-        index, error, fixed_error = best.index, others.run(best.index).error, math.nan
-        if fixed is not None:
-            fixed_error = others.run(fixed).error
-            index, error = min((index, error), (fixed, fixed_error), key=lambda pair: pair[1])
-        found[n] = sigmas[index].tolist(), (fixed_error, error)
+        candidates = [best.index, *starts]
+        errors = [others.run(places).error for places in candidates]
+        error = min(errors)
+        fixed_error = errors[-1] if fixed is not None else math.nan
+        found[n] = sigmas[candidates[errors.index(error)]].tolist(), (fixed_error, error)
     return found
 
 
-def stochasticity_for(defect: float) -> float:
-    """tau for a network by its martingale defect: the probability flow for an accurate one; noise, which makes a run
-    forget the errors of the levels before, where the network errs."""
-    return 0.0 if defect > ERRS else 0.4 if defect > ERRS_MUCH else 1.0
+def stochasticity_for(defect: float, num_calls: int) -> float:
+    """tau for a network by its martingale defect: noise makes a run forget the errors of the levels before. A little is
+    as good as none for an accurate network, and a run of few calls cannot follow more."""
+    return MUCH if defect < ERRS and num_calls > FEW else LITTLE
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:

@@ -6,10 +6,13 @@ workers.
 """
 
 from .digits import load_digits_images as load_digits_images
+from .digits import split_digit_labels as split_digit_labels
 from .digits import split_digits as split_digits
 from .examination import Examination as Examination
 from .examination import examine as examine
 from .folders import list_folder as list_folder
+from .labels import LabelledImages as LabelledImages
+from .labels import Labels as Labels
 from .latents import LatentCache as LatentCache
 from .latents import TrainingLatents as TrainingLatents
 from .levels import check_levels as check_levels

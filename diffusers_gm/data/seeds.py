@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # What a seed is used for: keys that keep the streams of random numbers apart.
-ORDER, AUGMENTATION, STEP, EXAMINATION, SAMPLES, LEVELS = range(6)
+ORDER, AUGMENTATION, STEP, EXAMINATION, SAMPLES, LEVELS, CLASSES = range(7)
 
 
 def seed_for(*key: int) -> int:

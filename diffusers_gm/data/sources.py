@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .digits import split_digits
+from .digits import split_digit_labels, split_digits
 from .folders import list_folder, split_of_image, split_of_table, training_part
+from .labels import Labels, labels_from, labels_of_files, labels_of_table
 from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, range_of, scaled
 from .seeds import SAMPLES, generator_for
 from .tables import holds_images, images_of, load_hub, load_parquet
@@ -46,6 +47,14 @@ class ImageSource(ABC):
     def name(self, index: int) -> str:
         """What a person would look for: a file, or a row of a table."""
 
+    @abstractmethod
+    def labels(self, label_column: str | None = None) -> Labels:
+        """The classes of all images; of tables by a column.
+
+        Raises:
+            ValueError: if they have none.
+        """
+
     def read(self, index: int) -> Tensor:
         """One image, `(1 or 3, H, W)` float32 in [-1, 1]; raises what the decoder raises."""
         (image,) = self.fetch([index])
@@ -63,15 +72,23 @@ class ImageSource(ABC):
 class TensorImages(ImageSource):
     """Images that are there already, `(n, 1 or 3, H, W)`, uint8 or float32 in [-1, 1]."""
 
-    def __init__(self, images: Tensor):
+    def __init__(self, images: Tensor, classes: Tensor | None = None):
         self.images = images
         self.num_images = len(images)
+        self.classes = classes
 
     def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
         return list(self.images[list(indices)])
 
     def name(self, index: int) -> str:
         return f"image {index}"
+
+    def labels(self, label_column: str | None = None) -> Labels:
+        if self.classes is None:
+            raise ValueError("--class_conditional: these images have no classes")
+        if label_column is not None:
+            raise ValueError(f"--label_column {label_column!r} is not in the data: these images have no columns")
+        return labels_from(self.classes.tolist())
 
 
 class EncodedImages(ImageSource):
@@ -145,11 +162,20 @@ class FolderImages(EncodedImages):
     def name(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
 
+    def labels(self, label_column: str | None = None) -> Labels:
+        if label_column is not None:
+            raise ValueError(
+                f"--label_column {label_column!r} is not in the data: the files of a folder have no columns, "
+                "folders are their classes"
+            )
+        return labels_of_files(self.paths)
+
 
 class TableImages(EncodedImages):
     """The images of a column of a `datasets.Dataset`."""
 
     def __init__(self, dataset: Any, image_column: str | None, background: Colour, name: str):
+        self.table = dataset
         self.dataset, self.image_column = images_of(dataset, image_column)
         self.dataset_name = name
         super().__init__(len(dataset), background)
@@ -167,6 +193,9 @@ class TableImages(EncodedImages):
     def name(self, index: int) -> str:
         return f"row {index} of {self.dataset_name}"
 
+    def labels(self, label_column: str | None = None) -> Labels:
+        return labels_of_table(self.table, label_column)
+
 
 class Subset(ImageSource):
     """Some of the images of another source."""
@@ -182,6 +211,10 @@ class Subset(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(self.chosen[index])
+
+    def labels(self, label_column: str | None = None) -> Labels:
+        names, of_images = self.source.labels(label_column)
+        return Labels(names, [of_images[index] for index in self.chosen])
 
 
 def subset(source: ImageSource, num_images: int, seed: int) -> ImageSource:
@@ -208,7 +241,7 @@ def open_source(
     """
     folder, option = train_data_dir, "--train_data_dir"
     if folder is None and dataset_name == "digits":
-        return TensorImages(split_digits()[0])
+        return TensorImages(split_digits()[0], split_digit_labels()[0])
     if folder is None and dataset_config_name is None and _holds_image_files(dataset_name):
         folder, option = dataset_name, "--dataset_name"
     if folder is not None:

@@ -104,7 +104,7 @@ class TrainingImages(Dataset):
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
 
     def _read(self, indices: list[int]) -> list[Tensor]:
-        indices = [self._readable(index) for index in indices]
+        indices = [self.shown_for(index) for index in indices]
         return [
             self._replacement(index, image) if isinstance(image, Exception) else image
             for index, image in zip(indices, self.source.fetch(indices), strict=True)
@@ -115,14 +115,14 @@ class TrainingImages(Dataset):
         while True:
             if index not in self.unreadable:  # as it is where a batch holds it twice
                 self._give_up(index, failure)
-            index = self._readable(index)
+            index = self.shown_for(index)
             (image,) = self.source.fetch([index])
             if not isinstance(image, Exception):
                 return image
             failure = image
 
-    def _readable(self, index: int) -> int:
-        """The first image from this one on that is not known to be unreadable."""
+    def shown_for(self, index: int) -> int:
+        """The first image from this one on that is not known to be unreadable: what is shown in its place."""
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
             if candidate not in self.unreadable:

@@ -3,7 +3,6 @@
 python -m diffusers_gm.evaluation.likelihood outputs/digits-cld
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
 from ..likelihood import bits_per_dimension, cld_nll, mean_and_error
 from ..pipelines import CLDPipeline
@@ -41,8 +41,11 @@ def cld_bits_per_dimension(
         num_steps, num_velocities, generator: see `cld_nll`.
         batch_size: images at once.
 
+    Of a class-conditional network that of all classes together, by the class that stands for none.
+
     Raises:
-        ValueError: for a pipeline whose scheduler does not describe a velocity network, or images of other levels.
+        ValueError: for a pipeline whose scheduler does not describe a velocity network or whose network knows no images
+            without a class, or images of other levels.
     """
     scheduler = pipeline.scheduler
     if not isinstance(getattr(scheduler, "reading", None), VelocityReading):
@@ -52,9 +55,12 @@ def cld_bits_per_dimension(
         )
     check_levels(images, num_levels)
     unet, config = pipeline.unet, scheduler.config
+    null = pipeline.null_class
+    if pipeline.num_classes is not None and null is None:
+        raise ValueError("the likelihood needs a network that knows a class for none: it was trained to drop no labels")
     nats = [
         cld_nll(
-            lambda u, t: unet(u.to(unet.dtype), t).sample,
+            lambda u, t: unet(u.to(unet.dtype), t, None if null is None else u.new_full((len(u),), null).long()).sample,
             dequantized(batch.to(unet.device, torch.float32), num_levels, generator),
             scheduler.reading.process,
             config["prediction_type"],
@@ -93,17 +99,15 @@ def load_model(folder: Path) -> CLDPipeline:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.evaluation.likelihood",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    )
+    parser = Parser("diffusers_gm.evaluation.likelihood", (__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("folder", type=Path, help=f"a model made by {HOW_TO_TRAIN}")
-    parser.add_argument("--num_images", type=int, default=360, help="digits of either part, at most 360 held-out ones")
-    parser.add_argument("--num_steps", type=int, default=50, help="steps of the solver, four network calls each")
+    parser.add_argument(
+        "--num_images", type=at_least(1), default=360, help="digits of either part, at most 360 held-out ones"
+    )
+    parser.add_argument(
+        "--num_steps", type=at_least(1), default=50, help="steps of the solver, four network calls each"
+    )
     args = parser.parse_args(arguments)
-    for name in ("num_images", "num_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     try:
         pipeline = load_model(args.folder)
     except (ValueError, OSError) as error:

@@ -187,9 +187,14 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
 
 
 def _images(pipeline: Any, num_images: int, num_steps: int, generators: list[torch.Generator]) -> Tensor:
-    """`(n, C, H, W)` float32 in [-1, 1] on the CPU."""
+    """`(n, C, H, W)` float32 in [-1, 1] on the CPU; of all classes in the proportions of the training data."""
+    labels = pipeline.draw_labels(generators) if isinstance(pipeline, UnconditionalPipeline) else None
     images = pipeline(
-        batch_size=num_images, num_inference_steps=num_steps, generator=generators, output_type="np"
+        batch_size=num_images,
+        num_inference_steps=num_steps,
+        generator=generators,
+        output_type="np",
+        **({} if labels is None else {"class_labels": labels}),
     ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() * 2 - 1
 

@@ -4,13 +4,15 @@ All that is asked of a scheduler is `set_timesteps`, `add_noise` and, where it h
 one takes part, those of diffusers too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..random import Generators, randn
+from ..processes.mixture import GAUSSIAN
+from ..random import Draw, Generators
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,8 @@ class Picture:
             )
 
     def start(self, scheduler: Any, timestep: Tensor, noise: Tensor, finished: Tensor | None) -> Tensor:
-        """The sample that a run starts from at `timestep`; `finished` is the image that the run before made.
-
-        Of a whole run new pixels start as noise alone.
-        """
+        """The sample that a run starts from at `timestep`; `finished` is the image that the run before made. Of a whole
+        run new pixels start as noise alone."""
         clean = self.image if finished is None else finished
         if finished is None and self.mask is not None and self.strength == 1:
             clean = clean * (1 - self.mask)
@@ -78,11 +78,14 @@ def noised(scheduler: Any, image: Tensor, timestep: Tensor, noise: Tensor) -> Te
     return scheduler.scale_noise(image, at, noise)  # schedulers of rectified flow
 
 
-def unit_noise(scheduler: Any, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
-    """Noise of the law that the network was trained with."""
-    if hasattr(scheduler, "model_mixture"):
-        return scheduler.model_mixture.sample(shape, generator, device, torch.float32)
-    return randn(shape, generator, device, torch.float32)
+def unit_noise(
+    scheduler: Any, shape: tuple[int, ...], generator: Generators, device: torch.device
+) -> Callable[[], Tensor]:
+    """Draws noise of the law that the network was trained with, anew each time, as RePaint does; but of one jump size
+    for the whole run, so that under mixture noise known and new pixels are of one component."""
+    draw = Draw(generator, device)
+    scales = getattr(scheduler, "model_mixture", GAUSSIAN).sample_scales(shape, draw)
+    return lambda: scales * draw.normal(shape)
 
 
 def begins(picture: Picture | None, num_steps: int) -> list[int]:

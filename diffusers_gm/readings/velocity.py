@@ -65,8 +65,8 @@ class VelocityReading:
         return self.process.time(self.process.clock_of_sigma(sigma)) * self.num_train_timesteps
 
     def grid(self, num_levels: int, spacing: str, *_: object) -> Tensor:
-        """Labels from t = 1 to t = 1e-3, `(num_levels,)` float64: `uniform` or `quadratic` in t, or those of
-        `sigma_grid` in `sigma_eff`.
+        """Labels between the ends of the trained range, `(num_levels,)` float64: `uniform` or `quadratic` in t, or
+        those of `sigma_grid` in `sigma_eff`.
 
         What is asked of image networks besides (offsets, shifts) has no meaning here.
 
@@ -74,7 +74,8 @@ class VelocityReading:
             ValueError: for another spacing.
         """
         if spacing in TIME_SPACINGS:
-            return self.num_train_timesteps * time_grid(1.0, LAST_TIME, num_levels, spacing)
+            low, high = (label / self.num_train_timesteps for label in self.timestep_range)
+            return self.num_train_timesteps * time_grid(high, low, num_levels, spacing)
         if spacing not in ("log_snr", "karras"):
             raise ValueError(
                 f"timestep_spacing {spacing!r} is not offered for velocity networks: use 'uniform', "
@@ -89,12 +90,19 @@ class VelocityReading:
         clocks = self.clock(labels) if sigmas is None else self.process.clock_of_sigma(sigmas)
         marginal = self.process.marginal(clocks)
         at = lift(marginal)
-        state, gain = denoiser_coefficients(marginal, at, self.prediction_type)
+        state, gain = self.denoiser(marginal, at)
         rows = zip(labels.tolist(), *(t.tolist() for t in (at.sigma, at.frame, at.inverse, state, gain)), strict=True)
         # At time 0, v is pure noise of variance gamma M and y is x.
         v0 = math.sqrt(self.process.gamma * self.process.mass)
         end = VelocityCall(0.0, 0.0, ((1.0, 0.0), (0.0, v0)), ((1.0, 0.0), (0.0, 1 / v0)), (0.0, 0.0), 0.0)
         return [*(VelocityCall(*row) for row in rows), end]
+
+    def denoiser(self, marginal: Kernel, at: Lift) -> tuple[Tensor, Tensor]:
+        """`(state, gain)` of `D = state . (x, v) + gain * output`, `(..., 2)` and `(...)`: the score of
+        `score_coefficients` and `s_v = score_state . u + score_gain * D` solved for D."""
+        of_velocity, of_output = score_coefficients(marginal, self.prediction_type)
+        of_state = torch.stack([torch.zeros_like(of_velocity), of_velocity], -1) - at.score_state
+        return of_state / at.score_gain[..., None], of_output / at.score_gain
 
     def coordinates(self, sample: Tensor, call: VelocityCall) -> tuple[Tensor, Tensor]:
         return transform_pair(call.inverse, *sample.chunk(2, 1))
@@ -108,7 +116,7 @@ class VelocityReading:
         return torch.cat(transform_pair(call.frame, y, companion), 1)
 
     def model_input(self, sample: Tensor, timestep: Any, call: VelocityCall | None) -> Tensor:
-        _check_halves(sample)
+        check_halves(sample)
         x, v = sample.chunk(2, 1)
         return torch.cat([x, v / self.process.velocity_scale], 1)
 
@@ -117,7 +125,7 @@ class VelocityReading:
 
     def initial_sample(self, noise: Tensor, sigma: float) -> Tensor:
         """The prior: `x ~ N(0, 1)`, `v ~ N(0, M)`."""
-        _check_halves(noise)
+        check_halves(noise)
         x, v = noise.chunk(2, 1)
         return torch.cat([x, self.process.velocity_scale * v], 1)
 
@@ -136,7 +144,7 @@ class VelocityReading:
         return sample.chunk(2, 1)[0]
 
     def check(self, output: Tensor, sample: Tensor) -> None:
-        _check_halves(sample)
+        check_halves(sample)
         expected = (sample.shape[0], sample.shape[1] // 2, *sample.shape[2:])
         if tuple(output.shape) != expected:
             raise ValueError(
@@ -167,21 +175,13 @@ def score_coefficients(marginal: Kernel, prediction_type: str) -> tuple[Tensor, 
     raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {VELOCITY_PREDICTION_TYPES}")
 
 
-def denoiser_coefficients(marginal: Kernel, at: Lift, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """`D = state . (x, v) + gain * output`: the score of `score_coefficients` and `s_v = score_state . u + score_gain *
-    D` solved for D. `(..., 2)` and `(...)`."""
-    of_velocity, of_output = score_coefficients(marginal, prediction_type)
-    of_state = torch.stack([torch.zeros_like(of_velocity), of_velocity], -1) - at.score_state
-    return of_state / at.score_gain[..., None], of_output / at.score_gain
-
-
 def transform_pair(rows: tuple[Pair, Pair], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """`rows @ (a, b)` for every element of two tensors of one shape."""
     (aa, ab), (ba, bb) = rows
     return torch.add(aa * a, b, alpha=ab), torch.add(ba * a, b, alpha=bb)
 
 
-def _check_halves(sample: Tensor) -> None:
+def check_halves(sample: Tensor) -> None:
     if sample.ndim < 2 or sample.shape[1] % 2:
         raise ValueError(
             f"the sample of a velocity network is cat([x, v], 1), an even number of channels; got {tuple(sample.shape)}"

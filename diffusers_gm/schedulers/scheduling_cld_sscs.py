@@ -22,15 +22,16 @@ class CLDSSCSScheduler(SamplerScheduler):
 
     Two modes, told apart by `prediction_type`:
 
-    - **native** (`velocity_score`, `scaled_velocity_score`, `cld_mixed`): the network was trained on CLD. The sample
-      and `prev_sample` are `cat([x, v], 1)`, `(B, 2C, ...)`; the network is fed `cat([x, v / sqrt(M)], 1)` and labels
-      `t * num_train_timesteps` (floats), and answers `(B, C, ...)`; `pred_original_sample` is the denoised x alone.
+    - **native** (`velocity_score`, `scaled_velocity_score`, `cld_mixed`, `cld_edm`): the network was trained on CLD.
+      The sample and `prev_sample` are `cat([x, v], 1)`, `(B, 2C, ...)`; the network is fed `cat([x, v / sqrt(M)], 1)`,
+      that of `cld_edm` `cat([y / sqrt(sigma^2 + sigma_data^2), c], 1)` of the lift, and labels `t *
+      num_train_timesteps` (floats), and answers `(B, C, ...)`; `pred_original_sample` is the denoised x alone.
     - **lifted** (any ordinary type): any pretrained denoiser. The sample is the ordinary noisy image; the other half
       of the CLD state is unit noise, which the scheduler draws at the first step and keeps (`Lift`). A run starts at
       the clock whose `sigma_eff` is the network's first noise level.
 
     `set_timesteps(n)` spends n network calls, the last on the final denoising: a noiseless step from t = 1e-3 to 0
-    in native mode, D itself in lifted mode.
+    for networks that answer a score of the velocity, D itself for all others, `cld_edm` among them.
 
     | `algorithm_type` | | order |
     |---|---|---|
@@ -42,12 +43,14 @@ class CLDSSCSScheduler(SamplerScheduler):
         num_train_timesteps, noise_space, sigma_min, sigma_max, scale_input, beta_start, beta_end, beta_schedule,
             trained_betas, rescale_betas_zero_snr, snr_shift_scale, shift, use_dynamic_shifting, time_shift_type,
             shift_terminal, variance_type: lifted: the network's noise space and its grid, as in
-            `AnnealedLangevinScheduler`. Native: only `num_train_timesteps` matters, the unit of the labels.
-        prediction_type: native `velocity_score` (`grad_v log p`), `scaled_velocity_score` (`-ell` times the output) or
-            `cld_mixed` (eq. 9), see `score_coefficients`; lifted as in `AnnealedLangevinScheduler`.
+            `AnnealedLangevinScheduler`. Native: `num_train_timesteps` is the unit of the labels; of `cld_edm` also
+            `sigma_data` and the ends `sigma_min` and `sigma_max` of the levels of y that it was trained at.
+        prediction_type: native `velocity_score` (`grad_v log p`), `scaled_velocity_score` (`-ell` times the output),
+            `cld_mixed` (eq. 9), see `score_coefficients`, or `cld_edm`, the F of EDM, see `CompanionReading`; lifted as
+            in `AnnealedLangevinScheduler`.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on D.
         timestep_spacing: `uniform` or `quadratic` in t, `log_snr` (equal ratios of `sigma_eff`); lifted also
-            `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
+            `even`, `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
         steps_offset, grid, calibration, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas:
             lifted, as in `AnnealedLangevinScheduler`.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.
@@ -55,12 +58,12 @@ class CLDSSCSScheduler(SamplerScheduler):
             on them: they are the sampler's own.
         algorithm_type: see above.
         splitting_order: of `sscs`. 1 is the published one, with an explicit step along the score at its start. 2 solves
-            that step exactly in the middle of its interval, with D extrapolated there from two calls. None: 1 in
-            native mode, 2 in lifted mode, but 1 where `network_at` is given.
+            that step exactly in the middle of its interval, with D extrapolated there from two calls. None: 1 for
+            networks that answer a score of the velocity, 2 for others, but 1 where `network_at` is given.
         network_at: of `sscs` with `splitting_order=1`: whether the network sees the state at the start of a step, a
-            marginal of the process (`step_start`, None in lifted mode), or between the half-steps (`half_step`, the
-            published order, None in native mode). In both it is labelled with the start, and both are of first order;
-            `step_start` may begin midway (image-to-image) without an error of half a step.
+            marginal of the process (`step_start`), or between the half-steps (`half_step`, the published order, and
+            what None is for networks that answer a score of the velocity). In both it is labelled with the start, and
+            both are of first order; `step_start` may begin midway (image-to-image) without an error of half a step.
 
     Raises:
         ValueError: for arguments out of range; from `set_timesteps` for a spacing that the mode does not offer or

@@ -1,5 +1,6 @@
 """Configs: what ours say of a network, what those of diffusers do, and what either may read of the other's."""
 
+import inspect
 from typing import Any, ClassVar
 
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, SchedulerMixin
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from ..processes.cld import CLD
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..readings import ImageReading, NoiseSpace, Reading, VelocityReading
+from ..readings import CompanionReading, ImageReading, NoiseSpace, Reading, VelocityReading
+from ..readings.companion import COMPANION_PREDICTION_TYPE
 from ..readings.noise_space import PREDICTION_TYPES
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
 
@@ -42,15 +44,20 @@ OWN = "diffusers_gm"
 def reading_from_config(config: Any) -> Reading:
     """How the network that a config of ours describes sees noise.
 
-    A velocity prediction type means a network of CLD. Else `noise_space=None` is inferred: a beta schedule means `vp`,
-    a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything else `ve`.
+    A velocity prediction type, or `cld_edm`, means a network of CLD. Else `noise_space=None` is inferred: a beta
+    schedule means `vp`, a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything
+    else `ve`.
 
     Raises:
         ValueError: for an unknown noise space or prediction type.
     """
-    if config.prediction_type in VELOCITY_PREDICTION_TYPES:
+    n, prediction_type = config.num_train_timesteps, config.prediction_type
+    if prediction_type in (*VELOCITY_PREDICTION_TYPES, COMPANION_PREDICTION_TYPE):
         process = CLD(config.beta_0, config.beta_1, config.mass, config.gamma)
-        return VelocityReading(process, config.prediction_type, config.num_train_timesteps)
+        if prediction_type in VELOCITY_PREDICTION_TYPES:
+            return VelocityReading(process, prediction_type, n)
+        space = NoiseSpace.edm(config.sigma_min, config.sigma_max, n, config.sigma_data or 1.0)
+        return CompanionReading(process, prediction_type, n, space)
     kind = config.noise_space
     if kind is None:
         if config.trained_betas is not None or config.beta_schedule is not None:
@@ -59,7 +66,6 @@ def reading_from_config(config: Any) -> Reading:
             kind = "flow"
         else:
             kind = "ve" if config.sigma_data is None else "edm"
-    n, prediction_type = config.num_train_timesteps, config.prediction_type
     if kind == "vp":
         space = NoiseSpace.vp(betas_from_config(config)[1])
     elif kind == "ve":
@@ -132,7 +138,7 @@ def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
     - Values that the source left at its defaults count as given: they describe the network. diffusers drops them from
       configs in memory, and keeps them in the same configs read from disk.
     - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
-      at few calls: `grid="trailing"` takes their place, and they stay in the config for the way back.
+      at few calls: `grid="even"` takes their place, and they stay in the config for the way back.
     - `algorithm_type` is the source's own, and left out.
     - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
       pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space.
@@ -161,7 +167,7 @@ def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         return {**config, "noise_space": "edm", **({} if flagged else {"grid": "karras"})}
     if config.get("timestep_spacing") in ("leading", "linspace") and not flagged:
-        config["grid"] = "trailing"
+        config["grid"] = "even"
     if config.get("use_flow_sigmas"):
         config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), "prediction_type": "flow_prediction"}
     elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
@@ -274,6 +280,8 @@ class Swappable(SchedulerMixin, ConfigMixin):
             config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config and "noise_space" not in kwargs:
                 config = from_source_config(config)
+                if "network_level" not in config and "network_level" in inspect.signature(cls.__init__).parameters:
+                    kwargs = {"network_level": "chain", **kwargs}
             cls._check_mixture(config)
             # The grid belongs to the sampler.
             if cls.calibrates and "corrector" not in config:

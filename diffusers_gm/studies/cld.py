@@ -1,6 +1,7 @@
 """Critically-damped Langevin diffusion, measured: each command leaves a report with a picture and a verdict.
 
     python -m diffusers_gm.studies.cld terminal       variance of samples of a known Gaussian, SSCS and Euler-Maruyama
+    python -m diffusers_gm.studies.cld squared        both in squared distances, beside the published factors
     python -m diffusers_gm.studies.cld damping        distance to equilibrium, under-, critically and over-damped
     python -m diffusers_gm.studies.cld samplers       SSCS and Euler-Maruyama on the digits, exact and trained
     python -m diffusers_gm.studies.cld target         is the velocity's score easier to learn? loss and Jacobian
@@ -17,11 +18,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from ..cli import at_least
 from ..evaluation.report import plot_curves
 from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
@@ -30,9 +33,10 @@ from ..samplers import Memory
 from ..schedulers import CLDSSCSScheduler
 from .cld_digits import GRIDS, SAMPLERS, against, as_curves
 from .cld_likelihood import likelihood
+from .cld_squared import squared as squared_distances
 from .cld_target import target
 from .cld_training import losses, robustness, samplers
-from .command import at_least, parse, study_parser
+from .command import parse, study_parser
 from .pictures import save_picture
 from .report import Report
 
@@ -41,7 +45,7 @@ CALLS = (10, 20, 50, 100, 200)
 # --- Terminal variance ---
 
 
-def terminal_variance(scheduler: CLDSSCSScheduler, num_calls: int, data_variance: float = 0.25) -> float:
+def terminal_variance(scheduler: Any, num_calls: int, data_variance: float = 0.25) -> float:
     """Variance of x after a run with the exact denoiser of `N(0, data_variance)`, without sampling.
 
     A run is linear in what it draws: of a batch of runs, each has one unit draw and zeros else, and squares add up.
@@ -109,6 +113,11 @@ def terminal(args: argparse.Namespace) -> Report:
     )
 
 
+def squared(args: argparse.Namespace) -> Report:
+    """SSCS and Euler-Maruyama in squared distances."""
+    return squared_distances(terminal_variance, args)
+
+
 # --- Damping ---
 
 
@@ -157,7 +166,7 @@ def damping(args: argparse.Namespace) -> Report:
     )
 
 
-STUDIES = {f.__name__: f for f in (terminal, damping, samplers, target, robustness, losses, likelihood)}
+STUDIES = {f.__name__: f for f in (terminal, squared, damping, samplers, target, robustness, losses, likelihood)}
 
 
 def main(arguments: list[str] | None = None) -> None:

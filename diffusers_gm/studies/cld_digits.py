@@ -24,8 +24,16 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 
 def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CLDSSCSScheduler]:
-    """A velocity network on the digits, and the scheduler that describes it; kept beside the reports."""
-    return trained(args.output, method="cld", max_train_steps=args.steps, train_batch_size=args.batch, **options)
+    """A network of the digits as published, of the score of the velocity, and the scheduler that describes it; kept
+    beside the reports."""
+    return trained(
+        args.output,
+        method="cld",
+        objective="score",
+        max_train_steps=args.steps,
+        train_batch_size=args.batch,
+        **options,
+    )
 
 
 def as_network(unet: UNet2DModel) -> Network:

@@ -3,12 +3,12 @@
     python -m diffusers_gm.studies.demo outputs/demo [--compare outputs/demo-k1]
 
 `make demo` runs it on the digits model that it has trained. Writes into the model's folder `digits.png` (samples beside
-real digits), `forward_noise.png` (what the noise of the method does) and what `diffusers_gm.evaluation` writes:
+real digits), `forward_noise.png` (what the noise of the method does), `trajectories.png` (the way of one image under
+every sampler) and what `diffusers_gm.evaluation` writes:
 `results.json`, `results.md`, `results.png` and its section of the card. With --compare, `comparison.md` and
 `comparison.png` hold both models. What is measured already is not measured again.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..app.compare import Model, Run, Sampler, Settings, advance
+from ..cli import Parser, at_least
 from ..data import split_digits
 from ..evaluation import report
 from ..evaluation.command import measure, write_report
@@ -33,10 +35,10 @@ from ..schedulers import (
     CLDSSCSScheduler,
     GMLangevinScheduler,
 )
-from .command import at_least, program
-from .pictures import plot_forward_cld, plot_forward_noise, plot_samples
+from .pictures import plot_forward_cld, plot_forward_noise, plot_samples, plot_trajectories
 
 CALLS = (10, 20, 50, 200)
+FEW = 10  # calls that a picture has room for
 GRID = 10
 
 OWN_STEP: dict[str, Any] = {"step_size": None, "denoise": True}
@@ -94,11 +96,12 @@ def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
 
 
 def draw_pictures(folder: Path, seed: int) -> None:
-    """Samples beside real digits, and the noise that the model was trained with."""
+    """Samples beside real digits, the noise that the model was trained with, and the ways from there."""
     _, held_out = split_digits()
     pipeline = load_pipeline(str(folder), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
-    images = pipeline(GRID * GRID, generator=generator, output_type="pt").images * 2 - 1
+    labels = pipeline.labels_in_turn(GRID * GRID)
+    images = pipeline(GRID * GRID, generator=generator, output_type="pt", class_labels=labels).images * 2 - 1
     scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
     title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
     plot_samples(images, held_out[: GRID * GRID], title, folder / "digits.png", GRID)
@@ -107,6 +110,11 @@ def draw_pictures(folder: Path, seed: int) -> None:
     else:
         mixture = getattr(scheduler, "mixture", GaussianMixtureNoise([1.0], [1.0]))
         plot_forward_noise(held_out[0], mixture, 0.5, folder / "forward_noise.png")
+    model, runs = Model.of(str(folder), pipeline), []
+    for name, sampler in samplers(pipeline).items():
+        *_, run = advance(model, Run(Sampler(name, sampler), FEW), Settings(seed, 1))
+        runs += [run] if run.finished else []  # some need more calls
+    plot_trajectories(runs, folder / "trajectories.png")
 
 
 def together(models: dict[str, Results]) -> Results:
@@ -124,7 +132,7 @@ def together(models: dict[str, Results]) -> Results:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     held_out = len(split_digits()[1])
-    parser = argparse.ArgumentParser(prog=program("demo"), description=(__doc__ or "").splitlines()[0])
+    parser = Parser(f"{__package__}.demo", (__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, help="a model trained by train_gm_sgm.py --dataset_name digits")
     add("--compare", type=Path, help="a second model, for a table of both (K = 1, say)")
@@ -158,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.compare:
         write_text(args.folder / "comparison.md", text + "\n")
     print(f"\n{text}\n\nLook at:")
-    for name in ("digits.png", "forward_noise.png", f"{stem}.png", f"{stem}.md", "README.md"):
+    for name in ("digits.png", "forward_noise.png", "trajectories.png", f"{stem}.png", f"{stem}.md", "README.md"):
         print(f"  {args.folder / name}")
 
 

@@ -1,5 +1,6 @@
 """The pictures of the demo and the studies, but for curves of quality. Needs the `evaluation` extra."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from ..app.compare import Run
 from ..pictures import COLORS, image_grid, style
 from ..processes.cld import CLD, transform
 from ..processes.mixture import GaussianMixtureNoise
@@ -49,6 +51,20 @@ def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path, columns:
     for axis, images, name in zip(axes, (samples, real), (title, "held-out digits"), strict=True):
         show_grid(axis, image_grid(images, columns))
         axis.set(title=name)
+    save_picture(figure, path)
+
+
+def plot_trajectories(runs: Sequence[Run], path: Path) -> None:
+    """The way of one image through each run: what the network saw, and the denoised image, at every call."""
+    calls = max(len(run.looks) for run in runs)
+    figure, axes = plt.subplots(
+        len(runs), 1, figsize=(0.4 + 0.65 * calls, 0.5 + 1.6 * len(runs)), layout="constrained", squeeze=False
+    )
+    for axis, run in zip(axes[:, 0], runs, strict=True):
+        seen, denoised = (torch.cat([getattr(look, of)[:1] for look in run.looks]) for of in ("seen", "denoised"))
+        show_rows(axis, {"y": seen, "D": denoised}, calls)
+        axis.set_title(run.sampler.name, fontsize=9, loc="left", pad=3)
+    figure.suptitle(f"one image in {calls} network calls: y as the network sees it, D denoised", fontsize=10)
     save_picture(figure, path)
 
 

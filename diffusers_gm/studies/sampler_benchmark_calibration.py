@@ -59,7 +59,7 @@ class Calibrations:
         rows = [
             [
                 name,
-                kept["stochasticity"],
+                ", ".join(f"{tau:g}" for tau in sorted(set(kept["stochasticity"].values()))),
                 kept["martingale_defect"] or "-",
                 kept["network_calls"],
                 kept["seconds"] or "-",
@@ -89,14 +89,13 @@ class Calibrations:
         arguments = VARIANTS[variant]
         # tau chosen by itself is one of those that are asked for, most often.
         chosen = self._read("calibrated") if "tau" in variant else None
-        if chosen is not None and chosen["stochasticity"] == arguments["stochasticity"]:
+        if chosen is not None and set(chosen["stochasticity"].values()) == {arguments["stochasticity"]}:
             return chosen
         found = calibrate_in_full(self.pipeline, progress=False, **arguments)
-        (tau,) = set(found.stochasticity.values())  # one for all budgets, where no images choose
-        print(f"{variant}: tau {tau:g}, {sum(found.seconds):.1f} s", flush=True)
+        print(f"{variant}: tau {found.stochasticity}, {sum(found.seconds):.1f} s", flush=True)
         return {
             "calibration": dict(found.scheduler.config.calibration),
-            "stochasticity": tau,
+            "stochasticity": {str(n): tau for n, tau in found.stochasticity.items()},
             "martingale_defect": found.martingale_defect,
             "network_calls": found.network_calls,
             "seconds": round(sum(found.seconds), 2),
@@ -123,7 +122,7 @@ def gits(pipeline: Any) -> dict[str, Any]:
     calibration = {str(n): sigmas[cheapest_path(costs, n)].tolist() for n in CALLS}
     return {
         "calibration": calibration,
-        "stochasticity": 0.0,
+        "stochasticity": dict.fromkeys(calibration, 0.0),
         "martingale_defect": None,
         "network_calls": NUM_GITS,
         "seconds": round(time.perf_counter() - began, 2),

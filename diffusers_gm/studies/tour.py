@@ -7,94 +7,79 @@ Every cell starts from the same noise. The last row is calibrated on the network
 network (those of diffusers one of mixture noise, say) are left out, and said to be.
 """
 
-import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import diffusers
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
-from .. import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler, calibrate
+from .. import calibrate
+from ..app.compare import CALIBRATED, Model, Run, Sampler, Settings, advance
+from ..cli import Parser, at_least
 from ..evaluation.sampling import load_pipeline
-from .command import at_least, program
-from .pictures import save_picture
+from ..pictures import image_grid
+from .pictures import save_picture, show_grid
 
 CALLS = (5, 10, 20, 50)
 Effort = Literal["full", "fast"]
-IMAGES_PER_ROW, ROWS_PER_CELL, GAP = 5, 2, 1
+IMAGES_PER_ROW, IMAGES_PER_CELL = 5, 10
 
-# Name in the picture, and the sampler for the network of a pipeline.
-SAMPLERS: dict[str, Callable[[Any], Any]] = {
-    "DDPM\n(diffusers)": lambda pipe: diffusers.DDPMScheduler.from_config(theirs(pipe)),
-    "UniPC\n(diffusers)": lambda pipe: diffusers.UniPCMultistepScheduler.from_config(theirs(pipe)),
-    "annealed\nLangevin, chain": lambda pipe: AnnealedLangevinScheduler.from_config(
-        pipe.scheduler.config, algorithm_type="langevin", network_level="chain"
-    ),
-    "GM, ode": lambda pipe: GMLangevinScheduler.from_config(pipe.scheduler.config, algorithm_type="ode"),
-    "CLD, sscs": lambda pipe: CLDSSCSScheduler.from_config(pipe.scheduler.config),
+# Samplers of the app, by what they are called in the picture.
+SAMPLERS = {
+    "DDPM\n(diffusers)": "DDPM",
+    "UniPC\n(diffusers)": "UniPC",
+    "annealed\nLangevin, chain": "annealed Langevin, chain",
+    "GM, ode": "GM, ode",
+    "CLD, sscs": "CLD, sscs",
+    "calibrated": CALIBRATED,
 }
-
-
-def theirs(pipe: Any) -> Any:
-    """The config of the network, as schedulers of diffusers read it."""
-    scheduler = pipe.scheduler
-    return scheduler.diffusers_config() if hasattr(scheduler, "diffusers_config") else scheduler.config
-
-
-def mosaic(images: Tensor) -> Tensor:
-    """`(n, C, H, W)` in [0, 1] as one picture `(H', W', C)` of `IMAGES_PER_ROW` images a row, with white gaps."""
-    padded = torch.nn.functional.pad(images, (GAP, GAP, GAP, GAP), value=1.0)
-    rows = [torch.cat(list(row), -1) for row in padded.split(IMAGES_PER_ROW)]
-    return torch.cat(rows, -2).movedim(0, -1)
 
 
 def sample_all(
     pipe: Any, calls: Sequence[int], seed: int, effort: Effort = "full"
-) -> tuple[dict[str, list[Tensor]], dict[str, str]]:
+) -> tuple[dict[str, list[Image.Image]], dict[str, str]]:
     """A row of cells, one for each number of calls, by sampler; and the samplers that were left out, and why."""
-    own, rows, left_out = pipe.scheduler, {}, {}
-    for name, make in {**SAMPLERS, "calibrated": lambda pipe: calibrate(pipe, calls, effort=effort)}.items():
-        pipe.scheduler = own
+    model, settings = Model.of("", pipe), Settings(seed, IMAGES_PER_CELL)
+    model.samplers[CALIBRATED] = Sampler(CALIBRATED, calibrate(pipe, calls, effort=effort))
+    rows, left_out = {}, {}
+    for name, sampler in SAMPLERS.items():
         try:
-            pipe.scheduler = make(pipe)
-            rows[name] = [sampled(pipe, n, seed) for n in calls]
+            rows[name] = [sampled(model, Run(model.sampler(sampler), n), settings) for n in calls]
         except ValueError as error:
             left_out[name.replace("\n", " ")] = str(error)
-    pipe.scheduler = own
     return rows, left_out
 
 
-def draw(rows: dict[str, list[Tensor]], calls: Sequence[int], path: Path) -> None:
+def sampled(model: Model, run: Run, settings: Settings) -> Image.Image:
+    """A cell of the picture."""
+    for _ in advance(model, run, settings):
+        pass
+    if run.images is None or run.error:
+        raise ValueError(f"{run.calls} calls: {run.error}")
+    return image_grid(run.images, IMAGES_PER_ROW)
+
+
+def draw(rows: dict[str, list[Image.Image]], calls: Sequence[int], path: Path) -> None:
     """Write the picture."""
-    height, width = next(iter(rows.values()))[0].shape[:2]
+    width, height = next(iter(rows.values()))[0].size
     size = (1.1 + 2.1 * len(calls), 0.35 + 2.1 * height / width * len(rows))
-    figure, axes = plt.subplots(len(rows), len(calls), figsize=size, layout="constrained", squeeze=False)
+    layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.08)
+    figure, axes = plt.subplots(len(rows), len(calls), figsize=size, layout=layout, squeeze=False)
     for axis, n in zip(axes[0], calls, strict=True):
         axis.set_title(f"{n} calls", fontsize=11)
     for row, (name, cells) in zip(axes, rows.items(), strict=True):
         for axis, cell in zip(row, cells, strict=True):
-            axis.imshow(cell.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            show_grid(axis, cell)
         row[0].set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center")
     save_picture(figure, path)
 
 
-def sampled(pipe: Any, num_calls: int, seed: int) -> Tensor:
-    """A cell of the picture."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = IMAGES_PER_ROW * ROWS_PER_CELL
-    return mosaic(pipe(batch, num_inference_steps=num_calls, generator=generator, output_type="pt").images.cpu())
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=program("tour"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{__package__}.tour", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="a trained pipeline, best one of Gaussian noise, which all samplers read")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")

@@ -4,18 +4,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ..data import ImageStream, Place, StreamedBatches
 from .options import TrainingArguments
 from .stopping import ignore_signals
 
 
-class Batches(Iterator[Tensor]):
-    """Endless batches of images for this process, `(B, C, H, W)`.
+class Batches(Iterator[Any]):
+    """Endless batches of images for this process, `(B, C, H, W)`, with their classes if `dataset` has any.
 
     Args:
         args: the options.
@@ -71,7 +69,7 @@ class Batches(Iterator[Tensor]):
         )
         self._loader = iter(DataLoader(batches, batch_size=None, **options))
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Any:
         if self._places is None:
             return next(self._loader)
         images, place = next(batch for batch in self._loader if batch is not None)
@@ -85,8 +83,8 @@ class Batches(Iterator[Tensor]):
             return None
         return {"turn": self._turn, "workers": [asdict(place) for place in self._places]}
 
-    def first(self) -> Tensor:
-        """The images that come next."""
+    def first(self) -> Any:
+        """The batch that comes next."""
         if self._places is not None:
             return next(self)
-        return torch.stack(self._dataset.__getitems__(next(iter(self._stream))))
+        return default_collate(self._dataset.__getitems__(next(iter(self._stream))))

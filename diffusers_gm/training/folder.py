@@ -6,7 +6,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .. import files
 from ..data.latents import CONTENTS
 from .draws import DRAWS_VERSION
+from .methods import METHODS
 from .options import TrainingArguments, free_on_resume
 from .training_data import STATE_FILE, TrainingData, read_state
 
@@ -68,6 +69,24 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         f"--resume_from_checkpoint {resume!r}: there is no complete checkpoint; --output_dir has "
         f"{[path.name for path in list_checkpoints(folder)] or 'none'}"
     )
+
+
+def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArguments:
+    """The options; those that were left open are as the training of the checkpoint had them."""
+    if checkpoint is None:
+        return args
+    record = recorded_options(read_state(checkpoint), args.method)
+    recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
+    args = replace(args, **recorded)
+    args.left_open |= recorded.keys()
+    return args
+
+
+def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:
+    """The options in a checkpoint's state file, and what those came to that were not there yet."""
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    record, formerly = defaults | content["arguments"], METHODS[method].formerly
+    return record | {name: value for name, value in formerly.items() if record.get(name) is None}
 
 
 def _newest_whole(folder: Path) -> Path | None:
@@ -255,7 +274,7 @@ def read_checkpoint(
     """
     content = read_state(checkpoint)
     free = free_on_resume(args)
-    before, now = content["arguments"], json.loads(json.dumps(record))
+    before, now = recorded_options(content, args.method), json.loads(json.dumps(record))
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

@@ -122,6 +122,8 @@ def latents_of(
     cache = LatentCache(folder, images, space.encode, fingerprint(vae), shape, args.random_flip)
     if args.dry_run:
         return Latents(FewLatents(some), rehearsed, replace(space, mean=mean, std=std))
+    if accelerator.device.type == "cpu":
+        vae.to(memory_format=torch.channels_last)  # a third faster there
     with cache.being_filled() if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         cache.fill(
@@ -134,6 +136,7 @@ def latents_of(
         accelerator.wait_for_everyone()
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
     examined = dataset.examined(args.seed, NUM_EXAMINED, MAX_ELEMENTS)
+    vae.to(memory_format=torch.contiguous_format)
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()  # a grid of samples needs no more memory than one
     return Latents(

@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, dequantized, resolution_of, sides
-from ..networks import answers_variance, asked, channels_of, size_of, without_variance
+from ..networks import answers_variance, asked, channels_of, num_class_embeds, size_of, without_variance
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
+from .classes import told
 from .draws import Draws
 from .methods import METHODS
 from .options import TrainingArguments, changed_options
@@ -48,20 +49,21 @@ def given_unet(args: TrainingArguments) -> Any | None:
                 config = UNet2DModel.load_config(name, **kwargs)
             except OSError:
                 continue
-            cls = network_class(f"--{option} {name}", config)
+            cls = network_class(f"--{option} {name}", config, args.class_conditional)
             if option == "model_config":
                 return cls.from_config(config)
             try:
                 unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--{option} {name} cannot be loaded: {error}") from error
-            return with_velocities(unet) if METHODS[args.method].input_factor == 2 else unet
+            return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
         raise ValueError(f"--{option} {name}: there is no network, neither in such a folder nor on the Hub")
     return None
 
 
-def network_class(option: str, config: dict[str, Any]) -> Any:
-    """The class that `config` names; a ValueError if its networks need more than a noisy image and a timestep."""
+def network_class(option: str, config: dict[str, Any], conditional: bool = False) -> Any:
+    """The class that `config` names; a ValueError if its networks need more than a noisy image, a timestep and, if
+    `conditional`, a class, which they must then know."""
     kind = config.get("_class_name", "UNet2DModel")
     cls: Any = getattr(diffusers, kind, None)
     is_network = inspect.isclass(cls) and issubclass(cls, diffusers.ModelMixin)
@@ -74,10 +76,16 @@ def network_class(option: str, config: dict[str, Any]) -> Any:
             f"{option} is a {kind}: what is trained here is called with a noisy image and a timestep alone"
         )
     classes = [f"{name} = {config[name]!r}" for name in ("num_class_embeds", "class_embed_type") if config.get(name)]
-    if classes:
+    known = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if conditional and (not known or config.get("class_embed_type")):
+        raise ValueError(
+            f"{option} is a network without num_class_embeds, and does not know the classes of --class_conditional: "
+            "leave that out, or train a new network"
+        )
+    if classes and not conditional:
         raise ValueError(
             f"{option} needs a class for every image ({', '.join(classes)}), and images have none here: "
-            "take a network without"
+            "add --class_conditional, or take a network without"
         )
     embedding = config.get("time_embedding_type", "positional")
     if embedding != "positional":
@@ -108,7 +116,9 @@ def with_velocities(unet: Any) -> Any:
     return unet
 
 
-def new_unet(args: TrainingArguments, resolution: Resolution, channels: int) -> UNet2DModel:
+def new_unet(
+    args: TrainingArguments, resolution: Resolution, channels: int, num_class_embeds: int | None = None
+) -> UNet2DModel:
     """A network of the described shape, or of one that suits the resolution."""
     height, width = sides(resolution)
     largest, small = max(height, width), max(height, width) <= 16
@@ -127,7 +137,7 @@ def new_unet(args: TrainingArguments, resolution: Resolution, channels: int) -> 
     head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution_of(height, width),
-        in_channels=METHODS[args.method].input_factor * channels,
+        in_channels=METHODS[args.method].input_factor(args) * channels,
         out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -136,10 +146,11 @@ def new_unet(args: TrainingArguments, resolution: Resolution, channels: int) -> 
         norm_num_groups=math.gcd(32, *widths),
         attention_head_dim=head_dim,
         dropout=args.dropout,
+        num_class_embeds=num_class_embeds,
     )
 
 
-def native_shape(unet: Any, method: str, vae: Any = None) -> tuple[Resolution | None, int | None]:
+def native_shape(unet: Any, args: TrainingArguments, vae: Any = None) -> tuple[Resolution | None, int | None]:
     """Resolution and channels of the images that a network, or an autoencoder, is for; None where nothing says so.
 
     Raises:
@@ -148,7 +159,7 @@ def native_shape(unet: Any, method: str, vae: Any = None) -> tuple[Resolution | 
     size = None
     if unet is not None:
         entering, answering = channels_of(unet)
-        times, size = METHODS[method].input_factor, size_of(unet)
+        times, size = METHODS[args.method].input_factor(args), size_of(unet)
         known = (1, 3) if vae is None else (latent_channels(vae),)
         channels = entering // times
         # One that also answers a variance has twice as many.
@@ -156,7 +167,7 @@ def native_shape(unet: Any, method: str, vae: Any = None) -> tuple[Resolution | 
             needed = " or ".join(f"{times * c} channels to {c}" for c in known)
             unknown = "" if channels in known or vae else ": for latents, give their autoencoder with --vae"
             raise ValueError(
-                f"--method {method} needs a network from {needed}, this one goes from {entering} to {answering}"
+                f"--method {args.method} needs a network from {needed}, this one goes from {entering} to {answering}"
                 + unknown
             )
     if vae is None:
@@ -206,7 +217,8 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
     try:
         with torch.no_grad():
             sample = torch.zeros(2, entering, *size, device=unet.device)
-            answer = asked(unet)(sample, torch.tensor([0.0, 1.5])).sample
+            classes = None if num_class_embeds(unet) is None else torch.zeros(2, dtype=torch.int64, device=unet.device)
+            answer = told(asked(unet), classes)(sample, torch.tensor([0.0, 1.5])).sample
     except Exception as error:  # whatever it misses
         raise ValueError(f"a {name} of this config does not run on a noisy image and a timestep: {error}") from error
     finally:
@@ -247,9 +259,17 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         ValueError: if options say other levels.
     """
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
-    ours = ("sigma_min", "sigma_max", "num_train_timesteps", "prediction_type", "objective", "scale_input")
+    ours = (
+        "sigma_min",
+        "sigma_max",
+        "sigma_data",
+        "num_train_timesteps",
+        "prediction_type",
+        "objective",
+        "scale_input",
+    )
     method = METHODS[args.method]
-    if args.model_name_or_path is None or not args.keep_noise_levels or "sigma_min" not in method.option_names:
+    if args.model_name_or_path is None or not args.keep_noise_levels or "prediction_type" not in method.option_names:
         return args, answers
     try:
         config = GMLangevinScheduler.load_config(
@@ -258,8 +278,8 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         source = GMLangevinScheduler.from_config(config)
     except (OSError, ValueError):  # a network alone, or a scheduler that says nothing of noise levels
         return args, answers
-    space, kind = source.noise_space, source.config["prediction_type"]
-    if space is None or space.kind not in ("vp", "ve") or kind == "score":
+    space, kind = source.noise_space, source.reading.prediction_type
+    if space is None or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score")):
         return args, answers
     given = [f"--{f.name}" for f in changed_options(args) if f.name in ours]
     if given:
@@ -270,9 +290,12 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
     changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
     changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
-    changes |= {"objective": "score"} if kind == "scaled_score" else {"prediction_type": kind}
-    if args.method != "gm-sgm" and kind == "scaled_score":  # of Gaussian noise, the two are the same
-        changes["objective"] = "denoiser"
+    learned_score = kind == "scaled_score" and args.method == "gm-sgm"  # of Gaussian noise, the two are the same
+    changes |= {"objective": "score" if learned_score else "denoiser"}
+    changes |= {"prediction_type": "epsilon" if kind == "scaled_score" else kind}
+    changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
+    # How often each level is seen is chosen anew for what the network answers.
+    changes |= dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **changes), answers | (betas if space.kind == "vp" else {})
 
@@ -299,20 +322,30 @@ class Objective:
     """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
 
     Levels and noise, that of `--dequantize` included, come from the third argument, by default from the global
-    generators. `unet` is the network itself, for those that are not called as a `UNet2DModel` is.
+    generators; the classes of a conditional network from the fourth, by default `null_class`. `unet` is the network
+    itself, for those that are not called as a `UNet2DModel` is.
     """
 
     args: TrainingArguments
     plan: Plan
     scheduler: Any
     unet: Any = None
+    null_class: int | None = None
 
-    def __call__(self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None) -> Tensor:
+    def __call__(
+        self,
+        network: Callable[..., Any],
+        images: Tensor,
+        draws: Draws | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
         draws = draws or Draws.of(images)
+        if classes is None and self.null_class is not None:
+            classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
         loss = METHODS[self.args.method].loss
-        network = self._as_denoiser(network, images.shape[1])
+        network = told(self._as_denoiser(network, images.shape[1]), classes)
         return loss(self.args, self.plan, self.scheduler, network, images, self.labels(draws.levels), draws.noise)
 
     def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:

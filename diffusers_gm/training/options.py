@@ -18,7 +18,11 @@ SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dro
 
 @dataclass
 class TrainingArguments(MethodOptions):
-    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them."""
+    """The options of `train_gm_sgm.py`, named as in diffusers' training examples wherever these have them.
+
+    Attributes:
+        left_open: the options that the method chose, see `Method.choose`.
+    """
 
     # What is trained
     method: str = trained(
@@ -43,6 +47,14 @@ class TrainingArguments(MethodOptions):
     )
     image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
     background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
+    class_conditional: bool = data(
+        False,
+        "Learn each class of images: 'label' of the data set, the folders of a folder of images, what digits are.",
+    )
+    label_column: str | None = data(None, "Column with the classes; default 'label'.")
+    class_dropout: float = data(
+        0.1, "How often the class is dropped, so that samples can be guided; 0 for never.", below_one=True
+    )
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
     resolution: list[int] | int | None = data(
         None, "Side of the training images, or height and width; default that of the data."
@@ -199,7 +211,10 @@ class TrainingArguments(MethodOptions):
     )
     checkpointing_steps: int = output(500, "Steps between checkpoints; 0 for none.", at_least=0, free_on_resume=True)
     checkpoints_total_limit: int | None = output(
-        None, "Keep only the newest checkpoints.", at_least=1, free_on_resume=True
+        None,
+        "Keep only so many, the newest; superseded-checkpoint-* are no longer counted, and stay.",
+        at_least=1,
+        free_on_resume=True,
     )
     resume_from_checkpoint: str | None = output(
         None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", free_on_resume=True, path=True
@@ -207,7 +222,12 @@ class TrainingArguments(MethodOptions):
     validation_steps: int = output(
         500, "Steps between grids of samples; 0 for one at the end only.", at_least=0, free_on_resume=True
     )
-    num_validation_images: int = output(16, "Images in a grid.", at_least=1, free_on_resume=True)
+    num_validation_images: int = output(
+        16,
+        "Images in a grid; with --class_conditional a row for each class, as long as that leaves.",
+        at_least=1,
+        free_on_resume=True,
+    )
     validation_inference_steps: int | None = output(
         None,
         "Network calls per image; default that of the pipeline.",
@@ -243,6 +263,7 @@ class TrainingArguments(MethodOptions):
 
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
+        self.left_open: set[str] = set()
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError("give --dataset_name or --train_data_dir, not both")
         if self.model_name_or_path is not None and self.model_config is not None:
@@ -260,10 +281,12 @@ class TrainingArguments(MethodOptions):
         given = [f"--{f.name}" for f in changed_options(self) if f.name in foreign]
         if given:
             raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
+        self._choose()
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
+            package = "diffusers-gm[trackers]" if self.report_to == "tensorboard" else self.report_to
             raise ValueError(
-                f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
+                f"--report_to {self.report_to}: the package is not installed; pip install {package}, "
                 "or leave the option out"
             )
         check_streaming(self)
@@ -275,6 +298,12 @@ class TrainingArguments(MethodOptions):
             if self.hub_model_id is None or self.hub_model_id.count("/") != 1:
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
+
+    def _choose(self) -> None:
+        chosen = METHODS[self.method].choose(self)
+        self.left_open = {name for name in chosen if getattr(self, name) is None}
+        for name in self.left_open:
+            setattr(self, name, chosen[name])
 
     def _check_images(self) -> None:
         if isinstance(self.resolution, list) and len(self.resolution) == 1:
@@ -300,6 +329,8 @@ def check_streaming(args: TrainingArguments) -> None:
         )
     if args.streaming and args.vae is not None:
         raise ValueError("--vae keeps the latents of all images, and --streaming none: leave out one of them")
+    if args.streaming and args.class_conditional:
+        raise ValueError("--class_conditional counts the images of every class, and a stream cannot be counted")
     if args.num_train_samples is not None and not args.streaming:
         raise ValueError("--num_train_samples is for --streaming; --max_train_samples takes some images of a set")
 
@@ -314,8 +345,8 @@ def check_picture(path: str, dry_run: bool) -> None:
 
 
 def changed_options(args: TrainingArguments) -> list[Field]:
-    """The options that have another value than their default, `method` first."""
-    changed = [f for f in fields(args) if getattr(args, f.name) != f.default]
+    """The options that were given another value than their default, `method` first."""
+    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
     return sorted(changed, key=lambda f: f.name != "method")
 
 

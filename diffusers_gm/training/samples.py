@@ -13,12 +13,15 @@ from ..launch import over_processes, process_state
 
 
 def sample_images(pipeline: Any, num_images: int, batch_size: int, num_inference_steps: int, seed: int) -> list:
-    """PIL images, the same for the same seed whatever the batch size; each process draws a part, and has all."""
+    """PIL images, the same for the same seed whatever the batch size; each process draws a part, and has all. Those of
+    a conditional network are of all classes in turn."""
     pipeline.set_progress_bar_config(disable=True)
+    classes = pipeline.labels_in_turn(num_images)
 
     def draw(seeds: Tensor) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(s) for s in seeds.tolist()]
-        return pipeline(len(generators), num_inference_steps, generators).images
+        labels = classes and [classes[s - seed] for s in seeds.tolist()]
+        return pipeline(len(generators), num_inference_steps, generators, class_labels=labels).images
 
     share = math.ceil(num_images / process_state().num_processes)
     parts = over_processes(draw, torch.arange(seed, seed + num_images), min(batch_size, share), "samples")

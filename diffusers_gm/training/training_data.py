@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..data import Examination, ImageSource, open_source, open_stream
+from ..data import Examination, ImageSource, Labels, open_source, open_stream
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
 from .plan import Plan
@@ -34,12 +35,14 @@ class TrainingData:
             decides which noise is drawn for them, not what is learned.
         brightness: means of some images that the seed chooses, so that others, or another order, are noticed.
         largest_distance: between two images, where it was measured.
+        classes: of a conditional training, the name of each class and its number of images.
     """
 
     num_images: int | None = None
     images_per_step: int | None = None
     brightness: list[float] | None = None
     largest_distance: float | None = None
+    classes: list[list[Any]] | None = None
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "TrainingData":
@@ -70,6 +73,14 @@ class TrainingData:
             raise ValueError(
                 f"{checkpoint} was trained on other images, or on these in another order (are files renamed?): {anew}"
             )
+        by_class = zip_longest(before.classes or [], self.classes or [])
+        other_classes = [(one, other) for one, other in by_class if one != other]
+        if other_classes:
+            (one, other), words = other_classes[0], lambda of: f"{of[0]!r} with {of[1]} images" if of else "not there"
+            raise ValueError(
+                f"{checkpoint} was trained on other classes: the first that differs was {words(one)} and is "
+                f"{words(other)}: {anew}"
+            )
 
 
 def open_training_data(args: TrainingArguments) -> ImageSource:
@@ -90,14 +101,22 @@ def open_training_data(args: TrainingArguments) -> ImageSource:
 
 
 def training_data(
-    args: TrainingArguments, plan: Plan, examination: Examination, num_images: int, images_per_step: int
+    args: TrainingArguments,
+    plan: Plan,
+    examination: Examination,
+    num_images: int,
+    images_per_step: int,
+    labels: Labels | None = None,
 ) -> TrainingData:
     """What a checkpoint is to remember of the data."""
     return TrainingData(
         num_images=num_images,
         images_per_step=images_per_step,
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
-        largest_distance=plan.sigma_max if args.sigma_max == "auto" else None,
+        largest_distance=plan.sigma_max
+        if args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
+        else None,
+        classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
     )
 
 

@@ -1,54 +1,125 @@
 """Critically-damped Langevin diffusion (arXiv 2112.07068): images move with velocities, the noise acts on these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from ...losses import cld_loss
+from ...losses import cld_loss, denoising_loss
 from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
+from ...processes.mixture import GAUSSIAN
 from ...random import Draw
+from ...readings import CompanionReading
 from ...schedulers import CLDSSCSScheduler
 from ..option import noise as option
 from ..option import number_or_auto, sampler, trained
-from .method import LargestDistance, Method, Noise, NoiseOptions
+from .ladder import ladder_loss, network_config
+from .levels import (
+    LevelOptions,
+    check_ends,
+    check_levels,
+    choose_levels,
+    largest_level,
+    levels_in_words,
+    levels_of,
+    size_of_data,
+)
+from .method import LargestDistance, Method, Noise
 
-# Training is on times from here to 1.
+# The published training is on times from here to 1.
 FIRST_TIME = 1e-5
 
 
 @dataclass
-class CLDOptions(NoiseOptions):
-    cld_loss: Literal["hsm", "dsm"] = trained(
-        "hsm", "Hybrid score matching, or denoising score matching with the initial velocity drawn."
+class CLDOptions(LevelOptions):
+    cld_feed_companion: bool | None = trained(
+        None,
+        "Feed the network the whole state: beside the noisy image y the independent noise c that makes it one of image "
+        "and velocity; the default. Without, it is an ordinary denoiser, and CLD is how it is sampled.",
     )
-    cld_mixed_score: bool = trained(True, "The network corrects the score of a velocity that knows no image.")
-    cld_weighting: Literal["ell", "likelihood"] = trained("ell", "Weights of the times, for quality or likelihood.")
+    cld_loss: Literal["hsm", "dsm"] = trained(
+        "hsm",
+        "--objective score: hybrid score matching, or denoising score matching with the initial velocity drawn.",
+    )
+    cld_mixed_score: bool = trained(
+        True, "--objective score: the network corrects the score of a velocity that knows no image."
+    )
+    cld_weighting: Literal["ell", "likelihood"] = trained(
+        "ell", "--objective score: weights of the times, for quality or likelihood."
+    )
     beta_0: float = option(4.0, "Noise rate: beta(t) = beta_0 + beta_1 t on [0, 1].")
     beta_1: float = option(0.0, "See --beta_0.")
     mass: float = option(0.25, "Mass M; the damping is critical, Gamma = 2 sqrt(M).")
     gamma: float = option(0.04, "Variance of the initial velocity in units of M.")
-    splitting_order: int = sampler(1, "2 for the second-order splitting.", free_on_resume=True)
+    splitting_order: int | None = sampler(
+        None,
+        "2 for the second-order splitting, 1 for the published one; default that of the class.",
+        free_on_resume=True,
+    )
+
+
+def _given(args: CLDOptions, names: tuple[str, ...]) -> list[str]:
+    defaults = {f.name: f.default for f in fields(args)}
+    return [f"--{name}" for name in names if getattr(args, name) != defaults[name]]
+
+
+# Options that describe the published loss, and those that it has no use for.
+PUBLISHED = ("cld_loss", "cld_mixed_score", "cld_weighting")
+OF_LEVELS = ("cld_feed_companion", "sigma_min", "sigma_max", "sigma_data", "snr_gamma")
+
+
+def diffusion(args: CLDOptions) -> CLD:
+    return CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
+
+
+def choose(args: CLDOptions) -> dict[str, Any]:
+    objective = args.objective or ("score" if _given(args, PUBLISHED) else "denoiser")
+    companion = None if objective == "score" else args.cld_feed_companion in (None, True)
+    levels = choose_levels(args, preconditioned=objective == "denoiser")
+    return {"objective": objective, "cld_feed_companion": companion, **levels}
 
 
 def check(args: CLDOptions) -> None:
+    diffusion(args)
+    check_levels(args)
     if number_or_auto("num_train_timesteps", args.num_train_timesteps, int) is None:
         raise ValueError("--num_train_timesteps auto is for ladders of noise levels: cld needs a number")
-    CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
+    if args.objective == "denoiser" and (given := _given(args, PUBLISHED)):
+        raise ValueError(f"{given} describe the published loss: set --objective score, or --config cld-paper")
+    if args.objective == "score" and (given := _given(args, OF_LEVELS)):
+        raise ValueError(f"{given} mean nothing for --objective score of cld, which has times: leave them out")
+    if args.objective == "score" and args.timestep_sampling != "uniform":
+        raise ValueError(
+            f"--objective score of cld has uniform times, not --timestep_sampling {args.timestep_sampling}"
+        )
 
 
 def noise(args: CLDOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
-    return Noise(int(args.num_train_timesteps), sigma_max=None, mixture_weights=None, mixture_scales=None)
+    if args.objective == "score":
+        return Noise(int(args.num_train_timesteps))
+    sigma_max = largest_level(args)
+    if sigma_max is None:
+        sigma_max = round(largest_distance(images), 4)
+    check_ends(args, sigma_max)
+    return Noise(int(args.num_train_timesteps), args.sigma_min, sigma_max, size_of_data(args, images))
 
 
 def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSCSScheduler:
-    # At few calls a trained network is served better by the quadratic grid than by log_snr.
+    if args.objective == "score":
+        # At few calls such a network is served better by the quadratic grid than by log_snr.
+        sampler = {"timestep_spacing": "quadratic"} | sampler
+        prediction_type = "cld_mixed" if args.cld_mixed_score else "scaled_velocity_score"
+        network = {"prediction_type": prediction_type, "num_train_timesteps": noise.num_train_timesteps}
+    else:
+        network = network_config("edm", noise)
+        if args.cld_feed_companion:
+            network |= {"noise_space": None, "prediction_type": "cld_edm"}
     return CLDSSCSScheduler(
-        **{"timestep_spacing": "quadratic"} | sampler,
-        num_train_timesteps=noise.num_train_timesteps,
-        prediction_type="cld_mixed" if args.cld_mixed_score else "scaled_velocity_score",
+        **sampler,
+        **network,
         beta_0=args.beta_0,
         beta_1=args.beta_1,
         mass=args.mass,
@@ -58,11 +129,47 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
 
 
 def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
-    """Times that are uniform on the interval."""
-    return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
+    """Times that are uniform on the interval, or those of the levels that the options describe. A network that is fed
+    no companion is told these levels as those of EDM are."""
+    if args.objective == "score":
+        return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
+    sigma = levels_of(args, noise, uniform)
+    if not args.cld_feed_companion:
+        return sigma.log() / 4
+    process = diffusion(args)
+    return process.time(process.clock_of_sigma(sigma)) * noise.num_train_timesteps
 
 
 def loss(
+    args: CLDOptions,
+    noise: Noise,
+    scheduler: Any,
+    network: Callable[..., Any],
+    images: Tensor,
+    labels: Tensor,
+    draw: Draw,
+) -> Tensor:
+    if args.objective == "score":
+        return published_loss(args, noise, scheduler, network, images, labels, draw)
+    if not args.cld_feed_companion:
+        return ladder_loss(args, GAUSSIAN, scheduler, network, images, labels, draw)
+    # Ordinary denoising of y, beside a companion that says nothing of it.
+    reading: CompanionReading = scheduler.reading
+    noise_of_y, companion = draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
+    times = labels.to(images.device, torch.float32)
+    return denoising_loss(
+        lambda y, _: network(torch.cat([y, companion], 1), times).sample,
+        images,
+        reading.space.timestep(reading.sigma(labels)).to(images.device, torch.float32),
+        noise_of_y,
+        reading.space,
+        GAUSSIAN,
+        "edm",
+        args.snr_gamma,
+    )
+
+
+def published_loss(
     args: CLDOptions,
     noise: Noise,
     scheduler: Any,
@@ -88,12 +195,36 @@ def loss(
 
 
 def in_words(args: CLDOptions, noise: Noise) -> str:
-    return f"CLD, beta(t) = {args.beta_0:g} + {args.beta_1:g} t, mass {args.mass:g}, gamma {args.gamma:g}"
+    diffusion = f"CLD, beta(t) = {args.beta_0:g} + {args.beta_1:g} t, mass {args.mass:g}, gamma {args.gamma:g}"
+    return diffusion if args.objective == "score" else f"{diffusion}, {levels_in_words(vars(args) | vars(noise))}"
 
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
     mass, gamma = record["mass"], record["gamma"]
-    return {"mass": f"{mass:g}", "gamma": f"{gamma:g}", "initial": f"{gamma * mass:g}"}
+    if record["objective"] in (None, "score"):  # None: of version 0.1.0
+        network = SEES_VELOCITY
+    else:
+        network = (SEES_COMPANION if record["cld_feed_companion"] else SEES_IMAGE) + IN_LEVELS
+        network = network.replace("$levels", levels_in_words(record))
+    return {"mass": f"{mass:g}", "gamma": f"{gamma:g}", "initial": f"{gamma * mass:g}", "network": network}
+
+
+SEES_VELOCITY = """\
+Sampling starts from that prior and goes back. The sample, `latents` and callbacks included, is `cat([x, v], 1)`, of
+twice the channels of an image; the network is fed `cat([x, v / sqrt(M)], 1)` and answers for v alone."""
+
+SEES_COMPANION = """\
+A state (x, v) amounts to a noisy image y and an independent unit noise c, which says nothing about the image. The
+sample, `latents` and callbacks included, is `cat([x, v], 1)`, of twice the channels of an image; the network is fed
+`cat([y / sqrt(sigma^2 + sigma_data^2), c], 1)`, and answers for the image in the preconditioned form of EDM."""
+
+SEES_IMAGE = """\
+A state (x, v) amounts to a noisy image y and an independent unit noise c, which says nothing about the image. The
+network is fed y alone, and answers for the image in the preconditioned form of EDM; the sample is y, and the scheduler
+holds c."""
+
+IN_LEVELS = """ It was
+trained at $levels of y, and sampling starts from the largest of them."""
 
 
 METHOD = Method(
@@ -101,6 +232,7 @@ METHOD = Method(
     title="critically-damped Langevin diffusion (CLD)",
     pipeline=CLDPipeline,
     options=(CLDOptions,),
+    choose=choose,
     check=check,
     noise=noise,
     scheduler=scheduler,
@@ -109,14 +241,12 @@ METHOD = Method(
     noise_in_words=in_words,
     card="""\
 A UNet of $parameters parameters was trained for critically-damped Langevin diffusion: images move with velocities,
-noise acts on the velocities alone, and the network sees both. The data are images in [-1, 1]; the hyper-parameters of
+and noise acts on the velocities alone. The data are images in [-1, 1]; the hyper-parameters of
 the diffusion are in the scheduler's config and in the table of options below.
 
 The velocity v of a pixel is drawn at time 0 from `N(0, gamma M)`, and has the prior `N(0, M)` at time 1, beside
-`N(0, 1)` of the pixel x itself; here the mass M is $mass and gamma $gamma, so variances $initial and $mass. Sampling
-starts from that prior and goes back. The sample, `latents` and callbacks included, is `cat([x, v], 1)`, of twice the
-channels of an image; the network is fed `cat([x, v / sqrt(M)], 1)` and answers for v alone. At the end x is the image,
-and v, which is noise, is dropped.
+`N(0, 1)` of the pixel x itself; here the mass M is $mass and gamma $gamma, so variances $initial and $mass. $network
+At the end x is the image, and v, which is noise, is dropped.
 
 Samplers are values of the scheduler's `algorithm_type`: `sscs`, `euler_maruyama` and `probability_flow`.""",
     card_values=on_card,
@@ -127,8 +257,9 @@ Samplers are values of the scheduler's `algorithm_type`: `sscs`, `euler_maruyama
   author = {Dockhorn, Tim and Vahdat, Arash and Kreis, Karsten},
   booktitle = {International Conference on Learning Representations},
   year = {2022},
-  note = {arXiv:2112.07068}
+  url = {https://arxiv.org/abs/2112.07068}
 }
 ```""",
-    input_factor=2,
+    formerly={"objective": "score", "timestep_sampling": "uniform"},
+    input_factor=lambda args: 1 if args.cld_feed_companion is False else 2,
 )

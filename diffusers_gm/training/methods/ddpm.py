@@ -11,11 +11,11 @@ from ...pipelines import UnconditionalPipeline
 from ...random import Draw
 from ..option import noise as option
 from ..option import number_or_auto
-from .method import LargestDistance, Method, Noise, NoiseOptions
+from .method import LargestDistance, Method, Noise, TimeOptions
 
 
 @dataclass
-class DDPMOptions(NoiseOptions):
+class DDPMOptions(TimeOptions):
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = option(
         "linear", "Schedule of the variances of the steps, as DDPMScheduler has it."
     )
@@ -29,7 +29,7 @@ def check(args: Any) -> None:
 
 
 def noise(args: DDPMOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
-    return Noise(int(args.num_train_timesteps), sigma_max=None, mixture_weights=None, mixture_scales=None)
+    return Noise(int(args.num_train_timesteps))
 
 
 def scheduler(args: DDPMOptions, noise: Noise, sampler: dict[str, Any]) -> DDPMScheduler:

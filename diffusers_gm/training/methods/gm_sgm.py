@@ -11,8 +11,10 @@ from ...schedulers import GMLangevinScheduler
 from ..option import noise as option
 from .ladder import (
     CITATION,
+    FORMERLY,
     LadderOptions,
     check_ladder,
+    choose_ladder,
     ladder_config,
     ladder_in_words,
     ladder_labels,
@@ -86,9 +88,9 @@ def check(args: GMSGMOptions) -> None:
 
 
 def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLangevinScheduler:
+    config = ladder_config(args, noise, sampler)
     return GMLangevinScheduler(
-        **ladder_config(args, noise, sampler),
-        prediction_type="scaled_score" if args.objective == "score" else args.prediction_type,
+        **config | ({"prediction_type": "scaled_score"} if args.objective == "score" else {}),
         mixture_weights=noise.mixture_weights,
         mixture_scales=noise.mixture_scales,
         mixture_per_element=args.mixture_per_element,
@@ -97,7 +99,7 @@ def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLa
 
 
 def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
-    return ladder_loss(build_mixture(args), scheduler, *batch)
+    return ladder_loss(args, build_mixture(args), scheduler, *batch)
 
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +115,7 @@ METHOD = Method(
     title="a Gaussian-mixture score-based model (GM-SGM)",
     pipeline=GMSGMPipeline,
     options=(GMSGMOptions,),
+    choose=choose_ladder,
     check=check,
     noise=lambda args, images, largest_distance: ladder_noise(args, images, largest_distance, build_mixture(args)),
     scheduler=scheduler,
@@ -121,8 +124,8 @@ METHOD = Method(
     noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder_in_words(args, noise)}",
     card="""\
 A UNet of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed
-noise (one component per $per: $components); it learns $learns. Noise levels form a geometric ladder of $levels levels
-from $sigma_min to $sigma_max, for images in [-1, 1]. The network $told.
+noise (one component per $per: $components); it learns $learns. It was trained at $levels, for
+images in [-1, 1]. The network $told.
 
 The scheduler knows the mixture. Samplers are values of its `algorithm_type`: `langevin`, `jump`, `exponential`,
 `ancestral` and `ode`.""",
@@ -130,10 +133,15 @@ The scheduler knows the mixture. Samplers are values of its `algorithm_type`: `l
     citation="""\
 ```bibtex
 @misc{gmsgm,
-  title = {Approximated Anomalous Diffusion: Gaussian Mixture Score-Based Generative Models}
+  title = {Approximated Anomalous Diffusion: Gaussian Mixture Score-Based Generative Models},
+  author = {Anonymous},
+  year = {2022},
+  note = {Submitted to ICLR 2023, under double-blind review},
+  url = {https://openreview.net/forum?id=yc9xen7EAzd}
 }
 ```
 
 """
     + CITATION,
+    formerly=FORMERLY,
 )

@@ -4,31 +4,42 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ...losses import denoising_loss
 from ...processes.annealed import ladder_length
 from ...processes.mixture import GaussianMixtureNoise
 from ...random import Draw
-from ..option import noise, number_or_auto, sampler, trained
-from .method import LargestDistance, Noise, NoiseOptions
+from ...readings import NoiseSpace
+from ..option import number_or_auto, sampler, trained
+from .levels import (
+    LevelOptions,
+    check_ends,
+    check_levels,
+    choose_levels,
+    largest_level,
+    levels_in_words,
+    levels_of,
+    size_of_data,
+)
+from .method import LargestDistance, Noise
 
 
 @dataclass
-class LadderOptions(NoiseOptions):
-    objective: Literal["denoiser", "score"] = trained(
-        "denoiser", "What the network learns under mixture noise; for ncsnv2 the two are the same."
-    )
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = trained(
-        "epsilon",
-        "What the denoiser answers: the noise; the velocity, whose errors no noise level magnifies; or the image.",
+class LadderOptions(LevelOptions):
+    prediction_type: Literal["edm", "epsilon", "v_prediction", "sample"] | None = trained(
+        None,
+        "What the denoiser answers: the image and the noise in the proportion that suits the level, preconditioned as "
+        "in EDM (the default), the noise, the velocity, whose errors no noise level magnifies either, or the image.",
     )
     conditioning: Literal["sigma", "none"] = trained(
         "sigma", "Whether the network is told the noise level; 'none' is Technique 3 of NCSNv2."
     )
-    scale_input: bool = trained(True, "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y.")
-    sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
-    sigma_max: str = noise("auto", "Largest noise level; 'auto' measures the data (Technique 1 of NCSNv2).")
+    scale_input: bool = trained(
+        True,
+        "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2).",
+    )
     num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1, free_on_resume=True)
     step_size: float | None = sampler(
         None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.", free_on_resume=True
@@ -40,43 +51,73 @@ class LadderOptions(NoiseOptions):
     )
 
 
+# Version 0.1.0 trained on a ladder of levels, all as often.
+FORMERLY = {"timestep_sampling": "uniform"}
+
+
+def choose_ladder(args: LadderOptions) -> dict[str, Any]:
+    objective = args.objective or "denoiser"
+    natural = "edm" if objective == "denoiser" and args.scale_input else "epsilon"
+    prediction_type = args.prediction_type or natural
+    return {
+        "objective": objective,
+        "prediction_type": prediction_type,
+        **choose_levels(args, preconditioned=prediction_type == "edm"),
+    }
+
+
 def check_ladder(args: LadderOptions) -> None:
     if args.objective == "score" and args.prediction_type != "epsilon":
         raise ValueError(f"--objective score answers a score: leave out --prediction_type {args.prediction_type}")
-    number_or_auto("sigma_max", args.sigma_max, float)
-    number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
+    if args.prediction_type == "edm" and not args.scale_input:
+        raise ValueError("--prediction_type edm scales the input of the network: leave out --no_scale_input")
+    if args.prediction_type != "edm" and args.sigma_data is not None:
+        raise ValueError(f"--sigma_data is for --prediction_type edm, not {args.prediction_type}")
+    check_levels(args)
 
 
 def ladder_noise(
     args: LadderOptions, images: Tensor, largest_distance: LargestDistance, mixture: GaussianMixtureNoise | None = None
 ) -> Noise:
-    """The ladder for these images, and the law of the noise on it."""
-    sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
+    """The noise levels for these images, and the law of the noise on them."""
+    sigma_max = largest_level(args)
     if sigma_max is None:
         sigma_max = round(largest_distance(images), 4)
-    if not args.sigma_min < sigma_max:
-        raise ValueError(
-            f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
-            + (" (measured: are all images the same?)" if args.sigma_max == "auto" else "")
-        )
+    check_ends(args, sigma_max)
     num_levels = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
     if num_levels is None:
         num_levels = ladder_length(sigma_max, args.sigma_min, images[0].numel())
     return Noise(
         num_train_timesteps=num_levels,
+        sigma_min=args.sigma_min,
         sigma_max=sigma_max,
+        sigma_data=size_of_data(args, images) if args.prediction_type == "edm" else None,
         mixture_weights=None if mixture is None else mixture.weights.tolist(),
         mixture_scales=None if mixture is None else mixture.scales.tolist(),
     )
 
 
+def network_config(prediction_type: str, noise: Noise) -> dict[str, Any]:
+    """What a config says of a network of this noise. A preconditioned one is told as diffusers' EDM schedulers tell
+    it: its `sigma_data`, and `epsilon` for what it answers."""
+    own = {"noise_space": "ve", "prediction_type": prediction_type}
+    edm = {"noise_space": "edm", "prediction_type": "epsilon", "sigma_data": noise.sigma_data}
+    return {
+        "num_train_timesteps": noise.num_train_timesteps,
+        "sigma_min": noise.sigma_min,
+        "sigma_max": noise.sigma_max,
+        **(edm if prediction_type == "edm" else own),
+    }
+
+
 def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[str, Any]:
     """The config of a scheduler of the ladder."""
-    return sampler | {
-        "num_train_timesteps": noise.num_train_timesteps,
-        "noise_space": "ve",
-        "sigma_min": args.sigma_min,
-        "sigma_max": noise.sigma_max,
+    assert args.prediction_type is not None
+    return {
+        "timestep_spacing": "even",
+        "network_level": "chain",
+        **sampler,
+        **network_config(args.prediction_type, noise),
         "scale_input": args.scale_input,
         "num_langevin_steps": args.num_langevin_steps,
         "step_size": args.step_size,
@@ -85,11 +126,18 @@ def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) ->
 
 
 def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
-    """All levels of the ladder alike."""
-    return (uniform * noise.num_train_timesteps).long()
+    """Labels of the levels that the options describe; of a ladder's own levels integers."""
+    if args.timestep_sampling == "uniform" and args.prediction_type != "edm":
+        return (uniform * noise.num_train_timesteps).long()
+    assert noise.sigma_min is not None
+    assert noise.sigma_max is not None
+    ends = noise.sigma_min, noise.sigma_max, noise.num_train_timesteps
+    space = NoiseSpace.edm(*ends) if args.prediction_type == "edm" else NoiseSpace.ve(*ends)
+    return space.timestep(levels_of(args, noise, uniform))
 
 
 def ladder_loss(
+    args: LevelOptions,
     mixture: GaussianMixtureNoise,
     scheduler: Any,
     network: Callable[..., Any],
@@ -98,18 +146,26 @@ def ladder_loss(
     draw: Draw,
 ) -> Tensor:
     """The denoising loss, `(B,)`."""
-    timesteps = labels.to(images.device)
-    noise = mixture.sample(images.shape, draw.generator, draw.device, draw.dtype)
-    space, kind = scheduler.noise_space, scheduler.config["prediction_type"]
-    return denoising_loss(lambda x, t: network(x, t).sample, images, timesteps, noise, space, mixture, kind)
+    timesteps = labels.to(images.device, None if labels.dtype == torch.int64 else torch.float32)
+    return denoising_loss(
+        lambda x, t: network(x, t).sample,
+        images,
+        timesteps,
+        mixture.sample(images.shape, draw.generator, draw.device, draw.dtype),
+        scheduler.noise_space,
+        mixture,
+        scheduler.reading.prediction_type,
+        args.snr_gamma,
+    )
 
 
 def ladder_in_words(args: LadderOptions, noise: Noise) -> str:
-    return f"{noise.num_train_timesteps} levels from {args.sigma_min:g} to {noise.sigma_max:g}"
+    return levels_in_words(vars(args) | vars(noise))
 
 
 # What the network answers, by prediction type.
 LEARNS = {
+    "edm": "the image, in the preconditioned form of EDM (the denoiser)",
     "epsilon": "the noise (the denoiser)",
     "v_prediction": "the velocity (the denoiser)",
     "sample": "the image (the denoiser)",
@@ -117,13 +173,11 @@ LEARNS = {
 
 
 def ladder_on_card(record: dict[str, Any]) -> dict[str, Any]:
-    """What a card says of the ladder and of what the network learned."""
+    """What a card says of the levels and of what the network learned."""
     unconditional = record["conditioning"] == "none"
     score = record["objective"] == "score"
     return {
-        "levels": record["num_train_timesteps"],
-        "sigma_min": f"{record['sigma_min']:g}",
-        "sigma_max": f"{record['sigma_max']:g}",
+        "levels": levels_in_words(record),
         "told": "is not told the noise level (Technique 3)" if unconditional else "is told the noise level",
         "learns": "the score of the noisy images" if score else LEARNS[record["prediction_type"]],
     }
@@ -135,6 +189,6 @@ CITATION = """```bibtex
   author = {Song, Yang and Ermon, Stefano},
   booktitle = {Advances in Neural Information Processing Systems},
   year = {2020},
-  note = {arXiv:2006.09011}
+  url = {https://arxiv.org/abs/2006.09011}
 }
 ```"""

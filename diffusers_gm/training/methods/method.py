@@ -1,7 +1,7 @@
 """What a method of training is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..option import noise
 
 
 @dataclass
-class NoiseOptions:
+class TimeOptions:
     """What is asked of every method."""
 
     num_train_timesteps: str = noise(
@@ -26,9 +26,11 @@ class Noise:
     """What the options of the noise come to for given data; None where a method has none. Named as the options."""
 
     num_train_timesteps: int
-    sigma_max: float | None
-    mixture_weights: list[float] | None
-    mixture_scales: list[float] | None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigma_data: float | None = None
+    mixture_weights: list[float] | None = None
+    mixture_scales: list[float] | None = None
 
 
 LargestDistance = Callable[[Tensor], float]
@@ -55,7 +57,9 @@ class Method:
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
         citation: BibTeX.
-        input_factor: channels that enter the network for each channel of an image.
+        choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
+        formerly: what version 0.1.0, whose records say nothing of them, had for some of those that `choose` names.
+        input_factor: `(args)` is how many channels enter the network for each channel of an image.
     """
 
     name: str
@@ -71,7 +75,9 @@ class Method:
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]
     citation: str
-    input_factor: int = 1
+    choose: Callable[[Any], dict[str, Any]] = lambda args: {}
+    formerly: dict[str, Any] = field(default_factory=dict)
+    input_factor: Callable[[Any], int] = lambda args: 1
 
     @property
     def option_names(self) -> set[str]:

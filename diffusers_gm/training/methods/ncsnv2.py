@@ -9,8 +9,10 @@ from ...processes.mixture import GaussianMixtureNoise
 from ...schedulers import AnnealedLangevinScheduler
 from .ladder import (
     CITATION,
+    FORMERLY,
     LadderOptions,
     check_ladder,
+    choose_ladder,
     ladder_config,
     ladder_in_words,
     ladder_labels,
@@ -24,11 +26,11 @@ GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
 
 
 def scheduler(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> AnnealedLangevinScheduler:
-    return AnnealedLangevinScheduler(**ladder_config(args, noise, sampler), prediction_type=args.prediction_type)
+    return AnnealedLangevinScheduler(**ladder_config(args, noise, sampler))
 
 
 def loss(args: LadderOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
-    return ladder_loss(GAUSSIAN, scheduler, *batch)
+    return ladder_loss(args, GAUSSIAN, scheduler, *batch)
 
 
 METHOD = Method(
@@ -36,6 +38,7 @@ METHOD = Method(
     title="NCSNv2",
     pipeline=NCSNv2Pipeline,
     options=(LadderOptions,),
+    choose=choose_ladder,
     check=check_ladder,
     noise=ladder_noise,
     scheduler=scheduler,
@@ -43,11 +46,12 @@ METHOD = Method(
     loss=loss,
     noise_in_words=lambda args, noise: f"{GAUSSIAN}, {ladder_in_words(args, noise)}",
     card="""\
-A UNet of $parameters parameters was trained to undo Gaussian noise; it learns $learns. Noise levels form a geometric
-ladder of $levels levels from $sigma_min to $sigma_max, for images in [-1, 1]. The network $told.
+A UNet of $parameters parameters was trained to undo Gaussian noise; it learns $learns. It was
+trained at $levels, for images in [-1, 1]. The network $told.
 
 Images are drawn by annealed Langevin dynamics: `algorithm_type="langevin"`, with step sizes by Technique 4, or
 `"consistent"`, which keeps the variance of every level exact.""",
     card_values=ladder_on_card,
     citation=CITATION,
+    formerly=FORMERLY,
 )

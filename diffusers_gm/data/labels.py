@@ -1,0 +1,118 @@
+"""Classes of images: what they are called, and which image is of which."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .folders import split_of_image
+from .seeds import CLASSES, seed_for
+
+# What the column of the labels is called, where nothing says so.
+USUAL_LABELS = ("label", "labels")
+
+
+class Labels(NamedTuple):
+    """Attributes:
+    names: of the classes.
+    of_images: the class of each image, its place among `names`.
+    """
+
+    names: list[str]
+    of_images: list[int]
+
+    def counts(self) -> list[int]:
+        """Images of each class."""
+        found = Counter(self.of_images)
+        return [found[index] for index in range(len(self.names))]
+
+
+def labels_from(values: Sequence[Any], names: list[str] | None = None) -> Labels:
+    """Classes of whatever can be sorted, in its order; of indices, where there are `names`."""
+    if names is not None:
+        return Labels(names, [int(value) for value in values])
+    known = sorted(set(values))
+    places = {value: place for place, value in enumerate(known)}
+    return Labels([str(value) for value in known], [places[value] for value in values])
+
+
+def labels_of_files(paths: list[str]) -> Labels:
+    """The topmost folder of each image is its class; below `train`, where all images are there.
+
+    Raises:
+        ValueError: for an image in no folder.
+    """
+    skipped = 1 if all(split_of_image(path) for path in paths) else 0
+    folders = [PurePosixPath(path).parts[skipped:-1] for path in paths]
+    for path, parts in zip(paths, folders, strict=True):
+        if not parts:
+            raise ValueError(f"--class_conditional: {path} is in no class folder; put images of a class into a folder")
+    return labels_from([parts[0] for parts in folders])
+
+
+def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
+    """The classes of a column of a `datasets.Dataset`: a `ClassLabel`, integers or words.
+
+    Raises:
+        ValueError: if there is no such column, it holds something else, or an image has no class.
+    """
+    import datasets
+
+    columns = list(dataset.features)
+    if label_column is None:
+        label_column = next((name for name in USUAL_LABELS if name in columns), None)
+        if label_column is None:
+            raise ValueError(
+                f"--class_conditional: no column is called 'label': set --label_column to one of {columns}"
+            )
+    elif label_column not in columns:
+        raise ValueError(f"--label_column {label_column!r} is not in the data: use one of {columns}")
+    feature, values = dataset.features[label_column], list(dataset[label_column])
+    missing = [row for row, value in enumerate(values) if value is None or value == -1]
+    if missing:
+        raise ValueError(f"--label_column {label_column!r}: {len(missing)} rows have no class, row {missing[0]} first")
+    if isinstance(feature, datasets.ClassLabel):
+        return labels_from(values, list(feature.names))
+    if not all(isinstance(value, int | str) for value in values):
+        raise ValueError(f"--label_column {label_column!r} holds {feature}, not classes")
+    return labels_from(values)
+
+
+class LabelledImages(Dataset):
+    """Training images by `(epoch, index)` with their classes: `((C, H, W), class)`.
+
+    Args:
+        images: a data set by `(epoch, index)`, such as `TrainingImages`.
+        labels: the class of each image.
+        null: the class that stands for none.
+        dropout: how probably it takes the place of a label: decided by `(seed, epoch, index)`.
+        seed: of the training.
+    """
+
+    def __init__(self, images: Any, labels: list[int], null: int, dropout: float, seed: int):
+        self.images = images
+        self.labels = labels
+        self.null = null
+        self.dropout = dropout
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        """A batch, read in one go."""
+        several = getattr(self.images, "__getitems__", None)
+        images = several(keys) if several else [self.images[key] for key in keys]
+        return [(image, self._label(key)) for image, key in zip(images, keys, strict=True)]
+
+    def _label(self, key: tuple[int, int]) -> int:
+        if self.dropout and seed_for(self.seed, CLASSES, *key) / 2**63 < self.dropout:
+            return self.null
+        shown = getattr(self.images, "shown_for", None)  # another image, in place of one that cannot be read
+        return self.labels[shown(key[1]) if shown else key[1]]

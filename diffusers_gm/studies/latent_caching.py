@@ -1,0 +1,102 @@
+"""How fast latents are computed beside the autoencoder alone: `python -m diffusers_gm.studies.latent_caching`.
+
+CPU seconds per image of the cache of a training on a folder of PNGs (the digits, repeated to the resolution), with
+reading, encoding and writing; and of the same autoencoder, called as pipelines of diffusers call it, on images that are
+there. In processes of one thread, few images taken from many, in turns; see `.throughput`.
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+
+from ..autoencoders import LatentSpace, fingerprint, load_autoencoder
+from ..cli import Parser, at_least
+from ..data import LatentCache, TrainingImages, open_folder
+from ..evaluation.table import Table
+from .throughput import FIRST_STEPS, measure, write_digits
+
+CHANNELS = (32, 64, 64, 64)
+
+
+def cache(folder: Path, vae: str, resolution: int, batch_size: int, num_batches: int) -> None:
+    """As a training does it."""
+    autoencoder = load_autoencoder(vae)
+    images = TrainingImages(open_folder(folder), resolution, 3, 0, center_crop=True)
+    images.source.num_images = num_batches * batch_size
+    shape = LatentSpace.of(autoencoder).encode(images[0, 0][None]).shape[1:]
+    autoencoder.to(memory_format=torch.channels_last)
+    encode = LatentSpace.of(autoencoder, [0.0], [1.0]).encode
+    with tempfile.TemporaryDirectory() as name:
+        found = LatentCache(Path(name) / "latents", images, encode, fingerprint(autoencoder), shape, False)
+        with found.being_filled():
+            found.fill(batch_size)
+
+
+def alone(vae: str, resolution: int, batch_size: int, num_batches: int) -> None:
+    """The autoencoder, and nothing else."""
+    autoencoder = load_autoencoder(vae)
+    images = torch.rand(batch_size, 3, resolution, resolution) * 2 - 1
+    with torch.no_grad():
+        for _ in range(num_batches):
+            autoencoder.encode(images).latent_dist.mode()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(f"{__package__}.latent_caching", (__doc__ or "").split("\n", maxsplit=1)[0])
+    add = parser.add_argument
+    add("--vae", help=f"an AutoencoderKL, a folder or on the Hub; default: one of widths {CHANNELS}, untrained")
+    add("--resolution", type=at_least(8), default=64, help="side of the images, a multiple of 8")
+    add("--batch_size", type=at_least(1), default=8, help="images that are encoded at once")
+    add("--batches", type=at_least(1), default=60, help="batches that are measured in a run")
+    add("--repeats", type=at_least(1), default=5, help="runs of each")
+    add("--run", nargs=2, metavar=("WHAT", "N"), help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.resolution % 8 or (args.batches + FIRST_STEPS) * args.batch_size > 1437:
+        parser.error(f"--resolution {args.resolution} must be a multiple of 8, and all batches at most 1437 images")
+    if args.run:
+        what, number = args.run
+        numbers = args.vae, args.resolution, args.batch_size, int(number)
+        return cache(args.folder, *numbers) if what == "cache" else alone(*numbers)
+
+    with tempfile.TemporaryDirectory() as name:
+        cwd, vae = Path(name), args.vae
+        write_digits(cwd / "digits", args.resolution)
+        if vae is None:
+            blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+            torch.manual_seed(0)
+            AutoencoderKL(block_out_channels=CHANNELS, layers_per_block=2, **blocks).save_pretrained(cwd / "vae")
+            vae = str(cwd / "vae")
+        given = ["--vae", vae, "--resolution", args.resolution, "--batch_size", args.batch_size]
+
+        def command(what: str, number: int) -> list[object]:
+            run = ["--run", what, number, "--folder", cwd / "digits"]
+            return [sys.executable, "-m", "diffusers_gm.studies.latent_caching", *given, *run]
+
+        print(
+            f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
+            f"images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}"
+        )
+        loops: dict[str, Callable[[int], Sequence[object]]] = {
+            "the cache": partial(command, "cache"),
+            "the autoencoder alone": partial(command, "alone"),
+        }
+        found = measure(loops, args.batches, args.repeats, cwd)
+    ours, theirs = medians = [statistics.median(values) / args.batch_size for values in found.values()]
+    rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in zip(found, medians, strict=True)]
+    print("\n" + Table("", ["", "CPU ms per image, median", "images per CPU second"], rows).markdown())
+    print(f"\nrate of the cache over that of the autoencoder alone: {theirs / ours:.3f}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The classes of a class-conditional training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..data import ImageSource, LabelledImages, Labels
+from ..networks import num_class_embeds
+from ..pipelines.inputs import by_index
+from .options import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Attributes:
+    labels: names of the classes, and the class of each image; None in an unconditional training.
+    dropout: how probably a label is dropped; where that never happens, there is no class that stands for none.
+    """
+
+    labels: Labels | None = None
+    dropout: float = 0.0
+
+    @property
+    def names(self) -> list[str] | None:
+        return None if self.labels is None else self.labels.names
+
+    @property
+    def num_embeds(self) -> int | None:
+        """Classes of the network: those of the data and, the last one, none."""
+        return None if self.labels is None else len(self.labels.names) + (self.dropout > 0)
+
+    @property
+    def null(self) -> int | None:
+        """What a network is asked for where no class is known: none, or where that was never learned, the first."""
+        return None if self.labels is None else len(self.labels.names) if self.dropout else 0
+
+    @property
+    def in_words(self) -> str:
+        return "" if self.labels is None else f" in {len(self.labels.names)} classes"
+
+    def of(self, images: Any, seed: int) -> Any:
+        """Training images with their classes, if they have any."""
+        if self.labels is None or self.null is None:
+            return images
+        return LabelledImages(images, self.labels.of_images, self.null, self.dropout, seed)
+
+    def on(self, device: torch.device, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """A batch of these, moved to a device: images and classes."""
+        images, classes = (batch, None) if self.labels is None else batch
+        return images.to(device, non_blocking=True), None if classes is None else classes.to(device, non_blocking=True)
+
+    def for_pipeline(self) -> dict[str, Any]:
+        """What a pipeline remembers of them."""
+        if self.labels is None:
+            return {}
+        counts = self.labels.counts()
+        return {"class_names": self.labels.names, "class_shares": [count / sum(counts) for count in counts]}
+
+    def grid(self, num_images: int) -> tuple[int, int | None]:
+        """How many of `num_images` samples a grid shows, and how many are in a row: a row is a class, if there is room
+        for more than one of each."""
+        of_each = 0 if self.labels is None else num_images // len(self.labels.names)
+        if self.labels is None or of_each < 2:
+            return num_images, None
+        return of_each * len(self.labels.names), of_each
+
+
+def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Classes:
+    """The classes of the training images, which a given network must have, too.
+
+    Raises:
+        ValueError: if the images have none, or a network that is fine-tuned has others.
+    """
+    if not args.class_conditional:
+        if args.label_column is not None:
+            raise ValueError(f"--label_column {args.label_column} means nothing without --class_conditional")
+        return Classes()
+    labels = source.labels(args.label_column)
+    classes = Classes(labels, args.class_dropout)
+    if len(labels.names) < 2:
+        raise ValueError(f"--class_conditional: all images are of one class, {labels.names[0]!r}")
+    if unet is None:
+        return classes
+    option = "--model_name_or_path" if args.model_name_or_path else "--model_config"
+    name, embeds = args.model_name_or_path or args.model_config, num_class_embeds(unet)
+    if embeds != classes.num_embeds:
+        none = ", and one that stands for none" if classes.dropout else ""
+        raise ValueError(
+            f"{option} {name} has {embeds} classes, and the data {len(labels.names)}{none}: it must have "
+            f"num_class_embeds = {classes.num_embeds}"
+        )
+    if args.model_name_or_path:
+        before = _names_of(args.model_name_or_path, args.cache_dir)
+        if before not in (None, labels.names):
+            differ = [pair for pair in zip(before, labels.names, strict=False) if pair[0] != pair[1]]
+            raise ValueError(
+                f"{option} {name} was trained on other classes, or in another order: the first that differs was "
+                f"{differ[0][0]!r} and is {differ[0][1]!r}"
+            )
+    return classes
+
+
+def _names_of(name: str, cache_dir: str | None) -> list[str] | None:
+    """The names of the classes that a pipeline knows; None if it names none, or is none."""
+    try:
+        config = DiffusionPipeline.load_config(name, cache_dir=cache_dir)
+    except OSError:
+        return None
+    return by_index(config.get("class_names"))
+
+
+def told(network: Callable[..., Any], classes: Tensor | None) -> Callable[..., Any]:
+    """The network of a noisy image and a timestep that a conditional one is for these classes `(B,)`."""
+    return network if classes is None else lambda sample, timestep: network(sample, timestep, classes)

@@ -1,0 +1,124 @@
+"""At which noise levels a training sees the images, and how much each level counts."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..option import noise, number_or_auto, trained
+from .method import TimeOptions
+
+# The levels of EDM (arXiv 2206.00364) in ln sigma. Its own figures are -1.2 and 1.2; a higher mean did better here.
+P_MEAN, P_STD = -0.8, 1.2
+
+# A log-normal training has next to no images beyond so many deviations.
+REACH = 3.5
+
+
+@dataclass
+class LevelOptions(TimeOptions):
+    """What is asked of every method that trains at noise levels. None: chosen by the method, see `Method.choose`."""
+
+    objective: Literal["denoiser", "score"] | None = trained(
+        None,
+        "What the network learns: the clean image in some form, the default; or the score of the noisy one: under "
+        "mixture noise another function, for cld the score of the velocity as published.",
+    )
+    sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
+    sigma_max: str = noise(
+        "auto",
+        "Largest noise level; 'auto': what log_normal reaches, else measured on the data (Technique 1 of NCSNv2).",
+    )
+    sigma_data: float | None = noise(
+        None,
+        "Size of a pixel that the network is preconditioned for (edm); default measured, the root of the mean square.",
+        positive=True,
+    )
+    timestep_sampling: Literal["uniform", "log_uniform", "log_normal"] | None = noise(
+        None,
+        "Noise levels of the training: uniform on the ladder (for cld with --objective score in time), log_uniform, or "
+        "log_normal with --p_mean and --p_std; default log_normal of preconditioned networks, else uniform.",
+    )
+    p_mean: float | None = noise(None, f"log_normal: mean of ln sigma ({P_MEAN}).")
+    p_std: float | None = noise(None, f"log_normal: deviation of ln sigma ({P_STD}).", positive=True)
+    snr_gamma: float | None = noise(
+        None,
+        "Weights min(SNR, gamma) of the error of the image (arXiv 2303.09556); default 1 of what the network answers.",
+        positive=True,
+    )
+
+
+def choose_levels(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
+    """What is chosen where the options of the levels say nothing; `sigma_data` is then measured."""
+    sampling = args.timestep_sampling or ("log_normal" if preconditioned else "uniform")
+    normal = (P_MEAN, P_STD) if sampling == "log_normal" else (None, None)
+    return {"timestep_sampling": sampling, "p_mean": normal[0], "p_std": normal[1], "sigma_data": None}
+
+
+def check_levels(args: LevelOptions) -> None:
+    if args.timestep_sampling != "log_normal":
+        given = [f"--{name}" for name in ("p_mean", "p_std") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"{given} are for --timestep_sampling log_normal, not {args.timestep_sampling}")
+    number_or_auto("sigma_max", args.sigma_max, float)
+    number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
+
+
+def largest_level(args: LevelOptions) -> float | None:
+    """The last level of the training as far as the options say it; None: to be measured on the data."""
+    given = number_or_auto("sigma_max", args.sigma_max, float)
+    if given is None and args.timestep_sampling == "log_normal":
+        mean, deviation = _law(args)
+        return round(math.exp(mean + REACH * deviation), 4)
+    return given
+
+
+def check_ends(args: LevelOptions, sigma_max: float) -> None:
+    if not args.sigma_min < sigma_max:
+        measured = args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
+        raise ValueError(
+            f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
+            + (" (measured: are all images the same?)" if measured else "")
+        )
+
+
+def size_of_data(args: LevelOptions, images: Tensor) -> float:
+    """`sigma_data`: about zero and not about the mean, so that what the network answers has unit size at every level,
+    and schedulers that know no mean read it."""
+    if args.sigma_data is not None:
+        return args.sigma_data
+    return max(round(float(images.float().square().mean().sqrt()), 3), 1e-3)
+
+
+def levels_of(args: LevelOptions, noise: Any, uniform: Tensor) -> Tensor:
+    """Noise levels, `(B,)` float64, from numbers that are uniform in [0, 1).
+
+    `log_normal` and `log_uniform` are laws of sigma; what the first has beyond the ends is at the ends.
+    """
+    low, high = math.log(noise.sigma_min), math.log(noise.sigma_max)
+    if args.timestep_sampling == "log_normal":
+        mean, deviation = _law(args)
+        return (mean + deviation * torch.special.ndtri(uniform)).clamp(low, high).exp()
+    n = noise.num_train_timesteps
+    share = uniform if args.timestep_sampling == "log_uniform" else (uniform * n).floor() / (n - 1)
+    return (low + (high - low) * share).exp()
+
+
+def _law(args: LevelOptions) -> tuple[float, float]:
+    assert args.p_mean is not None
+    assert args.p_std is not None
+    return args.p_mean, args.p_std
+
+
+def levels_in_words(record: Any) -> str:
+    """Of the options as recorded, or of anything with `sigma_min` and the like by name."""
+    ends = f"from {record['sigma_min']:g} to {record['sigma_max']:g}"
+    if record["timestep_sampling"] == "log_normal":
+        return (
+            f"log-normal noise levels {ends} (ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g})"
+        )
+    if record["timestep_sampling"] == "log_uniform":
+        return f"log-uniform noise levels {ends}"
+    return f"{record['num_train_timesteps']} noise levels {ends} on a geometric ladder"
