@@ -198,6 +198,7 @@ MODES = {
     "gm-sgm": (DIRECT, "--dropout 0.1 --random_flip"),
     "ncsnv2": (ONE, "--method ncsnv2 --gradient_accumulation_steps 2 --train_batch_size 8"),
     "cld": (DIRECT, "--method cld --dataloader_num_workers 2"),
+    "classes": (DIRECT, "--class_conditional"),
     "latents": (DIRECT, "--vae {vae}"),
     "stream": (DIRECT, "--streaming --num_train_samples 40 --train_data_dir {stream} --dataloader_num_workers 2"),
     "two": (two(29645), "--train_batch_size 8"),
