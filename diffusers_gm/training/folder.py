@@ -257,6 +257,8 @@ def save_checkpoint(
         }
         content = json.loads(json.dumps(content))  # as it will be read
         files.write_json(temporary / STATE_FILE, content | {"seal": _seal(content)})
+        if (folder / LOG_FILE).exists():
+            files.sync(folder / LOG_FILE)  # the loss curve up to here
         files.publish_folder(temporary, target)
         if limit is not None:
             for old in list_checkpoints(folder)[:-limit]:
