@@ -2,7 +2,9 @@
 #   make demo       train on real handwritten digits, sample, look
 #   make cifar10    train on CIFAR-10, a slice of MINUTES a call, and measure when it is complete
 #   make test       format, lint, types, tests
+#   make docs       a site of the documentation in outputs/docs
 #   make test-oldest  the tests of what depends on diffusers' versions, with the oldest supported one
+#   make test-python  the tests of what depends on Python's version, with those of PYTHONS that there are
 # For CUDA: make demo CONSTRAINTS=/dev/null (the pins of .constraints.txt take torch's CPU build where there is one).
 
 PYTHON ?= python3
@@ -24,7 +26,7 @@ TRAIN := $(BIN)/accelerate launch --quiet --num_processes 1 --mixed_precision no
 # STEPS=500: another length than that of the recipe.
 LENGTH = $(if $(STEPS),--max_train_steps $(STEPS))
 
-.PHONY: demo compare cifar10 test test-oldest test-slow lint format benchmark clean-env
+.PHONY: demo compare cifar10 docs test test-oldest test-python test-slow lint format benchmark clean-env
 
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +84,9 @@ cifar10: $(STAMP)
 	test ! -f $(OUTPUT)/model_index.json || $(BIN)/python -m diffusers_gm.evaluation $(OUTPUT) $(DATA_IN) \
 		--calls $(CALLS) $(EVALUATION) $(SAMPLERS) --output_dir $(OUTPUT)
 
+docs: $(STAMP)
+	$(BIN)/python -m diffusers_gm.docs.build --output outputs/docs
+
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -94,6 +99,22 @@ $(OLDEST)/.installed: $(STAMP)
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST_PATH) $(BIN)/python -c "import diffusers as d; assert d.__version__ == '0.40.0', d.__version__"
 	PYTHONPATH=$(OLDEST_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
+
+# Other versions of Python, each in an environment of its own; one that is not on this machine is passed over, and said.
+PYTHONS ?= 3.12 3.13
+PYTHON_TESTS ?= $(addprefix tests/test_,options.py recipe.py commands.py saved.py schedulers.py pipelines.py data.py wheel.py)
+find_python = $(shell for p in python$(1) $(HOME)/.pyenv/versions/$(1).*/bin/python; do $$p -c "" 2>/dev/null && echo $$p && break; done)
+
+test-python: $(STAMP)
+	@$(foreach version,$(PYTHONS),$(if $(call find_python,$(version)),,echo "there is no Python $(version)";))
+	$(foreach version,$(PYTHONS),$(if $(call find_python,$(version)),$(call test_with,$(version),$(call find_python,$(version)))))
+
+define test_with
+test -x $(VENV)-$(1)/bin/python || $(2) -m venv $(VENV)-$(1)
+$(BIN)/uv pip install -q -p $(VENV)-$(1)/bin/python -c $(CONSTRAINTS) -e ".[test]"
+$(VENV)-$(1)/bin/python -m pytest -n 2 --dist worksteal $(PYTHON_TESTS)
+
+endef
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -124,4 +145,4 @@ endif
 	$(BIN)/python -m diffusers_gm.studies.step_cost
 
 clean-env:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(addprefix $(VENV)-,$(PYTHONS))

@@ -58,7 +58,7 @@ from diffusers_gm.training.folder import (
     save_checkpoint,
     start_output_dir,
 )
-from diffusers_gm.training.health import Health
+from diffusers_gm.training.health import DivergedError, Health
 from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
@@ -93,9 +93,15 @@ def main() -> None:
         next(training, None)
     except (ValueError, ImportError) as error:  # what the options ask for and cannot have
         parser.error(str(error))
-    with signals:
-        for _ in training:
-            pass
+    diverged = ""
+    try:
+        with signals:
+            for _ in training:
+                pass
+    except DivergedError as error:
+        diverged = str(error)
+    if diverged:  # said when the training and its progress bar are gone
+        parser.exit(1, f"{parser.prog}: error: {diverged}\n")
 
 
 def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa: PLR0912, PLR0915 - to be read from top to bottom

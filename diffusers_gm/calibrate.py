@@ -6,7 +6,6 @@ Writes the scheduler into the folder (of a model on the Hub: into --output_dir),
 levels of each budget, how far the last image is from that of very many calls, before and after.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,13 @@ import torch
 
 from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
 from .calibration.picture import plot
+from .cli import Parser
 from .evaluation.sampling import load_pipeline
 from .files import write_json, write_text
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def build_parser() -> Parser:
+    parser = Parser("diffusers_gm.calibrate", __doc__)
     parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
     parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: one run of 56 calls")

@@ -80,7 +80,7 @@ def test_an_evaluation_stands_in_the_card_of_its_model(measured):
 def test_a_card_is_kept_without_its_model(measured, tmp_path):
     cards.main(["runs/model", str(tmp_path / "kept.md")])
     card = ModelCard.load(tmp_path / "kept.md")
-    assert "# kept\n\n![samples](kept-samples.png)" in card.text
+    assert "# model\n\n![samples](kept-samples.png)" in card.text
     assert 'from_pretrained("runs/model")' in card.text
     assert "Train it first, with the command below. Not this." in card.text
     assert card.data.model_name == "kept"

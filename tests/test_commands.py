@@ -1,5 +1,7 @@
 """Every `python -m diffusers_gm....` says what it is called and what it does."""
 
+import itertools
+import re
 import runpy
 import subprocess
 import sys
@@ -44,6 +46,20 @@ def test_help(module, help_of):
     said = help_of(module)
     assert said.split()[:4] == ["usage:", "python", "-m", module]
     assert len(said.splitlines()) > 5
+
+
+@pytest.mark.parametrize("module", commands())
+def test_help_is_readable(module, help_of):
+    """120 columns; no option beside its opposite; nothing is said of a default twice."""
+    lines = help_of(module).splitlines()
+    assert (
+        module.startswith("diffusers_gm.studies") or max(map(len, lines)) <= 120
+    )  # studies are listed in one line each
+    at = [i for i, line in enumerate(lines) if re.match(r"  --\w", line)] + [len(lines)]
+    for begin, end in itertools.pairwise(at):
+        entry = " ".join(line.strip() for line in lines[begin:end])
+        assert not re.search(r"--no_|, --", entry.partition("  ")[0]), entry
+        assert not re.search(r"default.*\[\S+\]$", entry), entry
 
 
 def test_the_studies_are_listed(help_of):

@@ -11,13 +11,25 @@ PACKAGE = Path(diffusers_gm.__file__).parent
 
 # From the ground up; a room is a folder or a file of the package. Each may import those before it.
 ORDER = [
-    *("version", "random", "extra", "files", "launch", "pictures", "autoencoders", "networks", "data", "processes"),
+    *(
+        "version",
+        "random",
+        "extra",
+        "cli",
+        "files",
+        "launch",
+        "pictures",
+        "autoencoders",
+        "networks",
+        "data",
+        "processes",
+    ),
     *("readings", "losses", "likelihood", "samplers", "schedulers", "calibration", "pipelines"),
     "__init__",  # what `import diffusers_gm` shows
     "evaluation",
     "calibrate",  # the command; the function of that name is in `calibration`
     "app",
-    *("training", "hub", "studies"),
+    *("training", "hub", "studies", "docs"),
 ]
 LONGEST_CHAIN = 7
 

@@ -119,7 +119,10 @@ def test_options_of_diffusers_are_understood(words, capsys):
         ("--learnig_rate 1", "unknown option --learnig_rate: is it --learning_rate?"),
         ("--learnig_rate=1", "unknown option --learnig_rate: is it --learning_rate?"),
         ("photos", "unknown option photos, see --help"),
-        ("--learn 1", "unknown option --learn"),
+        ("--learn 1", "unknown option --learn: is it --learning_rate?"),
+        ("--batch_size 4", "unknown option --batch_size: is it --train_batch_size or --eval_batch_size?"),
+        ("--image_size 32", "unknown option --image_size, see --help"),  # nearest in letters: --step_size
+        ("--n_steps 9", "unknown option --n_steps, see --help"),  # --logging_steps
         ("--method vdm", "argument --method: invalid choice: 'vdm'"),
         ("--seed one", "argument --seed: invalid int value: 'one'"),
         ("--seed -1", "--seed must be at least 0, got -1"),
@@ -156,8 +159,10 @@ def test_help_has_groups_and_says_everything_once(capsys):
     flat = " ".join(printed.split())
     assert "--method {gm-sgm,ncsnv2,cld,ddpm} Gaussian-mixture noise" in flat
     assert "--mass X (cld) Mass M; the damping is critical, Gamma = 2 sqrt(M). [0.25]" in flat
-    assert "--use_ema, --no_use_ema Average the weights" in flat
-    assert "--no_random_flip" not in flat
+    assert "--use_ema {true,false} Average the weights" in flat
+    assert "--random_flip Flip" in flat
+    assert "--no_" not in flat
+    assert max(map(len, printed.splitlines())) <= 120
     assert "--num_epochs" not in flat
     for f in fields(TrainingArguments):
         assert f.metadata["help"].endswith(".")
@@ -322,7 +327,8 @@ def test_what_a_command_line_says_is_what_it_was(tmp_path):
     args = parse(
         "--method cld --no_use_ema --block_out_channels 8 16 --random_flip --num_epochs 3 --cld_loss dsm --seed 5"
     )
-    assert parse(command_line(args, 1).partition("train_gm_sgm.py")[2]) == args
+    assert parse(command_line(args, 1).partition("diffusers-gm-train")[2]) == args
+    assert command_line(args, 2).startswith("accelerate launch --num_processes 2 -m train_gm_sgm --")
 
 
 def test_data_are_measured_for_ladders_only(monkeypatch):

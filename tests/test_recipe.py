@@ -192,4 +192,4 @@ def test_what_is_recorded_holds_the_values_of_the_recipe(recipe):
     args = parse(recipe("{seed: 3, max_train_steps: 5}"))
     said = command_line(args, 1)
     assert "--config" not in said
-    assert parse(said.partition("train_gm_sgm.py")[2]) == args
+    assert parse(said.partition("diffusers-gm-train")[2]) == args

@@ -214,9 +214,19 @@ def test_the_model_card_says_what_was_done(trained):
     assert metadata["pipeline_tag"] == "unconditional-image-generation"
     assert metadata["license"] == "apache-2.0"
     assert "datasets" not in metadata, "digits are not on the Hub"
-    assert "$" not in card.text
+    assert card.text.startswith("\n# GM-SGM: handwritten digits, 8x8\n")
+    assert not re.search(r"[$]|\{[{%]|None", card.text), "every place of the templates is filled"
     assert "--objective score --dataset_name digits --random_flip --block_out_channels 8 16" in card.text
-    for said in ("![samples](samples.png)", "2006.09011", "1437 images", "Seed 0", "torch", "8 steps"):
+    for said in (
+        "![samples](samples.png)",
+        "2006.09011",
+        "1437 images",
+        "pip install",
+        "author = {Song",
+        "Seed 0",
+        "torch",
+        "8 steps",
+    ):
         assert said in card.text
     log = read_log(folder)
     assert f"Final loss {sum(entry['loss'] for entry in log) / len(log):.4g}" in card.text
@@ -227,7 +237,7 @@ def test_the_snippet_of_the_model_card_runs(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     monkeypatch.chdir(tmp_path / "model")
     exec(snippet, {})
-    assert Image.open("sample.png").size == (8, 8)
+    assert Image.open("sample.png").size == (256, 256), "enlarged"
 
 
 def test_resumed_equals_uninterrupted(trained, tmp_path):
@@ -737,7 +747,7 @@ def test_images_of_a_folder_some_of_which_cannot_be_read(train, tmp_path, caplog
     )
     assert "1 of 30 training images examined cannot be read" in caplog.text
     assert GMSGMPipeline.from_pretrained(tmp_path / "out").unet.config["in_channels"] == 3
-    assert "a local folder, `images`, 30 images" in (tmp_path / "out" / "README.md").read_text()
+    assert "the folder `images`, 30 images" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_parquet_files_and_a_network_given_by_its_config(train, trained, tmp_path):

@@ -2,10 +2,13 @@
 # ruff: noqa: F401, F811 - fixtures of the other file
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from test_training import (
     ROOT,
@@ -56,6 +59,23 @@ def test_it_is_noticed_at_its_step_and_not_when_losses_are_logged(train, tmp_pat
             tmp_path / "out",
         )
     assert read_log(tmp_path / "out") == []
+
+
+def test_what_is_said_is_one_line(tmp_path, network_without_gradient):
+    options = TINY.replace("--block_out_channels 8 16", f"--model_name_or_path {network_without_gradient}")
+    command = [sys.executable, ROOT / "train_gm_sgm.py", *options.split(), "--output_dir", tmp_path / "out"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("train_gm_sgm.py: error: the norm of the gradient is nan at step 1")
+
+
+def test_the_look_at_a_network_takes_no_larger_a_batch_than_the_training(train, tmp_path, monkeypatch):
+    sizes, forward = [], UNet2DModel.forward
+    monkeypatch.setattr(UNet2DModel, "forward", lambda unet, x, *rest: sizes.append(len(x)) or forward(unet, x, *rest))
+    options = TINY.replace("--train_batch_size 16", "--train_batch_size 3").replace("--num_validation_images 4", "")
+    train(options, "--num_validation_images 1 --eval_batch_size 1 --output_dir", tmp_path / "out")
+    assert set(sizes) == {1, 3}
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,15 @@
 Needs the `app` extra: pip install diffusers-gm[app]. The page is served on this machine alone unless told.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 
+from ..cli import Parser
 from ..extra import extra
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def build_parser() -> Parser:
+    parser = Parser("diffusers_gm.app", __doc__)
     add = parser.add_argument
     add("--model", default="outputs/demo", help="folder of a pipeline, or its name on the Hub; default outputs/demo")
     add("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: to everybody on the network")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..files import write_text
 from ..pipelines.repository import QUALITY, QUALITY_FILES
 from .report import WITH_RATIO, curve_table, curves, ratios, statistic, table
 from .results import Cell, Results
@@ -36,7 +37,7 @@ def add_quality(folder: Path) -> None:
         card.text = "\n".join((before + QUALITY[0], words, QUALITY[1] + rest.partition(QUALITY[1])[2]))
     card.data.model_name = folder.resolve().name
     card.data.eval_results = [result for _, results in found for result in results]
-    card.save(folder / "README.md")
+    write_text(folder / "README.md", str(card))
 
 
 def forget_quality(folder: Path) -> None:

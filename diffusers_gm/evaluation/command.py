@@ -1,4 +1,4 @@
-"""Measure a pipeline, or images that someone else made, against real data.
+r"""Measure a pipeline, or images that someone else made, against real data.
 
     python -m diffusers_gm.evaluation outputs/demo --dataset_name digits --calls 10 20 50 --seeds 0 1 \
         --scheduler GMLangevinScheduler --scheduler GMLangevinScheduler algorithm_type=ode

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..extra import extra
+from ..files import replacing
 from ..launch import from_main, over_processes
 from .distances import num_not_finite
 
@@ -204,6 +205,5 @@ def _read(path: Path, made_of: dict[str, str]) -> Tensor | None:
 
 def _write(path: Path, made_of: dict[str, str], features: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    save_file({"features": features}, unfinished, made_of)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        save_file({"features": features}, unfinished, made_of)

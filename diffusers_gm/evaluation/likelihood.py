@@ -3,7 +3,6 @@
 python -m diffusers_gm.evaluation.likelihood outputs/digits-cld
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
 from ..likelihood import bits_per_dimension, cld_nll, mean_and_error
 from ..pipelines import CLDPipeline
@@ -99,17 +99,15 @@ def load_model(folder: Path) -> CLDPipeline:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.evaluation.likelihood",
-        description=(__doc__ or "").split("\n", maxsplit=1)[0],
-    )
+    parser = Parser("diffusers_gm.evaluation.likelihood", (__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("folder", type=Path, help=f"a model made by {HOW_TO_TRAIN}")
-    parser.add_argument("--num_images", type=int, default=360, help="digits of either part, at most 360 held-out ones")
-    parser.add_argument("--num_steps", type=int, default=50, help="steps of the solver, four network calls each")
+    parser.add_argument(
+        "--num_images", type=at_least(1), default=360, help="digits of either part, at most 360 held-out ones"
+    )
+    parser.add_argument(
+        "--num_steps", type=at_least(1), default=50, help="steps of the solver, four network calls each"
+    )
     args = parser.parse_args(arguments)
-    for name in ("num_images", "num_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     try:
         pipeline = load_model(args.folder)
     except (ValueError, OSError) as error:

@@ -5,7 +5,6 @@
 copies the card of a trained pipeline, with its pictures, to where cards are kept without their weights.
 """
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..cli import Parser
 from ..data import sides
 from ..evaluation.table import Table
+from ..files import write_text
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
 
@@ -86,19 +87,26 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     entries = result.final_entries
     method = METHODS[options["method"]]
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
-    body = Template(_template("model_card")).substitute(
-        title=name.split("/")[-1],
+    height, width = sides(options["resolution"])
+    size = f"{height}x{width}" if height != width else f"{width}x{width}"
+    times = 256 // max(height, width)
+    return model_card(
+        [method.name],
+        [options["dataset_name"]] if from_hub else None,
+        files(__package__).joinpath("templates/model_card.md"),
+        title=f"{method.name.upper()}: {_data(options)}, {size}",
+        size=size,
+        enlarged=f".resize(({times * width}, {times * height}), 0)" if times > 3 else "",
+        calibrated=bool(options["calibrate"]),
         **_classes(result.class_names),
-        size="x".join(map(str, sides(options["resolution"]))),
         method_name=method.title,
-        version=result.versions["diffusers_gm"],
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
         num_inference_steps=options["validation_inference_steps"],
         method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
-        data=_data(options, result.num_images),
+        data=f"{_data(options)}, {result.num_images} images",
         final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
         final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
         curve=_curve(result.log) + _by_level(entries, result.levels),
@@ -117,7 +125,6 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         versions=", ".join(f"{name} {version}" for name, version in result.versions.items()),
         citation=method.citation,
     )
-    return model_card([method.name], [options["dataset_name"]] if from_hub else None, body)
 
 
 # Names of classes on a card.
@@ -141,13 +148,9 @@ def _classes(names: list[str] | None) -> dict[str, str]:
     }
 
 
-def _template(name: str) -> str:
-    return files(__package__).joinpath(f"templates/{name}.md").read_text(encoding="utf-8")
-
-
 def keep_card(folder: Path, path: Path) -> None:
-    """Copy the card of the pipeline in `folder`, with its pictures, to `path`, `NAME.md`: there it is called NAME, and
-    says that the model has to be trained first.
+    """Copy the card of the pipeline in `folder`, with its pictures, to `path`, `NAME.md`: there it says that the model
+    has to be trained first.
 
     Raises:
         ValueError: if there is no card in `folder`, or `path` is not that of a Markdown file.
@@ -158,8 +161,6 @@ def keep_card(folder: Path, path: Path) -> None:
         raise ValueError(f"there is no card in {folder}: it has no README.md")
     card = ModelCard.load(folder / "README.md")
     name, text = path.stem, card.text
-    heading = next(line for line in text.splitlines() if line.startswith("# "))
-    text = text.replace(heading, f"# {name}", 1)
     text = text.replace(HERE, f'from_pretrained("{folder.as_posix()}")')
     text = text.replace(HERE_NOTE, "Train it first, with the command below. ")
     for picture in ("samples.png", "results.png"):
@@ -169,7 +170,7 @@ def keep_card(folder: Path, path: Path) -> None:
     if card.data.eval_results:
         card.data.model_name = name
     card.text = text
-    card.save(path)
+    write_text(path, str(card))
 
 
 def _curve(log: Sequence[dict[str, Any]], rows: int = 8) -> str:
@@ -197,14 +198,10 @@ def _options(options: dict[str, Any]) -> str:
     return Table("", ["option", "value"], rows).markdown()
 
 
-def _data(options: dict[str, Any], num_images: int) -> str:
+def _data(options: dict[str, Any]) -> str:
     if options["train_data_dir"] is not None:
-        name = f"a local folder, `{Path(options['train_data_dir']).resolve().name}`"
-    elif options["dataset_name"] == "digits":
-        name = "the handwritten digits of scikit-learn, its training part (80%)"
-    else:
-        name = f"`{options['dataset_name']}`"
-    return f"{name}, {num_images} images"
+        return f"the folder `{Path(options['train_data_dir']).resolve().name}`"
+    return "handwritten digits" if options["dataset_name"] == "digits" else f"`{options['dataset_name']}`"
 
 
 def _duration(seconds: float) -> str:
@@ -221,10 +218,7 @@ def _cell(value: Any) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.hub.cards",
-        description="Copy a card to where cards are kept without their weights.",
-    )
+    parser = Parser("diffusers_gm.hub.cards", "Copy a card to where cards are kept without their weights.")
     parser.add_argument("folder", type=Path, help="where the pipeline is, --output_dir of its training")
     parser.add_argument("card", type=Path, help="the card to write, NAME.md; its pictures go beside it")
     args = parser.parse_args(arguments)

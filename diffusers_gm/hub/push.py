@@ -5,13 +5,13 @@
 uploads a trained pipeline with its card, which is also how to repeat an upload that failed.
 """
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
 
 from huggingface_hub.utils import HfHubHTTPError
 
+from ..cli import Parser
 from ..evaluation.card import add_quality
 from ..pipelines.repository import upload
 
@@ -63,7 +63,7 @@ def failure(error: Exception, folder: Path, repo_id: str, private: bool | None =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m diffusers_gm.hub", description="Upload a trained pipeline.")
+    parser = Parser("diffusers_gm.hub", "Upload a trained pipeline.")
     parser.add_argument("folder", type=Path, help="where the pipeline is, --output_dir of its training")
     parser.add_argument("repo_id", help="repository to upload to, <user>/<name>; it is made if there is none")
     parser.add_argument("--private", action="store_true", help="upload to a private repository")

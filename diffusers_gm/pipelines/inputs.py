@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def class_indices(labels: ClassLabels, num_embeds: int, names: list[str] | None)
     Raises:
         ValueError: for an index out of range, or a name that is none of `names`.
     """
-    given = labels.tolist() if isinstance(labels, Tensor) else labels
+    given: Any = labels.tolist() if hasattr(labels, "tolist") else labels  # a tensor, or numpy's
     if isinstance(given, Sequence) and not isinstance(given, str):
         given = list(given)
     flat = given if isinstance(given, list) else [given]
@@ -62,9 +63,9 @@ def _index(label: Any, names: list[str] | None) -> int:
             near = get_close_matches(label, names, 3, 0.0)
             raise ValueError(f"class_labels {label!r} is no class of this model; the nearest are {near}")
         return names.index(label)
-    if isinstance(label, bool) or not isinstance(label, int):
+    if isinstance(label, bool) or not isinstance(label, Integral):
         raise ValueError(f"class_labels must be indices or names of classes, got {label!r}")
-    return label
+    return int(label)
 
 
 def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import snapshot_download
 
 from .. import schedulers
+from ..files import write_text
 from ..version import __version__
 from .repository import CARD_FILES, short_card, upload
 
@@ -181,9 +182,9 @@ def _module_of(class_name: str) -> str:
 def _edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     edit(content)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return content
 
 
 def _write_loader(path: Path, class_name: str) -> None:
-    path.write_text(LOADER.format(name=class_name, version=__version__), encoding="utf-8")
+    write_text(path, LOADER.format(name=class_name, version=__version__))

@@ -2,13 +2,16 @@
 
 import re
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from string import Template
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
 from ..version import __version__
+
+HOMEPAGE = "https://github.com/diffusers-gm/diffusers-gm"
 
 # What `diffusers_gm.evaluation` measures, with the model's folder as --output_dir; version 0.1.0 had `quality` too.
 QUALITY_FILES = ("quality.json", "quality.md", "quality.png", "results.json", "results.md", "results.png")
@@ -23,8 +26,8 @@ HERE_NOTE = "Run it in the folder of this file. "
 QUALITY = ("<!-- quality -->", "<!-- end of quality -->")
 
 
-def model_card(tags: list[str], datasets: list[str] | None, body: str) -> ModelCard:
-    """A card with the metadata that all our models share."""
+def model_card(tags: list[str], datasets: list[str] | None, template: Traversable, **values: Any) -> ModelCard:
+    """A card of a template, with the metadata that all our models share."""
     data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers_gm",  # the Hub would show diffusers' own snippet otherwise, which fails
@@ -32,20 +35,22 @@ def model_card(tags: list[str], datasets: list[str] | None, body: str) -> ModelC
         tags=["diffusers", "score-based-generative-model", "langevin-dynamics", *tags],
         datasets=datasets,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    return ModelCard.from_template(
+        data, template_str=template.read_text(encoding="utf-8"), version=__version__, homepage=HOMEPAGE, **values
+    )
 
 
 def short_card(repo_id: str, pipeline_class: str, num_inference_steps: int) -> ModelCard:
     """The card of a pipeline that nothing else is known of."""
-    template = files(__package__).joinpath("templates/short_card.md").read_text(encoding="utf-8")
-    body = Template(template).substitute(
+    return model_card(
+        [],
+        None,
+        files(__package__).joinpath("templates/short_card.md"),
         title=repo_id.rpartition("/")[2],
-        version=__version__,
         pipeline_class=pipeline_class,
         repository=repo_id,
         num_inference_steps=num_inference_steps,
     )
-    return model_card([], None, body)
 
 
 def card_of_repository(text: str, repo_id: str) -> str:

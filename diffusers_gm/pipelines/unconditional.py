@@ -435,7 +435,7 @@ class UnconditionalPipeline(HubPipeline):
         if batch_size is not None:
             return batch_size
         if class_labels is not None and not isinstance(class_labels, int | str):
-            return 1 if isinstance(class_labels, Tensor) and class_labels.ndim == 0 else len(class_labels)
+            return 1 if getattr(class_labels, "ndim", 1) == 0 else len(class_labels)
         return 1 if latents is None else len(latents)
 
     def _checked_shape(

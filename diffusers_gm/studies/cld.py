@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from ..cli import at_least
 from ..evaluation.report import plot_curves
 from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
@@ -35,7 +36,7 @@ from .cld_likelihood import likelihood
 from .cld_squared import squared as squared_distances
 from .cld_target import target
 from .cld_training import losses, robustness, samplers
-from .command import at_least, parse, study_parser
+from .command import parse, study_parser
 from .pictures import save_picture
 from .report import Report
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
+from ..cli import Parser, at_least
 from ..data import split_digits
 from ..pictures import style
 from .report import Report
@@ -16,26 +17,9 @@ matplotlib.rcParams.update(style())
 Study = Callable[[argparse.Namespace], Report]
 
 
-def program(module: str) -> str:
-    """What to type for a module of this package."""
-    return f"python -m {__package__}.{module}"
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A `type` of argparse: whole numbers from `least` on."""
-
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return whole_number
-
-
 def study_parser(
     module: str, description: str | None, studies: Iterable[str], steps: int = 1200, seeds: bool = True
-) -> argparse.ArgumentParser:
+) -> Parser:
     """The parser of a module of studies, with the options that all of them have; the module adds its own.
 
     Args:
@@ -45,9 +29,7 @@ def study_parser(
         steps: the default of `--steps`.
         seeds: whether there is an option `--seeds`.
     """
-    parser = argparse.ArgumentParser(
-        prog=program(module), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{__package__}.{module}", description)
     add, names = parser.add_argument, list(studies)
     if len(names) > 1:
         add("study", choices=names)
@@ -61,9 +43,7 @@ def study_parser(
     return parser
 
 
-def parse(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, over_floor: Collection[str]
-) -> argparse.Namespace:
+def parse(parser: Parser, arguments: Sequence[str] | None, over_floor: Collection[str]) -> argparse.Namespace:
     """The options of a command, `args.study` among them; studies `over_floor` need a held-out digit for every sample.
 
     Whatever is wrong with them ends the program, status 2, as argparse does.

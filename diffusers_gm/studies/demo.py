@@ -9,7 +9,6 @@ every sampler) and what `diffusers_gm.evaluation` writes:
 `comparison.png` hold both models. What is measured already is not measured again.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ..app.compare import Model, Run, Sampler, Settings, advance
+from ..cli import Parser, at_least
 from ..data import split_digits
 from ..evaluation import report
 from ..evaluation.command import measure, write_report
@@ -35,7 +35,6 @@ from ..schedulers import (
     CLDSSCSScheduler,
     GMLangevinScheduler,
 )
-from .command import at_least, program
 from .pictures import plot_forward_cld, plot_forward_noise, plot_samples, plot_trajectories
 
 CALLS = (10, 20, 50, 200)
@@ -133,7 +132,7 @@ def together(models: dict[str, Results]) -> Results:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     held_out = len(split_digits()[1])
-    parser = argparse.ArgumentParser(prog=program("demo"), description=(__doc__ or "").splitlines()[0])
+    parser = Parser(f"{__package__}.demo", (__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, help="a model trained by train_gm_sgm.py --dataset_name digits")
     add("--compare", type=Path, help="a second model, for a table of both (K = 1, say)")

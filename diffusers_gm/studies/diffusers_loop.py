@@ -1,6 +1,5 @@
 """Unconditional training from diffusers' public classes, as its example does it: for `.throughput`."""
 
-import argparse
 from typing import Any
 
 import datasets
@@ -15,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .command import program
+from ..cli import Parser
 
 
 def train(folder: str, config: str, resolution: int, batch_size: int, max_train_steps: int) -> None:  # noqa: PLR0915
@@ -97,7 +96,7 @@ def train(folder: str, config: str, resolution: int, batch_size: int, max_train_
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog=program("diffusers_loop"), description=__doc__)
+    parser = Parser(f"{__package__}.diffusers_loop", __doc__)
     parser.add_argument("folder", help="of images")
     parser.add_argument("config", help="of the network, a JSON file")
     for name in ("resolution", "batch_size", "max_train_steps"):

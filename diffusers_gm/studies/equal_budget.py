@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import calibrate
+from ..cli import at_least
 from ..data import examine, open_folder, split_digits
 from ..evaluation.features import lite0
 from ..evaluation.results import Results, Statistic
@@ -30,7 +31,7 @@ from ..evaluation.scoring import Reference, score
 from ..evaluation.sources import MAX_ELEMENTS
 from ..evaluation.table import Table
 from ..files import write_json
-from .command import at_least, parse, study_parser
+from .command import parse, study_parser
 from .digits import parts_of
 from .report import Report
 from .throughput import TRAINING_SCRIPT, cpu_seconds

@@ -1,7 +1,6 @@
 """Fashion-MNIST as PNGs, `OUTPUT/train/CLASS` and `OUTPUT/test/CLASS`, of the idx files of Debian's package
 `dataset-fashion-mnist` or of any folder: `python -m diffusers_gm.studies.fashion_mnist OUTPUT`."""
 
-import argparse
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .command import program
+from ..cli import Parser
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -23,7 +22,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=program("fashion_mnist"), description=__doc__)
+    parser = Parser(f"{__package__}.fashion_mnist", __doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--source", type=Path, default=DEBIAN, help="folder of the idx files")
     args = parser.parse_args(arguments)

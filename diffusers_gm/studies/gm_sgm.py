@@ -17,12 +17,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
+from ..cli import at_least
 from ..evaluation.report import curve_table, plot_curves
 from ..random import Draw
 from ..samplers import Langevin, Memory, Sampler
 from ..samplers.langevin import LangevinPlan
 from ..schedulers import GMLangevinScheduler
-from .command import at_least, parse, study_parser
+from .command import parse, study_parser
 from .digits import kept_results, pipeline_of, quality, statistic_of, tie, trained
 from .increments import increments
 from .ncsnv2_trained import conditions, train_ncsnv2

@@ -19,9 +19,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..autoencoders import LatentSpace, fingerprint, load_autoencoder
+from ..cli import Parser, at_least
 from ..data import LatentCache, TrainingImages, open_folder
 from ..evaluation.table import Table
-from .command import at_least, program
 from .throughput import FIRST_STEPS, measure, write_digits
 
 CHANNELS = (32, 64, 64, 64)
@@ -51,9 +51,7 @@ def alone(vae: str, resolution: int, batch_size: int, num_batches: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=program("latent_caching"), description=(__doc__ or "").split("\n", maxsplit=1)[0]
-    )
+    parser = Parser(f"{__package__}.latent_caching", (__doc__ or "").split("\n", maxsplit=1)[0])
     add = parser.add_argument
     add("--vae", help=f"an AutoencoderKL, a folder or on the Hub; default: one of widths {CHANNELS}, untrained")
     add("--resolution", type=at_least(8), default=64, help="side of the images, a multiple of 8")

@@ -11,9 +11,10 @@ from typing import Any, cast
 import matplotlib.pyplot as plt
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 
+from ..cli import at_least
 from ..evaluation.report import curve_table, plot_curves
 from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
-from .command import at_least, parse, study_parser
+from .command import parse, study_parser
 from .digits import images_of, kept_results, quality, statistic_of, tie, trained
 from .pictures import save_picture, show_rows
 from .report import Report

@@ -18,12 +18,13 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from ..cli import at_least
 from ..data import split_digits
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
-from .command import at_least, parse, study_parser
+from .command import parse, study_parser
 from .digits import kept_results
 from .exact import ExactDenoiser, exact_network, run
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques

@@ -4,16 +4,15 @@ Every study writes its tables, pictures and verdict into a folder; this puts the
 `diffusers_gm.evaluation` measured may lie there too, its `results.json` and `results.png` under any name.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cli import Parser
 from ..evaluation.report import table, verdict
 from ..evaluation.results import Results
 from ..files import write_text
-from .command import program
 from .report import Report
 
 INTRODUCTION = """\
@@ -70,7 +69,7 @@ def anchor(title: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=program("page"), description=(__doc__ or "").splitlines()[0])
+    parser = Parser(f"{__package__}.page", (__doc__ or "").splitlines()[0])
     parser.add_argument("--reports", type=Path, default=Path("model_cards/results"), help="folder of the reports")
     parser.add_argument("--output", type=Path, default=Path("model_cards/results.md"), help="the page")
     args = parser.parse_args(arguments)

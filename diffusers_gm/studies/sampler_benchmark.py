@@ -29,13 +29,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 from torch import Tensor
 
+from ..cli import Parser, at_least
 from ..data import examine, open_source, split_digits
 from ..evaluation.report import plot_curves
 from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
-from .command import at_least, program
 from .digits import kept_results
 from .pictures import save_picture
 from .report import Report
@@ -196,9 +196,7 @@ def against_peers(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog=program("sampler_benchmark")
-    )
+    parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["exact"])
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")

@@ -6,7 +6,6 @@ networks and numbers of calls that were measured in OUTPUT, and ours are compare
 find.
 """
 
-import argparse
 import math
 import statistics
 from collections import Counter
@@ -14,11 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cli import Parser, at_least
 from ..evaluation.report import statistic
 from ..evaluation.results import Results
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
-from .command import at_least, program
 from .digits import parts_of
 from .report import Report
 from .sampler_benchmark_schedulers import MULTISTEP, OUR_GRIDS, PEERS
@@ -272,11 +271,7 @@ def verdict_of(title: str, measured: Measured) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog=program("sampler_benchmark_settings"),
-    )
+    parser = Parser(f"{__package__}.sampler_benchmark_settings", __doc__)
     add = parser.add_argument
     add("--most", type=at_least(1), default=20, help="settings of peers that are shown")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")

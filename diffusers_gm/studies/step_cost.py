@@ -8,7 +8,6 @@ of the process counts, not wall time; medians. With --compiled also what `torch.
 without a break, over one fused read-and-write of as many tensors as the simplest of them has; noise is drawn before.
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -20,11 +19,11 @@ import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from ..cli import Parser, at_least
 from ..evaluation.table import Table, machine
 from ..random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, GMLangevinScheduler
-from .command import at_least, program
 from .demo import SAMPLERS
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (64, 3, 32, 32), (256, 3, 32, 32))
@@ -134,9 +133,7 @@ def compiled_costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=program("step_cost"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{__package__}.step_cost", __doc__)
     parser.add_argument("--steps", type=at_least(1), default=60, help="steps of each scheduler on each shape")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of torch")
     parser.add_argument("--compiled", action="store_true", help="the compiled steps too; needs a C++ compiler")

@@ -7,7 +7,6 @@ and versions. With `--num_processes 2` also the efficiency of two processes, eac
 per image of one over those of two.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -23,11 +22,11 @@ import diffusers
 import torch
 from PIL import Image
 
+from ..cli import Parser, at_least
 from ..data import examine, open_folder, split_digits
 from ..evaluation.table import Table
 from ..training.network import new_unet
 from ..training.options import TrainingArguments
-from .command import at_least
 
 # Of accelerate, and how to start some processes with it.
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"]
@@ -77,9 +76,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_gm.studies.throughput", description=(__doc__ or "").split("\n", maxsplit=1)[0]
-    )
+    parser = Parser(f"{__package__}.throughput", (__doc__ or "").split("\n", maxsplit=1)[0])
     add = parser.add_argument
     add("--train_data_dir", type=Path, help="a folder of images; default: the digits, as PNGs in a temporary folder")
     add("--resolution", type=int, help="side of the images; default that of the data, which for the digits is 8")

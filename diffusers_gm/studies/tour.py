@@ -7,7 +7,6 @@ Every cell starts from the same noise. The last row is calibrated on the network
 network (those of diffusers one of mixture noise, say) are left out, and said to be.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ from PIL import Image
 
 from .. import calibrate
 from ..app.compare import CALIBRATED, Model, Run, Sampler, Settings, advance
+from ..cli import Parser, at_least
 from ..evaluation.sampling import load_pipeline
 from ..pictures import image_grid
-from .command import at_least, program
 from .pictures import save_picture, show_grid
 
 CALLS = (5, 10, 20, 50)
@@ -80,9 +79,7 @@ def draw(rows: dict[str, list[Image.Image]], calls: Sequence[int], path: Path) -
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=program("tour"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(f"{__package__}.tour", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="a trained pipeline, best one of Gaussian noise, which all samplers read")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")

@@ -26,6 +26,10 @@ SMALLEST_SCALE = 2.0**-20
 LAG = {"cpu": 0, "cuda": 1}
 
 
+class DivergedError(RuntimeError):
+    """The network is none any more: what to change is in the message."""
+
+
 class Health:
     """Ends a training at the step at which its network diverges. All processes come to the same decision.
 
@@ -72,7 +76,7 @@ class Health:
         self._look_at_gradients(but=LAG.get(norm.device.type if event is None else "cuda", math.inf))
 
     def check_loss(self, step: int, loss: float) -> None:
-        """Raise a RuntimeError if a gradient up to `step`, or the loss since the last look, is not finite."""
+        """Raise a DivergedError if a gradient up to `step`, or the loss since the last look, is not finite."""
         self._look_at_gradients()
         if not math.isfinite(loss):
             raise self._diverged(step, f"the loss is {loss}")
@@ -81,7 +85,7 @@ class Health:
             raise self._diverged(step, f"the gradient is not finite even for losses scaled by {scaler.get_scale():g}")
 
     def check_network(self, step: int) -> None:
-        """Raise a RuntimeError if the network, or the average, should not be saved.
+        """Raise a DivergedError if the network, or the average, should not be saved.
 
         Their weights must be finite, and so must their losses, up to `WORSE_THAN_SILENCE` times that of a network
         that answers zero. Costs two forward passes, and no random numbers.
@@ -121,12 +125,12 @@ class Health:
             if not math.isfinite(norm):
                 raise self._diverged(step, f"the norm of the gradient is {float(norm)}")
 
-    def _diverged(self, step: int, what: str) -> RuntimeError:
+    def _diverged(self, step: int, what: str) -> DivergedError:
         checkpoints = list_checkpoints(self.folder)
         good = f"{checkpoints[-1].name} is the last good one" if checkpoints else "there is no checkpoint of before"
         precision = self.accelerator.mixed_precision
         other = "" if precision == "no" else f", or resume with --mixed_precision no in place of {precision}"
-        return RuntimeError(
+        return DivergedError(
             f"{what} at step {step}: the network has diverged, and was not saved; {good}. Start anew with a "
             f"--learning_rate below {self.learning_rate:g} or a smaller --max_grad_norm{other}"
         )

@@ -211,7 +211,10 @@ class TrainingArguments(MethodOptions):
     )
     checkpointing_steps: int = output(500, "Steps between checkpoints; 0 for none.", at_least=0, free_on_resume=True)
     checkpoints_total_limit: int | None = output(
-        None, "Keep only the newest checkpoints.", at_least=1, free_on_resume=True
+        None,
+        "Keep only so many, the newest; superseded-checkpoint-* are no longer counted, and stay.",
+        at_least=1,
+        free_on_resume=True,
     )
     resume_from_checkpoint: str | None = output(
         None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", free_on_resume=True, path=True
@@ -281,8 +284,9 @@ class TrainingArguments(MethodOptions):
         self._choose()
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
+            package = "diffusers-gm[trackers]" if self.report_to == "tensorboard" else self.report_to
             raise ValueError(
-                f"--report_to {self.report_to}: the package is not installed; pip install {self.report_to}, "
+                f"--report_to {self.report_to}: the package is not installed; pip install {package}, "
                 "or leave the option out"
             )
         check_streaming(self)

@@ -7,6 +7,7 @@ from dataclasses import Field, fields
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from ..cli import Parser
 from .methods import METHODS, MethodOptions
 from .option import GROUPS
 from .options import TrainingArguments
@@ -44,28 +45,15 @@ class Refused(argparse.Action):
         parser.error(f"{option_string}: {INSTEAD[self.dest]}")
 
 
-class Formatter(argparse.HelpFormatter):
-    """Options by the name that they have here, each value mentioned once."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, Switch):
-            on, off = action.option_strings[0], action.option_strings[-1]
-            return f"{on}, {off}" if (action.help or "").endswith("[on]") else on
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
-
-
-class OptionParser(argparse.ArgumentParser):
+class OptionParser(Parser):
     """The parser of `train_gm_sgm.py`, made of the fields of `TrainingArguments`."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
-            description=description,
+            "train_gm_sgm",
+            description,
             usage="%(prog)s [--config RECIPE] [--OPTION VALUE ...]",
             epilog="The options of diffusers' train_unconditional.py are understood by their names there, too.",
-            formatter_class=lambda prog: Formatter(prog, max_help_position=34, width=120),
-            allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
         self.source = ""
@@ -88,8 +76,7 @@ class OptionParser(argparse.ArgumentParser):
         self.add_argument("--preserve_input_precision", action="store_true", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
-        """End the program with one line."""
-        self.exit(2, f"{self.prog}: error: {' '.join((self.source + message).split())}\n")
+        super().error(self.source + message)
 
     def parse(self, words: Sequence[str]) -> TrainingArguments:
         """The options that the words of a command line give, or the end of the program."""
@@ -110,11 +97,18 @@ class OptionParser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(words)
         if unknown:
             word = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            self.error(f"unknown option {word}" + (f": is it {near[0]}?" if near else ", see --help"))
+            self.error(f"unknown option {word}" + self._guess(word))
         values = vars(namespace)
         values.pop("preserve_input_precision", None)
         return values
+
+    def _guess(self, word: str) -> str:
+        """Options that hold the word, or one that is nearly it; none is better than a wrong one."""
+        known = [name for name in self._option_string_actions if not name.startswith("--no_")]
+        near = [name for name in known if word.strip("-") in name]
+        if not 1 <= len(near) <= 3:
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        return f": is it {' or '.join(near)}?" if near else ", see --help"
 
 
 def add_option(group: Any, f: Field, kind: Any) -> None:
@@ -126,8 +120,9 @@ def add_option(group: Any, f: Field, kind: Any) -> None:
     if f.name in MethodOptions.__dataclass_fields__ and len(methods) < len(METHODS):
         text = f"({', '.join(methods)}) {text}"
     if kind is bool:
-        text += " [on]" if f.default else ""
-        group.add_argument(*names, dest=f.name, action=Switch, metavar="SWITCH", help=text)
+        if f.default:
+            text += " [true]"
+        group.add_argument(*names, dest=f.name, action=Switch, metavar="{true,false}" if f.default else "", help=text)
         return
     if f.default is not None:
         text += f" [{f.default}]"
@@ -135,7 +130,7 @@ def add_option(group: Any, f: Field, kind: Any) -> None:
     if nargs:
         (kind,) = get_args(kind)
     choices = get_args(kind) if get_origin(kind) is Literal else f.metadata["choices"]
-    metavar = None if choices else {int: "N", float: "X"}.get(kind, "PATH" if f.metadata["path"] else "VALUE")
+    metavar = "PATH" if f.metadata["path"] else None
     as_type = str if choices else kind
     group.add_argument(*names, dest=f.name, type=as_type, nargs=nargs, choices=choices, metavar=metavar, help=text)
 

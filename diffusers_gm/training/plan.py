@@ -98,10 +98,8 @@ def portable(path: str | None) -> str | None:
 
 def command_line(args: TrainingArguments, num_processes: int) -> str:
     """The command that gives these options, without tokens and places on this host."""
-    words = ["accelerate launch"]
-    if num_processes > 1:
-        words.append(f"--num_processes {num_processes}")
-    words.append("train_gm_sgm.py")
+    several = f"accelerate launch --num_processes {num_processes} -m train_gm_sgm"
+    words = ["diffusers-gm-train" if num_processes == 1 else several]
     private, paths = names_of("private"), names_of("path")
     for f in changed_options(args):
         value = getattr(args, f.name)

@@ -257,7 +257,7 @@ Samplers are values of the scheduler's `algorithm_type`: `sscs`, `euler_maruyama
   author = {Dockhorn, Tim and Vahdat, Arash and Kreis, Karsten},
   booktitle = {International Conference on Learning Representations},
   year = {2022},
-  note = {arXiv:2112.07068}
+  url = {https://arxiv.org/abs/2112.07068}
 }
 ```""",
     formerly={"objective": "score", "timestep_sampling": "uniform"},

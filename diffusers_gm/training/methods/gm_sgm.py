@@ -133,7 +133,11 @@ The scheduler knows the mixture. Samplers are values of its `algorithm_type`: `l
     citation="""\
 ```bibtex
 @misc{gmsgm,
-  title = {Approximated Anomalous Diffusion: Gaussian Mixture Score-Based Generative Models}
+  title = {Approximated Anomalous Diffusion: Gaussian Mixture Score-Based Generative Models},
+  author = {Anonymous},
+  year = {2022},
+  note = {Submitted to ICLR 2023, under double-blind review},
+  url = {https://openreview.net/forum?id=yc9xen7EAzd}
 }
 ```
 

@@ -1,0 +1,67 @@
+"""Command lines that look alike: 120 columns, every default once, and what is wrong in one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+METAVARS = {"int": "N", "whole_number": "N", "float": "X", "Path": "PATH"}
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A `type` of argparse: whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return whole_number
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """An option by its first name alone, its default in brackets where the help does not speak of one."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        metavar = self._get_default_metavar_for_optional(action)
+        value = action.metavar if action.nargs == "?" else self._format_args(action, metavar)
+        return f"{action.option_strings[0]} {value}".rstrip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(getattr(action.type, "__name__", ""), "VALUE")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if not action.option_strings or default in (None, False, argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} [{' '.join(map(str, default)) if isinstance(default, list) else default}]".replace("%", "%%")
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of `python -m module`, or of the script of pyproject.toml that runs it.
+
+    Args:
+        module: `__package__` or the name of a module.
+        description: the docstring that says what the command does.
+    """
+
+    def __init__(self, module: str, description: str | None, **kwargs: Any) -> None:
+        script = Path(sys.argv[0]).name
+        super().__init__(
+            prog=script if script.startswith(("diffusers-gm", "train_gm_sgm")) else f"python -m {module}",
+            description=(description or "").strip(),
+            formatter_class=Formatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with one line."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
