@@ -72,6 +72,16 @@ def test_names_survive_a_folder(pipeline, tmp_path):
         assert torch.equal(images(loaded, (0, 1), ["dog", "cat"]), images(pipeline, (0, 1), [2, 0]))
 
 
+def test_labels_in_every_form(pipeline):
+    forms = ([2, 0], ("dog", "cat"), ["dog", 0], torch.tensor([2, 0]), np.array([2, 0]), [np.int64(2), 0])
+    results = [pipeline(class_labels=labels, num_inference_steps=6, generator=seeded(0, 1), output_type="pt").images
+               for labels in forms]  # fmt: skip
+    assert all(torch.equal(result, results[0]) for result in results)
+    for label in (2, "dog", torch.tensor(2), np.int64(2)):
+        same = pipeline(class_labels=label, num_inference_steps=6, generator=seeded(0)[0], output_type="pt").images
+        assert len(same) == 1
+
+
 def test_the_class_decides(pipeline):
     one, other, none = (images(pipeline, (0,), label) for label in ("cat", 1, 3))
     assert not torch.equal(one, other)

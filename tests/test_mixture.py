@@ -1,5 +1,6 @@
 """The mathematics of Gaussian-mixture noise."""
 
+import itertools
 import math
 from functools import partial
 
@@ -272,3 +273,26 @@ def test_losses_refuse_an_unknown_prediction_type():
     images = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="'noise'"):
         denoising_target(images, images, 1.0, NoiseSpace.ve(0.01, 10.0, 100), MIXTURE, "noise")
+
+
+@pytest.mark.parametrize("width", [0.0, 0.2])
+def test_exact_denoiser_of_per_element_noise_against_brute_force(width, generator):
+    """All assignments of components to the four elements, one by one, each a Gaussian of its own."""
+    points = torch.randn(3, 1, 2, 2, dtype=torch.float64, generator=generator)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    exact = ExactDenoiser(points, width, PER_ELEMENT, weights)
+    sigma = torch.tensor([0.2, 0.6, 1.5, 4.0], dtype=torch.float64)
+    y = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    log_joint, means = [], []
+    for p, w in zip(points, weights, strict=True):
+        for ks in itertools.product(range(3), repeat=4):
+            scales, prior = PER_ELEMENT.scales[list(ks)].view(1, 2, 2), PER_ELEMENT.weights[list(ks)].log().sum()
+            variance = width**2 + (scales * sigma.view(-1, 1, 1, 1)) ** 2
+            density = torch.distributions.Normal(p, variance.sqrt()).log_prob(y).sum((1, 2, 3))
+            log_joint.append(w.log() + prior + density)
+            means.append(p + width**2 / variance * (y - p))
+    joint = torch.stack(log_joint)
+    expected = (torch.softmax(joint, 0)[..., None, None, None] * torch.stack(means)).sum(0)
+    torch.testing.assert_close(exact(y.detach(), sigma), expected.detach())
+    (score,) = torch.autograd.grad(torch.logsumexp(joint, 0).sum(), y)
+    torch.testing.assert_close(exact.score(y.detach(), sigma), score)

@@ -217,3 +217,14 @@ def test_velocity_networks_are_read_by_the_lift(generator):
         denoised = reading.denoised(score, torch.cat([x, v], 1), call)
         torch.testing.assert_close(denoised, at.denoised(x, v, score))
         assert call.sigma == pytest.approx(float(at.sigma))
+
+
+def test_even_labels_of_a_beta_schedule_are_whole_and_distinct():
+    """For every number of calls that there are timesteps for: networks with learned embeddings take nothing else."""
+    space = NoiseSpace.vp(DDPMScheduler(num_train_timesteps=100).alphas_cumprod)
+    for n in (1, 2, 5, 20, 50, 99, 100):
+        grid = level_grid(space, n, "even")
+        assert torch.equal(grid, grid.round())
+        assert (grid.diff() <= -1).all()
+        assert grid[0] == 99
+        assert grid[-1] >= 0

@@ -287,3 +287,12 @@ def test_only_studies_over_the_floor_need_a_held_out_digit_for_every_sample():
 def test_the_only_study_of_a_module_needs_no_name():
     args = parse(study_parser("x", None, ["only"], steps=7, seeds=False), [], over_floor=["only"])
     assert (args.study, args.steps, hasattr(args, "seeds")) == ("only", 7, False)
+
+
+def test_defaults_over_the_best_of_their_options(tmp_path):
+    from diffusers_gm.studies import defaults
+
+    defaults.main(["--steps", "1", "--seeds", "1", "--num_samples", "8", "--calls", "4", "--output", str(tmp_path)])
+    report = Report.read(tmp_path / "defaults.json")
+    assert [len(table.rows) for table in report.tables] == [4, 4]
+    assert all(float(row[1].split()[0]) >= 1 for table in report.tables for row in table.rows), "over the best"

@@ -10,7 +10,6 @@ from diffusers_gm.studies import gm_sgm, rare_modes
 from diffusers_gm.studies.exact import ExactDenoiser, exact_network
 from diffusers_gm.studies.increments import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
-from diffusers_gm.studies.switching import states, switches
 
 # --- increments ---
 
@@ -107,36 +106,6 @@ def test_exploring_finds_the_rare_modes(tmp_path):
     assert min(errors.values()) == errors[rare_modes.EXPLORE] < errors[rare_modes.LANGEVIN] / 3
 
 
-# --- switching ---
-
-
-def test_switches_are_changes_of_the_likeliest_component():
-    large = torch.tensor([[0.9, 0.1], [0.8, 0.9], [0.2, 0.6], [0.7, 0.1]])
-    found = torch.stack([1 - large, large], -1)
-    assert switches(found).tolist() == [2, 2]
-
-
-def test_components_of_a_run_are_those_of_its_noise():
-    """With black images the sample is the noise: the residual and the exact posterior tell the same, at every level."""
-    mixture = GaussianMixtureNoise([0.7, 0.3], [0.5, 1.6])
-    scheduler = GMLangevinScheduler(
-        noise_space="ve",
-        sigma_min=0.1,
-        sigma_max=5.0,
-        mixture_weights=[0.7, 0.3],
-        mixture_scales=[0.5, 1.6],
-        model_noise="mixture",
-    )
-    denoiser = ExactDenoiser(torch.zeros(1, 1, 8, 8), noise=mixture)
-    found = states(lambda x, t: denoiser.network_output(x, t, scheduler.noise_space, "epsilon"), scheduler, 2000, 6)
-    assert [sigma for _, _, sigma in found] == scheduler.sigmas[:5].tolist()
-    for y, denoised, sigma in found:
-        exact = denoiser.components(y, sigma)
-        assert torch.allclose(mixture.responsibilities(y - denoised, sigma), exact, atol=1e-4)
-        # The ancestral sampler keeps the law of the noise.
-        assert abs(float(exact[:, 1].mean()) - 0.3) < 5 * (0.3 * 0.7 / 2000) ** 0.5
-
-
 # --- lag ---
 
 
@@ -165,9 +134,8 @@ def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
 @pytest.mark.parametrize(
     "words",
     [
-        ["claim", "--seeds", "1", "--calls", "4", "12", "--models", "the same, score"],
+        ["claim", "--seeds", "1", "--calls", "4"],
         ["lag", "--seeds", "1", "--calls", "6"],
-        ["switching", "--calls", "5"],
         ["increments"],
         ["rare_modes", "--calls", "12"],
     ],

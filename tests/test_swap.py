@@ -171,3 +171,15 @@ def test_networks_of_mixture_noise_are_kept_from_gaussian_samplers():
         one = GMLangevinScheduler(model_noise="mixture", mixture_weights=[1.0], mixture_scales=[1.0])
         assert cls.from_config(one.config)
         assert cls.from_config(GMLangevinScheduler(**mixture).config), "jumps on an ordinary network"
+
+
+@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
+def test_a_swapped_chain_tells_the_network_where_it_is(cls):
+    """Unless asked for the published levels; a config of ours says itself, also through one of diffusers."""
+    assert cls().config.network_level == "ladder"
+    swapped = cls.from_config(DDPMScheduler().config)
+    assert (swapped.config.network_level, swapped.config.grid) == ("chain", "even")
+    assert cls.from_config(DDPMScheduler().config, network_level="ladder").config.network_level == "ladder"
+    published = cls(beta_schedule="linear")
+    assert cls.from_config(published.config).config.network_level == "ladder"
+    assert cls.from_config(DDPMScheduler.from_config(published.config).config).config.network_level == "ladder"

@@ -241,7 +241,7 @@ def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):  # 
     assert pipeline(1, 4, seeded(0), output_type="pt").images.shape == (1, 1, 8, 8)
     config = pipeline.scheduler.config
     if method == "cld":
-        assert config["prediction_type"] == "cld_mixed"
+        assert config["prediction_type"] == "cld_edm"
     else:
         assert (config["noise_space"], config["beta_schedule"]) == ("vp", "squaredcos_cap_v2")
         record = json.loads((tmp_path / "out" / "training_args.json").read_text())

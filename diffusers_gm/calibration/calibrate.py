@@ -137,6 +137,7 @@ def calibrate_in_full(
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW))
+        taus: dict[int, tuple[float, ...]]
         if stochasticity is not None:
             taus = dict.fromkeys(budgets, (stochasticity,))
         elif images is not None:

@@ -14,7 +14,7 @@ the displacement times a precision that depends on it; where one component expla
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Guidance:
             return True
         assert self.level is not None
         return self.interval[0] <= self.level(timestep) <= self.interval[1]
+
+    def copied(self, times: int) -> "Guidance":
+        """The same for so many copies of the batch, one after the other."""
+        return self if self.labels is None else replace(self, labels=self.labels.repeat(times))
 
     def output(self, network: Network, model_input: Tensor, timestep: Tensor) -> Tensor:
         """The network's output `(B, ...)`; where guidance acts, in one call of twice the batch."""

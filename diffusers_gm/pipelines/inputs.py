@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def class_indices(labels: ClassLabels, num_embeds: int, names: list[str] | None)
     Raises:
         ValueError: for an index out of range, or a name that is none of `names`.
     """
-    given = labels.tolist() if isinstance(labels, Tensor) else labels
+    given: Any = labels.tolist() if hasattr(labels, "tolist") else labels  # a tensor, or numpy's
     if isinstance(given, Sequence) and not isinstance(given, str):
         given = list(given)
     flat = given if isinstance(given, list) else [given]
@@ -62,18 +63,19 @@ def _index(label: Any, names: list[str] | None) -> int:
             near = get_close_matches(label, names, 3, 0.0)
             raise ValueError(f"class_labels {label!r} is no class of this model; the nearest are {near}")
         return names.index(label)
-    if isinstance(label, bool) or not isinstance(label, int):
+    if isinstance(label, bool) or not isinstance(label, Integral):
         raise ValueError(f"class_labels must be indices or names of classes, got {label!r}")
-    return label
+    return int(label)
 
 
-def as_images(image: Any, argument: str, shape: Sequence[int | None]) -> Tensor:
+def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: bool = False) -> Tensor:
     """Images of a user's, `(1 or B, C, H, W)` float32 in [0, 1].
 
     Args:
         image: PIL images, arrays `(..., H, W, C)` or tensors `(..., C, H, W)` in [0, 1], one or a list.
         argument: its name.
         shape: `(B, C, H, W)` of the run; None where anything will do.
+        noisy: whether values may lie outside [0, 1].
 
     Raises:
         ValueError: for another shape, or values out of [0, 1].
@@ -94,6 +96,6 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None]) -> Tensor:
             f"{tuple(images.shape)}: convert or resize it, or give height and width"
         )
     low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
+    if not noisy and not (low >= 0 and high <= 1):
         raise ValueError(f"{argument} must be in [0, 1], as pipelines return images; it goes from {low:g} to {high:g}")
     return images

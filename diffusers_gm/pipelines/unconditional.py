@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
 from ..networks import asked, channels_of, null_class, num_class_embeds, size_of
+from ..processes.noise_level import NoiseLevel
 from ..random import Generators, check_generators, rand, randn
 from ..readings import VelocityReading
 from . import encoding
@@ -20,6 +21,7 @@ from .guidance import Guidance, check_guidance
 from .inpainting import Picture, begins, unit_noise
 from .inputs import ClassLabels, as_images, by_index, check_classes, class_indices
 from .loading import HubPipeline
+from .own_level import OwnLevel
 
 CALLBACK_TENSORS = ("latents",)
 
@@ -333,6 +335,91 @@ class UnconditionalPipeline(HubPipeline):
         self.maybe_free_model_hooks()
         return latents
 
+    @torch.no_grad()
+    def estimate_noise_level(
+        self,
+        image: Any,
+        generator: Generators = None,
+        class_labels: ClassLabels | None = None,
+        num_looks: int = 6,
+    ) -> NoiseLevel:
+        """How noisy images are: the most probable sigma of `y = x0 + sigma noise`, for images in [-1, 1].
+
+        In values from 0 to 1 that is twice the standard deviation of the noise. The network is asked what the noise is
+        at `num_looks` levels, each time of twice the batch; see `processes.noise_level`.
+
+        Args:
+            image: as in the call, but values may lie outside [0, 1].
+            generator: draws the probe; a list decides one image each.
+            class_labels: as in the call.
+            num_looks: levels that are tried. Networks of mixture noise find theirs in three.
+
+        Raises:
+            ValueError: for any argument out of range, before the first network call.
+        """
+        own, noisy = self._own_level(image, generator, class_labels)
+        found = own.measured(noisy, num_looks)
+        self.maybe_free_model_hooks()
+        return found
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        image: Any,
+        noise_level: float | None = None,
+        num_inference_steps: int = 1,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        class_labels: ClassLabels | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Remove the noise that images have, without adding any.
+
+        Args:
+            image: as in `estimate_noise_level`.
+            noise_level: sigma of the images; None: each has its own, which is measured.
+            num_inference_steps: 1: the mean of all images that may be behind the noise, which has the smallest squared
+                error. More: a run of the scheduler's sampler, all of it from the image's own level down, to one of
+                these images: sharper, with a larger error. Where levels are measured, each image has its own run.
+            generator, output_type, return_dict, class_labels: as in the call.
+
+        Raises:
+            ValueError: for any argument out of range, before the first network call.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        own, noisy = self._own_level(image, generator, class_labels)
+        self._checked_shape(len(noisy), generator, None, output_type, *noisy.shape[2:])
+        if noise_level is not None and not own.low <= noise_level <= own.high:
+            raise ValueError(f"noise_level must be in [{own.low:.4g}, {own.high:.4g}], got {noise_level}")
+        if noise_level is not None or num_inference_steps == 1:
+            sigma = own.measured(noisy, 6).sigma if noise_level is None else noisy.new_full((len(noisy),), noise_level)
+            clean = own.clean(noisy, sigma, num_inference_steps)
+        else:
+            alone = own.of_each(len(noisy))
+            clean = torch.cat([
+                one.clean(y, one.measured(y, 6).sigma, num_inference_steps)
+                for one, y in zip(alone, noisy.split(1), strict=True)
+            ])  # fmt: skip
+        images = self._finished(clean, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _own_level(
+        self, image: Any, generator: Generators, class_labels: ClassLabels | None
+    ) -> tuple[OwnLevel, Tensor]:
+        """What asks the network at the images' own levels, and the images, `(B, C, H, W)` about [-1, 1]."""
+        if self.vae is not None:
+            raise ValueError(
+                "noise of images is none of their latents: this needs a network in pixel space, without vae"
+            )
+        channels, *_ = self._picture_shape(1, 1)
+        noisy = as_images(image, "image", (None, channels, None, None), noisy=True)
+        self._image_shape(*noisy.shape[2:])
+        check_generators(generator, len(noisy))
+        guidance = self._guidance(len(noisy), class_labels, 1.0, None)
+        own = OwnLevel(encoding.ours(self.scheduler), self._network, guidance, generator)
+        return own, (2 * noisy - 1).to(self._execution_device)
+
     def _network(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output, in float32."""
         classes = {} if labels is None else {"class_labels": labels}
@@ -348,7 +435,7 @@ class UnconditionalPipeline(HubPipeline):
         if batch_size is not None:
             return batch_size
         if class_labels is not None and not isinstance(class_labels, int | str):
-            return 1 if isinstance(class_labels, Tensor) and class_labels.ndim == 0 else len(class_labels)
+            return 1 if getattr(class_labels, "ndim", 1) == 0 else len(class_labels)
         return 1 if latents is None else len(latents)
 
     def _checked_shape(

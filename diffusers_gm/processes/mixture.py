@@ -111,6 +111,11 @@ class GaussianMixtureNoise:
         """`E[c^order]`."""
         return float((self.weights * self.scales**order).sum())
 
+    @property
+    def commonest_scale(self) -> float:
+        """The scale of the most probable component: 1 for unit Gaussian noise."""
+        return float(self.scales[self.weights.argmax()])
+
     # --- Draws ---
 
     def sample(

@@ -65,6 +65,8 @@ def level_grid(
         if space.kind != "edm":  # exact integers where they should be: learned embeddings take nothing else
             grid = grid.mul(1e8).round().div(1e8)
         grid[0] = last  # also where its sigma is capped
+        if space.kind == "vp" and spacing == "even":  # what any network of diffusers takes that is swapped
+            grid = distinct_labels(grid, last)
     elif space.kind == "edm":
         raise ValueError(f"timestep_spacing {spacing!r} is not offered in edm space: use one of {SIGMA_SPACINGS}")
     elif spacing == "linspace":
@@ -83,6 +85,13 @@ def level_grid(
     if space.kind == "flow":
         grid = n * shift_flow(grid / n, shift, shift_terminal)
     return grid.clamp(first if space.kind != "flow" else None, last)
+
+
+def distinct_labels(labels: Tensor, last: float) -> Tensor:
+    """Whole numbers next to descending labels, `(n,)`, each once and none above `last`."""
+    place = torch.arange(len(labels), dtype=torch.float64)
+    above = (labels.round() + place).flip(0).cummax(0).values.flip(0) - place
+    return torch.minimum(above, last - place)
 
 
 def check_num_levels(space: NoiseSpace, num_levels: int) -> None:

@@ -43,12 +43,13 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         variance_type: `learned` or `learned_range` if the network also answers a variance, which is left out.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on the
             denoised image, as in diffusers.
-        timestep_spacing: `log_snr` (equal ratios of sigma), `karras`, `beta`, or diffusers' `linspace`, `leading`,
-            `trailing`. Noise levels are between the ends of the trained range.
+        timestep_spacing: `log_snr` (equal ratios of sigma), `even` (`even_levels`: fewer calls end at a higher level),
+            `karras`, `beta`, or diffusers' `linspace`, `leading`, `trailing`. Noise levels are between the ends of the
+            trained range.
         steps_offset: as in diffusers.
         grid: a spacing that takes the place of `timestep_spacing`, or `calibrated`: the levels of `calibration`, see
-            `CalibratedMultistepScheduler`. `from_config` sets `trailing` where the config of a
-            scheduler of diffusers has `leading` or `linspace`, unless it is given a `timestep_spacing`.
+            `CalibratedMultistepScheduler`. `from_config` sets `even` where the config of a scheduler of diffusers
+            has `leading` or `linspace`, unless it is given a `timestep_spacing`.
         use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: as in diffusers; short for
             `karras`, `log_snr`, `log_snr` and `beta`, and taking precedence.
         num_langevin_steps: T, Langevin steps per level.
@@ -62,7 +63,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             modes, and for image-to-image that is to change its subject: a run that begins midway explores there.
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
-            where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls.
+            where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls, and
+            what swaps from schedulers of diffusers and new trainings take.
 
     Raises:
         ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few

@@ -50,7 +50,7 @@ class CLDSSCSScheduler(SamplerScheduler):
             in `AnnealedLangevinScheduler`.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on D.
         timestep_spacing: `uniform` or `quadratic` in t, `log_snr` (equal ratios of `sigma_eff`); lifted also
-            `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
+            `even`, `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
         steps_offset, grid, calibration, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas:
             lifted, as in `AnnealedLangevinScheduler`.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.

@@ -1,5 +1,6 @@
 """Configs: what ours say of a network, what those of diffusers do, and what either may read of the other's."""
 
+import inspect
 from typing import Any, ClassVar
 
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, SchedulerMixin
@@ -137,7 +138,7 @@ def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
     - Values that the source left at its defaults count as given: they describe the network. diffusers drops them from
       configs in memory, and keeps them in the same configs read from disk.
     - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
-      at few calls: `grid="trailing"` takes their place, and they stay in the config for the way back.
+      at few calls: `grid="even"` takes their place, and they stay in the config for the way back.
     - `algorithm_type` is the source's own, and left out.
     - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
       pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space.
@@ -166,7 +167,7 @@ def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         return {**config, "noise_space": "edm", **({} if flagged else {"grid": "karras"})}
     if config.get("timestep_spacing") in ("leading", "linspace") and not flagged:
-        config["grid"] = "trailing"
+        config["grid"] = "even"
     if config.get("use_flow_sigmas"):
         config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), "prediction_type": "flow_prediction"}
     elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
@@ -279,6 +280,8 @@ class Swappable(SchedulerMixin, ConfigMixin):
             config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config and "noise_space" not in kwargs:
                 config = from_source_config(config)
+                if "network_level" not in config and "network_level" in inspect.signature(cls.__init__).parameters:
+                    kwargs = {"network_level": "chain", **kwargs}
             cls._check_mixture(config)
             # The grid belongs to the sampler.
             if cls.calibrates and "corrector" not in config:

@@ -23,8 +23,10 @@ class ExactDenoiser:
     Args:
         points: centres `(n, C, H, W)`.
         width: their common standard deviation; 0 for point masses.
-        noise: law of the noise; None for Gaussian noise. Not per element.
+        noise: law of the noise; None for Gaussian noise.
         weights: probabilities of the centres `(n,)`; None for equal ones.
+
+    `sigma` is a number, or a tensor `(B,)` of a level for each image.
     """
 
     def __init__(
@@ -38,53 +40,68 @@ class ExactDenoiser:
         self.width = width
         self.noise = noise or GaussianMixtureNoise([1.0], [1.0])
         self.log_weights = torch.zeros(len(points)) if weights is None else weights.log()
-        if self.noise.per_element:
-            raise ValueError("per-element mixtures have no exact denoiser: pass noise with per_element=False")
 
-    def _posterior(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """Posterior of centre and component `(B, n, K)`, and the variances `width^2 + (c_k sigma)^2`, `(K,)`."""
-        flat, centres = y.flatten(1).double(), self.points.to(y).flatten(1).double()
+    def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """`E[x0 | y]` for `y = x0 + sigma * eta`, `(B, C, H, W)`."""
+        # Under component k, x0 is on the way from y to the centre by 1 - width^2 / v_k.
+        return y + self._towards_centres(y, sigma, lambda variances: 1 - self.width**2 / variances)
+
+    def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """`grad log p(y)`, `(B, C, H, W)`."""
+        return self._towards_centres(y, sigma, lambda variances: 1 / variances)
+
+    def components(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """Posterior probabilities of the noise's components given y, `(B, K)`; not per element."""
+        return self._posterior(y.flatten(1), self._variances(y, sigma)).sum(1)
+
+    def _variances(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """`v_k = width^2 + (c_k sigma)^2`, `(B, K)`."""
+        levels = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
+        return self.width**2 + (levels[:, None] * self.noise.scales.to(y)) ** 2
+
+    def _towards_centres(self, y: Tensor, sigma: float | Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """`E[gain(v_k) (centre - y) | y]`, over centres and components: the shape of y."""
+        of_part, chunk = (self._by_element, CHUNK // 8) if self.noise.per_element else (self._by_image, CHUNK)
+        parts = zip(y.flatten(1).split(chunk), self._variances(y, sigma).split(chunk), strict=True)
+        return torch.cat([of_part(part, variances, gain) for part, variances in parts]).view(y.shape)
+
+    def _by_image(self, y: Tensor, variances: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        pull = (self._posterior(y, variances) * gain(variances)[:, None]).sum(2)
+        return pull @ self.points.to(y).flatten(1) - pull.sum(1, keepdim=True) * y
+
+    def _posterior(self, y: Tensor, variances: Tensor) -> Tensor:
+        """Posterior of centre and component, `(B, n, K)`; y is `(B, d)`."""
+        flat, centres = y.double(), self.points.to(y).flatten(1).double()
         # |y - x|^2 through a matrix product: in float64 nothing is lost down to sigma = 1e-4.
         squares = flat.square().sum(1)[:, None] + centres.square().sum(1)
         distances = squares.addmm_(flat, centres.mT, alpha=-2).to(y)
-        variances = self.width**2 + (self.noise.scales.to(y) * sigma) ** 2
         log_weights = self.noise.weights.log().to(y) - 0.5 * flat.shape[1] * variances.log()
-        log_joint = distances[..., None] * (-0.5 / variances) + log_weights + self.log_weights.to(y)[:, None]
-        return torch.softmax(log_joint.flatten(1), 1).view(log_joint.shape), variances
+        log_joint = distances[..., None] * (-0.5 / variances)[:, None] + log_weights[:, None]
+        log_joint = log_joint + self.log_weights.to(y)[:, None]
+        return torch.softmax(log_joint.flatten(1), 1).view(log_joint.shape)
 
-    def __call__(self, y: Tensor, sigma: float) -> Tensor:
-        """`E[x0 | y]` for `y = x0 + sigma * eta`, `(B, C, H, W)`."""
-        return torch.cat([self._denoised(part, sigma) for part in y.split(CHUNK)])
-
-    def _denoised(self, y: Tensor, sigma: float) -> Tensor:
-        posterior, variances = self._posterior(y, sigma)
-        kept = self.width**2 / variances
-        centres = self.points.to(y).flatten(1)
-        mean = (posterior @ (1 - kept)) @ centres + (posterior.sum(1) @ kept)[:, None] * y.flatten(1)
-        return mean.view(y.shape)
-
-    def score(self, y: Tensor, sigma: float) -> Tensor:
-        """`grad log p(y)`, `(B, C, H, W)`."""
-        posterior, variances = self._posterior(y, sigma)
-        precise = posterior @ (1 / variances)
-        centres = self.points.to(y).flatten(1)
-        score = precise @ centres - precise.sum(1)[:, None] * y.flatten(1)
-        return score.view(y.shape)
-
-    def components(self, y: Tensor, sigma: float) -> Tensor:
-        """Posterior probabilities of the noise's components given y, `(B, K)`."""
-        return self._posterior(y, sigma)[0].sum(1)
+    def _by_element(self, y: Tensor, variances: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """With a component of its own for every element, given the centre elements are independent:
+        `p_n ~ w_n prod_i sum_k pi_k N(y_i; x_ni, v_k)`."""
+        offsets = self.points.to(y).flatten(1) - y[:, None]
+        variances = variances[:, None, None]
+        log_joint = self.noise.weights.log().to(y) - 0.5 * (variances.log() + offsets[..., None] ** 2 / variances)
+        log_centres = torch.logsumexp(log_joint, -1).sum(-1) + self.log_weights.to(y)
+        pull = (torch.softmax(log_joint, -1) * gain(variances)).sum(-1)
+        return (torch.softmax(log_centres, 1)[..., None] * pull * offsets).sum(1)
 
     def network_output(self, sample: Tensor, timestep: Tensor, space: NoiseSpace, prediction_type: str) -> Tensor:
-        """What a perfect network answers to its input `alpha * y` at a label, in any prediction type."""
-        level = space.sigma(torch.as_tensor(timestep))
-        sigma, alpha = float(level), float(space.alpha(level))
-        y = sample / alpha
+        """What a perfect network answers to its input `alpha * y` at a label, or one for each image, in any prediction
+        type."""
+        labels = torch.as_tensor(timestep).reshape(-1)
+        levels = space.sigma(labels)
+        sigma, alpha = (t.to(sample).reshape(-1, *[1] * (sample.ndim - 1)) for t in (levels, space.alpha(levels)))
+        y, level = sample / alpha, levels.to(sample).expand(len(sample)) if len(labels) > 1 else float(levels)
         if prediction_type == "score":
-            return self.score(y, sigma)
+            return self.score(y, level)
         if prediction_type == "scaled_score":
-            return -sigma * self.score(y, sigma)
-        denoised = self(y, sigma)
+            return -sigma * self.score(y, level)
+        denoised = self(y, level)
         return space.output(denoised, (y - denoised) / sigma, sigma, prediction_type)
 
 
@@ -113,6 +130,7 @@ class NetworkOf(nn.Module):
             "in_channels": in_channels or shape[0],
             "out_channels": shape[0],
             "sample_size": tuple(shape[1:]),
+            "block_out_channels": (1,),  # it takes images of any size
         }
 
     def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:

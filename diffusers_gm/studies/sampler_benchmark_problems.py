@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .exact import ExactDenoiser
+from .exact import CHUNK, ExactDenoiser
 
 
 class GaussianMixture(ExactDenoiser):
@@ -39,6 +39,9 @@ class GaussianMixture(ExactDenoiser):
         noise = torch.randn(n, *self.points.shape[1:], generator=generator)
         return self.points[chosen] + self.deviations[chosen] * noise
 
+    def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        return torch.cat([self._denoised(part, float(sigma)) for part in y.split(CHUNK)])
+
     def _denoised(self, y: Tensor, sigma: float) -> Tensor:
         flat, centres = y.flatten(1).double(), self.points.flatten(1).double()
         variances = self.deviations.flatten(1).double().square()
@@ -50,7 +53,7 @@ class GaussianMixture(ExactDenoiser):
         mean = posterior @ (centres * (1 - kept)) + (posterior @ kept) * flat
         return mean.view(y.shape).to(y)
 
-    def score(self, y: Tensor, sigma: float) -> Tensor:
+    def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         return (self(y, sigma) - y) / sigma**2
 
 
@@ -72,7 +75,8 @@ class Erring(ExactDenoiser):
         self.denoiser, self.deviation, self.error = denoiser, deviation, error
         self.num_features, self.seed = num_features, seed
 
-    def __call__(self, y: Tensor, sigma: float) -> Tensor:
+    def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        sigma = float(sigma)
         flat = y.flatten(1)
         size, count = flat.shape[1], self.num_features
         generator = torch.Generator().manual_seed(self.seed)
@@ -84,5 +88,5 @@ class Erring(ExactDenoiser):
         field = (angles.cos() @ back).view(y.shape)
         return self.denoiser(y, sigma) + self.error * sigma * self.deviation / scale * field
 
-    def score(self, y: Tensor, sigma: float) -> Tensor:
+    def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         return (self(y, sigma) - y) / sigma**2

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, dequantized, resolution_of, sides
-from ..networks import answers_variance, asked, channels_of, size_of, without_variance
+from ..networks import answers_variance, asked, channels_of, num_class_embeds, size_of, without_variance
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
@@ -217,7 +217,8 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
     try:
         with torch.no_grad():
             sample = torch.zeros(2, entering, *size, device=unet.device)
-            answer = asked(unet)(sample, torch.tensor([0.0, 1.5])).sample
+            classes = None if num_class_embeds(unet) is None else torch.zeros(2, dtype=torch.int64, device=unet.device)
+            answer = told(asked(unet), classes)(sample, torch.tensor([0.0, 1.5])).sample
     except Exception as error:  # whatever it misses
         raise ValueError(f"a {name} of this config does not run on a noisy image and a timestep: {error}") from error
     finally:
@@ -289,12 +290,12 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
     changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
     changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
-    changes |= {"objective": "score"} if kind == "scaled_score" else {"prediction_type": kind}
+    learned_score = kind == "scaled_score" and args.method == "gm-sgm"  # of Gaussian noise, the two are the same
+    changes |= {"objective": "score" if learned_score else "denoiser"}
+    changes |= {"prediction_type": "epsilon" if kind == "scaled_score" else kind}
     changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
     # How often each level is seen is chosen anew for what the network answers.
     changes |= dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
-    if args.method != "gm-sgm" and kind == "scaled_score":  # of Gaussian noise, the two are the same
-        changes["objective"] = "denoiser"
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **changes), answers | (betas if space.kind == "vp" else {})
 

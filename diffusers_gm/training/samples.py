@@ -36,6 +36,7 @@ def start_tracker(accelerator: Accelerator, record: dict[str, Any]) -> None:
 
 def log_grid(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
     """Show a grid of samples to the tracker; call it on the main process."""
+    grid = grid.convert("RGB")
     for tracker in accelerator.trackers:
         if tracker.name == "trackio":
             import trackio

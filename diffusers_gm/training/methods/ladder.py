@@ -114,6 +114,8 @@ def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) ->
     """The config of a scheduler of the ladder."""
     assert args.prediction_type is not None
     return {
+        "timestep_spacing": "even",
+        "network_level": "chain",
         **sampler,
         **network_config(args.prediction_type, noise),
         "scale_input": args.scale_input,

@@ -1,0 +1,91 @@
+"""Images that are noisy already: how noisy, and what is behind the noise."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processes.noise_level import NoiseLevel, estimate_noise_level
+from ..random import Generators, randn
+from ..readings import VelocityReading
+from ..readings.grids import even_levels
+from ..samplers import Memory, sample
+from .guidance import Guidance, Network
+
+# `(y, sigma) -> D`, a level for each image.
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+class OwnLevel:
+    """A network that is told a level for each image of a batch.
+
+    Under mixture noise an image of standard deviation tau is told to be where tau is that of the commonest component:
+    with one component, at tau.
+
+    Args:
+        scheduler: of this package; says how the network sees noise.
+        network, guidance: as in a run.
+        generator: draws the companion noise of a network that sees velocities; nothing else is drawn.
+    """
+
+    def __init__(self, scheduler: Any, network: Network, guidance: Guidance, generator: Generators = None):
+        self.scheduler, self.reading = scheduler, scheduler.reading
+        self.network, self.guidance, self.generator = network, guidance, generator
+        self.unit = scheduler.model_mixture.commonest_scale
+        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
+        self.low, self.high = (self.unit * end for end in self.reading.sigma(ends).tolist())
+
+    def of_each(self, count: int) -> list["OwnLevel"]:
+        """The same for each image of the batch alone."""
+        generators = self.generator if isinstance(self.generator, list | tuple) else [self.generator] * count
+        labels = [None] * count if self.guidance.labels is None else self.guidance.labels.split(1)
+        return [
+            OwnLevel(self.scheduler, self.network, replace(self.guidance, labels=label), one)
+            for label, one in zip(labels, generators, strict=True)
+        ]
+
+    def measured(self, y: Tensor, num_looks: int) -> NoiseLevel:
+        """The level of each of the noisy images `(B, C, H, W)`; the generator draws the probe as well."""
+        return estimate_noise_level(self.denoiser(y), y, self.low, self.high, num_looks, self.generator)
+
+    def denoiser(self, images: Tensor) -> Denoiser:
+        """`(y, tau) -> D` for batches that are copies of `images`, one after the other."""
+        companion = None
+        if isinstance(self.reading, VelocityReading):
+            companion = randn(images.shape, self.generator, images.device, images.dtype)
+
+        def denoised(y: Tensor, tau: Tensor) -> Tensor:
+            sigmas = tau.cpu().double() / self.unit
+            labels = self.reading.timestep(sigmas)
+            calls = self.reading.calls(labels, sigmas)[: len(y)]
+            copies = len(y) // len(images)
+            beside = [None] * len(y) if companion is None else companion.repeat(copies, 1, 1, 1).split(1)
+            samples = [self.reading.visible(*one) for one in zip(y.split(1), beside, calls, strict=True)]
+            inputs = [self.reading.model_input(one, call.label, call) for one, call in zip(samples, calls, strict=True)]
+            output = self.guidance.copied(copies).output(self.network, torch.cat(inputs), labels.float().to(y.device))
+            return torch.cat([
+                self.scheduler._denoised(self.scheduler.without_variance(out, one), one, noisy, call, Memory())[0]
+                for out, one, noisy, call in zip(output.split(1), samples, y.split(1), calls, strict=True)
+            ])  # fmt: skip
+
+        return denoised
+
+    def clean(self, y: Tensor, tau: Tensor, num_calls: int) -> Tensor:
+        """What is behind the noise of level `tau` `(B,)` of `y`: D, or the end of a run of the scheduler's sampler,
+        all of whose calls are from that level down."""
+        denoiser, sampler = self.denoiser(y), self.scheduler.sampler
+        if num_calls == 1:
+            return denoiser(y, tau)
+        assert len(tau.unique()) == 1, "a run has one level at a time"
+        counts = torch.tensor(sampler.spend(num_calls))
+        first = float(tau[0]) / self.unit
+        levels = even_levels(first, min(self.low / self.unit, first / 2), len(counts)).repeat_interleave(counts)
+        return sample(
+            sampler,
+            lambda noisy, sigma: denoiser(noisy, torch.full((len(y),), self.unit * sigma)),
+            y,
+            levels,
+            self.generator,
+        )
