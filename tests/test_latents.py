@@ -406,7 +406,7 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
 @pytest.mark.slow
 def test_two_processes_compute_latents_and_train_on_them(tmp_path, autoencoder):
     """As one process does with accumulated gradients."""
-    options = f"{SMALL} --vae {autoencoder} --random_flip --max_train_steps 3 --logging_steps 1 --validation_steps 0"
+    options = f"{SMALL} --vae {autoencoder} --random_flip --max_train_steps 3 --max_train_samples 300 --logging_steps 1"
     two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613")
     launch(options, "--output_dir", tmp_path / "two", launcher=two, env={"ACCELERATE_USE_CPU": "true"})
     launch(options, "--gradient_accumulation_steps 2 --output_dir", tmp_path / "one")
