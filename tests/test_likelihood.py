@@ -1,75 +1,95 @@
-"""The likelihood bound of CLD, against densities that are known."""
+"""The likelihood by the probability flow, against densities that are known."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
-from networks import normal_denoiser, velocity_network
+from diffusers import DDPMScheduler
+from networks import normal_denoiser, perfect_network, tiny_network
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusers_gm import CLDPipeline, CLDSSCSScheduler
-from diffusers_gm.data import check_levels, dequantized
-from diffusers_gm.evaluation.likelihood import cld_bits_per_dimension, main
-from diffusers_gm.likelihood import bits_per_dimension, cld_nll, normal_log_prob
-from diffusers_gm.processes.cld import CLD
-
-
-@pytest.mark.parametrize(
-    ("process", "prediction_type"),
-    [
-        (CLD(), "cld_mixed"),
-        (CLD(), "velocity_score"),
-        (CLD(beta_0=6.0, beta_1=4.0, mass=1.0, gamma=0.25), "scaled_velocity_score"),
-    ],
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CLDPipeline,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+    GMSGMPipeline,
 )
-def test_exact_on_gaussian_data(process, prediction_type, generator):
-    """In nats per dimension to 3 decimals, for every image: image and velocity are independent, the bound is tight."""
-    variances = torch.tensor([0.05, 0.25, 1.0, 2.0], dtype=torch.float64).view(1, 2, 2)
-    images = variances.sqrt() * torch.randn(16, 1, 2, 2, generator=generator, dtype=torch.float64)
-    exact = -(-0.5 * (images**2 / variances + (2 * math.pi * variances).log())).sum((1, 2, 3))
-    bound = cld_nll(
-        velocity_network(process, normal_denoiser(variances), prediction_type),
-        images,
-        process,
-        prediction_type,
-        100,
-        1,
-        generator,
-    )
-    assert (bound - exact).abs().max() / 4 < 5e-4
+from diffusers_gm.data import check_levels, dequantized
+from diffusers_gm.evaluation.likelihood import bits_of_images, main
+from diffusers_gm.likelihood import bits_per_dimension, flow_nll
+from diffusers_gm.pipelines import UnconditionalPipeline
+from diffusers_gm.processes.mixture import GaussianMixtureNoise
+
+VARIANCES = torch.tensor([0.05, 0.25, 1.0, 2.0], dtype=torch.float64).view(1, 2, 2)
+SCHEDULERS = {
+    "vp": GMLangevinScheduler(beta_schedule="linear"),
+    "ve": AnnealedLangevinScheduler(sigma_min=0.005, sigma_max=100.0),
+    "edm": GMLangevinScheduler(noise_space="edm", sigma_min=0.005, sigma_max=100.0, sigma_data=0.5),
+    "flow": GMLangevinScheduler(shift=1.0, prediction_type="flow_prediction"),
+    "cld mixed": CLDSSCSScheduler(prediction_type="cld_mixed"),
+    "velocity score": CLDSSCSScheduler(prediction_type="velocity_score", mass=1.0, gamma=0.25, beta_0=6.0, beta_1=4.0),
+    "cld edm": CLDSSCSScheduler(prediction_type="cld_edm", sigma_min=0.005, sigma_max=100.0, sigma_data=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_exact_on_gaussian_data(name, generator):
+    """In nats per dimension, for every image and any network: the density at the smallest level is known."""
+    scheduler = SCHEDULERS[name]
+    network = perfect_network(scheduler, normal_denoiser(VARIANCES))
+    low, high = scheduler.reading.sigma(torch.tensor(scheduler.reading.timestep_range).double()).tolist()
+    images = VARIANCES.sqrt() * torch.randn(16, 1, 2, 2, generator=generator, dtype=torch.float64)
+    companion = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    denoiser = lambda y, sigma: scheduler.denoise(network, y, companion, torch.tensor(sigma).double())
+    found = flow_nll(denoiser, images, (low, min(high, 200.0)), 100, generator)
+    variances = VARIANCES + low**2
+    exact = 0.5 * (images**2 / variances + (2 * math.pi * variances).log()).sum((1, 2, 3))
+    assert (found - exact).abs().max() / 4 < 1e-3
+
+
+def test_exact_under_mixture_noise(generator):
+    """An image that is a point under noise of several components: the noise's own law, at every level."""
+    mixture = GaussianMixtureNoise([0.7, 0.3], [0.8, 1.4])
+    y = 0.1 * mixture.sample((64, 1, 2, 2), generator, dtype=torch.float64)
+    found = flow_nll(lambda y, sigma: 0 * y, y, (0.1, 50.0), 100, generator, mixture)
+    torch.testing.assert_close(found, -mixture.log_prob(y, 0.1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_wrong_model_is_bounded_from_above(generator):
     """The network that takes pixels for N(0, 1) gives its own density's value on average, not the data's."""
-    process = CLD()
     images = 0.5 * torch.randn(256, 1, 2, 2, generator=generator, dtype=torch.float64)
-    wrong = velocity_network(process, normal_denoiser(torch.ones(1, 2, 2)), "cld_mixed")
-    bound = cld_nll(wrong, images, process, generator=generator)
-    assert torch.allclose(bound, -normal_log_prob(images, 1.0), atol=5e-3)
-    assert bound.mean() > -normal_log_prob(images, 0.25).mean()
+    wrong = normal_denoiser(torch.ones(1, 2, 2))
+    found = flow_nll(wrong, images, (0.001, 100.0), 100, generator)
+    own, true = (torch.distributions.Normal(0, s).log_prob(images).sum((1, 2, 3)) for s in (1.0, 0.5))
+    assert torch.allclose(found, -own, atol=5e-3)
+    assert found.mean() > -true.mean()
 
 
 def test_the_probe_is_unbiased(generator):
-    """Pixels that depend on each other: `d output / dv` is no diagonal, and probes differ; their mean does not.
-
-    Two pixels are rotated, independent normals. The exact bound is in the basis in which they are independent.
-    """
-    process, n = CLD(), 4000
-    rotation = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
-    variances = torch.tensor([0.05, 1.0], dtype=torch.float64).view(1, 1, 2)
-    network = velocity_network(process, normal_denoiser(variances), "cld_mixed")
-
-    def rotated(model_input, labels):
-        back = model_input @ rotation
-        return network(back, labels) @ rotation.T
-
+    """Pixels that depend on each other: `dD / dy` is no diagonal, and probes differ; their mean does not."""
+    n, rotation = 4000, torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+    plain = normal_denoiser(torch.tensor([0.05, 1.0], dtype=torch.float64).view(1, 1, 2))
+    rotated = lambda y, sigma: plain(y @ rotation, sigma) @ rotation.T
     image = torch.tensor([0.3, -0.5], dtype=torch.float64).view(1, 1, 1, 2)
-    bound = cld_nll(rotated, image.expand(n, -1, -1, -1), process, num_steps=25, generator=generator)
-    plain = cld_nll(network, image @ rotation, process, num_steps=25, generator=generator)
-    assert bound.std() > 1e-3
-    assert abs(bound.mean() - plain) < 5 * bound.std() / n**0.5 + 1e-3
+    found = flow_nll(rotated, image.expand(n, -1, -1, -1), (0.01, 50.0), 25, generator)
+    exact = flow_nll(plain, image @ rotation, (0.01, 50.0), 25, generator)
+    assert found.std() > 1e-3
+    assert abs(found.mean() - exact) < 5 * found.std() / n**0.5 + 1e-3
+
+
+def test_a_denoiser_that_listens_to_its_companion_is_bounded_from_above(generator):
+    """Its density is the mean over companions; the mean of `-log p(y | c)` is above `-log` of that (Jensen)."""
+    n = 2000
+    image = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64).expand(n, 1, 1, 1)
+    companion = torch.randn(n, 1, 1, 1, generator=generator, dtype=torch.float64)
+    means = 0.5 * companion  # D of data N(c / 2, 1)
+    denoiser = lambda y, sigma: means + (y - means) / (1 + sigma**2)
+    found = flow_nll(denoiser, image, (0.001, 100.0), 50, generator)
+    each = torch.distributions.Normal(means, 1.0).log_prob(image).flatten()
+    torch.testing.assert_close(found, -each, rtol=5e-3, atol=5e-3)
+    marginal = torch.distributions.Normal(0.0, 1.25**0.5).log_prob(image[0]).item()
+    assert found.mean() > -marginal + 5 * found.std() / n**0.5
 
 
 def test_bits_of_uniform_noise_are_those_of_its_levels():
@@ -100,7 +120,7 @@ def test_images_of_other_levels_are_refused(tiny_velocity_unet):
         check_levels(torch.tensor([0.0, 1.125]), 17)
     pipeline = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed"))
     with pytest.raises(ValueError, match="none of 256 equal levels"):
-        cld_bits_per_dimension(pipeline, torch.full((1, 1, 8, 8), 0.125))
+        bits_of_images(pipeline, torch.full((1, 1, 8, 8), 0.125))
 
 
 def test_dequantised_images_stay_in_their_bins(generator):
@@ -112,24 +132,39 @@ def test_dequantised_images_stay_in_their_bins(generator):
     assert difference.var() == pytest.approx(1 / 768, rel=5 * (0.8 / 512) ** 0.5)
 
 
-def test_of_a_pipeline(tiny_velocity_unet, generator):
-    scheduler = CLDSSCSScheduler(prediction_type="cld_mixed")
-    pipeline = CLDPipeline(tiny_velocity_unet, scheduler)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        CLDSSCSScheduler(prediction_type="cld_mixed"),
+        CLDSSCSScheduler(prediction_type="cld_edm", sigma_max=30.0),
+        CLDSSCSScheduler(noise_space="edm", sigma_data=0.5, sigma_max=30.0),
+        GMLangevinScheduler(mixture_weights=[0.7, 0.3], mixture_scales=[0.8, 1.4], model_noise="mixture"),
+        GMLangevinScheduler(
+            mixture_weights=[0.7, 0.3],
+            mixture_scales=[0.8, 1.4],
+            model_noise="mixture",
+            prediction_type="scaled_score",
+        ),
+        DDPMScheduler(),
+    ],
+    ids=["velocity", "companion", "lifted", "mixture", "mixture score", "ddpm"],
+)
+def test_of_a_pipeline(scheduler, generator):
+    native = str(scheduler.config["prediction_type"]).startswith("cld_")
+    unet = tiny_network(2 if native else 1, 1)
+    pipeline = (CLDPipeline if isinstance(scheduler, CLDSSCSScheduler) else UnconditionalPipeline)(unet, scheduler)
     images = torch.randint(0, 17, (5, 1, 8, 8), generator=generator) / 8 - 1
     state = generator.get_state()
-    bits = cld_bits_per_dimension(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2)
+    bits = bits_of_images(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2)
     assert bits.shape == (5,)
     assert bits.isfinite().all()
-    assert all(p.grad is None for p in tiny_velocity_unet.parameters())
+    assert all(p.grad is None for p in unet.parameters())
     generator.set_state(state)
-    assert torch.equal(
-        cld_bits_per_dimension(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2), bits
-    )
+    assert torch.equal(bits_of_images(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2), bits)
 
 
 def test_no_device_is_asked_for_float64(generator):
-    """All of a float32 run stays float32 where the network is, but for the clock, and for log densities, which are
-    `(B, d)` and `(B,)` on the CPU: `float64` of another shape than these would be on the device."""
+    """All of a float32 run stays float32, but for log densities, which are `(B, d)` and `(B,)` on the CPU."""
     images = torch.rand(3, 2, 4, 5, generator=generator)
     wide = set()
 
@@ -140,63 +175,48 @@ def test_no_device_is_asked_for_float64(generator):
                 wide.add(tuple(result.shape))
             return result
 
-    def network(u, labels):
-        assert u.dtype == labels.dtype == torch.float32
-        return (u[:, :2] * u[:, 2:]).tanh()
+    def denoiser(y, sigma):
+        assert y.dtype == torch.float32
+        return y.tanh() / (1 + sigma)
 
     with Watch():
-        cld_nll(network, images, CLD(), num_steps=2, generator=generator)
-    on_the_clock = {shape for shape in wide if math.prod(shape) <= 4}  # scalars and matrices of one time
-    assert wide - on_the_clock <= {(3, 40), (3,), (3, 2, 2)}  # of two steps: three times, and their log densities
+        flow_nll(denoiser, images, (0.1, 10.0), 2, generator)
+    assert {shape for shape in wide if math.prod(shape) > 3} <= {(3, 2, 4, 5), (3, 40)}
 
 
-def test_bad_input(tiny_unet):
-    images = torch.zeros(2, 1, 2, 2)
-    network = velocity_network(CLD(), normal_denoiser(torch.ones(1, 2, 2)), "cld_mixed")
-    with pytest.raises(ValueError, match="num_steps"):
-        cld_nll(network, images, CLD(), num_steps=0)
+def test_bad_input():
+    images, denoiser = torch.zeros(2, 1, 2, 2), normal_denoiser(torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        flow_nll(denoiser, images, (0.1, 1.0), 0)
     with pytest.raises(ValueError, match="finite"):
-        cld_nll(network, images * math.nan, CLD())
-    with pytest.raises(ValueError, match="prediction_type"):
-        cld_nll(network, images, CLD(), "epsilon")
-    with pytest.raises(ValueError, match="needs a velocity network.*'epsilon'"):
-        cld_bits_per_dimension(CLDPipeline(tiny_unet, CLDSSCSScheduler()), images)
+        flow_nll(denoiser, images * math.nan, (0.1, 1.0))
+    with pytest.raises(ValueError, match=r"levels must be positive and rise, got \(1.0, 0.1\)"):
+        flow_nll(denoiser, images, (1.0, 0.1))
 
 
 # --- The command ---
 
 
-def test_the_command_says_which_models_it_takes(tmp_path):
-    """In one line, to a user of the default demo, whose model is another."""
-    (tmp_path / "model_index.json").write_text('{"_class_name": ["diffusers_gm.pipelines", "GMSGMPipeline"]}')
-    command = [sys.executable, "-m", "diffusers_gm.evaluation.likelihood", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "is a GMSGMPipeline, and the bound is one for a CLDPipeline" in done.stderr
-    assert "make one with train_gm_sgm.py --method cld --dequantize 17" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_the_command_on_other_models(tmp_path, tiny_unet, tiny_velocity_unet, capsys):
-    CLDPipeline(tiny_unet, CLDSSCSScheduler()).save_pretrained(tmp_path / "lifted")
-    tiny_velocity_unet.register_to_config(sample_size=16)
-    native = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed"))
-    native.save_pretrained(tmp_path / "large")
+def test_the_command_says_which_models_it_takes(tmp_path, capsys):
+    large = tiny_network(sample_size=16)
+    GMSGMPipeline(large, GMLangevinScheduler()).save_pretrained(tmp_path / "large")
     (tmp_path / "empty").mkdir()
     for name, words in [
-        ("lifted", "predicts no velocities"),
         ("large", "is one of 1x16x16 images, and not of the digits"),
         ("empty", "holds no trained model"),
     ]:
         with pytest.raises(SystemExit) as ended:
             main([str(tmp_path / name)])
         assert ended.value.code == 2
-        assert words in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+        assert "make one with train_gm_sgm.py --dequantize 17" in line
 
 
-def test_the_command_prints_a_bound(tmp_path, tiny_velocity_unet, capsys):
-    scheduler = CLDSSCSScheduler(prediction_type="cld_mixed")
-    CLDPipeline(tiny_velocity_unet, scheduler).save_pretrained(tmp_path)
+@pytest.mark.parametrize("prediction_type", ["cld_mixed", "cld_edm", "epsilon"])
+def test_the_command_prints_a_bound(tmp_path, prediction_type, capsys):
+    unet = tiny_network(1 if prediction_type == "epsilon" else 2, 1)
+    CLDPipeline(unet, CLDSSCSScheduler(prediction_type=prediction_type)).save_pretrained(tmp_path)
     main([str(tmp_path), "--num_images", "3", "--num_steps", "2"])
     training, held_out = capsys.readouterr().out.splitlines()
     assert training.startswith("training digits: at most ")

@@ -1,6 +1,6 @@
-"""A bound on the likelihood that a CLD model of the digits gives to them, in bits per dimension.
+"""The likelihood that a model of the digits gives to them, in bits per dimension.
 
-python -m diffusers_gm.evaluation.likelihood outputs/digits-cld
+python -m diffusers_gm.evaluation.likelihood outputs/digits
 """
 
 from collections.abc import Sequence
@@ -8,93 +8,88 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
-from ..likelihood import bits_per_dimension, cld_nll, mean_and_error
-from ..pipelines import CLDPipeline
-from ..readings import VelocityReading
+from ..likelihood import bits_per_dimension, flow_nll, mean_and_error
+from ..random import randn
+from ..schedulers import GMLangevinScheduler
+from ..schedulers.base import SamplerScheduler
+from .sampling import load_pipeline
 
-HOW_TO_TRAIN = "train_gm_sgm.py --method cld --dequantize 17 --output_dir outputs/digits-cld"
+HOW_TO_TRAIN = "train_gm_sgm.py --dequantize 17 --output_dir outputs/digits"
 
 
-def cld_bits_per_dimension(
+def bits_of_images(
     pipeline: Any,
     images: Tensor,
     num_levels: int = 256,
     num_steps: int = 50,
-    num_velocities: int = 1,
     generator: torch.Generator | None = None,
     batch_size: int = 128,
 ) -> Tensor:
-    """An upper bound on `-log2 P` of discrete images for a native `CLDPipeline`, per dimension, `(N,)`.
+    """An upper bound on `-log2 P` of discrete images under an unconditional pipeline, per dimension, `(N,)`.
 
-    `cld_nll` of the dequantised images, in the unit of `bits_per_dimension`. A network that was trained on images
-    without noise (`--dequantize`) has learned points and not their surroundings, and the bound is far off.
+    `flow_nll` of the dequantised images, in the unit of `bits_per_dimension`, with one companion noise per image where
+    the network was trained on CLD. A network that was trained on images without noise (`--dequantize`) has learned
+    points and not their surroundings, and the bound is far off. Of a class-conditional network that of all classes
+    together, by the class that stands for none. What clips the denoised image in samples is left out.
 
     Args:
-        pipeline: a `CLDPipeline` with a velocity network.
+        pipeline: one of ours, whose scheduler is ours or one of diffusers that ours can be swapped for.
         images: `(N, C, H, W)` of `num_levels` equal levels from -1 to 1; they are dequantised here.
         num_levels: 256 for ordinary images, 17 for the digits of scikit-learn.
-        num_steps, num_velocities, generator: see `cld_nll`.
+        num_steps, generator: see `flow_nll`.
         batch_size: images at once.
 
-    Of a class-conditional network that of all classes together, by the class that stands for none.
-
     Raises:
-        ValueError: for a pipeline whose scheduler does not describe a velocity network or whose network knows no images
-            without a class, or images of other levels.
+        ValueError: for a network that knows no images without a class, images of other levels, or a scheduler that
+            describes no noise levels.
     """
-    scheduler = pipeline.scheduler
-    if not isinstance(getattr(scheduler, "reading", None), VelocityReading):
-        raise ValueError(
-            f"the likelihood needs a velocity network, and a {type(scheduler).__name__} of prediction_type "
-            f"{scheduler.config.get('prediction_type')!r} does not describe one"
-        )
     check_levels(images, num_levels)
-    unet, config = pipeline.unet, scheduler.config
-    null = pipeline.null_class
-    if pipeline.num_classes is not None and null is None:
+    if pipeline.num_classes is not None and pipeline.null_class is None:
         raise ValueError("the likelihood needs a network that knows a class for none: it was trained to drop no labels")
-    nats = [
-        cld_nll(
-            lambda u, t: unet(u.to(unet.dtype), t, None if null is None else u.new_full((len(u),), null).long()).sample,
-            dequantized(batch.to(unet.device, torch.float32), num_levels, generator),
-            scheduler.reading.process,
-            config["prediction_type"],
-            num_steps,
-            num_velocities,
-            generator,
-            config["num_train_timesteps"],
-        )
-        for batch in images.split(batch_size)
-    ]
+    scheduler = pipeline.scheduler
+    cls = type(scheduler) if isinstance(scheduler, SamplerScheduler) else GMLangevinScheduler
+    scheduler = cls.from_config(scheduler.config, clip_sample=False, thresholding=False)
+    ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
+    low, high = scheduler.reading.sigma(ends).tolist()
+    space = scheduler.noise_space
+    # Where the sample is alpha * y, a run starts from unit noise, and not from that of the largest level.
+    scale = high if space is None or space.carries_y else float(1 / space.alpha(torch.tensor(high).double()))
+    nats = []
+    for batch in images.split(batch_size):
+        noisy = dequantized(batch.to(pipeline.unet.device, torch.float32), num_levels, generator)
+        companion = randn(noisy.shape, generator, noisy.device, noisy.dtype) if space is None else None
+        network = _network(pipeline, len(batch))
+
+        def denoiser(y: Tensor, sigma: float, companion: Tensor | None = companion, network: Any = network) -> Tensor:
+            return scheduler.denoise(network, y, companion, torch.tensor(sigma, dtype=torch.float64))
+
+        nats.append(flow_nll(denoiser, noisy, (low, high), num_steps, generator, scheduler.model_mixture, scale))
     return bits_per_dimension(torch.cat(nats), images[0].numel(), num_levels)
 
 
-def load_model(folder: Path) -> CLDPipeline:
-    """The CLD model of the digits in a folder.
+def _network(pipeline: Any, batch_size: int) -> Any:
+    """`(input, label) -> output`, without a class where there are classes."""
+    unet, null = pipeline.unet, pipeline.null_class
+    labels = None if null is None else torch.full((batch_size,), null, device=unet.device)
+    return lambda model_input, t: unet(model_input.to(unet.dtype), t, labels).sample
+
+
+def load_model(folder: Path) -> Any:
+    """The pipeline of the digits in a folder.
 
     Raises:
-        ValueError: if it holds no pipeline, or another.
+        ValueError: if it holds no pipeline, or one of other images.
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no trained model")
-    name = DiffusionPipeline.load_config(folder)["_class_name"]
-    name = name if isinstance(name, str) else name[-1]
-    if name != CLDPipeline.__name__:
-        raise ValueError(f"the model in {folder} is a {name}, and the bound is one for a CLDPipeline")
-    pipeline = CLDPipeline.from_pretrained(folder)
-    config = pipeline.unet.config
-    if not isinstance(getattr(pipeline.scheduler, "reading", None), VelocityReading):
-        raise ValueError(f"the network in {folder} predicts no velocities, and the bound is one for those that do")
-    if (config["out_channels"], config["sample_size"]) != (1, 8):
-        raise ValueError(
-            f"the model in {folder} is one of {config['out_channels']}x{config['sample_size']}x{config['sample_size']} "
-            "images, and not of the digits"
-        )
+    pipeline = load_pipeline(str(folder), torch.device("cpu"))
+    channels, size = (pipeline.unet.config[name] for name in ("out_channels", "sample_size"))
+    if (channels, size) != (1, 8):
+        raise ValueError(f"the model in {folder} is one of {channels}x{size}x{size} images, and not of the digits")
     return pipeline
 
 
@@ -113,9 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}; make one with {HOW_TO_TRAIN}\n")
     for name, images in zip(("training", "held-out"), split_digits(), strict=True):
-        bits = cld_bits_per_dimension(
-            pipeline, images[: args.num_images], 17, args.num_steps, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        bits = bits_of_images(pipeline, images[: args.num_images], 17, args.num_steps, generator)
         mean, deviation = mean_and_error(bits)
         print(f"{name} digits: at most {mean:.3f} +- {deviation:.3f} bits per dimension ({len(bits)} images)")
 

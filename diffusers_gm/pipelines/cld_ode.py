@@ -9,7 +9,6 @@ from torch import Tensor
 from ..extra import extra
 from ..processes.cld import lift
 from ..random import Generators, randn
-from ..readings import VelocityReading
 
 # Those of torchdiffeq that adapt their steps, but for fehlberg2, which is far off its tolerance on a Gaussian.
 ODE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
@@ -21,18 +20,11 @@ Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def network_model(scheduler: Any, network: Network) -> Model:
     """Score and denoiser of a network, whatever it sees: by its reading and the lift of the scheduler's diffusion."""
-    process, reading = scheduler.process, scheduler.reading
+    process = scheduler.process
 
     def model(x: Tensor, v: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
         at = lift(process.marginal(clock))
-        if isinstance(reading, VelocityReading):  # of this very diffusion: labels are times, sigma need not be inverted
-            call = reading.calls(process.time(clock).reshape(1) * reading.num_train_timesteps)[0]
-        else:
-            call = reading.calls(reading.timestep(at.sigma).reshape(1), at.sigma.reshape(1))[0]
-        sample = reading.visible(*at.image(x, v), call)
-        label = torch.tensor(call.label, device=x.device, dtype=torch.float32)
-        output = network(reading.model_input(sample, label, call), label).to(x)
-        denoised = scheduler.clip(reading.denoised(scheduler.without_variance(output, sample), sample, call))
+        denoised = scheduler.denoise(network, *at.image(x, v), at.sigma)
         return at.velocity_score(x, v, denoised), denoised
 
     return model

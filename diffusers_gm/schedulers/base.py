@@ -6,7 +6,7 @@ rest, and everything that changes during a run is in a `Run`.
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -392,6 +392,24 @@ class SamplerScheduler(Swappable):
             prev_sample = torch.where(waiting, state, prev_sample)
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def denoise(
+        self, network: Callable[[Tensor, Tensor], Tensor], y: Tensor, companion: Tensor | None, sigma: Tensor
+    ) -> Tensor:
+        """`D(y; sigma)` of a network `(input, label) -> output`, whatever it sees, at any noise level.
+
+        Args:
+            network: as a pipeline calls it.
+            y: noisy images `(B, ...)`.
+            companion: unit noise like y, for networks of CLD; others have no use for it.
+            sigma: noise level, a scalar on the CPU.
+        """
+        reading, level = self.reading, sigma.double().reshape(1)
+        call = reading.calls(reading.timestep(level), level)[0]
+        sample = reading.visible(y, companion, call)
+        label = torch.tensor(call.label, device=y.device, dtype=torch.float32)
+        output = self.without_variance(network(reading.model_input(sample, label, call), label).to(y), sample)
+        return self._denoised(output, sample, y, call, Memory())[0]
 
     def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
         """D at a call, clipped, and what the sampler is to know of it besides.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
-from ..evaluation.likelihood import cld_bits_per_dimension
+from ..evaluation.likelihood import bits_of_images
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
 from .cld_digits import results_of, train_cld
@@ -52,7 +52,7 @@ def likelihood(args: argparse.Namespace) -> Report:
     def measure(name: str, seed: int) -> dict[str, float]:
         pipeline = pipeline_of(*train_cld(args, **TRAININGS[name]))
         generator = torch.Generator().manual_seed(seed)
-        values = cld_bits_per_dimension(pipeline, held_out, NUM_LEVELS, args.solver_steps, generator=generator)
+        values = bits_of_images(pipeline, held_out, NUM_LEVELS, args.solver_steps, generator)
         samples, _ = images_of(pipeline, CALLS, args.num_samples, seed)
         ratio = over_floor(to_levels(samples) * 2 / (NUM_LEVELS - 1) - 1)
         return {"ratio": ratio, **{f"bits of image {i}": float(value) for i, value in enumerate(values)}}
@@ -87,8 +87,8 @@ def likelihood(args: argparse.Namespace) -> Report:
         pictures=[save_picture(figure, args.output / "cld_likelihood.png")],
         conditions=f"Digits, 8 x 8, {NUM_LEVELS} levels, {len(held_out)} held-out images; trainings of "
         f"{args.steps} steps of {args.batch} images, seed 0. Bound on the discrete likelihood: "
-        f"Runge-Kutta of {args.solver_steps} steps, one velocity, one probe and one dequantisation per image. Samples "
-        "are rounded to the levels.",
+        f"Runge-Kutta of {args.solver_steps} steps, one companion noise, one probe and one dequantisation per image. "
+        "Samples are rounded to the levels.",
     )
 
 
