@@ -102,7 +102,7 @@ test-oldest: $(OLDEST)/.installed
 
 # Other versions of Python, each in an environment of its own; one that is not on this machine is passed over, and said.
 PYTHONS ?= 3.12 3.13
-PYTHON_TESTS ?= $(addprefix tests/test_,options.py recipe.py commands.py saved.py schedulers.py pipelines.py data.py wheel.py)
+PYTHON_TESTS ?= $(addprefix tests/test_,options.py recipe.py commands.py saved.py schedulers.py pipelines.py data.py)
 find_python = $(shell for p in python$(1) $(HOME)/.pyenv/versions/$(1).*/bin/python; do $$p -c "" 2>/dev/null && echo $$p && break; done)
 
 test-python: $(STAMP)

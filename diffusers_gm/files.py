@@ -82,6 +82,7 @@ def discard(folder: Path) -> None:
     nameless = folder.with_name(UNFINISHED + folder.name)
     shutil.rmtree(nameless, ignore_errors=True)
     folder.rename(nameless)
+    sync(folder.parent)
     shutil.rmtree(nameless)
 
 

@@ -151,6 +151,15 @@ def test_errors_are_sentences_on_the_page(page):
     assert page.sideways() <= 0
 
 
+def test_a_comparison_is_stopped(page):
+    page.compare("1000")
+    page.wait("#result .gm-cell img")
+    page.click("#stop")
+    page.compare("4")
+    page.wait("#export")
+    assert len(page.all("#result .gm-finished")) == 3
+
+
 def test_calibrating_shows_levels_and_adds_a_sampler(page):
     page.type("#calls textarea, #calls input", "4 6")
     page.click("#calibration button")

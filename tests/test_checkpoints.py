@@ -316,6 +316,21 @@ def test_what_is_published_is_on_the_disk_before_it_has_its_name(tmp_path, monke
     assert not source.exists()
 
 
+def test_a_folder_is_discarded_name_first(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "weights").write_text("content")
+    seen, sync = [], os.fsync
+
+    def watched(handle):
+        seen.append((os.fstat(handle).st_ino, (tmp_path / "old").exists(), len(list(tmp_path.rglob("weights")))))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    files.discard(tmp_path / "old")
+    assert seen == [(tmp_path.stat().st_ino, False, 1)], "on the disk before the contents go"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_takes_the_place_of_another(tmp_path):
     for name in ("tmp-new", "new"):
         (tmp_path / name).mkdir()

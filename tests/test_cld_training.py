@@ -356,8 +356,7 @@ def test_squared_distances_of_gaussians():
     assert cld_squared.factor(4.0, 1.0) == "4 (2)"
 
 
-def test_squared_distances_on_the_digits(tmp_path, monkeypatch):
-    monkeypatch.setattr(cld_squared, "ON_GAUSSIANS", (5, 8))
+def test_squared_distances_on_the_digits(tmp_path):
     words = ["squared", "--steps", "1", "--batch", "4", "--num_samples", "80", "--calls", "3", "4"]
     cld.main([*words, "--output", str(tmp_path)])
     report = Report.read(tmp_path / "cld_squared.json")

@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from hub_server import FakeHub
 from networks import Shuffle, seeded, tiny_autoencoder, tiny_network
 from PIL import Image
 from safetensors.torch import load_file
 from test_data import save_images
+from test_hub import TOKEN, Client
 from test_training import ROOT, WEIGHTS, launch, load, no_accelerator_left_behind, same_state, train  # noqa: F401
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDPipeline, CLDSSCSScheduler, GMSGMPipeline, NCSNv2Pipeline
@@ -215,6 +217,50 @@ def test_a_scaling_that_makes_no_sense(arguments, said):
         NCSNv2Pipeline(tiny_network(4, 4), ladder(), **{"vae": tiny_autoencoder()} | arguments)
 
 
+ON_THE_HUB = """
+import sys, torch
+from diffusers_gm import NCSNv2Pipeline
+from diffusers_gm.autoencoders import fingerprint, load_autoencoder
+from diffusers_gm.training.network import given_unet
+from diffusers_gm.training.options import TrainingArguments
+NCSNv2Pipeline.from_pretrained(sys.argv[1]).push_to_hub("me/latent")
+pipe = NCSNv2Pipeline.from_pretrained("me/latent")
+print("DRAWN", pipe(1, 3, torch.Generator().manual_seed(0), output_type="pt").images.sum().item())
+print("ITS OWN", fingerprint(pipe.vae) == fingerprint(load_autoencoder("me/latent")))
+for revision in (None, "next"):
+    print("VAE", fingerprint(load_autoencoder("me/vae", revision=revision)))
+    args = TrainingArguments(model_name_or_path="me/net", revision=revision)
+    print("NET", given_unet(args).conv_in.weight.sum().item())
+"""
+
+
+def test_latent_models_and_revisions_on_the_hub(tmp_path):
+    pipe = latent_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    autoencoders = [tiny_autoencoder(kind) for kind in ("AutoencoderKL", "AutoencoderTiny")]
+    networks = [tiny_network(), tiny_network(act_fn="relu")]
+    torch.nn.init.ones_(networks[1].conv_in.weight)
+    with FakeHub({TOKEN: "me"}) as hub:
+        for name, (first, second) in {"me/vae": autoencoders, "me/net": networks}.items():
+            saved = []
+            for model in (first, second):
+                folder = tmp_path / name.split("/")[1] / str(len(saved))
+                model.save_pretrained(folder)
+                saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            hub.add(name, saved[0])
+            hub.repos[name].commit("next", saved[1])
+        printed = Client(hub, tmp_path / "home", TOKEN).run(ON_THE_HUB, tmp_path / "pipeline").stdout.splitlines()
+        assert "vae/config.json" in hub.repos["me/latent"].files
+    said = [line.partition(" ")[::2] for line in printed]
+    drawn = pipe(1, 3, seeded(0)[0], output_type="pt").images.sum().item()
+    assert [value for name, value in said if name == "DRAWN"] == [str(drawn)]
+    assert "ITS OWN True" in printed
+    assert [value for name, value in said if name == "VAE"] == [fingerprint(vae) for vae in autoencoders]
+    sums = [str(network.conv_in.weight.sum().item()) for network in networks]
+    assert [value for name, value in said if name == "NET"] == sums
+
+
 # --- The cache ---
 
 
@@ -357,6 +403,19 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
     assert "latents_cache_dir" not in record
 
 
+@pytest.mark.slow
+def test_two_processes_compute_latents_and_train_on_them(tmp_path, autoencoder):
+    """As one process does with accumulated gradients."""
+    options = f"{SMALL} --vae {autoencoder} --random_flip --max_train_steps 3 --max_train_samples 300 --logging_steps 1"
+    two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613")
+    launch(options, "--output_dir", tmp_path / "two", launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+    launch(options, "--gradient_accumulation_steps 2 --output_dir", tmp_path / "one")
+    for path in (tmp_path / "one" / CACHE).glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / CACHE / path.name).read_bytes()
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert [entry["loss"] for entry in logs[0]] == pytest.approx([entry["loss"] for entry in logs[1]], rel=1e-3)
+
+
 def test_a_dry_run_computes_a_few_latents_and_writes_nothing(train, tmp_path, autoencoder, capsys):  # noqa: F811
     train(SMALL, f"--vae {autoencoder} --dry_run --output_dir", tmp_path / "out")
     assert "1437 images of 1x8x8, as latents of 4x4x4" in capsys.readouterr().out
@@ -432,3 +491,12 @@ def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):  # n
         train(options, f"--resume_from_checkpoint latest --vae {tmp_path / 'other'}")
     train(options, f"--overwrite_output_dir --vae {tmp_path / 'other'}")
     assert "AutoencoderTiny" in (tmp_path / "out" / CACHE / "latents.json").read_text()
+
+
+def test_latents_by_class(train, tmp_path, autoencoder):  # noqa: F811
+    """Labels stay with their images, and a class can be asked for."""
+    options = f"{SMALL} --vae {autoencoder} --class_conditional --max_train_steps 2 --max_train_samples 300"
+    train(options, "--random_flip --output_dir", tmp_path / "out")
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.num_classes == 10
+    assert pipeline(1, 4, seeded(0), class_labels=3, guidance_scale=2.0).images[0].size == (8, 8)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from networks import seeded, tiny_network, velocity_network
+from networks import perfect_network, seeded, tiny_autoencoder, tiny_network
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -18,6 +18,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.data import split_digits
 from diffusers_gm.processes.noise_level import estimate_noise_level
+from diffusers_gm.readings.companion import COMPANION_PREDICTION_TYPE
 from diffusers_gm.studies.exact import ExactDenoiser, NetworkOf, exact_network
 
 # Few points, so that the level can be told: the images' own differences are not like noise.
@@ -138,9 +139,11 @@ def test_networks_of_diffusers_schedulers_are_read_too():
     assert abs(float(off.mean())) < 0.06
 
 
-def test_a_network_of_velocities_measures_levels():
-    scheduler = CLDSSCSScheduler(prediction_type="cld_mixed")
-    network = velocity_network(scheduler.process, ExactDenoiser(POINTS, WIDTH), "cld_mixed")
+@pytest.mark.parametrize(
+    "scheduler", [CLDSSCSScheduler(prediction_type=kind) for kind in ("cld_mixed", COMPANION_PREDICTION_TYPE)]
+)
+def test_networks_of_cld_measure_levels(scheduler):
+    network = perfect_network(scheduler, ExactDenoiser(POINTS, WIDTH))
 
     def by_label(model_input, labels):
         pairs = zip(model_input.split(1), labels.reshape(-1), strict=True)
@@ -200,6 +203,12 @@ def test_class_conditional_networks_are_told_the_class():
     assert (of[0][1] != of[1][1]).any()
     with pytest.raises(ValueError, match="class-conditional"):
         pipe.estimate_noise_level(y)
+
+
+def test_noise_of_images_is_none_of_latents():
+    pipe = UnconditionalPipeline(tiny_network(in_channels=4, out_channels=4), SCHEDULERS["ve"], vae=tiny_autoencoder())
+    with pytest.raises(ValueError, match="needs a network in pixel space"):
+        pipe.denoise(torch.zeros(1, 3, 16, 16))
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_the_progress_bar_counts_network_calls(tiny_unet, capsys):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"output_type": "latent"}, "output_type 'latent'"),
+        ({"output_type": "jpg"}, "output_type 'jpg'"),
         ({"generator": seeds(0)}, "list of 1"),
         ({"num_inference_steps": -1}, "num_inference_steps"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents must have shape \(2, 1, 8, 8\)"),

@@ -180,6 +180,8 @@ def test_what_cannot_be_streamed(tmp_path):
     for options, said in (
         ({"streaming": True}, "--streaming needs --num_train_samples"),
         ({"streaming": True, "num_train_samples": 9, "max_train_samples": 5}, "goes without --max_train_samples"),
+        ({"streaming": True, "num_train_samples": 9, "vae": "x"}, "--vae keeps the latents of all images"),
+        ({"streaming": True, "num_train_samples": 9, "class_conditional": True}, "a stream cannot be counted"),
         ({"num_train_samples": 9}, "--num_train_samples is for --streaming"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -1,12 +1,13 @@
 """The studies of GM-SGM's claims."""
 
+import argparse
 import math
 
 import pytest
 import torch
 
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
-from diffusers_gm.studies import gm_sgm, rare_modes
+from diffusers_gm.studies import gm_sgm, own_level, rare_modes
 from diffusers_gm.studies.exact import ExactDenoiser, exact_network
 from diffusers_gm.studies.increments import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
@@ -106,6 +107,32 @@ def test_exploring_finds_the_rare_modes(tmp_path):
     assert min(errors.values()) == errors[rare_modes.EXPLORE] < errors[rare_modes.LANGEVIN] / 3
 
 
+# --- claim ---
+
+
+def test_a_run_on_its_own_level_makes_up_for_a_wrong_first_noise():
+    """... of the probability flow, which carries the noise that is there to its end; measured once or at every call."""
+    args = argparse.Namespace(num_samples=64)
+    of = own_level.subject(args, own_level.EXACT, own_level.ONE, 0)
+    ladder, every_call, once = (
+        own_level.quality(of, "ode", way, 10, "first noise x 2", 0)["error"]
+        for way in (own_level.LADDER, own_level.EVERY_CALL, own_level.ONCE)
+    )
+    assert every_call < 0.9 * ladder
+    assert once < 0.9 * ladder
+
+
+def test_a_mixture_network_errs_less_where_it_is_told_a_wrong_level():
+    args = argparse.Namespace(num_samples=64)
+    one, mixed = (
+        own_level.errors(own_level.subject(args, own_level.EXACT, kind, 0), 0)
+        for kind in (own_level.ONE, own_level.MIXED)
+    )
+    for tau in own_level.LEVELS[1:]:
+        assert mixed[f"0.5, {tau}"] < one[f"0.5, {tau}"]
+        assert mixed[f"known, {tau}"] == pytest.approx(one[f"known, {tau}"], rel=0.15)
+
+
 # --- lag ---
 
 
@@ -134,7 +161,7 @@ def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
 @pytest.mark.parametrize(
     "words",
     [
-        ["claim", "--seeds", "1", "--calls", "4"],
+        pytest.param(["claim", "--seeds", "1", "--calls", "4"], marks=pytest.mark.slow),  # six denoisers, 150 cells
         ["lag", "--seeds", "1", "--calls", "6"],
         ["increments"],
         ["rare_modes", "--calls", "12"],

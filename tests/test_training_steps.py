@@ -4,6 +4,7 @@
 import contextlib
 import importlib.util
 import json
+import re
 import sqlite3
 from types import SimpleNamespace
 
@@ -147,8 +148,9 @@ def test_they_are_logged_and_on_the_card(train, tmp_path):
         assert min(known) <= entry["loss"] <= max(known)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| noise level sigma | final loss |" in card
-    assert "| 0.01 to 0.0199 |" in card
-    assert "| 4.84 to 9.63 |" in card
+    rows = re.findall(r"^\| (\d\S*) to (\S+) \| (\S+) \|$", card, re.MULTILINE)
+    assert len(rows) == 10
+    assert [high for _, high, _ in rows[:-1]] == [low for low, *_ in rows[1:]], "one band after the other"
 
 
 # --- Optimizer, formats, compiler ---
@@ -179,23 +181,20 @@ def test_adam_of_8_bits_learns_and_goes_on(train, tmp_path):
     assert same_state(*(load(tmp_path / name / WEIGHTS) for name in ("whole", "resumed")))
 
 
-@pytest.mark.slow  # the compiler
-def test_a_compiled_network_is_saved_as_any_other(tmp_path):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_is_saved_as_any_other(train, tmp_path, monkeypatch, backend):
     """Checkpoints, too: what was trained compiled goes on without, and the other way round."""
     options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1")
-    compiled = ("launch", "--cpu", "--num_processes", "1", "--dynamo_backend", "inductor")
-    launch(options, "--output_dir", tmp_path / "plain")
-    launch(options, "--output_dir", tmp_path / "compiled", launcher=compiled)
-    names = [WEIGHTS, "checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"]
-    for name in names:
+    train(options, "--output_dir", tmp_path / "plain")
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_DYNAMO_BACKEND", backend)  # as `accelerate launch --dynamo_backend` does
+        train(options, "--output_dir", tmp_path / "compiled")
+        train(options, "--output_dir", tmp_path / "plain", "--resume_from_checkpoint checkpoint-1")
+    train(options, "--output_dir", tmp_path / "compiled", "--resume_from_checkpoint checkpoint-1")
+    for name in (WEIGHTS, "checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"):
         one, other = (load(tmp_path / folder / name) for folder in ("plain", "compiled"))
         assert one.keys() == other.keys(), name
         assert all(torch.allclose(one[key], other[key], atol=1e-2) for key in one), name
-    resume = "--resume_from_checkpoint", tmp_path / "compiled" / "checkpoint-1"
-    launch(options, "--output_dir", tmp_path / "goes-on", *resume)
-    resume = "--resume_from_checkpoint", tmp_path / "plain" / "checkpoint-1"
-    launch(options, "--output_dir", tmp_path / "goes-on-compiled", *resume, launcher=compiled)
-    assert load(tmp_path / "goes-on" / WEIGHTS).keys() == load(tmp_path / "goes-on-compiled" / WEIGHTS).keys()
 
 
 # --- Trackers ---

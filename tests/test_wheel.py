@@ -68,6 +68,7 @@ def test_the_wheel_holds_what_users_need_and_nothing_else(built):
     assert {"train_gm_sgm.py", "diffusers_gm/__init__.py", "diffusers_gm/py.typed"} <= names
     assert {f"diffusers_gm/training/recipes/{name}.yaml" for name in ("digits", "cifar10-cpu", "cifar10-gpu")} <= names
     assert any(name.endswith("/templates/model_card.md") for name in names)
+    assert {f"diffusers_gm/app/{name}.py" for name in ("__main__", "compare", "cells", "page")} <= names
     assert any(name.endswith("/licenses/diffusers_gm/LICENSE") for name in names)
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert packages == {"train_gm_sgm.py", "diffusers_gm"}

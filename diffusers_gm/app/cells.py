@@ -19,7 +19,7 @@ MAX_WAY = 8
 CSS = """
 .gm-sampler { margin: 0 0 1.2rem }
 .gm-sampler h3 { font-size: 1rem; margin: 0 0 .4rem; color: var(--body-text-color) }
-.gm-cells { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 420px)); gap: .8rem }
+.gm-cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: .8rem }
 .gm-cell { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem; margin: 0;
   background: var(--block-background-fill); color: var(--body-text-color); min-width: 0 }
 .gm-cell img { display: block; width: 100%; border-radius: 2px }

@@ -69,7 +69,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def chosen_settings(seed: float, images: float, label: str, guidance: float) -> Settings:
-    return Settings(int(seed or 0), int(images), None if label == ALL else label, guidance)
+    return Settings(int(seed or 0), int(images), None if label == ALL else label, float(guidance or 0))
 
 
 def compare(
@@ -163,7 +163,7 @@ def controls(given: str) -> dict[str, Any]:
     parts["images"] = gr.Slider(1, MAX_IMAGES, 32, step=1, label="Images", info="the more, the surer is the distance to real ones", elem_id="images")  # fmt: skip # noqa: E501
     with gr.Row(visible=False) as parts["conditional"]:
         parts["label"] = gr.Dropdown([ALL], value=ALL, label="Class", min_width=120, elem_id="class")
-        parts["guidance"] = gr.Slider(0, 10, 1, step=0.1, label="Guidance", min_width=120, elem_id="guidance")
+        parts["guidance"] = gr.Number(1, label="Guidance", step=0.5, min_width=80, elem_id="guidance")
     with gr.Row():
         parts["compare"] = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
         parts["stop"] = gr.Button("Stop", elem_id="stop", min_width=80)

@@ -30,6 +30,11 @@ SHARD, MAX_SHARDS = 256, 512
 NUM_TOLD_BY, SAME_BRIGHTNESS = 16, 0.02
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds latents, or a training was about to put some there."""
+    return (folder / CONTENTS).is_file() or (folder / LOCK).is_file()
+
+
 @dataclass(frozen=True)
 class LatentContents:
     """What a cache holds, and what it was made of.
@@ -94,16 +99,19 @@ class LatentCache:
             [round(float(image.mean()), 3) for image in told_by],
         )
         self.shard_size = max(SHARD, -(-number // MAX_SHARDS))
-        if (folder / CONTENTS).is_file():
-            before = LatentContents(**json.loads((folder / CONTENTS).read_text(encoding="utf-8")))
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        if (self.folder / CONTENTS).is_file():
+            before = LatentContents(**json.loads((self.folder / CONTENTS).read_text(encoding="utf-8")))
             changes = before.changes(self.contents)
             if changes:
                 raise ValueError(
-                    f"{folder} holds the latents of another training set or autoencoder: {'; '.join(changes)}; give "
-                    "another --latents_cache_dir, or remove that folder"
+                    f"{self.folder} holds the latents of another training set or autoencoder: {'; '.join(changes)}; "
+                    "give another --latents_cache_dir, or remove that folder"
                 )
-        elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
-            raise ValueError(f"{folder} holds other files than latents: give another --latents_cache_dir")
+        elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds other files than latents: give another --latents_cache_dir")
 
     @property
     def paths(self) -> list[Path]:
@@ -116,6 +124,7 @@ class LatentCache:
         """Inside, no other training fills this folder; it waits for its turn."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / LOCK):
+            self._check_folder()  # another may have begun since
             if not (self.folder / CONTENTS).is_file():
                 files.write_json(self.folder / CONTENTS, asdict(self.contents))
             yield

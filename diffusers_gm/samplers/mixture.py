@@ -23,8 +23,8 @@ class StepPlan(Plan):
 class Ancestral:
     """Reverse Gaussian-mixture Brownian motion; DDPM's sampler for Gaussian noise. First order in the log ratio.
 
-    The jump size of every step is drawn from the posterior of the component given y: the sampler switches between
-    large jumps and small roaming.
+    The jump size of every step is drawn from the posterior of the component given y: large jumps or small roaming. With
+    one component for all elements y hardly leaves a doubt, and an image goes on in the component that it starts in.
 
     Attributes:
         noise: law of the network's noise.

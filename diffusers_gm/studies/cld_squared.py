@@ -28,7 +28,6 @@ from .report import Report
 
 # Euler-Maruyama's FID over that of SSCS, CIFAR-10 (arXiv 2112.07068, table 2), by network calls.
 PUBLISHED = {50: 2.6, 150: 2.3, 275: 1.4}
-ON_GAUSSIANS = (10, 20, *PUBLISHED)
 
 # Variances of the directions of data: what SSCS is made for, narrower and wider data, and a spectrum as images have it.
 SPECTRA = {
@@ -75,7 +74,14 @@ def factor(over: float, under: float) -> str:
     return f"{over / under:.3g} ({math.sqrt(over / under):.3g})"
 
 
+# FD of 64 pixels needs more images than that.
+FEWEST = 80
+
+
 def fd_of_digits(images: Tensor) -> dict[str, float]:
+    """FD of pixels to the training digits; nothing where samples are not finite."""
+    if not images.isfinite().all():
+        return {}
     return {"fd": frechet_distance(images.clamp(-1, 1).flatten(1), split_digits()[0].flatten(1))}
 
 
@@ -91,7 +97,7 @@ def on_digits(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
     def draw(network: Any, scheduler: Any, calls: int, seed: int) -> tuple[Tensor, int]:
         pipeline = CLDPipeline(network, scheduler)
-        return images_of(pipeline, calls, args.num_samples, seed)
+        return images_of(pipeline, calls, max(args.num_samples, FEWEST), seed)
 
     found: dict[str, dict[str, list[float]]] = {}
     for model, (network, config_of) in models.items():
@@ -108,13 +114,13 @@ def squared(final_variance: Callable, args: argparse.Namespace) -> Report:
     described = CLDSSCSScheduler(prediction_type="velocity_score")
     gaussian = {
         spectrum: {
-            name: [squared_w2(scheduler_of(name, described.config), n, of, final_variance) for n in ON_GAUSSIANS]
+            name: [squared_w2(scheduler_of(name, described.config), n, of, final_variance) for n in args.calls]
             for name in SAMPLERS
         }
         for spectrum, of in SPECTRA.items()
     }
     digits = on_digits(args)
-    rows = [["published, CIFAR-10, FID", *(f"{p:g} ({p**0.5:.3g})" if (p := PUBLISHED.get(n)) else "-" for n in ON_GAUSSIANS)]]  # fmt: skip # noqa: E501
+    rows = [["published, CIFAR-10, FID", *(f"{p:g} ({p**0.5:.3g})" if (p := PUBLISHED.get(n)) else "-" for n in args.calls)]]  # fmt: skip # noqa: E501
     for spectrum, by_name in gaussian.items():
         pairs = zip(by_name[EM], by_name[SSCS], strict=True)
         rows.append([f"Gaussian, {spectrum}, W2^2", *(factor(em, sscs) for em, sscs in pairs)])
@@ -125,7 +131,7 @@ def squared(final_variance: Callable, args: argparse.Namespace) -> Report:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axis, (title, by_name, calls) in zip(
         axes,
-        (("Gaussian of variance 0.25, W2^2", gaussian["variance 0.25"], ON_GAUSSIANS),
+        (("Gaussian of variance 0.25, W2^2", gaussian["variance 0.25"], args.calls),
          ("digits, trained network, FD", digits["trained network"], args.calls)),
         strict=True,
     ):  # fmt: skip
@@ -138,7 +144,7 @@ def squared(final_variance: Callable, args: argparse.Namespace) -> Report:
         return f"{name} ({by_name[name][i]:.3g})"
 
     losing = [s for s, by in gaussian.items() if all(e < b for e, b in zip(by[EM], by[SSCS], strict=True))]
-    nearest = ", ".join(f"{factor(gaussian['variance 0.25'][EM][i], gaussian['variance 0.25'][SSCS][i])} at {n}" for i, n in enumerate(ON_GAUSSIANS) if n in PUBLISHED)  # fmt: skip # noqa: E501
+    nearest = ", ".join(f"{factor(gaussian['variance 0.25'][EM][i], gaussian['variance 0.25'][SSCS][i])} at {n}" for i, n in enumerate(args.calls) if n in PUBLISHED or not {*args.calls} & {*PUBLISHED})  # fmt: skip # noqa: E501
     return Report(
         name="cld_squared",
         title="CLD: SSCS and Euler-Maruyama in squared distances",
@@ -154,12 +160,12 @@ def squared(final_variance: Callable, args: argparse.Namespace) -> Report:
         + ".",
         tables=[
             Table("Euler-Maruyama over SSCS, squared distances (their roots), quadratic grid.",
-                  ["", *(f"{n} calls" for n in ON_GAUSSIANS)], rows),
+                  ["", *(f"{n} calls" for n in args.calls)], rows),
             Table("The same on the digits.", ["", *(f"{n} calls" for n in args.calls)], of_digits),
-            *(Table(f"Gaussian, {spectrum}: W2^2 a direction.", ["", *(f"{n} calls" for n in ON_GAUSSIANS)],
+            *(Table(f"Gaussian, {spectrum}: W2^2 a direction.", ["", *(f"{n} calls" for n in args.calls)],
                     [[name, *(f"{v:.3g}" for v in values)] for name, values in by_name.items()])
               for spectrum, by_name in gaussian.items()),
-            *(Table(f"Digits, {model}: FD of pixels to the training digits, n = {args.num_samples}.",
+            *(Table(f"Digits, {model}: FD of pixels to the training digits, n = {max(args.num_samples, FEWEST)}.",
                     ["", *(f"{n} calls" for n in args.calls)],
                     [[name, *(f"{v:.3g}" for v in values)] for name, values in by_name.items()])
               for model, by_name in digits.items()),

@@ -223,7 +223,7 @@ def rare_modes(args: argparse.Namespace) -> Report:
         "GM-SGM: rare and far modes",
         "Started in the largest of six far modes, with exact scores, what finds the rare ones: jumps, or steps on the "
         "first level? And does an image become another in the same way?",
-        f"Exploring wins, jumps lose. From a first level of a quarter of the distance, exploring has an error of "
+        f"From a first level of a quarter of the distance, exploring has an error of "
         f"{', '.join(first)} calls for annealed Langevin; exact draws have {floor:.3f}. Of {len(settings)} settings "
         f"jumps on the ladder are better than Langevin steps in {jumps[0][0]} and worse in {jumps[0][1]}, with exact "
         f"steps in {jumps[1][0]} and {jumps[1][1]} (two standard errors); exploring by jumps is better than exploring "

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
 from .. import files
-from ..data.latents import CONTENTS
+from ..data.latents import is_cache
 from .draws import DRAWS_VERSION
 from .methods import METHODS
 from .options import TrainingArguments, free_on_resume
@@ -147,7 +147,7 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
         )
-    others = [path for path in folder.iterdir() if path.name != LATENTS or not (path / CONTENTS).is_file()]
+    others = [path for path in folder.iterdir() if path.name != LATENTS or not is_cache(path)]
     if others and not (folder / ARGS_FILE).is_file():
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds files that are not from a training: choose another, or "
@@ -257,6 +257,8 @@ def save_checkpoint(
         }
         content = json.loads(json.dumps(content))  # as it will be read
         files.write_json(temporary / STATE_FILE, content | {"seal": _seal(content)})
+        if (folder / LOG_FILE).exists():
+            files.sync(folder / LOG_FILE)  # the loss curve up to here
         files.publish_folder(temporary, target)
         if limit is not None:
             for old in list_checkpoints(folder)[:-limit]:

@@ -240,7 +240,7 @@ METHOD = Method(
     loss=loss,
     noise_in_words=in_words,
     card="""\
-A UNet of $parameters parameters was trained for critically-damped Langevin diffusion: images move with velocities,
+A network of $parameters parameters was trained for critically-damped Langevin diffusion: images move with velocities,
 and noise acts on the velocities alone. The data are images in [-1, 1]; the hyper-parameters of
 the diffusion are in the scheduler's config and in the table of options below.
 

@@ -72,7 +72,7 @@ METHOD = Method(
     loss=loss,
     noise_in_words=in_words,
     card="""\
-A UNet of $parameters parameters was trained to predict the noise of $steps steps of a Gaussian diffusion with
+A network of $parameters parameters was trained to predict the noise of $steps steps of a Gaussian diffusion with
 $betas betas, for images in [-1, 1]: diffusers' own DDPM. Its network and scheduler are plain ones of diffusers, in the
 folders `unet` and `scheduler`; every scheduler of diffusers or of diffusers_gm samples it.""",
     card_values=lambda record: {"steps": record["num_train_timesteps"], "betas": record["ddpm_beta_schedule"]},

@@ -123,7 +123,7 @@ METHOD = Method(
     loss=loss,
     noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder_in_words(args, noise)}",
     card="""\
-A UNet of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed
+A network of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed
 noise (one component per $per: $components); it learns $learns. It was trained at $levels, for
 images in [-1, 1]. The network $told.
 

@@ -46,7 +46,7 @@ METHOD = Method(
     loss=loss,
     noise_in_words=lambda args, noise: f"{GAUSSIAN}, {ladder_in_words(args, noise)}",
     card="""\
-A UNet of $parameters parameters was trained to undo Gaussian noise; it learns $learns. It was
+A network of $parameters parameters was trained to undo Gaussian noise; it learns $learns. It was
 trained at $levels, for images in [-1, 1]. The network $told.
 
 Images are drawn by annealed Langevin dynamics: `algorithm_type="langevin"`, with step sizes by Technique 4, or

@@ -1,0 +1,162 @@
+"""Fine-tuning a network of DDPM into each method: `python -m diffusers_gm.studies.fine_tuning`.
+
+Denoising error on held-out digits, over optimizer steps, of `train_gm_sgm.py --model_name_or_path` on the network of a
+`DDPMPipeline`, at its own noise levels and with `--no_keep_noise_levels`, and of the same training from scratch.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from diffusers import DDPMPipeline
+from torch import Tensor
+
+from ..data import ImageStream, split_digits
+from ..evaluation.table import Table, machine
+from ..networks import asked
+from ..pipelines.encoding import ours
+from ..random import randn
+from ..readings import VelocityReading
+from ..training.network import (
+    Objective,
+    build_optimizer,
+    build_scheduler,
+    fit_unet,
+    given_unet,
+    levels_of_network,
+    new_unet,
+)
+from ..training.options import TrainingArguments
+from .command import parse, study_parser
+from .digits import parts_of, plan_for_digits, trained
+from .pictures import save_picture
+from .report import Report
+
+METHODS = ("gm-sgm", "ncsnv2", "cld")
+STARTS = {
+    "from scratch": {},
+    "fine-tuned, new levels": {"keep_noise_levels": False},
+    "fine-tuned": {"keep_noise_levels": True},
+}
+SIGMAS = (0.1, 0.3, 1.0, 3.0)
+BATCH = 64
+
+
+def denoised(scheduler: Any, unet: Any, y: Tensor, sigma: float, companion: Tensor) -> Tensor:
+    """D of noisy images `(B, C, H, W)`; a network that sees a velocity is shown the companion noise too."""
+    reading = ours(scheduler).reading
+    label = reading.timestep(torch.tensor([sigma], dtype=torch.float64))
+    call = reading.calls(label)[0]
+    sample = reading.visible(y, companion if isinstance(reading, VelocityReading) else None, call)
+    told = torch.full((len(y),), call.label)
+    with torch.no_grad():
+        output = asked(unet)(reading.model_input(sample, told[:1], call), told).sample
+    return reading.denoised(output, sample, call)
+
+
+def error(scheduler: Any, unet: Any) -> float:
+    """Mean over `SIGMAS` of the squared error of D on held-out digits, over that of the best linear denoiser."""
+    images = split_digits()[1]
+    law = getattr(scheduler, "model_mixture", None)
+    generator, ratios = torch.Generator().manual_seed(0), []
+    for sigma in SIGMAS:
+        noise = randn(images.shape, generator, images.device, images.dtype)
+        if law is not None:
+            noise = law.sample(images.shape, generator, images.device, images.dtype)
+        companion = randn(images.shape, generator, images.device, images.dtype)
+        found = denoised(scheduler, unet, images + sigma * noise, sigma, companion)
+        variance = float(images.var(0).mean())
+        ratios.append(float((found - images).square().mean()) * (variance + sigma**2) / (variance * sigma**2))
+    return sum(ratios) / len(ratios)
+
+
+def curve(args: TrainingArguments, at: Sequence[int]) -> list[float]:
+    """The error after these numbers of steps, of the weights themselves, at a constant learning rate."""
+    images, _ = split_digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        unet = given_unet(args)
+        args, of_network = levels_of_network(args, unet)
+        plan = plan_for_digits(args)
+        unet = fit_unet(unet or new_unet(args, plan.resolution, 1), args, plan.resolution)
+        scheduler = build_scheduler(args, plan, of_network)
+        objective, optimizer = Objective(args, plan, scheduler, unet), build_optimizer(args, plan, unet)
+        stream, errors = iter(ImageStream(len(images), args.train_batch_size, args.seed)), {}
+        for step in range(max(at) + 1):
+            if step in at:
+                errors[step] = error(scheduler, unet.eval())
+                unet.train()
+            objective(unet, images[[index for _, index in next(stream)]]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [errors[step] for step in at]
+
+
+def steps_to(errors: Sequence[float], at: Sequence[int], goal: float) -> int | None:
+    """The first of the steps at which the error is at most `goal`; None if it never is."""
+    return next((step for step, value in zip(at, errors, strict=True) if value <= goal), None)
+
+
+def fine_tuning(args: argparse.Namespace) -> Report:
+    """Steps that the same error takes from either start."""
+    at = sorted({0, *(max(1, round(args.steps * share)) for share in (0.02, 0.05, 0.1, 0.2, 0.4, 0.7)), args.steps})
+    shape: dict[str, Any] = {"block_out_channels": [16, 32], "train_batch_size": BATCH}
+    before, ddpm = trained(args.output, method="ddpm", max_train_steps=3 * args.steps, **shape)
+    folder = parts_of(args.output) / f"ddpm pipeline {args.steps}"
+    DDPMPipeline(before, ddpm).save_pretrained(folder)
+    common = {"max_train_steps": args.steps, "train_batch_size": BATCH, "learning_rate": 5e-4}
+    curves: dict[str, dict[str, list[float]]] = {}
+    for method in METHODS:
+        for start, options in STARTS.items():
+            given = {"model_name_or_path": str(folder), **options} if options else {"block_out_channels": [16, 32]}
+            found = curve(TrainingArguments(method=method, **common, **given), at)
+            curves.setdefault(method, {})[start] = found
+            print(f"{method}, {start}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
+
+    figure, axes = plt.subplots(1, len(METHODS), figsize=(12, 4), sharey=True, layout="constrained")
+    for axis, (method, of_method) in zip(axes, curves.items(), strict=True):
+        for (start, values), style in zip(of_method.items(), (":o", "--s", "-^"), strict=True):
+            axis.plot(at, values, style, label=start)
+        axis.set(title=method, xlabel="steps", xscale="symlog", yscale="log")
+    axes[0].set_ylabel("denoising error, linear denoiser = 1")
+    axes[0].legend(fontsize=8)
+    rows = [[method, start, *values] for method, found in curves.items() for start, values in found.items()]
+    return Report(
+        name="fine_tuning",
+        title="Fine-tuning a DDPM network",
+        question="How many steps does a network of DDPM save, beside training from scratch?",
+        verdict=" ".join(verdict(method, found, at) for method, found in curves.items()),
+        tables=[Table("Denoising error after so many steps.", ["method", "start", *map(str, at)], rows)],
+        pictures=[save_picture(figure, args.output / "fine_tuning.png")],
+        conditions=f"Digits, a network of {before.num_parameters():,} parameters; DDPM of {3 * args.steps} steps of "
+        f"{BATCH} images; a constant learning rate of 5e-4, seed 0, weights not averaged; held-out digits at noise "
+        f"levels {', '.join(map(str, SIGMAS))}, under the noise of the method. cld starts from inputs for its "
+        "companion noise whose weights are zero, and learns another prediction type.",
+    )
+
+
+def verdict(method: str, found: dict[str, list[float]], at: Sequence[int]) -> str:
+    """One sentence: steps to the error that training from scratch ends with."""
+    goal = found["from scratch"][-1]
+    words = []
+    for start in list(STARTS)[:0:-1]:
+        steps = steps_to(found[start], at, goal)
+        words.append(f"{start} {'not within' if steps is None else 'after'} {at[-1] if steps is None else steps} steps")
+    return f"{method}: the error {goal:.3f} of {at[-1]} steps from scratch is reached {', '.join(words)}."
+
+
+STUDIES = {"fine_tuning": fine_tuning}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = study_parser("fine_tuning", __doc__, STUDIES, steps=400, seeds=False)
+    args = parse(parser, arguments, ())
+    print(f"{args.study}: {machine()}", flush=True)
+    STUDIES[args.study](args).write(args.output)
+
+
+if __name__ == "__main__":
+    main()
