@@ -87,7 +87,7 @@ def test_a_denoiser_that_listens_to_its_companion_is_bounded_from_above(generato
     denoiser = lambda y, sigma: means + (y - means) / (1 + sigma**2)
     found = flow_nll(denoiser, image, (0.001, 1000.0), 100, generator)
     each = torch.distributions.Normal(means, 1.0).log_prob(image).flatten()
-    torch.testing.assert_close(found, -each, rtol=0, atol=0.01)
+    torch.testing.assert_close(found, -each, rtol=0, atol=0.05)
     marginal = torch.distributions.Normal(0.0, 3.25**0.5).log_prob(image[0]).item()
     assert found.mean() > -marginal + 5 * found.std() / n**0.5
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..training.network import (
     fit_unet,
     new_unet,
 )
-from ..training.options import TrainingArguments
+from ..training.options import TrainingArguments, changed_options
 from ..training.plan import Plan, make_plan
 
 # Ratios of single seeds closer than this are called equal: one network has ratios so far apart at several seeds of
@@ -138,10 +138,11 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
 
 
 def name_of(args: TrainingArguments) -> str:
-    """The method and the options that are not the default, in words that make a file name."""
-    given = {f.name: getattr(args, f.name) for f in fields(args)}
-    words = [f"{f.name}={given[f.name]}" for f in fields(args) if given[f.name] != f.default and f.name != "method"]
-    return " ".join([args.method, *(word for word in words if word != "dataset_name=digits")])
+    """The method and the options that were given, in words that make a file name."""
+    words = [
+        f"{f.name}={getattr(args, f.name)}" for f in changed_options(args) if f.name not in ("method", "dataset_name")
+    ]
+    return " ".join([args.method, *sorted(words)])
 
 
 # --- Quality ---

@@ -107,7 +107,7 @@ class ExactDenoiser:
 
 def exact_network(denoiser: ExactDenoiser, scheduler: Any) -> Network:
     """What a perfect network for these data answers to the scheduler's inputs."""
-    space, prediction_type = scheduler.noise_space, scheduler.config["prediction_type"]
+    space, prediction_type = scheduler.noise_space, scheduler.reading.prediction_type
     return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)
 
 

@@ -66,7 +66,7 @@ def last_call(
     before = run(lambda x, t: unet(x, t).sample, noisy, start, generator)
     t = noisy.timesteps[-1]
     output = unet(noisy.scale_model_input(before, t), t).sample
-    return before, noisy.noise_space.denoised(output, before, sigma_last, noisy.config["prediction_type"])
+    return before, noisy.noise_space.denoised(output, before, sigma_last, noisy.reading.prediction_type)
 
 
 def denoise(args: argparse.Namespace) -> Report:

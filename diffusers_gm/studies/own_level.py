@@ -91,7 +91,7 @@ def subject(args: argparse.Namespace, where: str, kind: str, seed: int) -> Subje
         images = chosen + WIDTH * torch.randn(chosen.shape, generator=draws)
         return Subject(f"{where}, {kind}", ExactDenoiser(points, WIDTH, noise), noise, images)
     unet, scheduler = trained(args.output, max_train_steps=args.steps, seed=seed % args.trainings, **options)
-    space, prediction_type = scheduler.noise_space, scheduler.config["prediction_type"]
+    space, prediction_type = scheduler.noise_space, scheduler.reading.prediction_type
 
     @torch.no_grad()
     def denoiser(y: Tensor, sigma: Tensor) -> Tensor:

@@ -145,8 +145,11 @@ def ddpm_model(num_samples: int, steps: int, output: Path) -> Model:
 
 def own_model(method: str, num_samples: int, steps: int, output: Path) -> Model:
     """A network of the digits that we trained, in the pipeline of its method."""
-    pipeline = pipeline_of(*trained(output, method=method, max_train_steps=steps))
-    conditions = f"`train_gm_sgm.py --method {method} --dataset_name digits --max_train_steps {steps}`."
+    # Of what networks of ours answer, that which all solvers of diffusers read.
+    options = {"prediction_type": "v_prediction", "timestep_sampling": "log_normal"} if method == "ncsnv2" else {}
+    pipeline = pipeline_of(*trained(output, method=method, max_train_steps=steps, **options))
+    words = "".join(f" --{name} {value}" for name, value in options.items())
+    conditions = f"`train_gm_sgm.py --method {method} --dataset_name digits --max_train_steps {steps}{words}`."
 
     def samplers(config: Any, made: Calibrations) -> Samplers:
         return own_samplers(pipeline.scheduler, made)
