@@ -71,7 +71,7 @@ def test_the_saved_pipeline_says_what_was_trained(digits_model):
         "log_normal",
     )
     assert (
-        (config["sigma_data"], config["sigma_max"]) == (record["sigma_data"], record["sigma_max"]) == (0.847, 29.9641)
+        (config["sigma_data"], config["sigma_max"]) == (record["sigma_data"], record["sigma_max"]) == (0.541, 29.9641)
     )
     for name in ("mixture_weights", "prediction_type", "conditioning"):
         assert record[name] is None, "CLD has none"
