@@ -33,7 +33,7 @@ class LevelOptions(TimeOptions):
     )
     sigma_data: float | None = noise(
         None,
-        "Deviation of a pixel that the network is preconditioned for (edm); default measured, about its mean over images.",
+        "Deviation of a pixel that an edm network is preconditioned for; default measured, about its mean over images.",
         positive=True,
     )
     timestep_sampling: Literal["uniform", "log_uniform", "log_normal"] | None = noise(
