@@ -174,12 +174,11 @@ def test_networks_of_mixture_noise_are_kept_from_gaussian_samplers():
 
 
 @pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
-def test_a_swapped_chain_tells_the_network_where_it_is(cls):
-    """Unless asked for the published levels; a config of ours says itself, also through one of diffusers."""
-    assert cls().config.network_level == "ladder"
+def test_a_swapped_chain_tells_the_network_the_labels_that_it_was_given(cls):
+    """Unless asked for the level where the chain is; a config of ours says itself, also through one of diffusers."""
     swapped = cls.from_config(DDPMScheduler().config)
-    assert (swapped.config.network_level, swapped.config.grid) == ("chain", "even")
-    assert cls.from_config(DDPMScheduler().config, network_level="ladder").config.network_level == "ladder"
+    assert (swapped.config.network_level, swapped.config.grid) == ("ladder", "even")
+    assert cls.from_config(DDPMScheduler().config, network_level="chain").config.network_level == "chain"
     published = cls(beta_schedule="linear")
     assert cls.from_config(published.config).config.network_level == "ladder"
     assert cls.from_config(DDPMScheduler.from_config(published.config).config).config.network_level == "ladder"

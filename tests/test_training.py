@@ -474,7 +474,7 @@ def test_a_dry_run_shows_the_first_batch(train, tmp_path):
     words = f"--train_data_dir {folder} --random_flip --output_dir {tmp_path / 'out'}"
     train(TINY, words, "--dry_run --first_batch", tmp_path / "first.png")
     with Image.open(tmp_path / "first.png") as picture:
-        assert picture.size == (4 * 64, 4 * 64), "16 images, enlarged"
+        assert picture.size == (4 * 64 + 3 * 4, 4 * 64 + 3 * 4), "16 images, enlarged, with gaps"
         seen = np.asarray(picture)[::8, ::8].reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, 8, 8, 3)
     given = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
     both = [*given, *(image[:, ::-1] for image in given)]

@@ -1,6 +1,5 @@
 """Configs: what ours say of a network, what those of diffusers do, and what either may read of the other's."""
 
-import inspect
 from typing import Any, ClassVar
 
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, SchedulerMixin
@@ -280,8 +279,6 @@ class Swappable(SchedulerMixin, ConfigMixin):
             config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config and "noise_space" not in kwargs:
                 config = from_source_config(config)
-                if "network_level" not in config and "network_level" in inspect.signature(cls.__init__).parameters:
-                    kwargs = {"network_level": "chain", **kwargs}
             cls._check_mixture(config)
             # The grid belongs to the sampler.
             if cls.calibrates and "corrector" not in config:

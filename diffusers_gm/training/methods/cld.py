@@ -156,7 +156,7 @@ def loss(
     # Ordinary denoising of y, beside a companion that says nothing of it.
     reading: CompanionReading = scheduler.reading
     noise_of_y, companion = draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
-    times = labels.to(images.device, torch.float32)
+    times = labels.float().to(images.device)
     return denoising_loss(
         lambda y, _: network(torch.cat([y, companion], 1), times).sample,
         images,

@@ -146,7 +146,7 @@ def ladder_loss(
     draw: Draw,
 ) -> Tensor:
     """The denoising loss, `(B,)`."""
-    timesteps = labels.to(images.device, None if labels.dtype == torch.int64 else torch.float32)
+    timesteps = (labels if labels.dtype == torch.int64 else labels.float()).to(images.device)
     return denoising_loss(
         lambda x, t: network(x, t).sample,
         images,
