@@ -31,7 +31,7 @@ FOUR_STEPS = f"{SMALL} --method cld --max_train_steps 4 --checkpointing_steps 2 
 
 @pytest.mark.parametrize(
     "options",
-    ["--dropout 0.1 --random_flip --dequantize 17", "--no_cld_feed_companion", "--cld_loss dsm --no_cld_mixed_score"],
+    ["--dropout 0.1 --random_flip --dequantize 17", "--cld_feed_companion", "--cld_loss dsm --no_cld_mixed_score"],
 )
 def test_resumed_equals_uninterrupted(options, train, tmp_path):
     train(FOUR_STEPS, options, "--output_dir", tmp_path / "whole")
@@ -48,7 +48,11 @@ def test_resumed_equals_uninterrupted(options, train, tmp_path):
 def digits_model(train, tmp_path):
     folder = tmp_path / "digits"
     options = FOUR_STEPS.replace("--checkpointing_steps 2", "--checkpointing_steps 0")
-    train(options, "--mass 1 --beta_0 8 --splitting_order 2 --timestep_spacing quadratic --output_dir", folder)
+    train(
+        options,
+        "--mass 1 --beta_0 8 --splitting_order 2 --timestep_spacing quadratic --cld_feed_companion --output_dir",
+        folder,
+    )
     return folder
 
 
@@ -161,18 +165,18 @@ def test_samplers_that_cannot_run_fail_before_the_training():
         ({"splitting_order": 3}, "splitting_order must be 1, 2 or None"),
         ({"timestep_spacing": "trailing"}, "'uniform', 'quadratic', 'log_snr' or 'karras'"),
     ):
-        args = arguments(method="cld", **options)
+        args = arguments(method="cld", cld_feed_companion=True, **options)
         with pytest.raises(ValueError, match=said):
             build_scheduler(args, plan_for(args))
 
 
 def test_networks_need_twice_the_channels():
-    args = arguments(method="cld", block_out_channels=[8, 16])
+    args = arguments(method="cld", cld_feed_companion=True, block_out_channels=[8, 16])
     with torch.random.fork_rng():
         unet = new_unet(args, 8, 3)
     assert native_shape(unet, args) == (8, 3)
     with pytest.raises(ValueError, match="--method cld needs a network from .* this one goes from 6 to 3"):
-        native_shape(unet, arguments(method="cld", cld_feed_companion=False))
+        native_shape(unet, arguments(method="cld"))
     with pytest.raises(ValueError, match="--method gm-sgm needs a network .* goes from 6 to 3"):
         native_shape(unet, arguments())
     with torch.random.fork_rng():

@@ -141,7 +141,7 @@ def test_the_cld_loss(weighting, velocity, no_float64):
         {"method": "gm-sgm", "objective": "score", "mixture_per_element": True},
         {"method": "ncsnv2", "prediction_type": "sample", "scale_input": False},
         {"method": "cld"},
-        {"method": "cld", "cld_feed_companion": False, "snr_gamma": 5.0, "timestep_sampling": "log_uniform"},
+        {"method": "cld", "cld_feed_companion": True, "snr_gamma": 5.0, "timestep_sampling": "log_uniform"},
         {"method": "cld", "objective": "score"},
         {"method": "cld", "cld_loss": "dsm", "cld_weighting": "likelihood", "cld_mixed_score": False},
     ],

@@ -42,7 +42,7 @@ def test_the_three_methods_differ_in_nothing_else(scale):
     options = {method: asdict(commands(METHOD=method, SCALE=scale)[0]) for method in ("gm-sgm", "ncsnv2", "cld")}
     for method, given in options.items():
         different = {name for name, value in given.items() if value != options["gm-sgm"][name]}
-        assert different <= {"method", "output_dir", "prediction_type", "cld_feed_companion"}, "CLD has its own"
+        assert different <= {"method", "output_dir", "prediction_type"}, "CLD has its own"
         assert given["timestep_sampling"] == "log_normal"
         assert given["output_dir"] == f"outputs/cifar10-{method}-{scale}"
 

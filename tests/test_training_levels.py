@@ -42,7 +42,7 @@ def levels_of(options, ends=(0.01, 30.0)):
 
 
 @pytest.mark.parametrize(
-    "network", [{}, {"prediction_type": "epsilon"}, {"method": "cld"}, {"method": "cld", "cld_feed_companion": False}]
+    "network", [{}, {"prediction_type": "epsilon"}, {"method": "cld"}, {"method": "cld", "cld_feed_companion": True}]
 )
 @pytest.mark.parametrize(
     ("options", "mean", "deviation"),
@@ -117,7 +117,7 @@ class Linear(torch.nn.Module):
 
 @pytest.mark.parametrize("gamma", [None, 5.0], ids=["unit", "min-SNR"])
 @pytest.mark.parametrize(
-    "method", [{"method": "ncsnv2"}, {"method": "cld"}, {"method": "cld", "cld_feed_companion": False}]
+    "method", [{"method": "ncsnv2"}, {"method": "cld"}, {"method": "cld", "cld_feed_companion": True}]
 )
 def test_the_exact_denoiser_is_the_minimiser(method, gamma, generator):
     """The gradient of the loss there is zero within five standard errors; a tenth further it is not."""
@@ -131,7 +131,7 @@ def test_the_exact_denoiser_is_the_minimiser(method, gamma, generator):
             network.theta.data.fill_(theta)
             # The loss is quadratic in theta: central differences are exact, one gradient an image.
             gradients = []
-            for i in range(2 if method.get("cld_feed_companion", method["method"] == "cld") else 1):
+            for i in range(2 if "cld_feed_companion" in method else 1):
                 losses = []
                 for h in (0.5, -0.5):
                     torch.manual_seed(i)
@@ -174,7 +174,7 @@ def test_one_component_is_ncsnv2_to_the_bit():
     [
         ("--method ncsnv2", NCSNv2Pipeline),
         ("--mixture_weights 1 --mixture_scales 1", GMSGMPipeline),
-        ("--method cld --no_cld_feed_companion", CLDPipeline),
+        ("--method cld", CLDPipeline),
     ],
 )
 def test_diffusers_reads_what_is_trained(train, tmp_path, words, pipeline, generator):
@@ -237,7 +237,7 @@ def test_a_companion_network_starts_where_its_training_ends(generator):
 
 
 def test_a_companion_network_is_trained_sampled_and_calibrated(train, tmp_path):
-    train(TINY, "--method cld --timestep_spacing log_snr --output_dir", tmp_path)
+    train(TINY, "--method cld --cld_feed_companion --timestep_spacing log_snr --output_dir", tmp_path)
     pipe = CLDPipeline.from_pretrained(tmp_path)
     assert isinstance(pipe.scheduler.reading, CompanionReading)
     for algorithm in CLDSSCSScheduler.algorithms:
@@ -253,7 +253,7 @@ def test_a_companion_network_is_trained_sampled_and_calibrated(train, tmp_path):
 
 def test_the_labels_of_a_companion_network_are_times():
     """`t * num_train_timesteps` of the level that the image has."""
-    args = arguments(method="cld", beta_0=3.0, beta_1=2.0)
+    args = arguments(method="cld", cld_feed_companion=True, beta_0=3.0, beta_1=2.0)
     plan = plan_for(args)
     scheduler, seen = build_scheduler(args, plan), []
 

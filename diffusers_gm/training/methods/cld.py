@@ -35,10 +35,10 @@ FIRST_TIME = 1e-5
 
 @dataclass
 class CLDOptions(LevelOptions):
-    cld_feed_companion: bool | None = trained(
-        None,
+    cld_feed_companion: bool = trained(
+        False,
         "Feed the network the whole state: beside the noisy image y the independent noise c that makes it one of image "
-        "and velocity; the default. Without, it is an ordinary denoiser, and CLD is how it is sampled.",
+        "and velocity. Without, it is an ordinary denoiser, which learns faster, and CLD is how it is sampled.",
     )
     cld_loss: Literal["hsm", "dsm"] = trained(
         "hsm",
@@ -77,9 +77,8 @@ def diffusion(args: CLDOptions) -> CLD:
 
 def choose(args: CLDOptions) -> dict[str, Any]:
     objective = args.objective or ("score" if _given(args, PUBLISHED) else "denoiser")
-    companion = None if objective == "score" else args.cld_feed_companion in (None, True)
     levels = choose_levels(args, preconditioned=objective == "denoiser")
-    return {"objective": objective, "cld_feed_companion": companion, **levels}
+    return {"objective": objective, **levels}
 
 
 def check(args: CLDOptions) -> None:
@@ -261,5 +260,5 @@ Samplers are values of the scheduler's `algorithm_type`: `sscs`, `euler_maruyama
 }
 ```""",
     formerly={"objective": "score", "timestep_sampling": "uniform"},
-    input_factor=lambda args: 1 if args.cld_feed_companion is False else 2,
+    input_factor=lambda args: 2 if args.objective == "score" or args.cld_feed_companion else 1,
 )
