@@ -70,8 +70,8 @@ SAMPLERS_gm-sgm := --scheduler GMLangevinScheduler --scheduler GMLangevinSchedul
 	--scheduler GMLangevinScheduler algorithm_type=langevin network_level=chain
 SAMPLERS_ncsnv2 := --scheduler AnnealedLangevinScheduler --scheduler AnnealedLangevinScheduler network_level=chain \
 	--scheduler AnnealedLangevinScheduler algorithm_type=consistent --scheduler CLDSSCSScheduler \
-	--scheduler DDPMScheduler --scheduler DPMSolverMultistepScheduler algorithm_type=sde-dpmsolver++ \
-	--scheduler UniPCMultistepScheduler
+	--scheduler EDMEulerScheduler --scheduler EDMDPMSolverMultistepScheduler \
+	--scheduler EDMDPMSolverMultistepScheduler algorithm_type=sde-dpmsolver++
 SAMPLERS_cld := --scheduler CLDSSCSScheduler --scheduler CLDSSCSScheduler splitting_order=2 \
 	--scheduler CLDSSCSScheduler algorithm_type=probability_flow
 

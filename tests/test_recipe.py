@@ -74,8 +74,8 @@ def test_a_slice_goes_on_by_itself_and_the_evaluation_is_of_the_same_model_and_d
     ("method", "own"),
     [
         ("gm-sgm", GMLangevinScheduler(mixture_weights=[0.7, 0.3], mixture_scales=[0.7, 1.5], model_noise="mixture")),
-        ("ncsnv2", AnnealedLangevinScheduler()),
-        ("cld", CLDSSCSScheduler(prediction_type="cld_mixed")),
+        ("ncsnv2", AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5)),
+        ("cld", CLDSSCSScheduler(prediction_type="cld_edm")),
     ],
 )
 def test_the_samplers_that_a_model_is_measured_under_suit_it(method, own):

@@ -143,7 +143,7 @@ def test_the_exact_denoiser_is_the_minimiser(method, gamma, generator):
                 assert (abs(g.mean()) < 5 * g.std() / len(g) ** 0.5) == zero
 
 
-def test_what_a_preconditioned_network_learns_has_unit_size_at_every_level(generator):
+def test_what_a_network_that_is_preconditioned_for_the_size_of_the_data_learns_has_unit_size(generator):
     images = 0.7 + 0.3 * torch.randn(2000, 1, 4, 4, generator=generator, dtype=torch.float64)
     space = NoiseSpace.edm(0.01, 30.0, 1000, float(images.square().mean().sqrt()))
     silence = lambda x, t: torch.zeros_like(x)

@@ -44,6 +44,15 @@ KINDS: dict[str, list[str]] = {
     "cld": ["--method", "cld"],
     "cld-paper": ["--method", "cld", "--config", "cld-paper"],
 }
+# The same with another parametrisation, other noise levels or weights than the default; asked for by name.
+NETWORKS, LEVELS = ("--method", "ncsnv2", "--prediction_type"), ("--method", "ncsnv2", "--timestep_sampling")
+VARIANTS: dict[str, list[str]] = {
+    "ncsnv2 epsilon": [*NETWORKS, "epsilon"],
+    "ncsnv2 v_prediction": [*NETWORKS, "v_prediction", "--timestep_sampling", "log_normal"],
+    "ncsnv2 log_uniform": [*LEVELS, "log_uniform", "--sigma_max", "30"],
+    "ncsnv2 min-SNR": ["--method", "ncsnv2", "--snr_gamma", "5"],
+    "cld y": ["--method", "cld", "--no_cld_feed_companion"],
+}
 BASELINE = "ddpm"
 CALIBRATED = "calibrated"
 MULTISTEP = [["CalibratedMultistepScheduler", f"stochasticity={tau}"] for tau in (0, 0.4)]
@@ -79,7 +88,7 @@ def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str
     while not (folder / "model_index.json").is_file():
         before = json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"] if spent.is_file() else 0.0
         command = [
-            *(sys.executable, TRAINING_SCRIPT, *KINDS[kind], "--seed", seed, *shared),
+            *(sys.executable, TRAINING_SCRIPT, *(KINDS | VARIANTS)[kind], "--seed", seed, *shared),
             *("--checkpoints_total_limit", 1, "--validation_steps", 0, "--resume_from_checkpoint", "latest"),
             *("--output_dir", folder.resolve()),
         ]
@@ -93,7 +102,7 @@ def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str
 
 
 def samplers_of(kind: str) -> list[list[str]]:
-    return [[CALIBRATED], *MULTISTEP, *OWN["cld" if kind == "cld-paper" else kind]]
+    return [[CALIBRATED], *MULTISTEP, *OWN["cld" if kind == "cld-paper" else kind.split(maxsplit=1)[0]]]
 
 
 def draw(folder: Path, words: Sequence[str], calls: Sequence[int], n: int, num: int, seed: int) -> tuple[Tensor, int]:
@@ -227,7 +236,7 @@ def report(args: argparse.Namespace, data: str, results: Results, seconds: dict[
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = study_parser("equal_budget", __doc__, ["equal_budget"])
     add = parser.add_argument
-    add("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="what is trained")
+    add("--kinds", nargs="+", choices=list(KINDS | VARIANTS), default=list(KINDS), help="what is trained")
     add("--calls", type=at_least(2), nargs="+", default=[10, 20, 50], help="network calls")
     add("--draws", type=at_least(1), default=3, help="sets of samples; the first chooses the sampler")
     add("--train_data_dir", type=Path, help="training images, a folder; default: the digits")

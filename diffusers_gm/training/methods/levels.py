@@ -33,7 +33,7 @@ class LevelOptions(TimeOptions):
     )
     sigma_data: float | None = noise(
         None,
-        "Size of a pixel that the network is preconditioned for (edm); default measured, the root of the mean square.",
+        "Deviation of a pixel that an edm network is preconditioned for; default measured, about its mean over images.",
         positive=True,
     )
     timestep_sampling: Literal["uniform", "log_uniform", "log_normal"] | None = noise(
@@ -85,11 +85,15 @@ def check_ends(args: LevelOptions, sigma_max: float) -> None:
 
 
 def size_of_data(args: LevelOptions, images: Tensor) -> float:
-    """`sigma_data`: about zero and not about the mean, so that what the network answers has unit size at every level,
-    and schedulers that know no mean read it."""
+    """`sigma_data`: how far a pixel is from its mean over the images, root mean square.
+
+    That is what noise hides of a pixel. The size about zero is half as much again for digits, and a network that was
+    preconditioned for it was a quarter further from held-out digits after the same training.
+    """
     if args.sigma_data is not None:
         return args.sigma_data
-    return max(round(float(images.float().square().mean().sqrt()), 3), 1e-3)
+    images = images.float()
+    return max(round(float((images - images.mean(0)).square().mean().sqrt()), 3), args.sigma_min)
 
 
 def levels_of(args: LevelOptions, noise: Any, uniform: Tensor) -> Tensor:
