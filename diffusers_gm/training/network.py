@@ -290,7 +290,9 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
     changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
     changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
-    learned_score = kind == "scaled_score" and "mixture_weights" in METHODS[args.method].option_names  # of Gaussian noise, the two are the same
+    learned_score = (
+        kind == "scaled_score" and "mixture_weights" in METHODS[args.method].option_names
+    )  # of Gaussian noise, the two are the same
     changes |= {"objective": "score" if learned_score else "denoiser"}
     changes |= {"prediction_type": "epsilon" if kind == "scaled_score" else kind}
     changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
