@@ -159,7 +159,7 @@ def loss(
     return denoising_loss(
         lambda y, _: network(torch.cat([y, companion], 1), times).sample,
         images,
-        reading.space.timestep(reading.sigma(labels)).to(images.device, torch.float32),
+        reading.space.timestep(reading.sigma(labels)).float().to(images.device),
         noise_of_y,
         reading.space,
         GAUSSIAN,
