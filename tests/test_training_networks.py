@@ -80,9 +80,9 @@ def test_a_network_is_called_as_others_are(kind):
 @pytest.mark.parametrize("method", PIPELINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_networks_of_other_classes_are_trained_saved_and_loaded(train, tmp_path, kind, method):  # noqa: F811
-    times = 2 if method == "cld" else 1
+    times, words = (2, "cld --cld_feed_companion") if method == "cld" else (1, method)
     config = written(KINDS[kind](times, 1), tmp_path / "network")
-    train(SHORT, f"--method {method} --model_config {config} --output_dir", tmp_path / "out")
+    train(SHORT, f"--method {words} --model_config {config} --output_dir", tmp_path / "out")
     pipeline = PIPELINES[method].from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.unet) is type(KINDS[kind]())
@@ -231,7 +231,8 @@ def test_a_ddpm_network_goes_on_with_its_own_loss(tmp_path, prediction_type):
 @pytest.mark.parametrize("method", PIPELINES)
 def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):  # noqa: F811
     before = save_ddpm(tmp_path / "ddpm")
-    options = f"{SHORT} --learning_rate 1e-12 --method {method} --model_name_or_path {tmp_path / 'ddpm'}"
+    words = "cld --cld_feed_companion" if method == "cld" else method
+    options = f"{SHORT} --learning_rate 1e-12 --method {words} --model_name_or_path {tmp_path / 'ddpm'}"
     train(options, "--output_dir", tmp_path / "out")
     pipeline = PIPELINES[method].from_pretrained(tmp_path / "out")
     images = torch.randn(1, 1, 8, 8, generator=seeded(0)[0])
@@ -274,11 +275,24 @@ def test_a_network_of_a_ladder_keeps_its_ladder(tmp_path):
     assert (args.objective, args.prediction_type) == ("denoiser", "epsilon")
 
 
+def test_a_preconditioned_network_keeps_what_it_is_preconditioned_for(tmp_path):
+    scheduler = GMLangevinScheduler(noise_space="edm", sigma_data=0.4, sigma_min=0.02, sigma_max=40.0)
+    GMSGMPipeline(tiny_network(), scheduler).save_pretrained(tmp_path)
+    args, of_network = levels_of_network(TrainingArguments(model_name_or_path=str(tmp_path)), tiny_network())
+    made = build_scheduler(args, plan_for(args), of_network)
+    assert made.reading.prediction_type == "edm"
+    assert [made.config[name] for name in ("sigma_data", "sigma_min", "sigma_max")] == [0.4, 0.02, 40.0]
+    assert (args.timestep_sampling, args.p_mean) == ("log_normal", -0.8)
+
+
 def test_velocities_are_added_to_ordinary_networks_alone():
     network = tiny_network(2, 1)
     assert with_velocities(network) is network
     assert network.conv_in.in_channels == 2
-    assert native_shape(with_velocities(tiny_network()), TrainingArguments(method="cld")) == (8, 1)
+    assert native_shape(with_velocities(tiny_network()), TrainingArguments(method="cld", cld_feed_companion=True)) == (
+        8,
+        1,
+    )
 
 
 def test_weights_of_a_variant(tmp_path):
