@@ -46,7 +46,7 @@ def test_what_cannot_be_compared_is_an_error(tmp_path, capsys):
 
 
 def test_every_kind_has_as_many_samplers():
-    assert {len(equal_budget.samplers_of(kind)) for kind in equal_budget.KINDS} == {6}
+    assert {len(equal_budget.samplers_of(kind)) for kind in equal_budget.KINDS} == {7}
 
 
 @pytest.mark.slow
@@ -56,13 +56,13 @@ def test_the_study_trains_measures_and_goes_on(tmp_path, capfd):
     small = ["--training", "--train_batch_size", "16", "--block_out_channels", "8", "16"]
     equal_budget.main([*words, str(tmp_path), *small])
     report = Report.read(tmp_path / "equal-budget-digits.json")
-    over, distances, seconds = report.tables
+    over, distances, every, seconds = report.tables
     assert [row[0] for row in over.rows] == ["ncsnv2"]
     assert [row[0] for row in distances.rows] == ["ddpm", "ncsnv2", "training images"]
     assert all(float(row[1]) > 0 for row in seconds.rows)
     (path,) = (tmp_path / ".parts").glob("equal-budget digits n=*.json")
     cells = Results.read(path).cells
-    assert len(cells) == 12
+    assert len(cells) == len(every.rows) == 14
     best = min((c for c in cells if c.scheduler.startswith("ddpm")), key=lambda c: c.scores["FD-Lite0"])
     assert distances.rows[0][2] in best.scheduler
     capfd.readouterr()
