@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..autoencoders import as_learned
 from ..random import Draw
 from ..readings.grids import calibrated_levels
 from ..samplers import Memory, Multistep, sample
@@ -90,9 +91,10 @@ def calibrate(
             estimated; good on many networks and poor on some.
         stochasticity: tau of the sampler; 0 is the probability flow, deterministic. None: by the martingale defect of
             the network and the number of calls, see `stochasticity_for`; or by `images`.
-        images: real ones, `(n, C, H, W)` like the network's, such as those that it was trained on: then the choice
-            among levels calibrated for tau = 0, .4 and 1 is that of the samples which are closest to these, for each
-            number of calls, in sliced Wasserstein distance.
+        images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
+            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among levels
+            calibrated for tau = 0, .4 and 1 is that of the samples which are closest to these, for each number of
+            calls, in sliced Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
             and all classes, unless told; others need as many images as fit: 4 will do.
@@ -134,13 +136,14 @@ def calibrate_in_full(
     clock = _Clock()
 
     def work(denoiser: Denoiser, start: Tensor) -> None:
+        real = None if images is None else as_learned(pipe, images, start.shape[1:])
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW))
         taus: dict[int, tuple[float, ...]]
         if stochasticity is not None:
             taus = dict.fromkeys(budgets, (stochasticity,))
-        elif images is not None:
+        elif real is not None:
             taus = dict.fromkeys(budgets, CANDIDATES)
         else:
             taus = {n: (stochasticity_for(result.martingale_defect, n),) for n in budgets}
@@ -154,8 +157,8 @@ def calibrate_in_full(
         }
         for n, of_n in taus.items():
             tau = of_n[0]
-            if images is not None and len(of_n) > 1:
-                tau = min(of_n, key=lambda tau: ladder.distance(samplers[tau], found[tau][n][0], images))
+            if real is not None and len(of_n) > 1:
+                tau = min(of_n, key=lambda tau: ladder.distance(samplers[tau], found[tau][n][0], real))
             result.stochasticity[n] = tau
             result.levels[n], error = found[tau][n]
             result.errors |= {n: error} if error else {}
