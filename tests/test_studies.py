@@ -15,7 +15,7 @@ from diffusers_gm.evaluation.report import curve_table, plot_curves
 from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError
 from diffusers_gm.evaluation.table import Table, command_line
-from diffusers_gm.studies import cld, fine_tuning, gm_sgm, lifted, ncsnv2
+from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
 from diffusers_gm.studies.command import parse, study_parser
 from diffusers_gm.studies.digits import (
     floor_of_digits,
@@ -286,6 +286,8 @@ def test_defaults_over_the_best_of_their_options(tmp_path):
 @pytest.mark.slow  # eight trainings
 def test_a_network_that_keeps_its_levels_starts_where_it_was(tmp_path):
     """And one that learns others where it would from scratch, or behind."""
+    from diffusers_gm.studies import fine_tuning
+
     fine_tuning.main(["--steps", "40", "--output", str(tmp_path)])
     found = Report.read(tmp_path / "fine_tuning.json")
     first = {(row[0], row[1]): row[2] for row in found.tables[0].rows}
