@@ -25,8 +25,9 @@ API = {
     "pipelines": (
         "Pipelines and schedulers",
         "pipelines.unconditional pipelines.pipeline_gm_sgm pipelines.pipeline_ncsnv2 pipelines.pipeline_cld "
-        "schedulers.base schedulers.scheduling_calibrated_multistep schedulers.scheduling_annealed_langevin "
-        "schedulers.scheduling_gm_langevin schedulers.scheduling_cld_sscs calibration.calibrate",
+        "schedulers.base schedulers.options schedulers.scheduling_calibrated_multistep "
+        "schedulers.scheduling_annealed_langevin schedulers.scheduling_gm_langevin schedulers.scheduling_cld_sscs "
+        "calibration.calibrate",
     ),
     "samplers": (
         "Samplers, readings, processes",

@@ -136,6 +136,7 @@ class SamplerScheduler(Swappable):
             ValueError: see the class.
         """
         labels, levels = self._labels_and_levels(num_inference_steps, timesteps, sigmas, mu)
+        self._given = (num_inference_steps, mu)
         self._prepare(labels, levels, device)
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
