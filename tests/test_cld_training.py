@@ -253,7 +253,7 @@ def test_only_images_of_the_levels_are_dequantised():
 )
 def test_terminal_variance_of_the_study(algorithm, spacing, expected):
     scheduler = CLDSSCSScheduler(prediction_type="velocity_score", algorithm_type=algorithm, timestep_spacing=spacing)
-    assert cld.terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
+    assert cld_squared.terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
 
 
 def test_critical_damping_is_the_fastest():
@@ -352,7 +352,7 @@ def test_squared_distances_of_gaussians():
 
     def error(name, variance):
         scheduler = cld_squared.scheduler_of(name, described.config)
-        return cld_squared.squared_w2(scheduler, 50, [variance], cld.terminal_variance)
+        return cld_squared.squared_w2(scheduler, 50, [variance])
 
     assert 2.5 < error(cld_squared.EM, 0.25) / error(cld_squared.SSCS, 0.25) < 3.5
     assert error(cld_squared.EM, 4.0) < error(cld_squared.SSCS, 4.0) / 10

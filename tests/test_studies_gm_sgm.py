@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
+from diffusers_gm.data import split_digit_labels, split_digits
+from diffusers_gm.evaluation.results import Statistic
 from diffusers_gm.studies import gm_sgm, own_level, rare_modes
 from diffusers_gm.studies.exact import ExactDenoiser, exact_network
 from diffusers_gm.studies.increments import median, survival, tail_exponent
@@ -71,24 +73,22 @@ def test_far_modes_are_equally_far():
 
 def test_comparison_needs_two_standard_errors():
     found = {
-        ("a", "l", 1): (1.0, 0.1),
-        (rare_modes.LANGEVIN, "l", 1): (1.5, 0.1),
-        ("a", "l", 2): (1.6, 0.1),
-        (rare_modes.LANGEVIN, "l", 2): (1.5, 0.1),
-        ("a", "l", 3): (1.9, 0.1),
-        (rare_modes.LANGEVIN, "l", 3): (1.5, 0.1),
+        ("a", "l", 1): Statistic(1.0, 0.1),
+        (rare_modes.LANGEVIN, "l", 1): Statistic(1.5, 0.1),
+        ("a", "l", 2): Statistic(1.6, 0.1),
+        (rare_modes.LANGEVIN, "l", 2): Statistic(1.5, 0.1),
+        ("a", "l", 3): Statistic(1.9, 0.1),
+        (rare_modes.LANGEVIN, "l", 3): Statistic(1.5, 0.1),
         ("a", "l", 4): None,
     }
     assert rare_modes.compare(found, "a", [("l", c) for c in (1, 2, 3, 4)]) == (1, 1)
 
 
 def test_digits_are_told_by_their_nearest_image():
-    from diffusers_gm.data import split_digits
-
     train, held_out = split_digits()
     assert rare_modes.label_error(train) == 0
     assert rare_modes.label_error(held_out) < 0.08
-    zeros = train[rare_modes.labels_of_digits() == 0]
+    zeros = train[split_digit_labels()[0] == 0]
     assert rare_modes.label_error(zeros) == pytest.approx(1 - len(zeros) / len(train))
 
 
