@@ -27,6 +27,7 @@ from ..schedulers.base import SamplerScheduler
 from .classes import told
 from .draws import Draws
 from .methods import METHODS
+from .methods.method import Batch
 from .options import TrainingArguments, changed_options
 from .plan import Plan
 
@@ -346,9 +347,9 @@ class Objective:
             classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
-        loss = METHODS[self.args.method].loss
         network = told(self._as_denoiser(network, images.shape[1]), classes)
-        return loss(self.args, self.plan, self.scheduler, network, images, self.labels(draws.levels), draws.noise)
+        batch = Batch(network, images, self.labels(draws.levels), draws.noise)
+        return METHODS[self.args.method].loss(self.args, self.plan, self.scheduler, batch)
 
     def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:
         """The network as the losses call it, and without a variance that it answers besides."""

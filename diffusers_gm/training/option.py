@@ -37,22 +37,8 @@ def option(
         private: never written down: a secret, or a place on this host.
         path: may be a path, of which only the last part is written down.
     """
-    return field(
-        default=default,
-        metadata={
-            "group": group,
-            "help": help,
-            "choices": choices,
-            "at_least": at_least,
-            "positive": positive,
-            "below_one": below_one,
-            "aliases": aliases,
-            "in_place_of": in_place_of,
-            "free_on_resume": free_on_resume,
-            "private": private,
-            "path": path,
-        },
-    )
+    metadata = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata=metadata)
 
 
 # The headings of `--help`, in its order.
@@ -67,6 +53,8 @@ GROUPS = (
     "Hub",
 )
 trained, data, network, noise, sampler, optimisation, output, hub = (partial(option, group) for group in GROUPS)
+# How samples are drawn, and where all goes, changes nothing of what is learned.
+sampler, output, hub = (partial(of_group, free_on_resume=True) for of_group in (sampler, output, hub))
 
 
 def check_bounds(f: Field, value: Any) -> None:

@@ -1,6 +1,5 @@
 """Critically-damped Langevin diffusion (arXiv 2112.07068): images move with velocities, the noise acts on these."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -11,7 +10,6 @@ from ...losses import cld_loss, denoising_loss
 from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
 from ...processes.mixture import GAUSSIAN
-from ...random import Draw
 from ...readings import CompanionReading
 from ...schedulers import CLDSSCSScheduler
 from ..option import noise as option
@@ -27,7 +25,7 @@ from .levels import (
     levels_of,
     size_of_data,
 )
-from .method import LargestDistance, Method, Noise
+from .method import Batch, LargestDistance, Method, Noise
 
 # The published training is on times from here to 1.
 FIRST_TIME = 1e-5
@@ -41,8 +39,7 @@ class CLDOptions(LevelOptions):
         "and velocity. Without, it is an ordinary denoiser, which learns faster, and CLD is how it is sampled.",
     )
     cld_loss: Literal["hsm", "dsm"] = trained(
-        "hsm",
-        "--objective score: hybrid score matching, or denoising score matching with the initial velocity drawn.",
+        "hsm", "--objective score: hybrid score matching, or denoising score matching with the initial velocity drawn."
     )
     cld_mixed_score: bool = trained(
         True, "--objective score: the network corrects the score of a velocity that knows no image."
@@ -55,9 +52,7 @@ class CLDOptions(LevelOptions):
     mass: float = option(0.25, "Mass M; the damping is critical, Gamma = 2 sqrt(M).")
     gamma: float = option(0.04, "Variance of the initial velocity in units of M.")
     splitting_order: int | None = sampler(
-        None,
-        "2 for the second-order splitting, 1 for the published one; default that of the class.",
-        free_on_resume=True,
+        None, "2 for the second-order splitting, 1 for the published one; default that of the class."
     )
 
 
@@ -139,27 +134,20 @@ def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
     return process.time(process.clock_of_sigma(sigma)) * noise.num_train_timesteps
 
 
-def loss(
-    args: CLDOptions,
-    noise: Noise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
     if args.objective == "score":
-        return published_loss(args, noise, scheduler, network, images, labels, draw)
+        return published_loss(args, noise, scheduler, batch)
     if not args.cld_feed_companion:
-        return ladder_loss(args, GAUSSIAN, scheduler, network, images, labels, draw)
+        return ladder_loss(args, GAUSSIAN, scheduler, batch)
     # Ordinary denoising of y, beside a companion that says nothing of it.
     reading: CompanionReading = scheduler.reading
-    noise_of_y, companion = draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
-    times = labels.float().to(images.device)
+    images = batch.images
+    noise_of_y, companion = batch.draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
+    times = batch.labels.float().to(images.device)
     return denoising_loss(
-        lambda y, _: network(torch.cat([y, companion], 1), times).sample,
+        lambda y, _: batch.network(torch.cat([y, companion], 1), times).sample,
         images,
-        reading.space.timestep(reading.sigma(labels)).float().to(images.device),
+        reading.space.timestep(reading.sigma(batch.labels)).float().to(images.device),
         noise_of_y,
         reading.space,
         GAUSSIAN,
@@ -168,22 +156,15 @@ def loss(
     )
 
 
-def published_loss(
-    args: CLDOptions,
-    noise: Noise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def published_loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
     process: CLD = scheduler.process
+    images, draw = batch.images, batch.draw
     both = draw.normal((len(images), 2 * images.shape[1], *images.shape[2:]))
     initial = draw.normal(images.shape) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(
-        lambda u, t: network(u, t).sample,
+        lambda u, t: batch.network(u, t).sample,
         images,
-        labels / noise.num_train_timesteps,
+        batch.labels / noise.num_train_timesteps,
         both,
         process,
         scheduler.config["prediction_type"],

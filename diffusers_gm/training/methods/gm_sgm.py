@@ -22,7 +22,7 @@ from .ladder import (
     ladder_noise,
     ladder_on_card,
 )
-from .method import Method, Noise
+from .method import Batch, Method, Noise
 
 EXPLICIT, STABLE, POWER = ("mixture_weights", "mixture_scales"), ("stable_alpha",), ("power_alpha", "power_base")
 COUNT = ("num_components",)
@@ -98,8 +98,8 @@ def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLa
     )
 
 
-def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
-    return ladder_loss(args, build_mixture(args), scheduler, *batch)
+def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+    return ladder_loss(args, build_mixture(args), scheduler, batch)
 
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Denoising on a geometric ladder of noise levels: what NCSNv2 and Gaussian-mixture noise share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +9,6 @@ from torch import Tensor
 from ...losses import denoising_loss
 from ...processes.annealed import ladder_length
 from ...processes.mixture import GaussianMixtureNoise
-from ...random import Draw
 from ...readings import NoiseSpace
 from ..option import number_or_auto, sampler, trained
 from .levels import (
@@ -23,7 +21,7 @@ from .levels import (
     levels_of,
     size_of_data,
 )
-from .method import LargestDistance, Noise
+from .method import Batch, LargestDistance, Noise
 
 
 @dataclass
@@ -40,14 +38,10 @@ class LadderOptions(LevelOptions):
         True,
         "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2).",
     )
-    num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1, free_on_resume=True)
-    step_size: float | None = sampler(
-        None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.", free_on_resume=True
-    )
+    num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1)
+    step_size: float | None = sampler(None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.")
     step_size_criterion: Literal["fixed_point", "prop3"] = sampler(
-        "fixed_point",
-        "What Technique 4 looks at: the whole chain, or one level as in the paper.",
-        free_on_resume=True,
+        "fixed_point", "What Technique 4 looks at: the whole chain, or one level as in the paper."
     )
 
 
@@ -136,19 +130,12 @@ def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
     return space.timestep(levels_of(args, noise, uniform))
 
 
-def ladder_loss(
-    args: LevelOptions,
-    mixture: GaussianMixtureNoise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def ladder_loss(args: LevelOptions, mixture: GaussianMixtureNoise, scheduler: Any, batch: Batch) -> Tensor:
     """The denoising loss, `(B,)`."""
+    images, labels, draw = batch.images, batch.labels, batch.draw
     timesteps = (labels if labels.dtype == torch.int64 else labels.float()).to(images.device)
     return denoising_loss(
-        lambda x, t: network(x, t).sample,
+        lambda x, t: batch.network(x, t).sample,
         images,
         timesteps,
         mixture.sample(images.shape, draw.generator, draw.device, draw.dtype),

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ...pipelines import NCSNv2Pipeline
-from ...processes.mixture import GaussianMixtureNoise
+from ...processes.mixture import GAUSSIAN
 from ...schedulers import AnnealedLangevinScheduler
 from .ladder import (
     CITATION,
@@ -20,17 +20,15 @@ from .ladder import (
     ladder_noise,
     ladder_on_card,
 )
-from .method import Method, Noise
-
-GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
+from .method import Batch, Method, Noise
 
 
 def scheduler(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> AnnealedLangevinScheduler:
     return AnnealedLangevinScheduler(**ladder_config(args, noise, sampler))
 
 
-def loss(args: LadderOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
-    return ladder_loss(args, GAUSSIAN, scheduler, *batch)
+def loss(args: LadderOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+    return ladder_loss(args, GAUSSIAN, scheduler, batch)
 
 
 METHOD = Method(
