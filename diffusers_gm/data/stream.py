@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,28 +57,20 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
             position += self.stride
 
 
+@dataclass(eq=False)
 class TrainingImages(Dataset):
     """Training images by `(epoch, index)`, as `ImageStream` deals them out: `(C, H, W)` float32 in [-1, 1].
 
     Crops and flips are decided by `(seed, epoch, index)`. In place of an unreadable image comes the next one.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        resolution: Resolution,
-        channels: int,
-        seed: int,
-        center_crop: bool = False,
-        random_flip: bool = False,
-    ):
-        self.source = source
-        self.resolution = resolution
-        self.channels = channels
-        self.seed = seed
-        self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.unreadable: set[int] = set()
+    source: ImageSource
+    resolution: Resolution
+    channels: int
+    seed: int
+    center_crop: bool = False
+    random_flip: bool = False
+    unreadable: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return self.source.num_images

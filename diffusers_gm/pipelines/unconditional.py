@@ -202,7 +202,7 @@ class UnconditionalPipeline(HubPipeline):
 
     def _image(self, sample: Tensor) -> Tensor:
         """The image in the last sample, `(B, C, H, W)`."""
-        return sample.chunk(2, 1)[0] if self._sees_velocity else sample
+        return self.scheduler.reading.image(sample) if hasattr(self.scheduler, "reading") else sample
 
     # --- Sampling ---
 

@@ -45,15 +45,8 @@ class Reading(Protocol):
         """Labels of noise levels, the inverse of `sigma`."""
         ...
 
-    def grid(
-        self,
-        num_levels: int,
-        spacing: str,
-        steps_offset: int = 0,
-        shift: float = 1.0,
-        shift_terminal: float | None = None,
-    ) -> Tensor:
-        """Descending labels `(num_levels,)` of a spacing, float64."""
+    def grid(self, num_levels: int, spacing: str, *shifts: Any) -> Tensor:
+        """Descending labels `(num_levels,)` of a spacing, float64; `shifts`: the further arguments of `level_grid`."""
         ...
 
     def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[Any]:
