@@ -357,7 +357,7 @@ def test_squared_distances_of_gaussians():
     assert 2.5 < error(cld_squared.EM, 0.25) / error(cld_squared.SSCS, 0.25) < 3.5
     assert error(cld_squared.EM, 4.0) < error(cld_squared.SSCS, 4.0) / 10
     assert error("multistep with corrector", 0.25) < error(cld_squared.SSCS, 0.25) / 100
-    assert cld_squared.factor(4.0, 1.0) == "4 (2)"
+    assert cld_squared.with_root(4.0) == "4 (2)"
 
 
 def test_squared_distances_on_the_digits(tmp_path):

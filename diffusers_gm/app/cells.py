@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..pictures import image_grid
-from .compare import Run
+from .runs import Run
 
 # Of a batch, in a cell.
 MAX_SHOWN = 32

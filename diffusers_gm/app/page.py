@@ -1,4 +1,4 @@
-"""The page: what is on it, and which function of `.compare` answers which button. Needs gradio."""
+"""The page: what is on it, and which function answers which button. Needs gradio."""
 
 import contextlib
 import logging
@@ -11,20 +11,9 @@ from typing import Any
 import gradio as gr
 
 from . import cells
-from .compare import (
-    CALIBRATED,
-    FIRST,
-    MAX_IMAGES,
-    Model,
-    Run,
-    Settings,
-    advance,
-    calibrate,
-    code_of,
-    config_of,
-    distance,
-    parse_calls,
-)
+from .compare import calibrate, code_of, config_of, distance
+from .models import CALIBRATED, FIRST, Model
+from .runs import MAX_IMAGES, Run, Settings, advance, parse_calls
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..app.compare import Model, Run, Sampler, Settings, advance
+from ..app.models import Model, Sampler
+from ..app.runs import Run, Settings, advance
 from ..cli import Parser, at_least
 from ..data import split_digits
 from ..evaluation import report
