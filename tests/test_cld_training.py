@@ -21,7 +21,8 @@ from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_squared, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
 from diffusers_gm.training.folder import read_log
-from diffusers_gm.training.network import Objective, build_scheduler, native_shape, new_unet
+from diffusers_gm.training.network import native_shape, new_unet
+from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.plan import Plan
 from diffusers_gm.training.samples import sample_images

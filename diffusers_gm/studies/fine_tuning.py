@@ -17,15 +17,9 @@ from ..data import ImageStream, split_digits
 from ..evaluation.table import Table, machine
 from ..networks import asked
 from ..random import randn
-from ..training.network import (
-    Objective,
-    build_optimizer,
-    build_scheduler,
-    fit_unet,
-    given_unet,
-    levels_of_network,
-    new_unet,
-)
+from ..training.network import fit_unet, given_unet, new_unet
+from ..training.objective import Objective, build_scheduler, levels_of_network
+from ..training.optimizer import build_optimizer
 from ..training.options import TrainingArguments
 from .command import parse, study_parser
 from .digits import parts_of, plan_for_digits, trained

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .draws import Draws
 from .folder import list_checkpoints
-from .network import Objective, averaged_weights
+from .objective import Objective
+from .optimizer import averaged_weights
 
 # A network whose loss is this many times that of one that answers zero, on the same images under the same noise, is
 # not coming back; what is far below it still may.

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .network import Objective
+from .objective import Objective
 
 NUM_BANDS = 10
 
