@@ -24,8 +24,8 @@ BLOB = "https://github.com/diffusers-gm/diffusers-gm/blob/main"
 API = {
     "pipelines": (
         "Pipelines and schedulers",
-        "pipelines.unconditional pipelines.pipeline_gm_sgm pipelines.pipeline_ncsnv2 pipelines.pipeline_cld "
-        "schedulers.base schedulers.options schedulers.scheduling_calibrated_multistep "
+        "pipelines.unconditional pipelines.images pipelines.pipeline_gm_sgm pipelines.pipeline_ncsnv2 "
+        "pipelines.pipeline_cld schedulers.base schedulers.options schedulers.scheduling_calibrated_multistep "
         "schedulers.scheduling_annealed_langevin schedulers.scheduling_gm_langevin schedulers.scheduling_cld_sscs "
         "calibration.calibrate",
     ),
