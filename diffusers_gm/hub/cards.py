@@ -21,6 +21,7 @@ from ..evaluation.table import Table
 from ..files import write_text
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
+from ..training.rehearsal import duration
 
 NOT_MEASURED = "Not measured."
 LATENT = """
@@ -112,7 +113,7 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         curve=_curve(result.log) + _by_level(entries, result.levels),
         steps=result.steps,
         images_seen=result.images_seen,
-        duration=_duration(result.seconds),
+        duration=duration(result.seconds),
         hardware=result.hardware,
         seed=options["seed"],
         weights=(
@@ -202,13 +203,6 @@ def _data(options: dict[str, Any]) -> str:
     if options["train_data_dir"] is not None:
         return f"the folder `{Path(options['train_data_dir']).resolve().name}`"
     return "handwritten digits" if options["dataset_name"] == "digits" else f"`{options['dataset_name']}`"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _cell(value: Any) -> str:

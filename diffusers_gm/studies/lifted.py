@@ -5,7 +5,6 @@ A DDPM of the digits, trained with diffusers' own objective, is sampled in diffu
 """
 
 import argparse
-from functools import partial
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -15,7 +14,8 @@ from ..cli import at_least
 from ..evaluation.report import curve_table, plot_curves
 from ..schedulers import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import parse, study_parser
-from .digits import images_of, kept_results, quality, statistic_of, tie, trained
+from .curves import measured
+from .digits import images_of, kept_results, tie, trained
 from .pictures import save_picture, show_rows
 from .report import Report
 
@@ -52,10 +52,7 @@ def lifted(args: argparse.Namespace) -> Report:
         kind, config = schedulers[name]
         return DDPMPipeline(unet, kind.from_config(source.config, clip_sample=False, **config))
 
-    found = {
-        name: {n: statistic_of(quality(results, name, n, args.seeds, partial(pipeline, name))) for n in args.calls}
-        for name in schedulers
-    }
+    found = measured(results, schedulers, args.calls, args.seeds, pipeline)
 
     def best(names: dict, calls: int) -> tuple[float, str]:
         return min((value.mean, name) for name in names if (value := found[name][calls]))

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ..cli import at_least
 from ..data import split_digits
-from ..evaluation.results import Statistic
 from ..evaluation.table import Table
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
 from .command import parse, study_parser
+from .curves import over_seeds
 from .digits import kept_results
 from .exact import ExactDenoiser, exact_network, run
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
@@ -80,9 +80,8 @@ def diversity(args: argparse.Namespace) -> Report:
     for factor in factors:
         for start in starts:
             name = f"{factor:g} x Technique 1, from {start}"
-            found = results.of_seeds(name, calls, args.seeds, partial(measure, factor, start)) or []
-            distance, covered = (Statistic.of([s[k] for s in found]).mean for k in ("distance", "coverage"))
-            table[factor, start] = distance, covered
+            found = over_seeds(results, name, calls, args.seeds, partial(measure, factor, start))
+            table[factor, start] = found["distance"].mean, found["coverage"].mean
     of_data = [mean_pairwise_distance(real), coverage(real, train)]
 
     rows: list[list[Any]] = [
