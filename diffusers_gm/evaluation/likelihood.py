@@ -14,6 +14,7 @@ from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
 from ..likelihood import bits_per_dimension, flow_nll, mean_and_error
 from ..random import randn
+from ..readings import level_range
 from ..schedulers import GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
 from .sampling import load_pipeline
@@ -53,8 +54,7 @@ def bits_of_images(
     scheduler = pipeline.scheduler
     cls = type(scheduler) if isinstance(scheduler, SamplerScheduler) else GMLangevinScheduler
     scheduler = cls.from_config(scheduler.config, clip_sample=False, thresholding=False)
-    ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
-    low, high = scheduler.reading.sigma(ends).tolist()
+    low, high = level_range(scheduler.reading)
     space = scheduler.noise_space
     # Where the sample is alpha * y, a run starts from unit noise, and not from that of the largest level.
     scale = high if space is None or space.carries_y else float(1 / space.alpha(torch.tensor(high).double()))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -95,6 +96,12 @@ class Reading(Protocol):
     def check(self, output: Tensor, sample: Tensor) -> None:
         """Raise a ValueError unless the shapes of output and sample go together."""
         ...
+
+
+def level_range(reading: Reading) -> tuple[float, float]:
+    """The smallest and the largest noise level that the network was trained at."""
+    low, high = reading.sigma(torch.tensor(reading.timestep_range, dtype=torch.float64)).tolist()
+    return low, high
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..processes.cld import CLD, Lift, cholesky, lift
 from ..random import Draw
-from .sampler import Memory, Plan, log_ratio, one_a_level, to_the_middle
+from .sampler import Memory, Plan, Stepped, log_ratio, one_a_level, to_the_middle
 
 Algorithm = Literal["sscs", "euler_maruyama", "probability_flow"]
 
@@ -89,7 +89,7 @@ class CriticallyDamped:
 
     def step(
         self, plan: CriticallyDampedPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    ) -> Stepped:
         """A run's first step draws the companion before its own noise."""
         c = draw.normal(y.shape) if memory.companion is None else memory.companion
         ahead = denoised

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw, Generators, check_generators
-from ..readings import ImageReading, Reading
+from ..readings import ImageReading, Reading, level_range
 from ..readings.grids import calibrated_levels, check_calibration, check_num_levels, even_levels, shift_flow
 from ..samplers import Memory, Sampler
+from ..samplers.sampler import Stepped
 from .run import TURN, Run
 from .swap import SPACING_FLAGS, Swappable, betas_from_config, reading_from_config
 
@@ -238,8 +239,7 @@ class SamplerScheduler(Swappable):
     def calibrated_or_even_levels(self, num_levels: int, shift: float = 1.0) -> Tensor:
         """The noise levels of the config's calibration, or without one `even_levels`: `(num_levels,)` float64, between
         the ends of what the network was trained at. `flow`: moved by the shift of the resolution."""
-        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
-        low, high = self.reading.sigma(ends).tolist()
+        low, high = level_range(self.reading)
         calibration = self.config.calibration
         if calibration is None:
             levels = even_levels(high, low, num_levels) * shift
@@ -252,8 +252,7 @@ class SamplerScheduler(Swappable):
         sigmas = sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas
         if self.noise_space is not None and self.noise_space.kind == "flow":
             return self.noise_space.num_train_timesteps * shift_flow(sigmas, shift, self.config.shift_terminal)
-        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
-        low, high = self.reading.sigma(ends).tolist()
+        low, high = level_range(self.reading)
         # Published schedules are rounded.
         if not ((0.99 * low <= sigmas) & (sigmas <= 1.01 * high)).all():
             raise ValueError(f"custom sigmas {sigmas.tolist()} must be in [{low:.4g}, {high:.4g}]")
@@ -299,7 +298,7 @@ class SamplerScheduler(Swappable):
     def _first_sigma(self) -> float:
         if self._run is not None:
             return self._run.calls[0].sigma
-        return float(self.reading.sigma(torch.tensor(self.reading.timestep_range[1], dtype=torch.float64)))
+        return level_range(self.reading)[1]
 
     def initial_sample(
         self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
@@ -412,7 +411,7 @@ class SamplerScheduler(Swappable):
         output = self.without_variance(network(reading.model_input(sample, label, call), label).to(y), sample)
         return self._denoised(output, sample, y, call, Memory())[0]
 
-    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
+    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> Stepped:
         """D at a call, clipped, and what the sampler is to know of it besides.
 
         A score is not a denoiser under mixture noise: its displacement from y, `sigma^2 score`, is w times that to D.

@@ -20,6 +20,7 @@ from ..evaluation.report import curve_table
 from ..random import Draw
 from ..samplers import Langevin, Memory, Sampler
 from ..samplers.langevin import LangevinPlan
+from ..samplers.sampler import Stepped
 from ..schedulers import GMLangevinScheduler
 from .command import parse, study_parser
 from .curves import draw_curves, measured
@@ -48,9 +49,7 @@ def model(args: argparse.Namespace, name: str, seed: int) -> tuple[Any, Any]:
 class UnawareChain(Langevin):
     """The component of an image is told at the level of the call, as if the chain were there."""
 
-    def step(
-        self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         y, memory = super().step(plan, i, y, denoised, memory._replace(level=None), draw)
         return y, memory._replace(level=None)
 

@@ -19,6 +19,7 @@ from ..processes.noise_level import estimate_noise_level
 from ..random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Langevin, Memory, Sampler, TwoStep, sample
+from ..samplers.sampler import Stepped
 from .curves import over_seeds
 from .digits import kept_results, over_floor, tie, trained
 from .exact import ExactDenoiser
@@ -147,7 +148,7 @@ class OnTheLadder:
     def plan(self, sigmas: Tensor) -> Any:
         return self.sampler.plan(sigmas)
 
-    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> tuple[Tensor, Memory]:
+    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma = float(plan.sigmas[i])
         length = (y - denoised).flatten(1).square().mean(1)
         own = (length / (1 - self.kept[sigma])).sqrt().clamp(sigma / 4, 4 * sigma)

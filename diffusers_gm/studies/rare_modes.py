@@ -21,6 +21,7 @@ from ..random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Ancestral, Explore, Langevin, Memory, Sampler, sample
 from ..samplers.langevin import EXPLORING_STEP, ExplorePlan, langevin_step
+from ..samplers.sampler import Stepped
 from .curves import by_calls, over_seeds
 from .digits import kept_results
 from .exact import ExactDenoiser
@@ -41,9 +42,7 @@ MIDWAY, ZERO = 1.0, 0
 class ExploreByJumps(Explore):
     """`Explore` whose steps are of the random lengths of a mixture's jumps, as long as is stable."""
 
-    def step(
-        self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma = plan.levels[i]
         if plan.after[i] != sigma:
             return super().step(plan, i, y, denoised, memory, draw)
