@@ -1,9 +1,9 @@
 """Critically-damped Langevin diffusion, measured: each command leaves a report with a picture and a verdict.
 
     python -m diffusers_gm.studies.cld terminal       variance of samples of a known Gaussian, SSCS and Euler-Maruyama
-    python -m diffusers_gm.studies.cld squared        both in squared distances, beside the published factors
+    python -m diffusers_gm.studies.cld squared        both and more in squared distances, on Gaussians and the digits,
+                                                      exact and trained, beside the published factors
     python -m diffusers_gm.studies.cld damping        distance to equilibrium, under-, critically and over-damped
-    python -m diffusers_gm.studies.cld samplers       SSCS and Euler-Maruyama on the digits, exact and trained
     python -m diffusers_gm.studies.cld target         is the velocity's score easier to learn? loss and Jacobian
     python -m diffusers_gm.studies.cld robustness     nine masses and initial velocities
     python -m diffusers_gm.studies.cld losses         hybrid or denoising score matching, mixed score or not
@@ -28,7 +28,7 @@ from .cld_digits import GRIDS, SAMPLERS, against
 from .cld_likelihood import likelihood
 from .cld_squared import squared, terminal_variance
 from .cld_target import target
-from .cld_training import losses, robustness, samplers
+from .cld_training import losses, robustness
 from .command import parse, study_parser
 from .curves import as_curves, draw_curves, table_of
 from .pictures import save_picture
@@ -119,7 +119,7 @@ def damping(args: argparse.Namespace) -> Report:
     )
 
 
-STUDIES = {f.__name__: f for f in (terminal, squared, damping, samplers, target, robustness, losses, likelihood)}
+STUDIES = {f.__name__: f for f in (terminal, squared, damping, target, robustness, losses, likelihood)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -127,10 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--batch", type=at_least(1), default=128, help="images per step")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
-    add("--grids", nargs="+", default=["quadratic", "log_snr"], choices=GRIDS, help="samplers: the grids")
     add("--solver_steps", type=at_least(1), default=50, help="likelihood: steps of the solver, four calls each")
-    add("--model", type=Path, help="samplers, squared: a trained CLD pipeline, in place of a training")
-    args = parse(parser, arguments, over_floor=("samplers", "robustness", "losses", "likelihood"))
+    add("--model", type=Path, help="squared: a trained CLD pipeline, in place of a training")
+    args = parse(parser, arguments, over_floor=("robustness", "losses", "likelihood"))
     print(f"{args.study}: {machine()}", flush=True)
     STUDIES[args.study](args).write(args.output)
 

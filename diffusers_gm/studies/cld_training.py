@@ -1,4 +1,4 @@
-"""Trained CLD models: which masses and initial velocities, which loss, which sampler."""
+"""Trained CLD models: which masses and initial velocities, which loss."""
 
 import argparse
 from typing import Any
@@ -9,24 +9,19 @@ from torch import Tensor
 
 from ..data import split_digits
 from ..evaluation.report import curve_table, plot_curves
-from ..evaluation.sampling import describe_model
 from ..evaluation.table import Table
 from ..losses import cld_loss
-from ..pipelines import CLDPipeline
 from ..schedulers import CLDSSCSScheduler
 from .cld_digits import (
-    SAMPLERS,
     TIMES,
-    TRAINED,
     against,
     as_network,
     digits_conditions,
-    models_of,
     ratios_to_floor,
     results_of,
     train_cld,
 )
-from .curves import as_curves, by_calls, draw_curves
+from .curves import as_curves, by_calls
 from .digits import TIE
 from .pictures import save_picture
 from .report import Report
@@ -173,39 +168,3 @@ def verdict_on_losses(ratios: dict[str, list[float]], errors: dict[str, list[flo
         + "."
     )
     return " ".join(sentences)
-
-
-# --- Samplers ---
-
-
-def samplers(args: argparse.Namespace) -> Report:
-    """Every sampler on every grid, with the exact denoiser of the digits and with a trained network."""
-    models = models_of(args)
-    results = results_of(args, "cld_samplers", model=describe_model(CLDPipeline(*models[TRAINED])))
-    found: dict[str, dict[str, list[float]]] = {}
-    styles: dict[str, dict[str, Any]] = {}
-    sentences = []
-    for model, (network, scheduler) in models.items():
-        ratios = found[model] = {}
-        best: dict[str, list[float]] = {}
-        for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-            for spacing, style in zip(args.grids, ("-", "--", ":"), strict=False):
-                changed = CLDSSCSScheduler.from_config(
-                    scheduler.config, timestep_spacing=spacing, **({"algorithm_type": "sscs"} | config)
-                )
-                of_grid = ratios_to_floor(results, f"{model}, {name}, {spacing}", network, changed, args.calls)
-                ratios[f"{name}, {spacing}"] = of_grid
-                styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
-                best[name] = [min(pair) for pair in zip(best.get(name, of_grid), of_grid, strict=True)]
-        sentences += [f"With the {model}:"]
-        sentences += [against(name, "euler_maruyama", best, args.calls) for name in ("sscs", "sscs, order 2")]
-    panels = {model: as_curves(ratios, args.calls) for model, ratios in found.items()}
-    return Report(
-        name="cld_samplers",
-        title="CLD: SSCS and Euler-Maruyama on the digits",
-        question="Does the splitting sampler reach better samples than Euler-Maruyama at the same number of calls?",
-        verdict="Errors, each sampler at its best grid (picked on the same samples). " + " ".join(sentences),
-        tables=[curve_table(f"Sliced W2 over the floor, {model}.", "", curves) for model, curves in panels.items()],
-        pictures=[draw_curves(args.output / "cld_samplers.png", panels, "sliced W2 over the floor", 1, styles)],
-        conditions=digits_conditions(args),
-    )
