@@ -15,6 +15,7 @@ trainings that they have in common.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,7 +25,7 @@ from ..cli import at_least
 from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
 from ..schedulers import CLDSSCSScheduler
-from .cld_digits import GRIDS, SAMPLERS, against
+from .cld_digits import against
 from .cld_likelihood import likelihood
 from .cld_squared import squared, terminal_variance
 from .cld_target import target
@@ -35,6 +36,12 @@ from .pictures import save_picture
 from .report import Report
 
 CALLS = (10, 20, 50, 100, 200)
+GRIDS = ("uniform", "quadratic", "log_snr")
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "sscs": {},
+    "sscs, order 2": {"splitting_order": 2},
+    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
+}
 
 # --- Terminal variance ---
 

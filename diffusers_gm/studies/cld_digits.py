@@ -5,32 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import UNet2DModel
-from torch import Tensor
 
-from ..data import split_digits
 from ..evaluation.results import Results
-from ..pipelines import CLDPipeline
-from ..processes.cld import CLD, lift
 from ..schedulers import CLDSSCSScheduler
-from .digits import TIE, kept_results, pipeline_of, quality
-from .digits import trained as trained_on_digits
-from .exact import ExactDenoiser, Network, NetworkOf
+from .digits import TIE, kept_results, pipeline_of, quality, trained
+from .exact import Network
 
-GRIDS = ("uniform", "quadratic", "log_snr")
 # Where losses are measured.
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-EXACT, TRAINED = "exact denoiser", "trained network"
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "sscs": {},
-    "sscs, order 2": {"splitting_order": 2},
-    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
-}
 
 
 def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CLDSSCSScheduler]:
     """A network of the digits as published, of the score of the velocity, and the scheduler that describes it; kept
     beside the reports."""
-    return trained_on_digits(
+    return trained(
         args.output,
         method="cld",
         objective="score",
@@ -38,31 +26,6 @@ def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CL
         train_batch_size=args.batch,
         **options,
     )
-
-
-def exact_velocity_score(process: CLD, points: Tensor) -> Network:
-    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
-    denoiser = ExactDenoiser(points)
-
-    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
-        x, v = model_input.chunk(2, 1)
-        v = v * process.velocity_scale
-        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
-        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
-
-    return network
-
-
-def models_of(args: argparse.Namespace) -> dict[str, tuple[Any, CLDSSCSScheduler]]:
-    """Networks of the digits that see a velocity, and the schedulers that describe them: exact, and trained."""
-    if args.model:
-        pipeline = CLDPipeline.from_pretrained(args.model)
-        trained = pipeline.unet, pipeline.scheduler
-    else:
-        trained = train_cld(args)
-    exact = CLDSSCSScheduler.from_config(trained[1].config, prediction_type="velocity_score")
-    network = NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2)
-    return {EXACT: (network, exact), TRAINED: trained}
 
 
 def as_network(unet: UNet2DModel) -> Network:

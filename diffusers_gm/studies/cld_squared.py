@@ -17,12 +17,14 @@ from ..data import split_digits
 from ..evaluation.distances import frechet_distance
 from ..evaluation.sampling import describe_model
 from ..pipelines import CLDPipeline
+from ..processes.cld import CLD, lift
 from ..random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
-from .cld_digits import TRAINED, models_of, results_of
+from .cld_digits import results_of, train_cld
 from .curves import as_curves, draw_curves, table_of
 from .digits import images_of
+from .exact import ExactDenoiser, Network, NetworkOf
 from .report import Report
 
 # Euler-Maruyama's FID over that of SSCS, CIFAR-10 (arXiv 2112.07068, table 2), by network calls.
@@ -103,6 +105,34 @@ def with_root(factor: float) -> str:
 def factors(by_name: dict[str, list[float]]) -> list[str]:
     """Euler-Maruyama over SSCS, by number of calls."""
     return [with_root(em / sscs) for em, sscs in zip(by_name[EM], by_name[SSCS], strict=True)]
+
+
+EXACT, TRAINED = "exact denoiser", "trained network"
+
+
+def exact_velocity_score(process: CLD, points: Tensor) -> Network:
+    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
+    denoiser = ExactDenoiser(points)
+
+    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
+        x, v = model_input.chunk(2, 1)
+        v = v * process.velocity_scale
+        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
+        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
+
+    return network
+
+
+def models_of(args: argparse.Namespace) -> dict[str, tuple[Any, CLDSSCSScheduler]]:
+    """Networks of the digits that see a velocity, and the schedulers that describe them: exact, and trained."""
+    if args.model:
+        pipeline = CLDPipeline.from_pretrained(args.model)
+        trained = pipeline.unet, pipeline.scheduler
+    else:
+        trained = train_cld(args)
+    exact = CLDSSCSScheduler.from_config(trained[1].config, prediction_type="velocity_score")
+    network = NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2)
+    return {EXACT: (network, exact), TRAINED: trained}
 
 
 # FD of 64 pixels needs more images than that.
