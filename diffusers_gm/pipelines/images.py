@@ -235,11 +235,7 @@ class ImagePipeline(HubPipeline):
         return shape
 
     def _guidance(
-        self,
-        batch_size: int,
-        class_labels: ClassLabels | None,
-        scale: float,
-        interval: tuple[float, float] | None,
+        self, batch_size: int, class_labels: ClassLabels | None, scale: float, interval: tuple[float, float] | None
     ) -> Guidance:
         """What the arguments ask of the network; a ValueError for what it does not have."""
         embeds, null = self._num_class_embeds, self.null_class

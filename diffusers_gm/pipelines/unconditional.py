@@ -185,11 +185,7 @@ class UnconditionalPipeline(ImagePipeline):
 
     @torch.no_grad()
     def estimate_noise_level(
-        self,
-        image: Any,
-        generator: Generators = None,
-        class_labels: ClassLabels | None = None,
-        num_looks: int = 6,
+        self, image: Any, generator: Generators = None, class_labels: ClassLabels | None = None, num_looks: int = 6
     ) -> NoiseLevel:
         """How noisy images are: the most probable sigma of `y = x0 + sigma noise`, for images in [-1, 1].
 

@@ -50,10 +50,6 @@ class ExactDenoiser:
         """`grad log p(y)`, `(B, C, H, W)`."""
         return self._towards_centres(y, sigma, lambda variances: 1 / variances)
 
-    def components(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """Posterior probabilities of the noise's components given y, `(B, K)`; not per element."""
-        return self._posterior(y.flatten(1), self._variances(y, sigma)).sum(1)
-
     def _variances(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         """`v_k = width^2 + (c_k sigma)^2`, `(B, K)`."""
         levels = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
