@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
-from ..likelihood import bits_per_dimension, flow_nll, mean_and_error
+from ..likelihood import bits_per_dimension, flow_nll
 from ..random import randn
 from ..readings import level_range
 from ..schedulers import GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
+from .results import Statistic
 from .sampling import load_pipeline
 
 HOW_TO_TRAIN = "train_gm_sgm.py --dequantize 17 --output_dir outputs/digits"
@@ -110,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, images in zip(("training", "held-out"), split_digits(), strict=True):
         generator = torch.Generator().manual_seed(0)
         bits = bits_of_images(pipeline, images[: args.num_images], 17, args.num_steps, generator)
-        mean, deviation = mean_and_error(bits)
-        print(f"{name} digits: at most {mean:.3f} +- {deviation:.3f} bits per dimension ({len(bits)} images)")
+        found = Statistic.of(bits.tolist())
+        print(f"{name} digits: at most {found.mean:.3f} +- {found.error:.3f} bits per dimension ({len(bits)} images)")
 
 
 if __name__ == "__main__":

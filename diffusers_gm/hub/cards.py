@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -176,10 +177,8 @@ def keep_card(folder: Path, path: Path) -> None:
 
 def _curve(log: Sequence[dict[str, Any]], rows: int = 8) -> str:
     """The loss curve as a table: means over equal parts of the training."""
-    parts = [
-        log[i * len(log) // min(rows, len(log)) : (i + 1) * len(log) // min(rows, len(log))]
-        for i in range(min(rows, len(log)))
-    ]
+    places = [len(log) * i // rows for i in range(rows + 1)]
+    parts = [part for start, end in pairwise(places) if (part := log[start:end])]
     means = [[f"up to {part[-1]['step']}", sum(entry["loss"] for entry in part) / len(part)] for part in parts]
     return Table("", ["steps", "mean loss"], means).markdown()
 

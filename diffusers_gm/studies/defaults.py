@@ -30,30 +30,21 @@ from .sampler_benchmark_models import own_model
 from .sampler_benchmark_scores import Scores
 
 GRIDS = ("even", "log_snr", "karras", "trailing")
-LANGEVIN: tuple[dict[str, Any], ...] = (
-    {"algorithm_type": "langevin", "network_level": "chain"},
-    {"algorithm_type": "langevin", "network_level": "ladder"},
-)
-# By scheduler: its algorithms, and grids besides `GRIDS`.
-OPTIONS: dict[Any, tuple[tuple[dict[str, Any], ...], tuple[str, ...]]] = {
-    AnnealedLangevinScheduler: (
-        (*LANGEVIN, {"algorithm_type": "consistent"}, {"algorithm_type": "explore"}),
-        GRIDS,
-    ),
-    GMLangevinScheduler: ((*LANGEVIN, {"algorithm_type": "ancestral"}, {"algorithm_type": "ode"}), GRIDS),
-    CLDSSCSScheduler: (
-        ({"algorithm_type": "sscs"}, {"algorithm_type": "probability_flow"}),
-        (*GRIDS, "quadratic"),
-    ),
-    CalibratedMultistepScheduler: (({"stochasticity": 0.0}, {"stochasticity": 0.4}), GRIDS),
+LANGEVIN = [{"algorithm_type": "langevin", "network_level": level} for level in ("chain", "ladder")]
+# By scheduler: its algorithms.
+OPTIONS: dict[Any, list[dict[str, Any]]] = {
+    AnnealedLangevinScheduler: [*LANGEVIN, {"algorithm_type": "consistent"}, {"algorithm_type": "explore"}],
+    GMLangevinScheduler: [*LANGEVIN, {"algorithm_type": "ancestral"}, {"algorithm_type": "ode"}],
+    CLDSSCSScheduler: [{"algorithm_type": "sscs"}, {"algorithm_type": "probability_flow"}],
+    CalibratedMultistepScheduler: [{"stochasticity": 0.0}, {"stochasticity": 0.4}],
 }
 
 
 def settings_of(cls: Any, config: Any) -> dict[str, Any]:
     """The scheduler without any option, by the name `default`, and with all that it offers."""
-    algorithms, grids = OPTIONS[cls]
+    grids = (*GRIDS, "quadratic") if cls is CLDSSCSScheduler else GRIDS
     made = {"default": cls.from_config(config)}
-    for changes, grid in itertools.product(algorithms, grids):
+    for changes, grid in itertools.product(OPTIONS[cls], grids):
         name = f"{' '.join(map(str, changes.values()))}, {grid}"
         made[name] = cls.from_config(config, timestep_spacing=grid, **changes)
     return made
