@@ -16,10 +16,11 @@ from .sources import ImageSource
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class ImageStream(Sampler[list[tuple[int, int]]]):
     """Endless batches of `(epoch, index)`: one seeded shuffle after another, dealt out to the processes.
 
-    Args:
+    Attributes:
         num_images: images in an epoch.
         batch_size: per process.
         seed: decides the order.
@@ -27,24 +28,21 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
         num_processes, process_index: this process gets every `num_processes`-th batch.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-    ):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start + process_index * batch_size
-        self.stride = num_processes * batch_size
+    num_images: int
+    batch_size: int
+    seed: int
+    start: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Images of a batch of every process."""
+        return self.num_processes * self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, []
-        position = self.start
+        position = self.start + self.process_index * self.batch_size
         while True:
             batch = []
             for p in range(position, position + self.batch_size):
