@@ -238,7 +238,7 @@ def launch(model: str, host: str, port: int | None, browser: bool) -> None:
         inbrowser=browser,
         prevent_thread_lock=True,
         theme=THEME,
-        css=cells.CSS,
+        css_paths=[Path(__file__).with_name("style.css")],
         footer_links=[],
         ssr_mode=False,
         share=False,

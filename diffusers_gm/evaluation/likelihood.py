@@ -4,6 +4,7 @@ python -m diffusers_gm.evaluation.likelihood outputs/digits
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +64,15 @@ def bits_of_images(
     for batch in images.split(batch_size):
         noisy = dequantized(batch.to(pipeline.unet.device, torch.float32), num_levels, generator)
         companion = randn(noisy.shape, generator, noisy.device, noisy.dtype) if space is None else None
-        network = _network(pipeline, len(batch))
+        null = pipeline.null_class
+        labels = None if null is None else torch.full((len(batch),), null, device=noisy.device)
+        network = partial(pipeline._network, labels=labels)
 
         def denoiser(y: Tensor, sigma: float, companion: Tensor | None = companion, network: Any = network) -> Tensor:
             return scheduler.denoise(network, y, companion, torch.tensor(sigma, dtype=torch.float64))
 
         nats.append(flow_nll(denoiser, noisy, (low, high), num_steps, generator, scheduler.model_mixture, scale))
     return bits_per_dimension(torch.cat(nats), images[0].numel(), num_levels)
-
-
-def _network(pipeline: Any, batch_size: int) -> Any:
-    """`(input, label) -> output`, without a class where there are classes."""
-    unet, null = pipeline.unet, pipeline.null_class
-    labels = None if null is None else torch.full((batch_size,), null, device=unet.device)
-    return lambda model_input, t: unet(model_input.to(unet.dtype), t, labels).sample
 
 
 def load_model(folder: Path) -> Any:
