@@ -1,25 +1,28 @@
 """How fast latents are computed beside the autoencoder alone: `python -m diffusers_gm.studies.latent_caching`.
 
-CPU seconds per batch of the cache of a training on a folder of PNGs (the digits, repeated to the resolution), with
+CPU seconds per image of the cache of a training on a folder of PNGs (the digits, repeated to the resolution), with
 reading, encoding and writing; and of the same autoencoder, called as pipelines of diffusers call it, on images that are
 there. In processes of one thread, few images taken from many, in turns; see `.throughput`.
 """
 
 import argparse
+import platform
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL
 
 from ..autoencoders import LatentSpace, fingerprint, load_autoencoder
 from ..cli import Parser, at_least
 from ..data import LatentCache, TrainingImages, open_folder
-from ..evaluation.table import machine
-from .throughput import FIRST_STEPS, measure, report, write_digits
+from ..evaluation.table import Table
+from .throughput import FIRST_STEPS, measure, write_digits
 
 CHANNELS = (32, 64, 64, 64)
 
@@ -79,13 +82,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = ["--run", what, number, "--folder", cwd / "digits"]
             return [sys.executable, "-m", "diffusers_gm.studies.latent_caching", *given, *run]
 
-        print(f"{machine()}; images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}")
+        print(
+            f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
+            f"images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}"
+        )
         loops: dict[str, Callable[[int], Sequence[object]]] = {
             "the cache": partial(command, "cache"),
             "the autoencoder alone": partial(command, "alone"),
         }
         found = measure(loops, args.batches, args.repeats, cwd)
-    return print("\n" + report(found, args.batch_size))
+    ours, theirs = medians = [statistics.median(values) / args.batch_size for values in found.values()]
+    rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in zip(found, medians, strict=True)]
+    print("\n" + Table("", ["", "CPU ms per image, median", "images per CPU second"], rows).markdown())
+    print(f"\nrate of the cache over that of the autoencoder alone: {theirs / ours:.3f}")
+    return None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ per image of one over those of two.
 
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -17,12 +18,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 from PIL import Image
 
 from ..cli import Parser, at_least
 from ..data import examine, open_folder, split_digits
-from ..evaluation.table import Table, machine
+from ..evaluation.table import Table
 from ..training.network import new_unet
 from ..training.options import TrainingArguments
 
@@ -125,9 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             numbers = resolution, args.train_batch_size, steps
             return [sys.executable, "-m", "diffusers_gm.studies.diffusers_loop", folder, config, *numbers]
 
+        versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
         print(
-            f"{machine()}; images of {channels}x{resolution}x{resolution}, batches of {args.train_batch_size}, "
-            f"{unet.num_parameters():,} parameters, {args.method}; {args.steps} steps a run"
+            f"{platform.machine()}, {platform.system()}, {versions}; images of {channels}x{resolution}x{resolution}, "
+            f"batches of {args.train_batch_size}, {unet.num_parameters():,} parameters, {args.method}; {args.steps} "
+            "steps a run"
         )
         loops: dict[str, Callable[[int], Sequence[object]]] = {OURS: ours, THEIRS: theirs}
         if args.num_processes > 1:
@@ -136,9 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n" + report(found, args.train_batch_size, args.num_processes))
 
 
-def report(found: dict[str, list[float]], batch_size: int, num_processes: int = 1) -> str:
-    """What `measure` found as a table, and the rate of the first loop over that of the second."""
-    ours, theirs = list(found)[:2]
+def report(found: dict[str, list[float]], batch_size: int, num_processes: int) -> str:
+    """What `measure` found as a table, and the ratios."""
     medians = {name: statistics.median(values) for name, values in found.items()}
     rows = []
     for name, values in found.items():
@@ -146,7 +149,7 @@ def report(found: dict[str, list[float]], batch_size: int, num_processes: int = 
         spread = f"{min(values):.1f} to {max(values):.1f}"
         rows.append([name, f"{medians[name]:.1f}", spread, f"{1000 * images / medians[name]:.0f}"])
     lines = [Table("", ["loop", "CPU ms per step, median", "range", "images per CPU second"], rows).markdown(), ""]
-    lines.append(f"rate of {ours} over that of {theirs}: {medians[theirs] / medians[ours]:.3f}")
+    lines.append(f"rate of {OURS} over that of {THEIRS}: {medians[THEIRS] / medians[OURS]:.3f}")
     if TOGETHER in found:
         efficiency = num_processes * medians[OURS] / medians[TOGETHER]
         lines.append(f"efficiency of {num_processes} processes: {efficiency:.3f}")
