@@ -164,10 +164,7 @@ def _watched(model: Model, scheduler: Any, steps: int, settings: Settings) -> It
         hook = network_of(pipe).register_forward_pre_hook(count)
         try:
             output = pipe(
-                batch_size=settings.num_images,
-                num_inference_steps=steps,
-                output_type="pt",
-                **settings.arguments(model),
+                batch_size=settings.num_images, num_inference_steps=steps, output_type="pt", **settings.arguments(model)
             )
             news.put(output.images.float().cpu() * 2 - 1)
         except BaseException as error:

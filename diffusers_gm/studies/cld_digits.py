@@ -19,12 +19,7 @@ def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CL
     """A network of the digits as published, of the score of the velocity, and the scheduler that describes it; kept
     beside the reports."""
     return trained(
-        args.output,
-        method="cld",
-        objective="score",
-        max_train_steps=args.steps,
-        train_batch_size=args.batch,
-        **options,
+        args.output, method="cld", objective="score", max_train_steps=args.steps, train_batch_size=args.batch, **options
     )
 
 

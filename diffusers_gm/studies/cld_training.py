@@ -12,15 +12,7 @@ from ..evaluation.report import curve_table, plot_curves
 from ..evaluation.table import Table
 from ..losses import cld_loss
 from ..schedulers import CLDSSCSScheduler
-from .cld_digits import (
-    TIMES,
-    against,
-    as_network,
-    digits_conditions,
-    ratios_to_floor,
-    results_of,
-    train_cld,
-)
+from .cld_digits import TIMES, against, as_network, digits_conditions, ratios_to_floor, results_of, train_cld
 from .curves import as_curves, by_calls
 from .digits import TIE
 from .pictures import save_picture

@@ -14,12 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data import split_digits
-from ..schedulers import (
-    AnnealedLangevinScheduler,
-    CalibratedMultistepScheduler,
-    CLDSSCSScheduler,
-    GMLangevinScheduler,
-)
+from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import at_least, parse, study_parser
 from .curves import as_curves, draw_curves, table_of
 from .digits import kept_results

@@ -14,13 +14,7 @@ from ..data import split_digits
 from ..evaluation.report import plot_curves
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
-from ..processes.annealed import (
-    PRESETS,
-    chain_variance,
-    ladder_length,
-    max_pairwise_distance,
-    optimal_step_size,
-)
+from ..processes.annealed import PRESETS, chain_variance, ladder_length, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
 from .curves import by_calls, over_seeds
 from .digits import images_of, kept_results, over_floor, pipeline_of, quality, statistic_of, tie, trained
