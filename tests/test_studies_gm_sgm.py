@@ -65,6 +65,13 @@ def test_exact_draws_have_no_total_variation_error(generator):
     assert rare_modes.total_variation(points[:1], points, weights) == pytest.approx(0.5)
 
 
+def test_total_variation_of_shares():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    samples = torch.tensor([[0.1, 0.2], [0.0, -0.3], [0.2, 0.0], [9.8, 0.1]])
+    assert rare_modes.total_variation(samples, centres, torch.tensor([0.75, 0.25, 0.0])) == 0
+    assert rare_modes.total_variation(samples, centres, torch.tensor([0.25, 0.25, 0.5])) == pytest.approx(0.5)
+
+
 def test_far_modes_are_equally_far():
     points, weights = rare_modes.far_modes()
     assert torch.allclose(torch.pdist(points.flatten(1)), torch.tensor(rare_modes.DISTANCE))

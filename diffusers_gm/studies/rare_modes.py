@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..data import split_digit_labels, split_digits
-from ..evaluation import mode_weights_error as total_variation
 from ..evaluation.results import Statistic
 from ..evaluation.sampling import NoGridError
 from ..evaluation.table import Table
@@ -75,6 +74,13 @@ def far_modes() -> tuple[Tensor, Tensor]:
     """Six points in 16 dimensions, `(6, 1, 4, 4)`, all `DISTANCE` apart, and their weights `(6,)`."""
     points = torch.eye(16)[: len(WEIGHTS)] * DISTANCE / 2**0.5
     return points.view(-1, 1, 4, 4), torch.tensor(WEIGHTS)
+
+
+def total_variation(samples: Tensor, points: Tensor, weights: Tensor) -> float:
+    """Between the weights of modes and the shares of samples nearest to each of the points, in [0, 1]."""
+    assert samples.isfinite().all()
+    nearest = torch.cdist(samples.flatten(1), points.flatten(1)).argmin(1)
+    return float((torch.bincount(nearest, minlength=len(points)) / len(samples) - weights).abs().sum() / 2)
 
 
 def exact_draws(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, width: float) -> Tensor:
