@@ -237,9 +237,9 @@ def test_command_line_leaves_out_the_folder():
 @pytest.mark.parametrize(
     ("command", "words", "said"),
     [
-        (cld.main, ["terminal", "--steps", "0"], "--steps: must be at least 1, got 0"),
+        (cld.main, ["damping", "--steps", "0"], "--steps: must be at least 1, got 0"),
         (cld.main, ["likelihood", "--batch", "0"], "--batch: must be at least 1, got 0"),
-        (cld.main, ["terminal", "--calls", "5", "1"], "--calls: must be at least 2, got 1"),
+        (cld.main, ["damping", "--calls", "5", "1"], "--calls: must be at least 2, got 1"),
         (cld.main, ["losses", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
         (gm_sgm.main, ["claim", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
         (gm_sgm.main, ["lag", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),

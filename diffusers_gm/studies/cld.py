@@ -1,8 +1,7 @@
 """Critically-damped Langevin diffusion, measured: each command leaves a report with a picture and a verdict.
 
-    python -m diffusers_gm.studies.cld terminal       variance of samples of a known Gaussian, SSCS and Euler-Maruyama
-    python -m diffusers_gm.studies.cld squared        both and more in squared distances, on Gaussians and the digits,
-                                                      exact and trained, beside the published factors
+    python -m diffusers_gm.studies.cld squared        SSCS, Euler-Maruyama and others in squared distances, on Gaussians
+                                                      and the digits, exact and trained, beside the published factors
     python -m diffusers_gm.studies.cld damping        distance to equilibrium, under-, critically and over-damped
     python -m diffusers_gm.studies.cld target         is the velocity's score easier to learn? loss and Jacobian
     python -m diffusers_gm.studies.cld robustness     nine masses and initial velocities
@@ -15,7 +14,6 @@ trainings that they have in common.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -24,61 +22,15 @@ from torch import Tensor
 from ..cli import at_least
 from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
-from ..schedulers import CLDSSCSScheduler
-from .cld_digits import against
 from .cld_likelihood import likelihood
-from .cld_squared import squared, terminal_variance
+from .cld_squared import squared
 from .cld_target import target
 from .cld_training import losses, robustness
 from .command import parse, study_parser
-from .curves import as_curves, draw_curves, table_of
 from .pictures import save_picture
 from .report import Report
 
 CALLS = (10, 20, 50, 100, 200)
-GRIDS = ("uniform", "quadratic", "log_snr")
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "sscs": {},
-    "sscs, order 2": {"splitting_order": 2},
-    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
-}
-
-# --- Terminal variance ---
-
-
-def terminal(args: argparse.Namespace) -> Report:
-    """The error of the variance of every sampler on every grid."""
-    variances: dict[str, list[float]] = {}
-    styles = {}
-    for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-        for spacing, style in zip(GRIDS, (":", "-", "--"), strict=True):
-            scheduler = CLDSSCSScheduler(prediction_type="velocity_score", timestep_spacing=spacing, **config)
-            variances[f"{name}, {spacing}"] = [terminal_variance(scheduler, n) for n in args.calls]
-            styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
-    errors = {name: [abs(value - 0.25) for value in values] for name, values in variances.items()}
-    on_quadratic = {name: errors[f"{name}, quadratic"] for name in SAMPLERS}
-    panel = {"Gaussian data, exact score": as_curves(errors, args.calls)}
-    sentences = [against(name, "euler_maruyama", on_quadratic, args.calls) for name in ("sscs", "sscs, order 2")]
-    accidents = [
-        f"{name} at {calls}"
-        for name, of_name in on_quadratic.items()
-        for calls, error, following in zip(args.calls, of_name, of_name[1:], strict=False)
-        if error < following
-    ]
-    if accidents:
-        sentences.append(f"Small by accident, the next number of calls is worse: {', '.join(accidents)}.")
-    return Report(
-        name="cld_terminal",
-        title="CLD: variance of samples of a Gaussian",
-        question="With the exact score of N(0, 0.25), what variance do samples have after n calls?",
-        verdict="Error of the variance, all on the quadratic grid. " + " ".join(sentences),
-        tables=[table_of("Var(x); the data have 0.25.", variances, args.calls)],
-        pictures=[draw_curves(args.output / "cld_terminal.png", panel, "|Var(x) - 0.25|", styles=styles)],
-        conditions="Exact: the product of the matrices of the steps, no sampling.",
-    )
-
-
-# --- Damping ---
 
 
 def distance_to_equilibrium(process: CLD, clocks: Tensor, x0: float = 1.0) -> Tensor:
@@ -126,7 +78,7 @@ def damping(args: argparse.Namespace) -> Report:
     )
 
 
-STUDIES = {f.__name__: f for f in (terminal, squared, damping, target, robustness, losses, likelihood)}
+STUDIES = {f.__name__: f for f in (squared, damping, target, robustness, losses, likelihood)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,19 +40,19 @@ SPECTRA = {
 }
 
 EM, SSCS = "euler_maruyama, quadratic", "sscs, quadratic"
+OF_CLD: dict[str, dict[str, Any]] = {
+    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
+    "sscs": {},
+    "sscs, order 2": {"splitting_order": 2},
+    "probability_flow": {"algorithm_type": "probability_flow"},
+}
 # Of a network that sees a velocity; the last two leave the velocity out: its probability flow is that of y alone.
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    EM: (CLDSSCSScheduler, {"algorithm_type": "euler_maruyama", "timestep_spacing": "quadratic"}),
-    SSCS: (CLDSSCSScheduler, {"timestep_spacing": "quadratic"}),
-    "sscs, order 2, quadratic": (CLDSSCSScheduler, {"splitting_order": 2, "timestep_spacing": "quadratic"}),
-    "probability_flow, quadratic": (
-        CLDSSCSScheduler,
-        {"algorithm_type": "probability_flow", "timestep_spacing": "quadratic"},
-    ),
-    "probability_flow, log_snr": (
-        CLDSSCSScheduler,
-        {"algorithm_type": "probability_flow", "timestep_spacing": "log_snr"},
-    ),
+    **{
+        f"{name}, {grid}": (CLDSSCSScheduler, {"algorithm_type": "sscs", "timestep_spacing": grid} | options)
+        for name, options in OF_CLD.items()
+        for grid in ("uniform", "quadratic", "log_snr")
+    },
     "multistep with corrector, log_snr": (CalibratedMultistepScheduler, {"grid": None, "timestep_spacing": "log_snr"}),
     "multistep with corrector": (CalibratedMultistepScheduler, {}),
 }
@@ -88,7 +88,7 @@ class Pulses(Draw):
 def scheduler_of(name: str, config: Any) -> Any:
     """The sampler for the network of a `CLDSSCSScheduler`'s config."""
     cls, options = SAMPLERS[name]
-    return cls.from_config(config, **({"algorithm_type": "sscs"} if cls is CLDSSCSScheduler else {}) | options)
+    return cls.from_config(config, **options)
 
 
 def squared_w2(scheduler: Any, num_calls: int, spectrum: Sequence[float]) -> float:
