@@ -73,12 +73,6 @@ class ImagePipeline(HubPipeline):
         return num_class_embeds(self.unet)
 
     @property
-    def _may_go_without_labels(self) -> bool:
-        """Whether the network, which has classes by its nature, may have been trained without."""
-        named = (self.config.get("class_names"), self.config.get("class_shares"))
-        return null_class(self.unet) is not None and named == (None, None)
-
-    @property
     def null_class(self) -> int | None:
         """The class that stands for none: the last one, unless all have names; None where there is none."""
         embeds, names = self._num_class_embeds, self.class_names
@@ -92,7 +86,9 @@ class ImagePipeline(HubPipeline):
 
     @property
     def _needs_labels(self) -> bool:
-        return self.num_classes is not None and not self._may_go_without_labels
+        """Whether it knows classes; but a network that has them by its nature may have been trained without."""
+        nameless = (self.config.get("class_names"), self.config.get("class_shares")) == (None, None)
+        return self.num_classes is not None and not (nameless and null_class(self.unet) is not None)
 
     def draw_labels(self, generators: Sequence[torch.Generator]) -> list[int] | None:
         """A class for each generator, in the proportions of the training data; None, and nothing drawn, for a network
@@ -249,7 +245,7 @@ class ImagePipeline(HubPipeline):
             if class_labels is not None:
                 raise ValueError(f"class_labels={class_labels!r}: this network has no classes, leave them out")
             return Guidance()
-        if class_labels is None and scale == 1 and self._may_go_without_labels:
+        if class_labels is None and scale == 1 and not self._needs_labels:
             return Guidance()
         if class_labels is None:
             some = f", such as {self.class_names[:3]}" if self.class_names else ""
