@@ -58,7 +58,10 @@ def with_common_options(init: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(init)
     def with_all(*args: Any, **kwargs: Any) -> None:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{init.__qualname__}() {error}") from None
         given.apply_defaults()
         init(given.arguments[me.name], **{name: given.arguments[name] for name in names})
 
