@@ -31,7 +31,7 @@ NUM_FAST, NUM_MARTINGALE = 56, 48
 
 # The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
 # trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
-ERRS = -0.2
+ERRS = -0.4
 
 # Stochasticities of a run of enough calls to follow them: a little, which costs an exact denoiser nothing and forgives
 # small errors; and that of networks whose errors dominate.
@@ -140,7 +140,10 @@ def calibrate_in_full(
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
-        found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
+        if result.martingale_defect < ERRS:  # levels that follow its runs would follow its errors
+            found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+        else:
+            found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
             result.levels[n] = levels
             result.errors |= {n: errors} if errors else {}
