@@ -62,19 +62,14 @@ from diffusers_gm.training.health import DivergedError, Health
 from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.methods import METHODS
-from diffusers_gm.training.network import (
-    Objective,
+from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet
+from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
+from diffusers_gm.training.optimizer import (
     averaged_weights,
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    build_scheduler,
     check_precision,
-    fit_unet,
-    given_unet,
-    levels_of_network,
-    native_shape,
-    new_unet,
 )
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -86,12 +86,6 @@ def bits_per_dimension(nats: Tensor, num_elements: int, num_levels: int) -> Tens
     `bits = nats / (d log 2) + log2((num_levels - 1) / 2)`.
     """
     return nats / (num_elements * math.log(2)) + math.log2((num_levels - 1) / 2)
-
-
-def mean_and_error(values: Sequence[float] | Tensor) -> tuple[float, float]:
-    """Mean and standard error."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
 if __name__ == "__main__":

@@ -21,19 +21,9 @@ from diffusers_gm import (
     NCSNv2Pipeline,
 )
 from diffusers_gm.app import cells
-from diffusers_gm.app.compare import (
-    CALIBRATED,
-    SAVED,
-    Model,
-    Run,
-    Settings,
-    advance,
-    calibrate,
-    code_of,
-    config_of,
-    distance,
-    parse_calls,
-)
+from diffusers_gm.app.compare import calibrate, code_of, config_of, distance
+from diffusers_gm.app.models import CALIBRATED, SAVED, Model
+from diffusers_gm.app.runs import Run, Settings, advance, parse_calls
 from diffusers_gm.data import split_digits
 from diffusers_gm.evaluation import sliced_wasserstein
 

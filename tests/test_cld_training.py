@@ -21,7 +21,8 @@ from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_squared, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
 from diffusers_gm.training.folder import read_log
-from diffusers_gm.training.network import Objective, build_scheduler, native_shape, new_unet
+from diffusers_gm.training.network import native_shape, new_unet
+from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.plan import Plan
 from diffusers_gm.training.samples import sample_images
@@ -253,7 +254,7 @@ def test_only_images_of_the_levels_are_dequantised():
 )
 def test_terminal_variance_of_the_study(algorithm, spacing, expected):
     scheduler = CLDSSCSScheduler(prediction_type="velocity_score", algorithm_type=algorithm, timestep_spacing=spacing)
-    assert cld.terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
+    assert cld_squared.terminal_variance(scheduler, 50) == pytest.approx(expected, abs=5.1e-5)
 
 
 def test_critical_damping_is_the_fastest():
@@ -352,12 +353,12 @@ def test_squared_distances_of_gaussians():
 
     def error(name, variance):
         scheduler = cld_squared.scheduler_of(name, described.config)
-        return cld_squared.squared_w2(scheduler, 50, [variance], cld.terminal_variance)
+        return cld_squared.squared_w2(scheduler, 50, [variance])
 
     assert 2.5 < error(cld_squared.EM, 0.25) / error(cld_squared.SSCS, 0.25) < 3.5
     assert error(cld_squared.EM, 4.0) < error(cld_squared.SSCS, 4.0) / 10
     assert error("multistep with corrector", 0.25) < error(cld_squared.SSCS, 0.25) / 100
-    assert cld_squared.factor(4.0, 1.0) == "4 (2)"
+    assert cld_squared.with_root(4.0) == "4 (2)"
 
 
 def test_squared_distances_on_the_digits(tmp_path):

@@ -16,8 +16,6 @@ from diffusers_gm.evaluation import (
     inception,
     kernel_distance,
     lite0,
-    mode_weights_error,
-    moment_errors,
     precision_recall_density_coverage,
     score,
     sliced_wasserstein,
@@ -159,39 +157,6 @@ def test_distances_refuse_what_they_cannot_measure(distance, a, b, message, gene
     broken = torch.full((20, 8), math.inf)
     with pytest.raises(ValueError, match="20 of 20 reference images"):
         distance(torch.zeros(20, 8), broken)
-
-
-# --- Known laws ---
-
-
-def test_moment_errors_are_exact(generator):
-    covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
-    x = with_moments(40, torch.tensor([1.0, -1.0]).double(), covariance, generator)
-    assert moment_errors(x, x.mean(0), covariance) == pytest.approx({"mean": 0, "variance": 0, "covariance": 0})
-    errors = moment_errors(2 * x + torch.tensor([1.0, 3.0]), x.mean(0), covariance)
-    # 2 (1, -1) + (1, 3) = (3, 1), which is (2, 2) away; covariances are 4 times too large.
-    assert errors == pytest.approx({"mean": math.sqrt(8), "variance": 3, "covariance": 3})
-
-
-def test_mode_weights_error_is_total_variation():
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
-    samples = torch.tensor([[0.1, 0.2], [0.0, -0.3], [0.2, 0.0], [9.8, 0.1]])
-    assert mode_weights_error(samples, centres, torch.tensor([0.75, 0.25, 0.0])) == 0
-    assert mode_weights_error(samples, centres, torch.tensor([0.25, 0.25, 0.5])) == pytest.approx(0.5)
-
-
-def test_errors_of_known_laws_refuse_bad_input():
-    x, eye = torch.zeros(4, 2), torch.eye(2)
-    with pytest.raises(ValueError, match=r"need a mean \(2,\)"):
-        moment_errors(x, torch.zeros(3), eye)
-    with pytest.raises(ValueError, match="at least 2 samples"):
-        moment_errors(x[:1], torch.zeros(2), eye)
-    with pytest.raises(ValueError, match="4 of 4 samples"):
-        moment_errors(x / 0, torch.zeros(2), eye)
-    with pytest.raises(ValueError, match="do not fit"):
-        mode_weights_error(x, eye, torch.ones(3) / 3)
-    with pytest.raises(ValueError, match="sum 1"):
-        mode_weights_error(x, eye, torch.ones(2))
 
 
 # --- Features ---

@@ -14,7 +14,7 @@ from test_training import ROOT, TINY, arguments, no_accelerator_left_behind, pla
 
 from diffusers_gm import data
 from diffusers_gm.training.methods import METHODS, options_of_others
-from diffusers_gm.training.network import Objective, build_scheduler
+from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.options import TrainingArguments, free_on_resume
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record

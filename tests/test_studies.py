@@ -15,7 +15,7 @@ from diffusers_gm.evaluation.report import curve_table, plot_curves
 from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError
 from diffusers_gm.evaluation.table import Table, command_line
-from diffusers_gm.studies import cld, gm_sgm, lifted, ncsnv2
+from diffusers_gm.studies import cld, gm_sgm, ncsnv2
 from diffusers_gm.studies.command import parse, study_parser
 from diffusers_gm.studies.digits import (
     floor_of_digits,
@@ -237,16 +237,15 @@ def test_command_line_leaves_out_the_folder():
 @pytest.mark.parametrize(
     ("command", "words", "said"),
     [
-        (cld.main, ["terminal", "--steps", "0"], "--steps: must be at least 1, got 0"),
+        (cld.main, ["damping", "--steps", "0"], "--steps: must be at least 1, got 0"),
         (cld.main, ["likelihood", "--batch", "0"], "--batch: must be at least 1, got 0"),
-        (cld.main, ["terminal", "--calls", "5", "1"], "--calls: must be at least 2, got 1"),
+        (cld.main, ["damping", "--calls", "5", "1"], "--calls: must be at least 2, got 1"),
         (cld.main, ["losses", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
         (gm_sgm.main, ["claim", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
         (gm_sgm.main, ["lag", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
         (ncsnv2.main, ["diversity", "--num_samples", "1"], "--num_samples: must be at least 2, got 1"),
         (ncsnv2.main, ["denoise", "--calls", "2"], "--calls: must be at least 3, got 2"),
         (ncsnv2.main, ["denoise", "--seeds", "1.5"], "--seeds: invalid whole_number value: '1.5'"),
-        (lifted.main, ["--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

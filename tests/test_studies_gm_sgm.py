@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
+from diffusers_gm.data import split_digit_labels, split_digits
+from diffusers_gm.evaluation.results import Statistic
 from diffusers_gm.studies import gm_sgm, own_level, rare_modes
 from diffusers_gm.studies.exact import ExactDenoiser, exact_network
 from diffusers_gm.studies.increments import median, survival, tail_exponent
@@ -63,6 +65,13 @@ def test_exact_draws_have_no_total_variation_error(generator):
     assert rare_modes.total_variation(points[:1], points, weights) == pytest.approx(0.5)
 
 
+def test_total_variation_of_shares():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    samples = torch.tensor([[0.1, 0.2], [0.0, -0.3], [0.2, 0.0], [9.8, 0.1]])
+    assert rare_modes.total_variation(samples, centres, torch.tensor([0.75, 0.25, 0.0])) == 0
+    assert rare_modes.total_variation(samples, centres, torch.tensor([0.25, 0.25, 0.5])) == pytest.approx(0.5)
+
+
 def test_far_modes_are_equally_far():
     points, weights = rare_modes.far_modes()
     assert torch.allclose(torch.pdist(points.flatten(1)), torch.tensor(rare_modes.DISTANCE))
@@ -71,24 +80,22 @@ def test_far_modes_are_equally_far():
 
 def test_comparison_needs_two_standard_errors():
     found = {
-        ("a", "l", 1): (1.0, 0.1),
-        (rare_modes.LANGEVIN, "l", 1): (1.5, 0.1),
-        ("a", "l", 2): (1.6, 0.1),
-        (rare_modes.LANGEVIN, "l", 2): (1.5, 0.1),
-        ("a", "l", 3): (1.9, 0.1),
-        (rare_modes.LANGEVIN, "l", 3): (1.5, 0.1),
+        ("a", "l", 1): Statistic(1.0, 0.1),
+        (rare_modes.LANGEVIN, "l", 1): Statistic(1.5, 0.1),
+        ("a", "l", 2): Statistic(1.6, 0.1),
+        (rare_modes.LANGEVIN, "l", 2): Statistic(1.5, 0.1),
+        ("a", "l", 3): Statistic(1.9, 0.1),
+        (rare_modes.LANGEVIN, "l", 3): Statistic(1.5, 0.1),
         ("a", "l", 4): None,
     }
     assert rare_modes.compare(found, "a", [("l", c) for c in (1, 2, 3, 4)]) == (1, 1)
 
 
 def test_digits_are_told_by_their_nearest_image():
-    from diffusers_gm.data import split_digits
-
     train, held_out = split_digits()
     assert rare_modes.label_error(train) == 0
     assert rare_modes.label_error(held_out) < 0.08
-    zeros = train[rare_modes.labels_of_digits() == 0]
+    zeros = train[split_digit_labels()[0] == 0]
     assert rare_modes.label_error(zeros) == pytest.approx(1 - len(zeros) / len(train))
 
 

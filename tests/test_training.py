@@ -33,14 +33,9 @@ from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.training.draws import Draws
 from diffusers_gm.training.folder import LOG_FILE, append_log, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.methods.gm_sgm import build_mixture
-from diffusers_gm.training.network import (
-    Objective,
-    averaged_weights,
-    build_lr_scheduler,
-    build_scheduler,
-    fit_unet,
-    new_unet,
-)
+from diffusers_gm.training.network import fit_unet, new_unet
+from diffusers_gm.training.objective import Objective, build_scheduler
+from diffusers_gm.training.optimizer import averaged_weights, build_lr_scheduler
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import make_plan

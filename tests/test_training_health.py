@@ -26,7 +26,7 @@ from test_training import (
 from diffusers_gm import data
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.health import Health
-from diffusers_gm.training.network import Objective, build_scheduler
+from diffusers_gm.training.objective import Objective, build_scheduler
 
 DIVERGING = f"{SMALL} --max_train_steps 9 --checkpointing_steps 1 --checkpoints_total_limit 1 --validation_steps 0"
 

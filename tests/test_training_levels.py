@@ -25,7 +25,7 @@ from diffusers_gm.processes.mixture import GAUSSIAN
 from diffusers_gm.readings import CompanionReading, NoiseSpace
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.methods.method import Noise
-from diffusers_gm.training.network import Objective, build_scheduler
+from diffusers_gm.training.objective import Objective, build_scheduler
 
 EDM = NoiseSpace.edm(0.01, 30.0, 1000, sigma_data=0.8)
 VE = NoiseSpace.ve(0.01, 30.0, 1000)

@@ -19,16 +19,8 @@ from diffusers_gm import (
     data,
 )
 from diffusers_gm.networks import asked
-from diffusers_gm.training.network import (
-    Objective,
-    build_scheduler,
-    fit_unet,
-    given_unet,
-    levels_of_network,
-    native_shape,
-    new_unet,
-    with_velocities,
-)
+from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet, with_velocities
+from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
 from diffusers_gm.training.options import TrainingArguments
 
 PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}

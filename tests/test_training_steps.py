@@ -29,7 +29,7 @@ from diffusers_gm.random import Draw
 from diffusers_gm.training.draws import Draws, StepDraws
 from diffusers_gm.training.folder import LOG_FILE, read_log
 from diffusers_gm.training.level_losses import LevelLosses
-from diffusers_gm.training.network import Objective, build_scheduler
+from diffusers_gm.training.objective import Objective, build_scheduler
 
 METHODS = ("gm-sgm", "ncsnv2", "cld")
 

@@ -1,1 +1,1 @@
-"""Samplers side by side in a browser: `python -m diffusers_gm.app`. Needs the `app` extra; `.compare` does without."""
+"""Samplers side by side in a browser: `python -m diffusers_gm.app`. Of this, `.page` alone needs the `app` extra."""

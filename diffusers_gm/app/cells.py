@@ -9,30 +9,12 @@ import torch
 from torch import Tensor
 
 from ..pictures import image_grid
-from .compare import Run
+from .runs import Run
 
 # Of a batch, in a cell.
 MAX_SHOWN = 32
 # Calls of the way of one image, in a cell.
 MAX_WAY = 8
-
-CSS = """
-.gm-sampler { margin: 0 0 1.2rem }
-.gm-sampler h3 { font-size: 1rem; margin: 0 0 .4rem; color: var(--body-text-color) }
-.gm-cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); gap: .8rem }
-.gm-cell { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .6rem; margin: 0;
-  background: var(--block-background-fill); color: var(--body-text-color); min-width: 0 }
-.gm-cell img { display: block; width: 100%; border-radius: 2px }
-.gm-cell .gm-waiting { aspect-ratio: 2; display: grid; place-items: center; opacity: .6 }
-.gm-cell figcaption { font-size: .85rem; margin: 0 0 .4rem; display: flex; flex-wrap: wrap; gap: .1rem .7rem }
-.gm-cell .gm-calls { font-weight: 600 }
-.gm-way { margin-top: .5rem; font-size: .75rem }
-.gm-way span { display: block; margin-bottom: .2rem; opacity: .75 }
-.gm-cell.gm-failed, .gm-error { border: 1px solid #b3261e; border-left-width: 5px }
-.gm-error, .gm-note { padding: .5rem .8rem; border-radius: 8px; color: var(--body-text-color);
-  background: var(--block-background-fill); overflow-wrap: anywhere }
-.gm-note { opacity: .8; font-size: .85rem; padding: .2rem 0; background: none }
-"""
 
 
 def table(runs: Sequence[Run]) -> str:

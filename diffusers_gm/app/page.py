@@ -1,4 +1,4 @@
-"""The page: what is on it, and which function of `.compare` answers which button. Needs gradio."""
+"""The page: what is on it, and which function answers which button. Needs gradio."""
 
 import contextlib
 import logging
@@ -11,20 +11,9 @@ from typing import Any
 import gradio as gr
 
 from . import cells
-from .compare import (
-    CALIBRATED,
-    FIRST,
-    MAX_IMAGES,
-    Model,
-    Run,
-    Settings,
-    advance,
-    calibrate,
-    code_of,
-    config_of,
-    distance,
-    parse_calls,
-)
+from .compare import calibrate, code_of, config_of, distance
+from .models import CALIBRATED, FIRST, Model
+from .runs import MAX_IMAGES, Run, Settings, advance, parse_calls
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +61,14 @@ def chosen_settings(seed: float, images: float, label: str, guidance: float) -> 
     return Settings(int(seed or 0), int(images), None if label == ALL else label, float(guidance or 0))
 
 
-def compare(
-    model: Model | None, names: list[str], calls: str, seed: float, images: float, label: str, guidance: float
-) -> Iterator[dict[str, Any]]:
+def compare(model: Model | None, names: list[str], calls: str, *chosen: Any) -> Iterator[dict[str, Any]]:
     """Run every sampler at every number of calls; what there is so far, again and again."""
     try:
         if model is None:
             raise ValueError("there is no model yet: choose one above")
         if not names:
             raise ValueError("choose at least one sampler")
-        settings = chosen_settings(seed, images, label, guidance)
+        settings = chosen_settings(*chosen)
         runs = [Run(model.sampler(name), n) for name in names for n in parse_calls(calls)]
     except Exception as error:
         yield {"message": in_words(error)}
@@ -108,32 +95,24 @@ def compare(
 
 
 def find_levels(
-    model: Model | None,
-    names: list[str],
-    calls: str,
-    effort: str,
-    seed: float,
-    images: float,
-    label: str,
-    guidance: float,
+    model: Model | None, names: list[str], calls: str, effort: str, *chosen: Any
 ) -> Iterator[dict[str, Any]]:
     """Calibrate, and show what was found."""
     yield {"message": cells.note("Calibrating: the network is called some hundreds of times.")}
     try:
         if model is None:
             raise ValueError("there is no model yet: choose one above")
-        settings = chosen_settings(seed, images, label, guidance)
+        settings = chosen_settings(*chosen)
         picture, words = calibrate(model, parse_calls(calls), effort, settings)
     except Exception as error:
         yield {"message": in_words(error)}
         return
-    chosen = list(dict.fromkeys([*names, CALIBRATED]))
     yield {
         "message": cells.note(f"Calibrated: choose Compare to see {CALIBRATED!r} beside the others."),
         "levels": gr.update(visible=True),
         "picture": picture,
         "found": words,
-        "samplers": gr.update(choices=list(model.samplers), value=chosen),
+        "samplers": gr.update(choices=list(model.samplers), value=list(dict.fromkeys([*names, CALIBRATED]))),
     }
 
 
@@ -249,7 +228,7 @@ def launch(model: str, host: str, port: int | None, browser: bool) -> None:
         inbrowser=browser,
         prevent_thread_lock=True,
         theme=THEME,
-        css=cells.CSS,
+        css_paths=[Path(__file__).with_name("style.css")],
         footer_links=[],
         ssr_mode=False,
         share=False,

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -81,10 +82,11 @@ def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
     return labels_from(values)
 
 
+@dataclass(eq=False)
 class LabelledImages(Dataset):
     """Training images by `(epoch, index)` with their classes: `((C, H, W), class)`.
 
-    Args:
+    Attributes:
         images: a data set by `(epoch, index)`, such as `TrainingImages`.
         labels: the class of each image.
         null: the class that stands for none.
@@ -92,12 +94,11 @@ class LabelledImages(Dataset):
         seed: of the training.
     """
 
-    def __init__(self, images: Any, labels: list[int], null: int, dropout: float, seed: int):
-        self.images = images
-        self.labels = labels
-        self.null = null
-        self.dropout = dropout
-        self.seed = seed
+    images: Any
+    labels: list[int]
+    null: int
+    dropout: float
+    seed: int
 
     def __len__(self) -> int:
         return len(self.images)

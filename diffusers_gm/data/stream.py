@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from .sources import ImageSource
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class ImageStream(Sampler[list[tuple[int, int]]]):
     """Endless batches of `(epoch, index)`: one seeded shuffle after another, dealt out to the processes.
 
-    Args:
+    Attributes:
         num_images: images in an epoch.
         batch_size: per process.
         seed: decides the order.
@@ -26,24 +28,21 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
         num_processes, process_index: this process gets every `num_processes`-th batch.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-    ):
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start + process_index * batch_size
-        self.stride = num_processes * batch_size
+    num_images: int
+    batch_size: int
+    seed: int
+    start: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+
+    @property
+    def stride(self) -> int:
+        """Images of a batch of every process."""
+        return self.num_processes * self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, []
-        position = self.start
+        position = self.start + self.process_index * self.batch_size
         while True:
             batch = []
             for p in range(position, position + self.batch_size):
@@ -56,28 +55,20 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
             position += self.stride
 
 
+@dataclass(eq=False)
 class TrainingImages(Dataset):
     """Training images by `(epoch, index)`, as `ImageStream` deals them out: `(C, H, W)` float32 in [-1, 1].
 
     Crops and flips are decided by `(seed, epoch, index)`. In place of an unreadable image comes the next one.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        resolution: Resolution,
-        channels: int,
-        seed: int,
-        center_crop: bool = False,
-        random_flip: bool = False,
-    ):
-        self.source = source
-        self.resolution = resolution
-        self.channels = channels
-        self.seed = seed
-        self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.unreadable: set[int] = set()
+    source: ImageSource
+    resolution: Resolution
+    channels: int
+    seed: int
+    center_crop: bool = False
+    random_flip: bool = False
+    unreadable: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
         return self.source.num_images

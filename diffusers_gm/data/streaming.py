@@ -111,6 +111,7 @@ class Place:
     state: dict[str, Any] | None = None
 
 
+@dataclass(eq=False)
 class StreamedBatches(IterableDataset):
     """Endless batches of a stream with the place after each, for a `DataLoader` without batches of its own.
 
@@ -118,7 +119,7 @@ class StreamedBatches(IterableDataset):
     `shuffle_buffer_size` rows are shuffled in memory. The order follows from the seed; from a place it goes on to the
     bit, and reads no more than a block again.
 
-    Args:
+    Attributes:
         images: crops and flips them; its source is a `StreamedImages`.
         batch_size: of the process.
         shuffle_buffer_size: rows of a block.
@@ -128,36 +129,27 @@ class StreamedBatches(IterableDataset):
         turn: of the workers, whose batch comes next; those before it first yield None.
     """
 
-    def __init__(
-        self,
-        images: TrainingImages,
-        batch_size: int,
-        shuffle_buffer_size: int,
-        num_images: int,
-        num_processes: int,
-        process_index: int,
-        places: list[Place],
-        turn: int = 0,
-    ):
-        assert isinstance(images.source, StreamedImages)
-        self.images = images
-        self.source = images.source
-        self.batch_size = batch_size
-        self.shuffle_buffer_size = shuffle_buffer_size
-        self.num_images = num_images
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.places = places
-        self.turn = turn
+    images: TrainingImages
+    batch_size: int
+    shuffle_buffer_size: int
+    num_images: int
+    num_processes: int
+    process_index: int
+    places: list[Place]
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.images.source, StreamedImages)
+        self.source, workers = self.images.source, len(self.places)
         shards = self.source.dataset.num_shards
-        if shards % num_processes == 0:  # else each process reads all of them, and takes its share of the rows
-            shards //= num_processes
-        if len(places) > shards:
+        if shards % self.num_processes == 0:  # else each process reads all of them, and takes its share of the rows
+            shards //= self.num_processes
+        if workers > shards:
             raise ValueError(
-                f"--dataloader_num_workers {len(places)}: a process reads {shards} shards (files) of the stream, and a "
+                f"--dataloader_num_workers {workers}: a process reads {shards} shards (files) of the stream, and a "
                 f"worker needs one: use at most {shards}"
             )
-        self.num_parts = num_processes * len(places)
+        self.num_parts = self.num_processes * workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Place] | None]:
         worker = get_worker_info()

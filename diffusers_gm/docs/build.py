@@ -8,7 +8,6 @@ Needs the `docs` extra. Ends with an error at a link to what is not there, and a
 import logging
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +23,10 @@ BLOB = "https://github.com/diffusers-gm/diffusers-gm/blob/main"
 API = {
     "pipelines": (
         "Pipelines and schedulers",
-        "pipelines.unconditional pipelines.pipeline_gm_sgm pipelines.pipeline_ncsnv2 pipelines.pipeline_cld "
-        "schedulers.base schedulers.scheduling_calibrated_multistep schedulers.scheduling_annealed_langevin "
-        "schedulers.scheduling_gm_langevin schedulers.scheduling_cld_sscs calibration.calibrate",
+        "pipelines.unconditional pipelines.images pipelines.pipeline_gm_sgm pipelines.pipeline_ncsnv2 "
+        "pipelines.pipeline_cld schedulers.base schedulers.options schedulers.scheduling_calibrated_multistep "
+        "schedulers.scheduling_annealed_langevin schedulers.scheduling_gm_langevin schedulers.scheduling_cld_sscs "
+        "calibration.calibrate",
     ),
     "samplers": (
         "Samplers, readings, processes",
@@ -99,51 +99,33 @@ def gather(folder: Path) -> None:
         (folder / "api" / f"{name}.md").write_text(f"# {title}\n\n{directives}\n", "utf-8")
 
 
-class Warnings(logging.Handler):
-    """What mkdocs warns of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
-def build(output: Path) -> list[str]:
-    """Write the site to the folder `output`, in place of what is there; what mkdocs warned of.
+def build(output: Path) -> None:
+    """Write the site to the folder `output`, in place of what is there.
 
     Raises:
         ImportError: without the `docs` extra.
         ValueError: for a link to what is not there.
+        SystemExit: for anything that mkdocs warns of, when it has said so.
     """
     with extra("docs"):
         from mkdocs.commands.build import build as build_site
         from mkdocs.config import load_config
-    warnings = Warnings()
-    logging.getLogger("mkdocs").addHandler(warnings)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            gather(Path(folder))
-            options = {"docs_dir": folder, "site_dir": str(output.resolve())}
-            config = load_config(str(CONFIG), **options)
-            config.plugins.on_startup(command="build", dirty=False)
-            build_site(config)
-    finally:
-        logging.getLogger("mkdocs").removeHandler(warnings)
-    return warnings.said
+    with tempfile.TemporaryDirectory() as folder:
+        gather(Path(folder))
+        config = load_config(str(CONFIG), docs_dir=folder, site_dir=str(output.resolve()), strict=True)
+        config.plugins.on_startup(command="build", dirty=False)
+        build_site(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("diffusers_gm.docs.build", __doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/docs"), help="folder of the site")
     args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
     try:
-        warnings = build(args.output)
+        build(args.output)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
-    if warnings:
-        sys.exit("\n".join(warnings))
     print(f"open {args.output / 'index.html'}")
 
 

@@ -8,8 +8,6 @@ from .distances import frechet_distance as frechet_distance
 from .distances import kernel_distance as kernel_distance
 from .distances import precision_recall_density_coverage as precision_recall_density_coverage
 from .distances import sliced_wasserstein as sliced_wasserstein
-from .exact_errors import mode_weights_error as mode_weights_error
-from .exact_errors import moment_errors as moment_errors
 from .features import Extractor as Extractor
 from .features import features_of as features_of
 from .features import inception as inception

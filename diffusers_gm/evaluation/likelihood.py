@@ -4,6 +4,7 @@ python -m diffusers_gm.evaluation.likelihood outputs/digits
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
-from ..likelihood import bits_per_dimension, flow_nll, mean_and_error
+from ..likelihood import bits_per_dimension, flow_nll
 from ..random import randn
+from ..readings import level_range
 from ..schedulers import GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
+from .results import Statistic
 from .sampling import load_pipeline
 
 HOW_TO_TRAIN = "train_gm_sgm.py --dequantize 17 --output_dir outputs/digits"
@@ -53,8 +56,7 @@ def bits_of_images(
     scheduler = pipeline.scheduler
     cls = type(scheduler) if isinstance(scheduler, SamplerScheduler) else GMLangevinScheduler
     scheduler = cls.from_config(scheduler.config, clip_sample=False, thresholding=False)
-    ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
-    low, high = scheduler.reading.sigma(ends).tolist()
+    low, high = level_range(scheduler.reading)
     space = scheduler.noise_space
     # Where the sample is alpha * y, a run starts from unit noise, and not from that of the largest level.
     scale = high if space is None or space.carries_y else float(1 / space.alpha(torch.tensor(high).double()))
@@ -62,20 +64,15 @@ def bits_of_images(
     for batch in images.split(batch_size):
         noisy = dequantized(batch.to(pipeline.unet.device, torch.float32), num_levels, generator)
         companion = randn(noisy.shape, generator, noisy.device, noisy.dtype) if space is None else None
-        network = _network(pipeline, len(batch))
+        null = pipeline.null_class
+        labels = None if null is None else torch.full((len(batch),), null, device=noisy.device)
+        network = partial(pipeline._network, labels=labels)
 
         def denoiser(y: Tensor, sigma: float, companion: Tensor | None = companion, network: Any = network) -> Tensor:
             return scheduler.denoise(network, y, companion, torch.tensor(sigma, dtype=torch.float64))
 
         nats.append(flow_nll(denoiser, noisy, (low, high), num_steps, generator, scheduler.model_mixture, scale))
     return bits_per_dimension(torch.cat(nats), images[0].numel(), num_levels)
-
-
-def _network(pipeline: Any, batch_size: int) -> Any:
-    """`(input, label) -> output`, without a class where there are classes."""
-    unet, null = pipeline.unet, pipeline.null_class
-    labels = None if null is None else torch.full((batch_size,), null, device=unet.device)
-    return lambda model_input, t: unet(model_input.to(unet.dtype), t, labels).sample
 
 
 def load_model(folder: Path) -> Any:
@@ -110,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, images in zip(("training", "held-out"), split_digits(), strict=True):
         generator = torch.Generator().manual_seed(0)
         bits = bits_of_images(pipeline, images[: args.num_images], 17, args.num_steps, generator)
-        mean, deviation = mean_and_error(bits)
-        print(f"{name} digits: at most {mean:.3f} +- {deviation:.3f} bits per dimension ({len(bits)} images)")
+        found = Statistic.of(bits.tolist())
+        print(f"{name} digits: at most {found.mean:.3f} +- {found.error:.3f} bits per dimension ({len(bits)} images)")
 
 
 if __name__ == "__main__":

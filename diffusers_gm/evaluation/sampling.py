@@ -99,18 +99,13 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
     if not is_scheduler:
         raise ValueError(f"--scheduler {name!r} is no scheduler of diffusers or diffusers_gm")
     offered = inspect.signature(cls.__init__).parameters
-    options: dict[str, Any] = {}
     for change in changes:
-        option, separator, value = change.partition("=")
+        option, separator, _ = change.partition("=")
         if not separator or option not in offered:
             raise ValueError(
                 f"--scheduler {name}: {change!r} must be option=value, the option one of {list(offered)[1:]}"
             )
-        try:
-            options[option] = json.loads(value)
-        except json.JSONDecodeError:
-            options[option] = value
-    config = own.config
+    config, options = own.config, options_in(changes)
     if isinstance(own, OUR_SCHEDULERS) and not issubclass(cls, OUR_SCHEDULERS):
         try:
             config = own.diffusers_config()
@@ -132,6 +127,17 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
             f"--scheduler {name} draws noise that --seeds does not decide: its figures could not be repeated"
         )
     return " ".join(words), scheduler
+
+
+def options_in(changes: Sequence[str]) -> dict[str, Any]:
+    """The options that words `option=value` give; values are JSON or else strings."""
+    options: dict[str, Any] = {}
+    for option, _, value in (change.partition("=") for change in changes):
+        try:
+            options[option] = json.loads(value)
+        except json.JSONDecodeError:
+            options[option] = value
+    return options
 
 
 # What samples a network that was trained with this noise.

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,6 +22,7 @@ from ..evaluation.table import Table
 from ..files import write_text
 from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
 from ..training.methods import METHODS
+from ..training.rehearsal import duration
 
 NOT_MEASURED = "Not measured."
 LATENT = """
@@ -112,7 +114,7 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         curve=_curve(result.log) + _by_level(entries, result.levels),
         steps=result.steps,
         images_seen=result.images_seen,
-        duration=_duration(result.seconds),
+        duration=duration(result.seconds),
         hardware=result.hardware,
         seed=options["seed"],
         weights=(
@@ -175,10 +177,8 @@ def keep_card(folder: Path, path: Path) -> None:
 
 def _curve(log: Sequence[dict[str, Any]], rows: int = 8) -> str:
     """The loss curve as a table: means over equal parts of the training."""
-    parts = [
-        log[i * len(log) // min(rows, len(log)) : (i + 1) * len(log) // min(rows, len(log))]
-        for i in range(min(rows, len(log)))
-    ]
+    places = [len(log) * i // rows for i in range(rows + 1)]
+    parts = [part for start, end in pairwise(places) if (part := log[start:end])]
     means = [[f"up to {part[-1]['step']}", sum(entry["loss"] for entry in part) / len(part)] for part in parts]
     return Table("", ["steps", "mean loss"], means).markdown()
 
@@ -202,13 +202,6 @@ def _data(options: dict[str, Any]) -> str:
     if options["train_data_dir"] is not None:
         return f"the folder `{Path(options['train_data_dir']).resolve().name}`"
     return "handwritten digits" if options["dataset_name"] == "digits" else f"`{options['dataset_name']}`"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _cell(value: Any) -> str:

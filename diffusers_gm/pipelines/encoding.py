@@ -28,12 +28,7 @@ def noise_level(scheduler: Any, timestep: Tensor) -> float:
 
 
 def encode(
-    scheduler: Any,
-    network: Network,
-    guidance: Guidance,
-    images: Tensor,
-    num_steps: int,
-    generator: Generators,
+    scheduler: Any, network: Network, guidance: Guidance, images: Tensor, num_steps: int, generator: Generators
 ) -> Tensor:
     """The sample at the first level that the probability flow `dy / dsigma = (y - D) / sigma` leads from to `images`.
 

@@ -158,13 +158,7 @@ class HubPipeline(DiffusionPipeline):
             return self._push(folder, repo_id, commit_message, private, token, create_pr)
 
     def _push(
-        self,
-        folder: Any,
-        repo_id: str,
-        message: str | None,
-        private: bool | None,
-        token: str | None,
-        create_pr: bool,
+        self, folder: Any, repo_id: str, message: str | None, private: bool | None, token: str | None, create_pr: bool
     ) -> str:
         card = short_card(repo_id, type(self).__name__, self.default_num_inference_steps)
         message = message or f"Upload {type(self).__name__}"

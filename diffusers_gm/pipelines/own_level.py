@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..processes.noise_level import NoiseLevel, estimate_noise_level
 from ..random import Generators, randn
-from ..readings import VelocityReading
+from ..readings import VelocityReading, level_range
 from ..readings.grids import even_levels
 from ..samplers import Memory, sample
 from .guidance import Guidance, Network
@@ -34,8 +34,7 @@ class OwnLevel:
         self.scheduler, self.reading = scheduler, scheduler.reading
         self.network, self.guidance, self.generator = network, guidance, generator
         self.unit = scheduler.model_mixture.commonest_scale
-        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
-        self.low, self.high = (self.unit * end for end in self.reading.sigma(ends).tolist())
+        self.low, self.high = (self.unit * end for end in level_range(self.reading))
 
     def of_each(self, count: int) -> list["OwnLevel"]:
         """The same for each image of the batch alone."""

@@ -1,26 +1,21 @@
-"""The sampling loop that the image pipelines share."""
+"""The sampling loop that the image pipelines share, and what else a denoiser is good for."""
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..autoencoders import LatentSpace, check_scaling, downsampling
-from ..networks import asked, channels_of, null_class, num_class_embeds, size_of
 from ..processes.noise_level import NoiseLevel
-from ..random import Generators, check_generators, rand, randn
-from ..readings import VelocityReading
+from ..random import Generators, check_generators
 from . import encoding
-from .guidance import Guidance, check_guidance
+from .images import ImagePipeline
 from .inpainting import Picture, begins, unit_noise
-from .inputs import ClassLabels, as_images, by_index, check_classes, class_indices
-from .loading import HubPipeline
+from .inputs import ClassLabels, as_images
 from .own_level import OwnLevel
 
 CALLBACK_TENSORS = ("latents",)
@@ -29,7 +24,7 @@ CALLBACK_TENSORS = ("latents",)
 STRENGTH = 0.8
 
 
-class UnconditionalPipeline(HubPipeline):
+class UnconditionalPipeline(ImagePipeline):
     """Images without a prompt, by class where the network knows any, with any scheduler of diffusers or ours: in pixel
     space, or with `vae` in the space of its latents.
 
@@ -51,163 +46,6 @@ class UnconditionalPipeline(HubPipeline):
     Raises:
         ValueError: for names or shares that do not suit the network.
     """
-
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers has it
-    default_num_inference_steps = 50
-    unet: Any
-    scheduler: Any
-    vae: Any
-
-    def __init__(
-        self,
-        unet: ModelMixin,
-        scheduler: SchedulerMixin,
-        class_names: Sequence[str] | Mapping[Any, str] | None = None,
-        class_shares: Sequence[float] | Mapping[Any, float] | None = None,
-        vae: ModelMixin | None = None,
-        latents_mean: Sequence[float] | Mapping[Any, float] | None = None,
-        latents_std: Sequence[float] | Mapping[Any, float] | None = None,
-    ):
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        scaling = {"latents_mean": by_index(latents_mean), "latents_std": by_index(latents_std)}
-        check_scaling(scaling, vae)
-        names, shares = by_index(class_names), by_index(class_shares)
-        check_classes(names, shares, self._num_class_embeds)
-        for argument, values in {"class_names": names, "class_shares": shares, **scaling}.items():
-            if values is not None:  # a mapping, as lists in model_index.json are components
-                self.register_to_config(**{argument: {str(i): value for i, value in enumerate(values)}})
-
-    @property
-    def latent_space(self) -> LatentSpace | None:
-        """What the network takes for images; None where they are images."""
-        if self.vae is None:
-            return None
-        return LatentSpace.of(self.vae, *(by_index(self.config.get(name)) for name in ("latents_mean", "latents_std")))
-
-    # --- Classes ---
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the classes, by index; None where nobody named them."""
-        return by_index(self.config.get("class_names"))
-
-    @property
-    def num_classes(self) -> int | None:
-        """Classes to choose from; None for a network without."""
-        embeds = self._num_class_embeds
-        return embeds if embeds is None or self.null_class is None else embeds - 1
-
-    @property
-    def _num_class_embeds(self) -> int | None:
-        return num_class_embeds(self.unet)
-
-    @property
-    def _may_go_without_labels(self) -> bool:
-        """Whether the network, which has classes by its nature, may have been trained without."""
-        named = (self.config.get("class_names"), self.config.get("class_shares"))
-        return null_class(self.unet) is not None and named == (None, None)
-
-    @property
-    def null_class(self) -> int | None:
-        """The class that stands for none: the last one, unless all have names; None where there is none."""
-        embeds, names = self._num_class_embeds, self.class_names
-        return None if embeds is None or (names is not None and len(names) == embeds) else embeds - 1
-
-    def labels_in_turn(self, num_images: int) -> list[int] | None:
-        """All classes one after the other, as many of each as there is room for; None for a network without."""
-        if self.num_classes is None or self._may_go_without_labels:
-            return None
-        return [i * self.num_classes // num_images for i in range(num_images)]
-
-    @property
-    def _needs_labels(self) -> bool:
-        return self.num_classes is not None and not self._may_go_without_labels
-
-    def draw_labels(
-        self, generators: Sequence[torch.Generator], among: Sequence[int] | None = None
-    ) -> list[int] | None:
-        """A class for each generator, of all or of those `among`, in the proportions of the training data; None, and
-        nothing drawn, for a network without."""
-        if not (self._needs_labels or among):
-            return None
-        return self._labels_at(rand((len(generators),), list(generators), "cpu", torch.float32), among)
-
-    def _labels_at(self, quantiles: Tensor, among: Sequence[int] | None = None) -> list[int] | None:
-        """The classes at quantiles of their law in the training data, `(n,)` in [0, 1)."""
-        if self.num_classes is None or not (self._needs_labels or among):
-            return None
-        classes = torch.tensor(sorted(set(among or range(self.num_classes))))
-        shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)[classes]
-        return classes[torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True)].tolist()
-
-    # --- Shapes ---
-
-    def _image_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """`(C, H, W)` of the sample; its own size unless told that of the images."""
-        channels_in, channels_out = channels_of(self.unet)
-        if (self.scheduler.config.get("variance_type") or "").startswith("learned") and channels_out == 2 * channels_in:
-            channels_out = channels_in
-        expected = 2 * channels_out if self._sees_velocity else channels_out
-        if channels_in != expected:
-            raise ValueError(
-                f"the scheduler's prediction_type {self.scheduler.config.get('prediction_type')!r} asks for a "
-                f"network with {expected} input channels for its {channels_out} output channels, "
-                f"this one has {channels_in}"
-            )
-        own, pixels = size_of(self.unet), downsampling(self.vae) if self.vae is not None else 1
-        if own is None and None in (height, width):
-            raise ValueError(
-                "the network's config has no sample_size: set unet.config.sample_size to the image size, or give "
-                "height and width"
-            )
-        given, levels = (height, width), len(self.unet.config.get("block_out_channels") or [])
-        factor = pixels * 2 ** max(levels - 1, 0)
-        for argument, side in zip(("height", "width"), given, strict=True):
-            if side is not None and (side < 1 or side % factor):
-                raise ValueError(
-                    f"{argument}={side} must be a positive multiple of {factor}: the network halves images so often"
-                )
-        size = [own[i] if side is None and own else (side or 0) // pixels for i, side in enumerate(given)]
-        if not levels and own is not None and size != list(own):
-            raise ValueError(
-                f"height={height} and width={width}: a {type(self.unet).__name__} makes images of "
-                f"{own[0] * pixels}x{own[1] * pixels} alone"
-            )
-        return channels_in, size[0], size[1]
-
-    def _picture_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """`(C, H, W)` of the images that samples of this size are, or stand for."""
-        if self.vae is not None:
-            pixels = downsampling(self.vae)
-            return self.vae.config["out_channels"], pixels * height, pixels * width
-        channels_in, channels_out = channels_of(self.unet)  # more come in with velocities, out with a variance
-        return min(channels_in, channels_out), height, width
-
-    def calibration_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What `diffusers_gm.calibrate` runs this pipeline with, which was `given` these arguments: many images, where
-        they are small, and unless told of all classes, in the proportions of the training data."""
-        channels, height, width = self._image_shape(given.get("height"), given.get("width"))
-        most = given.get("batch_size") or min(64, max(4, 2**18 // (channels * height * width)))
-        labels = given.get("class_labels", self._labels_at((torch.arange(most) + 0.5) / most))
-        if labels is None:
-            return {"batch_size": most}
-        if "batch_size" not in given and (several := self._batch_size(None, labels, None)) > 1:
-            labels = list(labels) * max(1, most // several)
-            most = len(labels)
-        return {"batch_size": most, "class_labels": labels}
-
-    @property
-    def _sees_velocity(self) -> bool:
-        """Whether the network was trained on CLD: the sample is `cat([x, v], 1)`, and the image is x."""
-        return isinstance(getattr(self.scheduler, "reading", None), VelocityReading)
-
-    def _image(self, sample: Tensor) -> Tensor:
-        """The image in the last sample, `(B, C, H, W)`."""
-        return sample.chunk(2, 1)[0] if self._sees_velocity else sample
-
-    # --- Sampling ---
 
     @torch.no_grad()
     def __call__(
@@ -347,11 +185,7 @@ class UnconditionalPipeline(HubPipeline):
 
     @torch.no_grad()
     def estimate_noise_level(
-        self,
-        image: Any,
-        generator: Generators = None,
-        class_labels: ClassLabels | None = None,
-        num_looks: int = 6,
+        self, image: Any, generator: Generators = None, class_labels: ClassLabels | None = None, num_looks: int = 6
     ) -> NoiseLevel:
         """How noisy images are: the most probable sigma of `y = x0 + sigma noise`, for images in [-1, 1].
 
@@ -430,77 +264,6 @@ class UnconditionalPipeline(HubPipeline):
         own = OwnLevel(encoding.ours(self.scheduler), self._network, guidance, generator)
         return own, (2 * noisy - 1).to(self._execution_device)
 
-    def _network(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The network's output, in float32."""
-        classes = {} if labels is None else {"class_labels": labels}
-        return asked(self.unet)(model_input.to(self.unet.dtype), timestep, **classes).sample.float()
-
-    def _initial_sample(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
-        if hasattr(self.scheduler, "initial_sample"):
-            return self.scheduler.initial_sample(shape, generator, device, torch.float32)
-        return self.scheduler.init_noise_sigma * randn(shape, generator, device, torch.float32)
-
-    @staticmethod
-    def _batch_size(batch_size: int | None, class_labels: ClassLabels | None, latents: Tensor | None) -> int:
-        if batch_size is not None:
-            return batch_size
-        if class_labels is not None and not isinstance(class_labels, int | str):
-            return 1 if getattr(class_labels, "ndim", 1) == 0 else len(class_labels)
-        return 1 if latents is None else len(latents)
-
-    def _checked_shape(
-        self,
-        batch_size: int,
-        generator: Generators,
-        latents: Tensor | None,
-        output_type: str,
-        height: int | None = None,
-        width: int | None = None,
-    ) -> tuple[int, ...]:
-        """The shape of the sample; a ValueError for arguments that no run can serve."""
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np', 'pt' or 'latent'")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        check_generators(generator, batch_size)
-        shape = (batch_size, *self._image_shape(height, width))
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        return shape
-
-    def _guidance(
-        self,
-        batch_size: int,
-        class_labels: ClassLabels | None,
-        scale: float,
-        interval: tuple[float, float] | None,
-    ) -> Guidance:
-        """What the arguments ask of the network; a ValueError for what it does not have."""
-        embeds, null = self._num_class_embeds, self.null_class
-        if self.unet.config.get("class_embed_type") is not None:
-            raise ValueError(
-                f"the network's class_embed_type {self.unet.config['class_embed_type']!r} takes no indices of classes: "
-                "this pipeline needs a network with num_class_embeds, or without classes"
-            )
-        check_guidance(scale, interval, null, embeds is not None)
-        if embeds is None:
-            if class_labels is not None:
-                raise ValueError(f"class_labels={class_labels!r}: this network has no classes, leave them out")
-            return Guidance()
-        if class_labels is None and scale == 1 and self._may_go_without_labels:
-            return Guidance()
-        if class_labels is None:
-            some = f", such as {self.class_names[:3]}" if self.class_names else ""
-            raise ValueError(
-                f"this network is class-conditional: give class_labels, of {self.num_classes} classes{some}"
-            )
-        labels = class_indices(class_labels, embeds, self.class_names)
-        if labels.ndim > 1 or (labels.ndim == 1 and len(labels) not in (1, batch_size)):
-            raise ValueError(f"class_labels must be one or {batch_size}, one for each image; got {tuple(labels.shape)}")
-        labels = labels.expand(batch_size).to(self._execution_device)
-        level = None if interval is None else partial(encoding.noise_level, encoding.ours(self.scheduler))
-        return Guidance(labels, null or 0, scale, interval, level)
-
     def _picture(
         self,
         shape: tuple[int, ...],
@@ -541,22 +304,3 @@ class UnconditionalPipeline(HubPipeline):
         )
         picture.check(num_steps)
         return picture
-
-    def _as_learned(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] as the network takes them: their latents, with `vae`."""
-        space = self.latent_space
-        return images if space is None else space.encode(images)
-
-    def _finished(self, image: Tensor, output_type: str) -> Any:
-        """Images in [-1, 1], or latents of some, as the user wants them; the end of a call."""
-        if output_type == "latent":
-            self.maybe_free_model_hooks()
-            return image
-        space = self.latent_space
-        images: Any = ((image if space is None else space.decode(image)) / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        return images

@@ -9,4 +9,5 @@ from .companion import CompanionReading as CompanionReading
 from .image import ImageReading as ImageReading
 from .noise_space import NoiseSpace as NoiseSpace
 from .reading import Reading as Reading
+from .reading import level_range as level_range
 from .velocity import VelocityReading as VelocityReading

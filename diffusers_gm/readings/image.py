@@ -57,16 +57,9 @@ class ImageReading:
     def timestep(self, sigma: Tensor) -> Tensor:
         return self.space.timestep(sigma)
 
-    def grid(
-        self,
-        num_levels: int,
-        spacing: str,
-        steps_offset: int = 0,
-        shift: float = 1.0,
-        shift_terminal: float | None = None,
-    ) -> Tensor:
+    def grid(self, num_levels: int, spacing: str, *shifts: Any) -> Tensor:
         """See `level_grid`."""
-        return level_grid(self.space, num_levels, spacing, steps_offset, shift, shift_terminal)
+        return level_grid(self.space, num_levels, spacing, *shifts)
 
     def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[ImageCall]:
         levels = self.space.sigma(labels) if sigmas is None else sigmas

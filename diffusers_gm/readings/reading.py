@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -45,15 +46,8 @@ class Reading(Protocol):
         """Labels of noise levels, the inverse of `sigma`."""
         ...
 
-    def grid(
-        self,
-        num_levels: int,
-        spacing: str,
-        steps_offset: int = 0,
-        shift: float = 1.0,
-        shift_terminal: float | None = None,
-    ) -> Tensor:
-        """Descending labels `(num_levels,)` of a spacing, float64."""
+    def grid(self, num_levels: int, spacing: str, *shifts: Any) -> Tensor:
+        """Descending labels `(num_levels,)` of a spacing, float64; `shifts`: the further arguments of `level_grid`."""
         ...
 
     def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[Any]:
@@ -102,6 +96,12 @@ class Reading(Protocol):
     def check(self, output: Tensor, sample: Tensor) -> None:
         """Raise a ValueError unless the shapes of output and sample go together."""
         ...
+
+
+def level_range(reading: Reading) -> tuple[float, float]:
+    """The smallest and the largest noise level that the network was trained at."""
+    low, high = reading.sigma(torch.tensor(reading.timestep_range, dtype=torch.float64)).tolist()
+    return low, high
 
 
 def per_image(coefficient: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..processes.cld import CLD, Kernel, Lift, lift, perturb
 from .grids import TIME_SPACINGS, sigma_grid, time_grid
-from .reading import Call
+from .reading import Call, level_range
 
 # How a velocity network's output is read, see `score_coefficients`.
 VELOCITY_PREDICTION_TYPES = ("velocity_score", "scaled_velocity_score", "cld_mixed")
@@ -81,8 +81,7 @@ class VelocityReading:
                 f"timestep_spacing {spacing!r} is not offered for velocity networks: use 'uniform', "
                 "'quadratic', 'log_snr' or 'karras'"
             )
-        ends = torch.tensor(self.timestep_range[::-1], dtype=torch.float64)
-        high, low = self.sigma(ends).tolist()
+        ends, (low, high) = torch.tensor(self.timestep_range[::-1], dtype=torch.float64), level_range(self)
         between = self.timestep(sigma_grid(high, low, num_levels, spacing)[1:-1])
         return torch.cat([ends[:1], between, ends[1:]])[:num_levels]
 

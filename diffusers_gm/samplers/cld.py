@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..processes.cld import CLD, Lift, cholesky, lift
 from ..random import Draw
-from .sampler import Memory, Plan, log_ratio, one_a_level, to_the_middle
+from .sampler import Memory, Plan, Stepped, log_ratio, one_a_level, to_the_middle
 
 Algorithm = Literal["sscs", "euler_maruyama", "probability_flow"]
 
@@ -88,7 +89,7 @@ class CriticallyDamped:
 
     def step(
         self, plan: CriticallyDampedPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    ) -> Stepped:
         """A run's first step draws the companion before its own noise."""
         c = draw.normal(y.shape) if memory.companion is None else memory.companion
         ahead = denoised
@@ -272,18 +273,10 @@ def probability_flow_step(process: CLD, start: Tensor, end: Tensor) -> Step:
 
 def _turn(process: CLD, start: Tensor, end: Tensor) -> Tensor:
     """The angle of `probability_flow_step`, `(...)`: Gauss-Legendre over log B, 64 nodes."""
-    nodes, weights = _gauss_legendre(64)
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(64))
     low, high = start.log()[..., None], end.log()[..., None]
     clock = ((low + high) / 2 + (high - low) / 2 * nodes).exp()
     at = lift(process.marginal(clock))
     # The rows of the inverse frame are w and n / k, and n_v = m_x.
     rate = -process.friction * at.inverse[..., 0, 1] * at.inverse[..., 1, 1] / at.sigma
     return ((high - low) / 2 * weights * clock * rate).sum(-1)
-
-
-def _gauss_legendre(num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [-1, 1] (Golub and Welsch)."""
-    i = torch.arange(1, num_nodes, dtype=torch.float64)
-    off = i / (4 * i**2 - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return nodes, 2 * vectors[0] ** 2

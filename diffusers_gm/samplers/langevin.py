@@ -22,7 +22,7 @@ from ..processes.annealed import (
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw
 from .mixture import StepPlan, TwoStep
-from .sampler import Memory, Plan, check_calls, levels_after, one_a_level
+from .sampler import Memory, Plan, Stepped, check_calls, levels_after, one_a_level
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,7 @@ class Langevin:
         fresh = 2 * a * self.jumps.moment(2)
         return 1 - fresh + a**2 * self.jumps.moment(4), fresh
 
-    def step(
-        self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         if self.denoise and i == len(plan.targets) - 1:
             return denoised, memory
         target: float | Tensor = plan.targets[i]
@@ -227,9 +225,7 @@ class Consistent:
                 check_consistent_step(eta, sigma, to)
         return ConsistentPlan(sigmas, sizes, after)
 
-    def step(
-        self, plan: ConsistentPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: ConsistentPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         if plan.after[i] == 0:
             return denoised, memory
         sigma, after = float(plan.sigmas[i]), plan.after[i]
@@ -301,9 +297,7 @@ class Explore:
         down = TwoStep(self.denoise).plan(sigmas)
         return ExplorePlan(sigmas, down.levels, down.after, a)
 
-    def step(
-        self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma = plan.levels[i]
         if plan.after[i] != sigma:
             return TwoStep(self.denoise).step(plan, i, y, denoised, memory, draw)

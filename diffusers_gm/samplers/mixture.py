@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw
-from .sampler import Memory, Plan, levels_after, log_ratio, one_a_level, to_the_middle
+from .sampler import Memory, Plan, Stepped, levels_after, log_ratio, one_a_level, to_the_middle
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Ancestral:
     def plan(self, sigmas: Tensor) -> StepPlan:
         return StepPlan(sigmas, sigmas.tolist(), levels_after(sigmas, self.denoise))
 
-    def step(
-        self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma, after = plan.levels[i], plan.after[i]
         if after == 0:
             return denoised, memory
@@ -85,9 +83,7 @@ class TwoStep:
     def plan(self, sigmas: Tensor) -> StepPlan:
         return StepPlan(sigmas, sigmas.tolist(), levels_after(sigmas, self.denoise))
 
-    def step(
-        self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma, after = plan.levels[i], plan.after[i]
         before, memory = memory.denoised, memory._replace(denoised=((sigma, denoised),))
         if after == 0:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..random import Draw
-from .sampler import Memory, Plan, one_a_level
+from .sampler import Memory, Plan, Stepped, one_a_level
 
 # How the predictor gives way to first order where a stochastic step is long: `1 / (1 + DAMPING h^4)`.
 DAMPING = 0.2
@@ -92,9 +92,7 @@ class Multistep:
                     corrector[i + 1].append(correction[row].tolist())
         return MultistepPlan(sigmas, sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], predictor, corrector)
 
-    def step(
-        self, plan: MultistepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: MultistepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """The correction is added to the y that is given, so that an edit between two steps stays."""
         if i == len(plan.levels) - 1:
             return denoised, memory

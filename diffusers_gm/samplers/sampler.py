@@ -28,6 +28,10 @@ class Memory(NamedTuple):
     precision: Tensor | float | None = None
 
 
+# y after a step, and what is remembered.
+Stepped = tuple[Tensor, Memory]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Coefficients of a run, worked out once, in float64, and kept as Python floats.
@@ -58,7 +62,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> tuple[Tensor, Memory]:
+    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """y after call i, from y and D at that call; what is to be remembered; noise comes from `draw` alone."""
         ...
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..random import Draw, Generators, check_generators
-from ..readings import ImageReading, Reading
+from ..readings import ImageReading, Reading, level_range
 from ..readings.grids import calibrated_levels, check_calibration, check_num_levels, even_levels, shift_flow
 from ..samplers import Memory, Sampler
+from ..samplers.sampler import Stepped
 from .run import TURN, Run
 from .swap import SPACING_FLAGS, Swappable, betas_from_config, reading_from_config
 
@@ -94,6 +95,10 @@ class SamplerScheduler(Swappable):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
+    @property
+    def _flow(self) -> bool:
+        return self.noise_space is not None and self.noise_space.kind == "flow"
+
     def _training_labels(self) -> Tensor:
         """What training scripts draw from before any run: labels that the network was trained at, `(N,)` float64.
 
@@ -106,7 +111,7 @@ class SamplerScheduler(Swappable):
         first, last = self.reading.timestep_range
         labels = torch.linspace(last, first, n, dtype=torch.float64)
         labels = labels.round() if self.reading.counts_levels else labels
-        if self.noise_space is None or self.noise_space.kind != "flow" or self.config.use_dynamic_shifting:
+        if not self._flow or self.config.use_dynamic_shifting:
             return labels
         return n * shift_flow(labels / n, self._flow_shift(None))
 
@@ -136,6 +141,7 @@ class SamplerScheduler(Swappable):
             ValueError: see the class.
         """
         labels, levels = self._labels_and_levels(num_inference_steps, timesteps, sigmas, mu)
+        self._given = (num_inference_steps, mu)
         self._prepare(labels, levels, device)
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
@@ -186,21 +192,17 @@ class SamplerScheduler(Swappable):
         given = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
         if sigmas is None:
             assert given is not None
-            labels = given
-            self._check_descending("timesteps", labels, *self._label_bounds())
-            return labels, self.reading.sigma(labels)
+            self._check_descending("timesteps", given)
+            return given, self.reading.sigma(given)
         own = self._labels_of_sigmas(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"), shift)
-        self._check_descending("sigmas", own, *self._label_bounds())
+        self._check_descending("sigmas", own)
         if given is not None and len(given) != len(own):
             raise ValueError(f"timesteps and sigmas must be as many, got {len(given)} and {len(own)}")
         return own if given is None else given, self.reading.sigma(own)
 
-    def _label_bounds(self) -> tuple[float, float]:
+    def _check_descending(self, name: str, labels: Tensor) -> None:
         first, last = self.reading.timestep_range
-        return 1e-6 if self.noise_space is not None and self.noise_space.kind == "flow" else first, last
-
-    @staticmethod
-    def _check_descending(name: str, labels: Tensor, first: float, last: float) -> None:
+        first = 1e-6 if self._flow else first
         inside = (first - 1e-6 <= labels) & (labels <= last + 1e-6)
         if len(labels) < 1 or not inside.all() or (labels.diff() > 0).any():
             raise ValueError(
@@ -211,7 +213,7 @@ class SamplerScheduler(Swappable):
     def _flow_shift(self, mu: float | None) -> float:
         """The factor on sigma of the resolution shift (`flow`), 1 in the other spaces."""
         config = self.config
-        if self.noise_space is None or self.noise_space.kind != "flow":
+        if not self._flow:
             return 1.0
         if not config.use_dynamic_shifting:
             return 1.0 if config.shift is None else config.shift
@@ -237,8 +239,7 @@ class SamplerScheduler(Swappable):
     def calibrated_or_even_levels(self, num_levels: int, shift: float = 1.0) -> Tensor:
         """The noise levels of the config's calibration, or without one `even_levels`: `(num_levels,)` float64, between
         the ends of what the network was trained at. `flow`: moved by the shift of the resolution."""
-        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
-        low, high = self.reading.sigma(ends).tolist()
+        low, high = level_range(self.reading)
         calibration = self.config.calibration
         if calibration is None:
             levels = even_levels(high, low, num_levels) * shift
@@ -249,10 +250,9 @@ class SamplerScheduler(Swappable):
     def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
         """Labels of custom noise levels, without a final 0; in `flow` space they are s before the shift."""
         sigmas = sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas
-        if self.noise_space is not None and self.noise_space.kind == "flow":
-            return self.noise_space.num_train_timesteps * shift_flow(sigmas, shift, self.config.shift_terminal)
-        ends = torch.tensor(self.reading.timestep_range, dtype=torch.float64)
-        low, high = self.reading.sigma(ends).tolist()
+        if self._flow:
+            return len(self) * shift_flow(sigmas, shift, self.config.shift_terminal)
+        low, high = level_range(self.reading)
         # Published schedules are rounded.
         if not ((0.99 * low <= sigmas) & (sigmas <= 1.01 * high)).all():
             raise ValueError(f"custom sigmas {sigmas.tolist()} must be in [{low:.4g}, {high:.4g}]")
@@ -261,9 +261,8 @@ class SamplerScheduler(Swappable):
     def _visible_sigmas(self, labels: Tensor, levels: Tensor | None = None) -> Tensor:
         """What pipelines and training scripts read as `sigmas`: on the CPU, ending at 0; s in `flow` space."""
         levels = self.reading.sigma(labels) if levels is None else levels
-        if self.noise_space is not None and self.noise_space.kind == "flow":
-            levels = levels / (1 + levels)
-            levels = torch.where(labels == self.noise_space.num_train_timesteps, 1.0, levels)
+        if self._flow:
+            levels = torch.where(labels == len(self), 1.0, levels / (1 + levels))
         return torch.cat([levels, torch.zeros(1)]).float()
 
     def _as_timesteps(self, labels: Tensor) -> Tensor:
@@ -298,7 +297,7 @@ class SamplerScheduler(Swappable):
     def _first_sigma(self) -> float:
         if self._run is not None:
             return self._run.calls[0].sigma
-        return float(self.reading.sigma(torch.tensor(self.reading.timestep_range[1], dtype=torch.float64)))
+        return level_range(self.reading)[1]
 
     def initial_sample(
         self, shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
@@ -411,7 +410,7 @@ class SamplerScheduler(Swappable):
         output = self.without_variance(network(reading.model_input(sample, label, call), label).to(y), sample)
         return self._denoised(output, sample, y, call, Memory())[0]
 
-    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> tuple[Tensor, Memory]:
+    def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> Stepped:
         """D at a call, clipped, and what the sampler is to know of it besides.
 
         A score is not a denoiser under mixture noise: its displacement from y, `sigma^2 score`, is w times that to D.
@@ -426,10 +425,9 @@ class SamplerScheduler(Swappable):
 
     def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
         """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
-        if self.noise_space is None or self.noise_space.kind != "flow":
+        if not self._flow:
             raise ValueError("per_token_timesteps is for networks of flow space")
-        s = labels / self.noise_space.num_train_timesteps
-        return labels < call.label - 1e-3, self.clip(state - s * output)
+        return labels < call.label - 1e-3, self.clip(state - labels / len(self) * output)
 
     def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The network's output without the variance that `variance_type="learned*"` networks add in the second half."""

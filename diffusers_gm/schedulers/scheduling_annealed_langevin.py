@@ -1,18 +1,16 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
-from diffusers.configuration_utils import register_to_config
-from torch import Tensor
 
 from ..samplers import Consistent, Explore, Langevin
 from ..samplers.langevin import DESCENT
 from .base import SamplerScheduler
+from .options import with_common_options
 
 
 class AnnealedLangevinScheduler(SamplerScheduler):
@@ -73,50 +71,15 @@ class AnnealedLangevinScheduler(SamplerScheduler):
 
     algorithms = ("langevin", "consistent", "explore")
 
-    @register_to_config
+    @with_common_options
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
-        sigma_min: float = 0.01,
-        sigma_max: float = 50.0,
-        scale_input: bool = True,
-        sigma_data: float | None = None,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str | None = None,
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float | None = None,
-        shift: float | None = None,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: Literal["exponential", "linear"] = "exponential",
-        shift_terminal: float | None = None,
-        prediction_type: str = "epsilon",
-        variance_type: str | None = None,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "log_snr",
-        steps_offset: int = 0,
-        grid: str | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_beta_sigmas: bool = False,
-        calibration: dict[str, Any] | None = None,
         num_langevin_steps: int = 1,
         step_size: float | None = None,
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
         algorithm_type: Literal["langevin", "consistent", "explore"] = "langevin",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
-        beta_0: float = 4.0,
-        beta_1: float = 0.0,
-        mass: float = 0.25,
-        gamma: float = 0.04,
     ):
         self.check_algorithm(algorithm_type)
         check_network_level(network_level)
@@ -127,18 +90,6 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         else:
             chain = network_level == "chain"
             self._setup(Langevin(num_langevin_steps, step_size, step_size_criterion, denoise, follow_chain=chain))
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """As in the other schedulers."""
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
-        self._given = (num_inference_steps, mu)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the next run at call `begin_index` (image-to-image).

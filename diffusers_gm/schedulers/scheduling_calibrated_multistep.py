@@ -1,18 +1,17 @@
 """A predictor-corrector multistep sampler on noise levels that were calibrated on the network itself."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..readings.grids import calibrated_value
 from ..samplers import Multistep
 from .base import SamplerScheduler
+from .options import with_common_options
 from .swap import network_noise
 
 
@@ -46,40 +45,10 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     reads_mixtures = True
     calibrates = True
 
-    @register_to_config
+    @with_common_options
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
-        sigma_min: float = 0.01,
-        sigma_max: float = 50.0,
-        scale_input: bool = True,
-        sigma_data: float | None = None,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str | None = None,
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float | None = None,
-        shift: float | None = None,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: Literal["exponential", "linear"] = "exponential",
-        shift_terminal: float | None = None,
-        prediction_type: str = "epsilon",
-        variance_type: str | None = None,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "log_snr",
-        steps_offset: int = 0,
         grid: str | None = "calibrated",
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_beta_sigmas: bool = False,
-        calibration: dict[str, Any] | None = None,
         stochasticity: float | None = None,
         corrector: bool = True,
         multistep_order: int = 2,
@@ -88,10 +57,6 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         mixture_scales: list[float] | None = None,
         mixture_per_element: bool = False,
         model_noise: Literal["gaussian", "mixture"] = "gaussian",
-        beta_0: float = 4.0,
-        beta_1: float = 0.0,
-        mass: float = 0.25,
-        gamma: float = 0.04,
     ):
         self.check_algorithm(algorithm_type)
         self.mixture, self.model_mixture = network_noise(self.config)
@@ -104,18 +69,7 @@ class CalibratedMultistepScheduler(SamplerScheduler):
             tau = calibrated_value(config.calibration, "stochasticity", num_calls) or 0.0
         return Multistep(config.multistep_order, config.corrector, tau)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
-        mu: float | None = None,
-    ) -> None:
-        """As in the other schedulers; the calibration may say how stochastic a run of this length is."""
-        custom = timesteps if timesteps is not None else sigmas
-        num_calls = num_inference_steps if custom is None else len(custom)
-        if timesteps is None and sigmas is not None and len(sigmas) and float(sigmas[-1]) == 0:
-            num_calls = len(sigmas) - 1  # the end of the run, at which no network is called
-        self.sampler = self._sampler_for(num_calls)
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu)
+    def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
+        """The calibration may say how stochastic a run of this length is."""
+        self.sampler = self._sampler_for(len(labels))
+        super()._prepare(labels, levels, device)

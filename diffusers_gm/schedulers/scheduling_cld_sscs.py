@@ -1,12 +1,11 @@
 """Samplers of critically-damped Langevin diffusion, for velocity networks and, through the lift, for any network."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..processes.cld import CLD
@@ -15,6 +14,7 @@ from ..readings.grids import TIME_SPACINGS, time_grid
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
 from ..samplers import CriticallyDamped
 from .base import SamplerScheduler
+from .options import with_common_options
 
 
 class CLDSSCSScheduler(SamplerScheduler):
@@ -72,44 +72,9 @@ class CLDSSCSScheduler(SamplerScheduler):
 
     algorithms = ("sscs", "euler_maruyama", "probability_flow")
 
-    @register_to_config
+    @with_common_options
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
-        sigma_min: float = 0.01,
-        sigma_max: float = 50.0,
-        scale_input: bool = True,
-        sigma_data: float | None = None,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str | None = None,
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float | None = None,
-        shift: float | None = None,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: Literal["exponential", "linear"] = "exponential",
-        shift_terminal: float | None = None,
-        prediction_type: str = "epsilon",
-        variance_type: str | None = None,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "log_snr",
-        steps_offset: int = 0,
-        grid: str | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_beta_sigmas: bool = False,
-        calibration: dict[str, Any] | None = None,
-        beta_0: float = 4.0,
-        beta_1: float = 0.0,
-        mass: float = 0.25,
-        gamma: float = 0.04,
         algorithm_type: Literal["sscs", "euler_maruyama", "probability_flow"] = "sscs",
         splitting_order: int | None = None,
         network_at: Literal["step_start", "half_step"] | None = None,
@@ -119,8 +84,9 @@ class CLDSSCSScheduler(SamplerScheduler):
             raise ValueError(f"splitting_order must be 1, 2 or None, got {splitting_order!r}")
         if network_at not in ("step_start", "half_step", None):
             raise ValueError(f"unknown network_at {network_at!r}: use 'step_start', 'half_step' or None")
-        self.process = CLD(beta_0, beta_1, mass, gamma)
-        published = prediction_type in VELOCITY_PREDICTION_TYPES
+        config = self.config
+        self.process = CLD(config.beta_0, config.beta_1, config.mass, config.gamma)
+        published = config.prediction_type in VELOCITY_PREDICTION_TYPES
         sampler = CriticallyDamped(
             self.process,
             algorithm_type,

@@ -1,14 +1,14 @@
 """Samplers of Gaussian-mixture score-based models: large jumps and small roaming."""
 
-from typing import Any, Literal
+from typing import Literal
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
-from diffusers.configuration_utils import register_to_config
 
 from ..processes.mixture import GAUSSIAN
 from ..samplers import Ancestral, Langevin, Sampler, TwoStep
 from .base import SamplerScheduler
+from .options import with_common_options
 from .scheduling_annealed_langevin import check_network_level
 from .swap import network_noise
 
@@ -59,40 +59,9 @@ class GMLangevinScheduler(SamplerScheduler):
     reads_mixtures = True
     algorithms = ("ancestral", "langevin", "jump", "exponential", "ode")
 
-    @register_to_config
+    @with_common_options
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
-        sigma_min: float = 0.01,
-        sigma_max: float = 50.0,
-        scale_input: bool = True,
-        sigma_data: float | None = None,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str | None = None,
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        snr_shift_scale: float | None = None,
-        shift: float | None = None,
-        use_dynamic_shifting: bool = False,
-        time_shift_type: Literal["exponential", "linear"] = "exponential",
-        shift_terminal: float | None = None,
-        prediction_type: str = "epsilon",
-        variance_type: str | None = None,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        timestep_spacing: str = "log_snr",
-        steps_offset: int = 0,
-        grid: str | None = None,
-        use_karras_sigmas: bool = False,
-        use_exponential_sigmas: bool = False,
-        use_lu_lambdas: bool = False,
-        use_beta_sigmas: bool = False,
-        calibration: dict[str, Any] | None = None,
         mixture_weights: list[float] | None = None,
         mixture_scales: list[float] | None = None,
         mixture_per_element: bool = False,
@@ -103,10 +72,6 @@ class GMLangevinScheduler(SamplerScheduler):
         algorithm_type: Literal["langevin", "jump", "exponential", "ancestral", "ode"] = "ancestral",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
-        beta_0: float = 4.0,
-        beta_1: float = 0.0,
-        mass: float = 0.25,
-        gamma: float = 0.04,
     ):
         self.check_algorithm(algorithm_type)
         check_network_level(network_level)

@@ -1,9 +1,8 @@
 """Critically-damped Langevin diffusion, measured: each command leaves a report with a picture and a verdict.
 
-    python -m diffusers_gm.studies.cld terminal       variance of samples of a known Gaussian, SSCS and Euler-Maruyama
-    python -m diffusers_gm.studies.cld squared        both in squared distances, beside the published factors
+    python -m diffusers_gm.studies.cld squared        SSCS, Euler-Maruyama and others in squared distances, on Gaussians
+                                                      and the digits, exact and trained, beside the published factors
     python -m diffusers_gm.studies.cld damping        distance to equilibrium, under-, critically and over-damped
-    python -m diffusers_gm.studies.cld samplers       SSCS and Euler-Maruyama on the digits, exact and trained
     python -m diffusers_gm.studies.cld target         is the velocity's score easier to learn? loss and Jacobian
     python -m diffusers_gm.studies.cld robustness     nine masses and initial velocities
     python -m diffusers_gm.studies.cld losses         hybrid or denoising score matching, mixed score or not
@@ -14,111 +13,24 @@ trainings that they have in common.
 """
 
 import argparse
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from ..cli import at_least
-from ..evaluation.report import plot_curves
 from ..evaluation.table import Table, machine
 from ..processes.cld import CLD
-from ..random import Draw
-from ..samplers import Memory
-from ..schedulers import CLDSSCSScheduler
-from .cld_digits import GRIDS, SAMPLERS, against, as_curves
 from .cld_likelihood import likelihood
-from .cld_squared import squared as squared_distances
+from .cld_squared import squared
 from .cld_target import target
-from .cld_training import losses, robustness, samplers
+from .cld_training import losses, robustness
 from .command import parse, study_parser
 from .pictures import save_picture
 from .report import Report
 
 CALLS = (10, 20, 50, 100, 200)
-
-# --- Terminal variance ---
-
-
-def terminal_variance(scheduler: Any, num_calls: int, data_variance: float = 0.25) -> float:
-    """Variance of x after a run with the exact denoiser of `N(0, data_variance)`, without sampling.
-
-    A run is linear in what it draws: of a batch of runs, each has one unit draw and zeros else, and squares add up.
-    """
-    scheduler.set_timesteps(num_calls)
-    reading, sampler, num_runs = scheduler.reading, scheduler.sampler, 2 * num_calls + 2
-    draw = Pulses(unused=iter(torch.eye(num_runs, dtype=torch.float64)))
-    labels = scheduler.timesteps.double()
-    plan, start = sampler.plan(reading.sigma(labels)), reading.calls(labels)[0]
-    y, companion = reading.coordinates(reading.initial_sample(draw.normal((num_runs, 2)), start.sigma), start)
-    memory = Memory(companion=companion)
-    for i, sigma in enumerate(plan.sigmas.tolist()):
-        y, memory = sampler.step(plan, i, y, data_variance / (data_variance + sigma**2) * y, memory, draw)
-    return float(y.square().sum())
-
-
-@dataclass(frozen=True)
-class Pulses(Draw):
-    """Draws for as many runs as there are rows: every number drawn is 1 in one run of its own, and 0 in the others."""
-
-    unused: Iterator[Tensor] = field(default_factory=lambda: iter(()))
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        return torch.stack([next(self.unused) for _ in range(math.prod(shape[1:]))], -1).view(tuple(shape))
-
-
-def terminal(args: argparse.Namespace) -> Report:
-    """The error of the variance of every sampler on every grid."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    variances: dict[str, list[float]] = {}
-    styles = {}
-    for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-        for spacing, style in zip(GRIDS, (":", "-", "--"), strict=True):
-            scheduler = CLDSSCSScheduler(prediction_type="velocity_score", timestep_spacing=spacing, **config)
-            variances[f"{name}, {spacing}"] = [terminal_variance(scheduler, n) for n in args.calls]
-            styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
-    errors = {name: [abs(value - 0.25) for value in values] for name, values in variances.items()}
-    on_quadratic = {name: errors[f"{name}, quadratic"] for name in SAMPLERS}
-    plot_curves(axis, as_curves(errors, args.calls), styles=styles)
-    axis.set(ylabel="|Var(x) - 0.25|", title="Gaussian data, exact score")
-    axis.legend(fontsize=7)
-    sentences = [against(name, "euler_maruyama", on_quadratic, args.calls) for name in ("sscs", "sscs, order 2")]
-    accidents = [
-        f"{name} at {calls}"
-        for name, of_name in on_quadratic.items()
-        for calls, error, following in zip(args.calls, of_name, of_name[1:], strict=False)
-        if error < following
-    ]
-    if accidents:
-        sentences.append(f"Small by accident, the next number of calls is worse: {', '.join(accidents)}.")
-    return Report(
-        name="cld_terminal",
-        title="CLD: variance of samples of a Gaussian",
-        question="With the exact score of N(0, 0.25), what variance do samples have after n calls?",
-        verdict="Error of the variance, all on the quadratic grid. " + " ".join(sentences),
-        tables=[
-            Table(
-                "Var(x); the data have 0.25.",
-                ["", *(f"{n} calls" for n in args.calls)],
-                [[name, *values] for name, values in variances.items()],
-            )
-        ],
-        pictures=[save_picture(figure, args.output / "cld_terminal.png")],
-        conditions="Exact: the product of the matrices of the steps, no sampling.",
-    )
-
-
-def squared(args: argparse.Namespace) -> Report:
-    """SSCS and Euler-Maruyama in squared distances."""
-    return squared_distances(terminal_variance, args)
-
-
-# --- Damping ---
 
 
 def distance_to_equilibrium(process: CLD, clocks: Tensor, x0: float = 1.0) -> Tensor:
@@ -166,7 +78,7 @@ def damping(args: argparse.Namespace) -> Report:
     )
 
 
-STUDIES = {f.__name__: f for f in (terminal, squared, damping, samplers, target, robustness, losses, likelihood)}
+STUDIES = {f.__name__: f for f in (squared, damping, target, robustness, losses, likelihood)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -174,10 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--batch", type=at_least(1), default=128, help="images per step")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
-    add("--grids", nargs="+", default=["quadratic", "log_snr"], choices=GRIDS, help="samplers: the grids")
     add("--solver_steps", type=at_least(1), default=50, help="likelihood: steps of the solver, four calls each")
-    add("--model", type=Path, help="samplers: a trained CLD pipeline, in place of a training")
-    args = parse(parser, arguments, over_floor=("samplers", "robustness", "losses", "likelihood"))
+    add("--model", type=Path, help="squared: a trained CLD pipeline, in place of a training")
+    args = parse(parser, arguments, over_floor=("robustness", "losses", "likelihood"))
     print(f"{args.study}: {machine()}", flush=True)
     STUDIES[args.study](args).write(args.output)
 

@@ -6,33 +6,20 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
-from ..evaluation.report import Curve, curve_table
-from ..evaluation.results import Results, Statistic
-from ..evaluation.table import Table
+from ..evaluation.results import Results
 from ..schedulers import CLDSSCSScheduler
 from .digits import TIE, kept_results, pipeline_of, quality, trained
 from .exact import Network
 
-GRIDS = ("uniform", "quadratic", "log_snr")
 # Where losses are measured.
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "sscs": {},
-    "sscs, order 2": {"splitting_order": 2},
-    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
-}
 
 
 def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CLDSSCSScheduler]:
     """A network of the digits as published, of the score of the velocity, and the scheduler that describes it; kept
     beside the reports."""
     return trained(
-        args.output,
-        method="cld",
-        objective="score",
-        max_train_steps=args.steps,
-        train_batch_size=args.batch,
-        **options,
+        args.output, method="cld", objective="score", max_train_steps=args.steps, train_batch_size=args.batch, **options
     )
 
 
@@ -50,18 +37,6 @@ def ratios_to_floor(results: Results, name: str, network: Any, scheduler: Any, c
     return [
         (quality(results, name, n, 1, lambda _: pipeline_of(network, scheduler)) or [float("nan")])[0] for n in calls
     ]
-
-
-def as_curves(found: Mapping[str, Sequence[float]], calls: Sequence[int]) -> dict[str, Curve]:
-    """Values of one seed each as curves."""
-    return {
-        name: {n: Statistic(value, None) for n, value in zip(calls, values, strict=True)}
-        for name, values in found.items()
-    }
-
-
-def ratio_table(caption: str, found: Mapping[str, Sequence[float]], calls: Sequence[int]) -> Table:
-    return curve_table(caption, "", as_curves(found, calls))
 
 
 def digits_conditions(args: argparse.Namespace) -> str:

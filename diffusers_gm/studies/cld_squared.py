@@ -5,25 +5,26 @@ FID is squared: a factor of 2.6 there is one of 1.6 in the distance. On Gaussian
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 
 from ..data import split_digits
 from ..evaluation.distances import frechet_distance
-from ..evaluation.report import plot_curves
 from ..evaluation.sampling import describe_model
-from ..evaluation.table import Table
 from ..pipelines import CLDPipeline
+from ..processes.cld import CLD, lift
+from ..random import Draw
+from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
-from .cld_digits import as_curves, results_of, train_cld
-from .cld_training import exact_velocity_score
+from .cld_digits import results_of, train_cld
+from .curves import as_curves, draw_curves, table_of
 from .digits import images_of
-from .exact import NetworkOf
-from .pictures import save_picture
+from .exact import ExactDenoiser, Network, NetworkOf
 from .report import Report
 
 # Euler-Maruyama's FID over that of SSCS, CIFAR-10 (arXiv 2112.07068, table 2), by network calls.
@@ -39,39 +40,99 @@ SPECTRA = {
 }
 
 EM, SSCS = "euler_maruyama, quadratic", "sscs, quadratic"
+OF_CLD: dict[str, dict[str, Any]] = {
+    "euler_maruyama": {"algorithm_type": "euler_maruyama"},
+    "sscs": {},
+    "sscs, order 2": {"splitting_order": 2},
+    "probability_flow": {"algorithm_type": "probability_flow"},
+}
 # Of a network that sees a velocity; the last two leave the velocity out: its probability flow is that of y alone.
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    EM: (CLDSSCSScheduler, {"algorithm_type": "euler_maruyama", "timestep_spacing": "quadratic"}),
-    SSCS: (CLDSSCSScheduler, {"timestep_spacing": "quadratic"}),
-    "sscs, order 2, quadratic": (CLDSSCSScheduler, {"splitting_order": 2, "timestep_spacing": "quadratic"}),
-    "probability_flow, quadratic": (
-        CLDSSCSScheduler,
-        {"algorithm_type": "probability_flow", "timestep_spacing": "quadratic"},
-    ),
-    "probability_flow, log_snr": (
-        CLDSSCSScheduler,
-        {"algorithm_type": "probability_flow", "timestep_spacing": "log_snr"},
-    ),
+    **{
+        f"{name}, {grid}": (CLDSSCSScheduler, {"algorithm_type": "sscs", "timestep_spacing": grid} | options)
+        for name, options in OF_CLD.items()
+        for grid in ("uniform", "quadratic", "log_snr")
+    },
     "multistep with corrector, log_snr": (CalibratedMultistepScheduler, {"grid": None, "timestep_spacing": "log_snr"}),
     "multistep with corrector": (CalibratedMultistepScheduler, {}),
 }
 
 
+def terminal_variance(scheduler: Any, num_calls: int, data_variance: float = 0.25) -> float:
+    """Variance of x after a run with the exact denoiser of `N(0, data_variance)`, without sampling.
+
+    A run is linear in what it draws: of a batch of runs, each has one unit draw and zeros else, and squares add up.
+    """
+    scheduler.set_timesteps(num_calls)
+    reading, sampler, num_runs = scheduler.reading, scheduler.sampler, 2 * num_calls + 2
+    draw = Pulses(unused=iter(torch.eye(num_runs, dtype=torch.float64)))
+    labels = scheduler.timesteps.double()
+    plan, start = sampler.plan(reading.sigma(labels)), reading.calls(labels)[0]
+    y, companion = reading.coordinates(reading.initial_sample(draw.normal((num_runs, 2)), start.sigma), start)
+    memory = Memory(companion=companion)
+    for i, sigma in enumerate(plan.sigmas.tolist()):
+        y, memory = sampler.step(plan, i, y, data_variance / (data_variance + sigma**2) * y, memory, draw)
+    return float(y.square().sum())
+
+
+@dataclass(frozen=True)
+class Pulses(Draw):
+    """Draws for as many runs as there are rows: every number drawn is 1 in one run of its own, and 0 in the others."""
+
+    unused: Iterator[Tensor] = field(default_factory=lambda: iter(()))
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.stack([next(self.unused) for _ in range(math.prod(shape[1:]))], -1).view(tuple(shape))
+
+
 def scheduler_of(name: str, config: Any) -> Any:
     """The sampler for the network of a `CLDSSCSScheduler`'s config."""
     cls, options = SAMPLERS[name]
-    return cls.from_config(config, **({"algorithm_type": "sscs"} if cls is CLDSSCSScheduler else {}) | options)
+    return cls.from_config(config, **options)
 
 
-def squared_w2(scheduler: Any, num_calls: int, spectrum: Sequence[float], final_variance: Callable) -> float:
+def squared_w2(scheduler: Any, num_calls: int, spectrum: Sequence[float]) -> float:
     """W2^2, per direction, between Gaussian data and what a run with their exact score leaves."""
-    left = [final_variance(scheduler, num_calls, variance) for variance in spectrum]
+    left = [terminal_variance(scheduler, num_calls, variance) for variance in spectrum]
     return sum((math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in zip(left, spectrum, strict=True)) / len(spectrum)
 
 
-def factor(over: float, under: float) -> str:
+def with_root(factor: float) -> str:
     """A factor of squared distances, and its root."""
-    return f"{over / under:.3g} ({math.sqrt(over / under):.3g})"
+    return f"{factor:.3g} ({math.sqrt(factor):.3g})"
+
+
+def factors(by_name: dict[str, list[float]]) -> list[str]:
+    """Euler-Maruyama over SSCS, by number of calls."""
+    return [with_root(em / sscs) for em, sscs in zip(by_name[EM], by_name[SSCS], strict=True)]
+
+
+EXACT, TRAINED = "exact denoiser", "trained network"
+
+
+def exact_velocity_score(process: CLD, points: Tensor) -> Network:
+    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
+    denoiser = ExactDenoiser(points)
+
+    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
+        x, v = model_input.chunk(2, 1)
+        v = v * process.velocity_scale
+        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
+        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
+
+    return network
+
+
+def models_of(args: argparse.Namespace) -> dict[str, tuple[Any, CLDSSCSScheduler]]:
+    """Networks of the digits that see a velocity, and the schedulers that describe them: exact, and trained."""
+    if args.model:
+        pipeline = CLDPipeline.from_pretrained(args.model)
+        trained = pipeline.unet, pipeline.scheduler
+    else:
+        trained = train_cld(args)
+    exact = CLDSSCSScheduler.from_config(trained[1].config, prediction_type="velocity_score")
+    network = NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2)
+    return {EXACT: (network, exact), TRAINED: trained}
 
 
 # FD of 64 pixels needs more images than that.
@@ -87,64 +148,40 @@ def fd_of_digits(images: Tensor) -> dict[str, float]:
 
 def on_digits(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """FD by network, sampler and number of calls; nan where samples are not finite."""
-    unet, described = train_cld(args)
-    exact = CLDSSCSScheduler.from_config(described.config, prediction_type="velocity_score")
-    models = {
-        "exact denoiser": (NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2), exact),
-        "trained network": (unet, described),
-    }
-    results = results_of(args, "cld_squared", model=describe_model(CLDPipeline(unet, described)))
-
-    def draw(network: Any, scheduler: Any, calls: int, seed: int) -> tuple[Tensor, int]:
-        pipeline = CLDPipeline(network, scheduler)
-        return images_of(pipeline, calls, max(args.num_samples, FEWEST), seed)
-
-    found: dict[str, dict[str, list[float]]] = {}
-    for model, (network, config_of) in models.items():
-        found[model] = {}
+    models = models_of(args)
+    results = results_of(args, "cld_squared", model=describe_model(CLDPipeline(*models[TRAINED])))
+    found: dict[str, dict[str, list[float]]] = {model: {} for model in models}
+    for model, (network, described) in models.items():
         for name in SAMPLERS:
-            make = partial(draw, network, scheduler_of(name, config_of.config))
-            cells = [results.measure(f"{model}, {name}", n, 0, partial(make, n, 0), fd_of_digits) for n in args.calls]
+            pipeline = CLDPipeline(network, scheduler_of(name, described.config))
+            draws = {n: partial(images_of, pipeline, n, max(args.num_samples, FEWEST)) for n in args.calls}
+            cells = [results.measure(f"{model}, {name}", n, 0, draw, fd_of_digits) for n, draw in draws.items()]
             found[model][name] = [cell.scores.get("fd", math.nan) for cell in cells]
     return found
 
 
-def squared(final_variance: Callable, args: argparse.Namespace) -> Report:
+def squared(args: argparse.Namespace) -> Report:
     """Euler-Maruyama over SSCS, squared and not, on Gaussians and on the digits."""
     described = CLDSSCSScheduler(prediction_type="velocity_score")
     gaussian = {
         spectrum: {
-            name: [squared_w2(scheduler_of(name, described.config), n, of, final_variance) for n in args.calls]
-            for name in SAMPLERS
+            name: [squared_w2(scheduler_of(name, described.config), n, of) for n in args.calls] for name in SAMPLERS
         }
         for spectrum, of in SPECTRA.items()
     }
     digits = on_digits(args)
-    rows = [["published, CIFAR-10, FID", *(f"{p:g} ({p**0.5:.3g})" if (p := PUBLISHED.get(n)) else "-" for n in args.calls)]]  # fmt: skip # noqa: E501
-    for spectrum, by_name in gaussian.items():
-        pairs = zip(by_name[EM], by_name[SSCS], strict=True)
-        rows.append([f"Gaussian, {spectrum}, W2^2", *(factor(em, sscs) for em, sscs in pairs)])
-    of_digits = [
-        [f"digits, {model}, FD", *(factor(em, sscs) for em, sscs in zip(by_name[EM], by_name[SSCS], strict=True))]
-        for model, by_name in digits.items()
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axis, (title, by_name, calls) in zip(
-        axes,
-        (("Gaussian of variance 0.25, W2^2", gaussian["variance 0.25"], args.calls),
-         ("digits, trained network, FD", digits["trained network"], args.calls)),
-        strict=True,
-    ):  # fmt: skip
-        plot_curves(axis, as_curves(by_name, calls))
-        axis.set(title=title, yscale="log")
-        axis.legend(fontsize=7)
+    published = [with_root(PUBLISHED[n]) if n in PUBLISHED else "-" for n in args.calls]
+    quarter = gaussian["variance 0.25"]
+    panels = {"Gaussian of variance 0.25, W2^2": quarter, "digits, trained network, FD": digits[TRAINED]}
+    curves = {title: as_curves(by_name, args.calls) for title, by_name in panels.items()}
 
     def best(by_name: dict[str, list[float]], i: int) -> str:
         name = min(by_name, key=lambda name: by_name[name][i])
         return f"{name} ({by_name[name][i]:.3g})"
 
     losing = [s for s, by in gaussian.items() if all(e < b for e, b in zip(by[EM], by[SSCS], strict=True))]
-    nearest = ", ".join(f"{factor(gaussian['variance 0.25'][EM][i], gaussian['variance 0.25'][SSCS][i])} at {n}" for i, n in enumerate(args.calls) if n in PUBLISHED or not {*args.calls} & {*PUBLISHED})  # fmt: skip # noqa: E501
+    known = set(args.calls) & PUBLISHED.keys() or set(args.calls)
+    nearest = ", ".join(f"{f} at {n}" for f, n in zip(factors(quarter), args.calls, strict=True) if n in known)
     return Report(
         name="cld_squared",
         title="CLD: SSCS and Euler-Maruyama in squared distances",
@@ -153,25 +190,31 @@ def squared(final_variance: Callable, args: argparse.Namespace) -> Report:
         f"{', '.join(f'{p:g} at {n}' for n, p in PUBLISHED.items())}. SSCS is behind at every number of calls on: "
         f"{', '.join(losing) or 'none'}. On the digits: "
         + "; ".join(
-            f"{model}, {', '.join(f'{factor(by[EM][i], by[SSCS][i])} at {n}' for i, n in enumerate(args.calls))}, the "
-            f"least FD at {args.calls[0]} calls {best(by, 0)}, at {args.calls[-1]} {best(by, -1)}"
+            f"{model}, {', '.join(f'{f} at {n}' for f, n in zip(factors(by), args.calls, strict=True))}, the least FD "
+            f"at {args.calls[0]} calls {best(by, 0)}, at {args.calls[-1]} {best(by, -1)}"
             for model, by in digits.items()
         )
         + ".",
         tables=[
-            Table("Euler-Maruyama over SSCS, squared distances (their roots), quadratic grid.",
-                  ["", *(f"{n} calls" for n in args.calls)], rows),
-            Table("The same on the digits.", ["", *(f"{n} calls" for n in args.calls)], of_digits),
-            *(Table(f"Gaussian, {spectrum}: W2^2 a direction.", ["", *(f"{n} calls" for n in args.calls)],
-                    [[name, *(f"{v:.3g}" for v in values)] for name, values in by_name.items()])
-              for spectrum, by_name in gaussian.items()),
-            *(Table(f"Digits, {model}: FD of pixels to the training digits, n = {max(args.num_samples, FEWEST)}.",
-                    ["", *(f"{n} calls" for n in args.calls)],
-                    [[name, *(f"{v:.3g}" for v in values)] for name, values in by_name.items()])
-              for model, by_name in digits.items()),
+            table_of(
+                "Euler-Maruyama over SSCS, squared distances (their roots), quadratic grid.",
+                {"published, CIFAR-10, FID": published}
+                | {f"Gaussian, {spectrum}, W2^2": factors(by) for spectrum, by in gaussian.items()}
+                | {f"digits, {model}, FD": factors(by) for model, by in digits.items()},
+                args.calls,
+            ),
+            *(
+                table_of(f"Gaussian, {spectrum}: W2^2 a direction.", by, args.calls)
+                for spectrum, by in gaussian.items()
+            ),
+            *(
+                table_of(f"Digits, {model}: FD of pixels to the training digits.", by, args.calls)
+                for model, by in digits.items()
+            ),
         ],
-        pictures=[save_picture(figure, args.output / "cld_squared.png")],
+        pictures=[draw_curves(args.output / "cld_squared.png", curves, "squared distance")],
         conditions=f"Gaussians: exact, no sampling. Digits, 8 x 8: a training of {args.steps} steps of {args.batch} "
-        "images, seed 0; one seed of samples. The multistep sampler on a velocity network follows the probability flow "
-        "of the noisy image alone, which the velocity does not enter, with a corrector.",
-    )  # fmt: skip
+        f"images, seed 0; one seed of {max(args.num_samples, FEWEST)} samples. The multistep sampler on a velocity "
+        "network follows the probability flow of the noisy image alone, which the velocity does not enter, with a "
+        "corrector.",
+    )

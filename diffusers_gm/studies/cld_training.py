@@ -1,4 +1,4 @@
-"""Trained CLD models: which masses and initial velocities, which loss, which sampler."""
+"""Trained CLD models: which masses and initial velocities, which loss."""
 
 import argparse
 from typing import Any
@@ -8,27 +8,13 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
-from ..evaluation.report import plot_curves
-from ..evaluation.sampling import describe_model
+from ..evaluation.report import curve_table, plot_curves
 from ..evaluation.table import Table
 from ..losses import cld_loss
-from ..pipelines import CLDPipeline
-from ..processes.cld import CLD, lift
 from ..schedulers import CLDSSCSScheduler
-from .cld_digits import (
-    SAMPLERS,
-    TIMES,
-    against,
-    as_curves,
-    as_network,
-    digits_conditions,
-    ratio_table,
-    ratios_to_floor,
-    results_of,
-    train_cld,
-)
+from .cld_digits import TIMES, against, as_network, digits_conditions, ratios_to_floor, results_of, train_cld
+from .curves import as_curves, by_calls
 from .digits import TIE
-from .exact import ExactDenoiser, Network, NetworkOf
 from .pictures import save_picture
 from .report import Report
 
@@ -71,7 +57,7 @@ def robustness(args: argparse.Namespace) -> Report:
         tables=[
             Table(
                 "Sliced W2 over the floor.",
-                ["gamma", "mass", *(f"{n} calls" for n in args.calls)],
+                ["gamma", "mass", *by_calls(args.calls)],
                 [[f"{gamma:g}", f"{mass:g}", *row] for (gamma, mass), row in zip(settings, rows, strict=True)],
             )
         ],
@@ -135,7 +121,8 @@ def losses(args: argparse.Namespace) -> Report:
         own[name] = errors[name] if hybrid else score_errors(unet, scheduler, args.num_samples, False)
         styles[name] = {"color": color, "linestyle": "-" if hybrid else "--"}
         right.semilogy(TIMES, errors[name], label=name, **styles[name])
-    plot_curves(left, as_curves(ratios, args.calls), 1, styles)
+    curves = as_curves(ratios, args.calls)
+    plot_curves(left, curves, 1, styles)
     left.set(ylabel="sliced W2 over the floor", title="samples")
     right.set(xlabel="t", ylabel="HSM loss, held-out digits", title="error of the score")
     left.legend(fontsize=8)
@@ -145,21 +132,21 @@ def losses(args: argparse.Namespace) -> Report:
         question="What do hybrid score matching (HSM in place of DSM) and the mixed score add, all else equal?",
         verdict=verdict_on_losses(ratios, errors, args.calls),
         tables=[
-            ratio_table("Sliced W2 over the floor.", ratios, args.calls),
-            Table(
+            curve_table("Sliced W2 over the floor.", "", curves),
+            by_time(
                 "Error of the score: the HSM loss (weight ell^-2) on the held-out digits, the same noise for all.",
-                ["", *(f"t = {t:g}" for t in TIMES), "mean"],
-                [[k, *v, sum(v) / len(v)] for k, v in errors.items()],
+                errors,
             ),
-            Table(
-                "The loss that each was trained on, there. That of DSM holds the variance of its own target.",
-                ["", *(f"t = {t:g}" for t in TIMES), "mean"],
-                [[k, *v, sum(v) / len(v)] for k, v in own.items()],
-            ),
+            by_time("The loss that each was trained on, there. That of DSM holds the variance of its own target.", own),
         ],
         pictures=[save_picture(figure, args.output / "cld_losses.png")],
         conditions=digits_conditions(args) + " beta = 4, mass 1/4, gamma 0.04, sscs on the quadratic grid.",
     )
+
+
+def by_time(caption: str, losses: dict[str, list[float]]) -> Table:
+    rows = [[name, *values, sum(values) / len(values)] for name, values in losses.items()]
+    return Table(caption, ["", *(f"t = {t:g}" for t in TIMES), "mean"], rows)
 
 
 def verdict_on_losses(ratios: dict[str, list[float]], errors: dict[str, list[float]], calls: list[int]) -> str:
@@ -173,65 +160,3 @@ def verdict_on_losses(ratios: dict[str, list[float]], errors: dict[str, list[flo
         + "."
     )
     return " ".join(sentences)
-
-
-# --- Samplers ---
-
-
-def exact_velocity_score(process: CLD, points: Tensor) -> Network:
-    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
-    denoiser = ExactDenoiser(points)
-
-    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
-        x, v = model_input.chunk(2, 1)
-        v = v * process.velocity_scale
-        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
-        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
-
-    return network
-
-
-def samplers(args: argparse.Namespace) -> Report:
-    """Every sampler on every grid, with the exact denoiser of the digits and with a trained network."""
-    if args.model:
-        pipeline = CLDPipeline.from_pretrained(args.model)
-        unet, described = pipeline.unet, pipeline.scheduler
-    else:
-        unet, described = train_cld(args)
-    exact = CLDSSCSScheduler.from_config(described.config, prediction_type="velocity_score")
-    models: dict[str, tuple[Any, CLDSSCSScheduler]] = {
-        "exact denoiser": (NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2), exact),
-        "trained network": (unet, described),
-    }
-    results = results_of(args, "cld_samplers", model=describe_model(CLDPipeline(unet, described)))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    tables, sentences = [], []
-    for axis, (model, (network, scheduler)) in zip(axes, models.items(), strict=True):
-        ratios: dict[str, list[float]] = {}
-        best: dict[str, list[float]] = {}
-        styles: dict[str, dict[str, Any]] = {}
-        for color, (name, config) in zip(("C0", "C2", "C1"), SAMPLERS.items(), strict=True):
-            for spacing, style in zip(args.grids, ("-", "--", ":"), strict=False):
-                changed = CLDSSCSScheduler.from_config(
-                    scheduler.config, timestep_spacing=spacing, **({"algorithm_type": "sscs"} | config)
-                )
-                of_grid = ratios_to_floor(results, f"{model}, {name}, {spacing}", network, changed, args.calls)
-                ratios[f"{name}, {spacing}"] = of_grid
-                styles[f"{name}, {spacing}"] = {"color": color, "linestyle": style}
-                best[name] = [min(pair) for pair in zip(best.get(name, of_grid), of_grid, strict=True)]
-        tables.append(ratio_table(f"Sliced W2 over the floor, {model}.", ratios, args.calls))
-        sentences += [f"With the {model}:"]
-        sentences += [against(name, "euler_maruyama", best, args.calls) for name in ("sscs", "sscs, order 2")]
-        plot_curves(axis, as_curves(ratios, args.calls), 1, styles)
-        axis.set(title=model, ylabel="sliced W2 over the floor")
-        axis.label_outer()
-        axis.legend(fontsize=7)
-    return Report(
-        name="cld_samplers",
-        title="CLD: SSCS and Euler-Maruyama on the digits",
-        question="Does the splitting sampler reach better samples than Euler-Maruyama at the same number of calls?",
-        verdict="Errors, each sampler at its best grid (picked on the same samples). " + " ".join(sentences),
-        tables=tables,
-        pictures=[save_picture(figure, args.output / "cld_samplers.png")],
-        conditions=digits_conditions(args),
-    )

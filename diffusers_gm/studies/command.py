@@ -1,7 +1,7 @@
 """The command line of the studies: the options that they share, and one check of the values before any work."""
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,12 +9,9 @@ import matplotlib
 from ..cli import Parser, at_least
 from ..data import split_digits
 from ..pictures import style
-from .report import Report
 
 matplotlib.use("Agg")  # pictures go to files
 matplotlib.rcParams.update(style())
-
-Study = Callable[[argparse.Namespace], Report]
 
 
 def study_parser(

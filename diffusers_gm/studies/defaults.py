@@ -10,79 +10,39 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-import matplotlib.pyplot as plt
-from torch import Tensor
-
 from ..data import split_digits
-from ..evaluation.report import plot_curves
-from ..evaluation.results import Results
-from ..evaluation.scoring import SLICED_WASSERSTEIN
-from ..evaluation.table import Table
-from ..schedulers import (
-    AnnealedLangevinScheduler,
-    CalibratedMultistepScheduler,
-    CLDSSCSScheduler,
-    GMLangevinScheduler,
-)
-from .cld_digits import as_curves
+from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import at_least, parse, study_parser
-from .digits import images_of, kept_results, pipeline_of
-from .pictures import save_picture
+from .curves import as_curves, draw_curves, table_of
+from .digits import kept_results
 from .report import Report
-from .sampler_benchmark_models import Model, own_model
+from .sampler_benchmark import best_of
 from .sampler_benchmark_models import exact_model as exact
+from .sampler_benchmark_models import own_model
 from .sampler_benchmark_scores import Scores
 
 GRIDS = ("even", "log_snr", "karras", "trailing")
-LANGEVIN: tuple[dict[str, Any], ...] = (
-    {"algorithm_type": "langevin", "network_level": "chain"},
-    {"algorithm_type": "langevin", "network_level": "ladder"},
-)
-# By scheduler: its algorithms, and grids besides `GRIDS`.
-OPTIONS: dict[Any, tuple[tuple[dict[str, Any], ...], tuple[str, ...]]] = {
-    AnnealedLangevinScheduler: (
-        (*LANGEVIN, {"algorithm_type": "consistent"}, {"algorithm_type": "explore"}),
-        GRIDS,
-    ),
-    GMLangevinScheduler: ((*LANGEVIN, {"algorithm_type": "ancestral"}, {"algorithm_type": "ode"}), GRIDS),
-    CLDSSCSScheduler: (
-        ({"algorithm_type": "sscs"}, {"algorithm_type": "probability_flow"}),
-        (*GRIDS, "quadratic"),
-    ),
-    CalibratedMultistepScheduler: (({"stochasticity": 0.0}, {"stochasticity": 0.4}), GRIDS),
+LANGEVIN = [{"algorithm_type": "langevin", "network_level": level} for level in ("chain", "ladder")]
+# By scheduler: its algorithms.
+OPTIONS: dict[Any, list[dict[str, Any]]] = {
+    AnnealedLangevinScheduler: [*LANGEVIN, {"algorithm_type": "consistent"}, {"algorithm_type": "explore"}],
+    GMLangevinScheduler: [*LANGEVIN, {"algorithm_type": "ancestral"}, {"algorithm_type": "ode"}],
+    CLDSSCSScheduler: [{"algorithm_type": "sscs"}, {"algorithm_type": "probability_flow"}],
+    CalibratedMultistepScheduler: [{"stochasticity": 0.0}, {"stochasticity": 0.4}],
 }
 
 
 def settings_of(cls: Any, config: Any) -> dict[str, Any]:
     """The scheduler without any option, by the name `default`, and with all that it offers."""
-    algorithms, grids = OPTIONS[cls]
+    grids = (*GRIDS, "quadratic") if cls is CLDSSCSScheduler else GRIDS
     made = {"default": cls.from_config(config)}
-    for changes, grid in itertools.product(algorithms, grids):
+    for changes, grid in itertools.product(OPTIONS[cls], grids):
         name = f"{' '.join(map(str, changes.values()))}, {grid}"
         made[name] = cls.from_config(config, timestep_spacing=grid, **changes)
     return made
-
-
-def measured(
-    model: Model, cls: Any, calls: int, args: argparse.Namespace, results: Results, score: Any
-) -> dict[str, float]:
-    """Sliced W2 of each setting that has a run, the mean of the seeds."""
-
-    def draw(scheduler: Any, seed: int) -> tuple[Tensor, int]:
-        return images_of(pipeline_of(model.pipeline.unet, scheduler), calls, args.num_samples, seed)
-
-    found = {}
-    for name, scheduler in settings_of(cls, model.pipeline.scheduler.config).items():
-        cells = [
-            results.measure(f"{cls.__name__}, {name}", calls, seed, partial(draw, scheduler, seed), score)
-            for seed in range(args.seeds)
-        ]
-        if all(SLICED_WASSERSTEIN in cell.scores for cell in cells):
-            found[name] = statistics.mean(cell.scores[SLICED_WASSERSTEIN] for cell in cells)
-    return found
 
 
 def defaults(args: argparse.Namespace) -> Report:
@@ -94,26 +54,23 @@ def defaults(args: argparse.Namespace) -> Report:
     }
     tables, over = [], {}
     for title, make in models.items():
-        model, rows = make(), []
+        model, cells = make(), {}
         results = kept_results(f"defaults {title}", args.num_samples, args.output, floor=False, content=model.content)
         score = Scores(model.reference)
-        floor = score(model.floor[: args.num_samples])[SLICED_WASSERSTEIN]
-        for cls in OPTIONS:
-            cells, ratios = [], []
-            for calls in args.calls:
-                found = measured(model, cls, calls, args, results, score)
-                best = min(found, key=found.__getitem__)
-                ratios.append(found.get("default", math.inf) / found[best])
-                cells.append(f"{ratios[-1]:.2f} ({found.get('default', math.inf) / floor:.2f}; {best})")
-            over[f"{cls.__name__}, {title}"] = ratios
-            rows.append([cls.__name__, *cells])
-        header = ["scheduler", *(f"{n} calls" for n in args.calls)]
+        results.floor = [score(model.floor[: args.num_samples])]
+        settings = {cls.__name__: settings_of(cls, model.pipeline.scheduler.config) for cls in OPTIONS}
+        model = replace(model, samplers=settings)
+        for name in settings:
+            found = [
+                [best_of(model, name, calls, args.seeds, results, only, score) for only in ("default", None)]
+                for calls in args.calls
+            ]
+            pairs = [(own.ratio.mean if own else math.inf, best) for own, best in found if best]
+            over[f"{name}, {title}"] = [own / best.ratio.mean for own, best in pairs]
+            cells[name] = [f"{own / best.ratio.mean:.2f} ({own:.2f}; {best.grid})" for own, best in pairs]
         caption = f"{title}: the default over the best of its options (over the floor; the best of them)."
-        tables.append(Table(caption, header, rows))
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    plot_curves(axis, as_curves(over, args.calls), 1)
-    axis.set(ylabel="sliced W2 of the default over the best option", yscale="log")
-    axis.legend(fontsize=7)
+        tables.append(table_of(caption, cells, args.calls))
+    panel = {"": as_curves(over, args.calls)}
     worst = max(over, key=lambda name: max(over[name]))
     most = max(over[worst])
     return Report(
@@ -123,7 +80,7 @@ def defaults(args: argparse.Namespace) -> Report:
         f"At most {most:.2f} times ({worst}, {args.calls[over[worst].index(most)]} calls); in the geometric mean "
         f"{math.exp(statistics.mean(math.log(r) for ratios in over.values() for r in ratios)):.2f} times.",
         tables,
-        [save_picture(figure, args.output / "defaults.png")],
+        [draw_curves(args.output / "defaults.png", panel, "sliced W2 of the default over the best option", 1)],
         f"n = {args.num_samples}, {args.seeds} seed(s), a training of {args.steps} steps. The best option is picked on "
         "the same samples.",
     )

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ..app.compare import Model, Run, Sampler, Settings, advance
+from ..app.models import Model, Sampler
+from ..app.runs import Run, Settings, advance
 from ..cli import Parser, at_least
 from ..data import split_digits
 from ..evaluation import report
@@ -29,34 +30,30 @@ from ..evaluation.subject import Subject
 from ..files import write_text
 from ..processes.mixture import GaussianMixtureNoise
 from ..readings import VelocityReading
-from ..schedulers import (
-    AnnealedLangevinScheduler,
-    CalibratedMultistepScheduler,
-    CLDSSCSScheduler,
-    GMLangevinScheduler,
-)
+from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .pictures import plot_forward_cld, plot_forward_noise, plot_samples, plot_trajectories
 
 CALLS = (10, 20, 50, 200)
 FEW = 10  # calls that a picture has room for
 GRID = 10
 
-OWN_STEP: dict[str, Any] = {"step_size": None, "denoise": True}
-CHAIN: dict[str, Any] = {"algorithm_type": "langevin", "network_level": "chain", **OWN_STEP}
+
+def sampler(algorithm_type: str, **changes: Any) -> dict[str, Any]:
+    """What to change in the config of a network, whose step size may be one for another sampler."""
+    return {"algorithm_type": algorithm_type, "step_size": None, "denoise": True, **changes}
+
+
 # The samplers of each scheduler for its own networks, by name: what to change in the config of the network.
 SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
     GMLangevinScheduler: {
-        **{
-            name: {"algorithm_type": name, **OWN_STEP}
-            for name in ("langevin", "jump", "exponential", "ancestral", "ode")
-        },
-        "langevin, chain": CHAIN,
+        **{name: sampler(name) for name in ("langevin", "jump", "exponential", "ancestral", "ode")},
+        "langevin, chain": sampler("langevin", network_level="chain"),
     },
     AnnealedLangevinScheduler: {
-        "langevin": {"algorithm_type": "langevin", "num_langevin_steps": 1, **OWN_STEP},
-        "langevin, chain": {"num_langevin_steps": 1, **CHAIN},
-        "langevin, T = 3": {"algorithm_type": "langevin", "num_langevin_steps": 3, **OWN_STEP},
-        "consistent": {"algorithm_type": "consistent", **OWN_STEP},
+        "langevin": sampler("langevin", num_langevin_steps=1),
+        "langevin, chain": sampler("langevin", num_langevin_steps=1, network_level="chain"),
+        "langevin, T = 3": sampler("langevin", num_langevin_steps=3),
+        "consistent": sampler("consistent"),
     },
     CLDSSCSScheduler: {
         "sscs": {"algorithm_type": "sscs", "splitting_order": 1},

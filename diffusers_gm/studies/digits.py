@@ -22,15 +22,9 @@ from ..files import write_text
 from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
-from ..training.network import (
-    Objective,
-    build_ema,
-    build_lr_scheduler,
-    build_optimizer,
-    build_scheduler,
-    fit_unet,
-    new_unet,
-)
+from ..training.network import fit_unet, new_unet
+from ..training.objective import Objective, build_scheduler
+from ..training.optimizer import build_ema, build_lr_scheduler, build_optimizer
 from ..training.options import TrainingArguments, changed_options
 from ..training.plan import Plan, make_plan
 

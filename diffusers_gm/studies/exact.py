@@ -1,13 +1,14 @@
 """Exact denoisers of known data: what a perfectly trained network would answer. For tests and studies."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..processes.mixture import GaussianMixtureNoise
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import NoiseSpace
 
 # A network or an exact answer: `(scaled sample, timestep) -> output`.
@@ -17,29 +18,26 @@ Network = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 256
 
 
+@dataclass(eq=False)
 class ExactDenoiser:
     """`E[x0 | y]` and the score for data that are a mixture of equal Gaussians `N(points_i, width^2 I)`.
 
-    Args:
+    Attributes:
         points: centres `(n, C, H, W)`.
         width: their common standard deviation; 0 for point masses.
-        noise: law of the noise; None for Gaussian noise.
+        noise: law of the noise.
         weights: probabilities of the centres `(n,)`; None for equal ones.
 
     `sigma` is a number, or a tensor `(B,)` of a level for each image.
     """
 
-    def __init__(
-        self,
-        points: Tensor,
-        width: float = 0.0,
-        noise: GaussianMixtureNoise | None = None,
-        weights: Tensor | None = None,
-    ):
-        self.points = points
-        self.width = width
-        self.noise = noise or GaussianMixtureNoise([1.0], [1.0])
-        self.log_weights = torch.zeros(len(points)) if weights is None else weights.log()
+    points: Tensor
+    width: float = 0.0
+    noise: GaussianMixtureNoise = GAUSSIAN
+    weights: InitVar[Tensor | None] = None
+
+    def __post_init__(self, weights: Tensor | None) -> None:
+        self.log_weights = torch.zeros(len(self.points)) if weights is None else weights.log()
 
     def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         """`E[x0 | y]` for `y = x0 + sigma * eta`, `(B, C, H, W)`."""
@@ -49,10 +47,6 @@ class ExactDenoiser:
     def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         """`grad log p(y)`, `(B, C, H, W)`."""
         return self._towards_centres(y, sigma, lambda variances: 1 / variances)
-
-    def components(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """Posterior probabilities of the noise's components given y, `(B, K)`; not per element."""
-        return self._posterior(y.flatten(1), self._variances(y, sigma)).sum(1)
 
     def _variances(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         """`v_k = width^2 + (c_k sigma)^2`, `(B, K)`."""

@@ -16,18 +16,10 @@ from torch import Tensor
 from ..data import ImageStream, split_digits
 from ..evaluation.table import Table, machine
 from ..networks import asked
-from ..pipelines.encoding import ours
 from ..random import randn
-from ..readings import VelocityReading
-from ..training.network import (
-    Objective,
-    build_optimizer,
-    build_scheduler,
-    fit_unet,
-    given_unet,
-    levels_of_network,
-    new_unet,
-)
+from ..training.network import fit_unet, given_unet, new_unet
+from ..training.objective import Objective, build_scheduler, levels_of_network
+from ..training.optimizer import build_optimizer
 from ..training.options import TrainingArguments
 from .command import parse, study_parser
 from .digits import parts_of, plan_for_digits, trained
@@ -45,29 +37,19 @@ SIGMAS = (0.1, 0.3, 1.0, 3.0)
 BATCH = 64
 
 
-def denoised(scheduler: Any, unet: Any, y: Tensor, sigma: float, companion: Tensor) -> Tensor:
-    """D of noisy images `(B, C, H, W)`; a network that sees a velocity is shown the companion noise too."""
-    reading = ours(scheduler).reading
-    label = reading.timestep(torch.tensor([sigma], dtype=torch.float64))
-    call = reading.calls(label)[0]
-    sample = reading.visible(y, companion if isinstance(reading, VelocityReading) else None, call)
-    told = torch.full((len(y),), call.label)
-    with torch.no_grad():
-        output = asked(unet)(reading.model_input(sample, told[:1], call), told).sample
-    return reading.denoised(output, sample, call)
-
-
+@torch.no_grad()
 def error(scheduler: Any, unet: Any) -> float:
     """Mean over `SIGMAS` of the squared error of D on held-out digits, over that of the best linear denoiser."""
     images = split_digits()[1]
-    law = getattr(scheduler, "model_mixture", None)
-    generator, ratios = torch.Generator().manual_seed(0), []
+    generator, ratios, call = torch.Generator().manual_seed(0), [], asked(unet)
+
+    def network(model_input: Tensor, label: Tensor) -> Tensor:
+        return call(model_input, label).sample
+
     for sigma in SIGMAS:
-        noise = randn(images.shape, generator, images.device, images.dtype)
-        if law is not None:
-            noise = law.sample(images.shape, generator, images.device, images.dtype)
+        noise = scheduler.model_mixture.sample(images.shape, generator, images.device, images.dtype)
         companion = randn(images.shape, generator, images.device, images.dtype)
-        found = denoised(scheduler, unet, images + sigma * noise, sigma, companion)
+        found = scheduler.denoise(network, images + sigma * noise, companion, torch.tensor(sigma))
         variance = float(images.var(0).mean())
         ratios.append(float((found - images).square().mean()) * (variance + sigma**2) / (variance * sigma**2))
     return sum(ratios) / len(ratios)

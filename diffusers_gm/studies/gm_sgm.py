@@ -11,24 +11,23 @@ ended.
 
 import argparse
 import math
-from functools import partial
 from typing import Any
 
-import matplotlib.pyplot as plt
 from torch import Tensor
 
 from ..cli import at_least
-from ..evaluation.report import curve_table, plot_curves
+from ..evaluation.report import curve_table
 from ..random import Draw
 from ..samplers import Langevin, Memory, Sampler
 from ..samplers.langevin import LangevinPlan
+from ..samplers.sampler import Stepped
 from ..schedulers import GMLangevinScheduler
 from .command import parse, study_parser
-from .digits import kept_results, pipeline_of, quality, statistic_of, tie, trained
+from .curves import draw_curves, measured
+from .digits import kept_results, pipeline_of, tie, trained
 from .increments import increments
 from .ncsnv2_trained import conditions, train_ncsnv2
 from .own_level import claim
-from .pictures import save_picture
 from .rare_modes import rare_modes
 from .report import Report
 
@@ -50,9 +49,7 @@ def model(args: argparse.Namespace, name: str, seed: int) -> tuple[Any, Any]:
 class UnawareChain(Langevin):
     """The component of an image is told at the level of the call, as if the chain were there."""
 
-    def step(
-        self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         y, memory = super().step(plan, i, y, denoised, memory._replace(level=None), draw)
         return y, memory._replace(level=None)
 
@@ -79,21 +76,17 @@ def lag(args: argparse.Namespace) -> Report:
         level = "chain" if name in (told, ours_told) else "ladder"
         return pipeline_of(unet, kind.from_config(source.config, algorithm_type="langevin", network_level=level))
 
-    found = {
-        name: {c: statistic_of(quality(results, name, c, args.seeds, partial(pipeline, name))) for c in budgets}
-        for name in names
-    }
+    found = measured(results, names, budgets, args.seeds, pipeline)
     mean = {(name, c): value.mean if value else math.nan for name in names for c, value in found[name].items()}
     # Where the mixture is clearly ahead of K = 1, how much of that the label alone makes up for.
     gap = {c: (mean[plain, c] - mean[told, c]) / (mean[plain, c] - mean[ours, c])
            for c in budgets if mean[ours, c] < (1 - least) * mean[plain, c]}  # fmt: skip
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    plot_curves(axis, found, 1, {name: {"linestyle": "--"} for name in (told, ours_told)})
-    axis.set_ylabel("sliced W2 over the floor")
-    axis.set_title("annealed Langevin dynamics, T = 1")
-    axis.legend(fontsize=8)
-    picture = save_picture(figure, args.output / "gm_sgm_lag.png")
+    panel, styles = (
+        {"annealed Langevin dynamics, T = 1": found},
+        {name: {"linestyle": "--"} for name in (told, ours_told)},
+    )
+    picture = draw_curves(args.output / "gm_sgm_lag.png", panel, "sliced W2 over the floor", 1, styles)
     if not gap:
         answer = f"There is no gain to explain: the mixture is nowhere {least:.0%} ahead of K = 1."
     else:

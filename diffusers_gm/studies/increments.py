@@ -7,6 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.stats import levy_stable
 from torch import Tensor
 
 from ..evaluation.table import Table
@@ -26,24 +28,16 @@ def survival(mixture: GaussianMixtureNoise, t: Tensor) -> Tensor:
 
 
 def median(mixture: GaussianMixtureNoise) -> float:
-    """The t with `P(|eta| > t) = 1/2`, by bisection."""
-    low, high = 0.0, float(mixture.scales.max())
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float(survival(mixture, torch.tensor(middle))) > 0.5 else (low, middle)
-    return (low + high) / 2
+    """The t with `P(|eta| > t) = 1/2`."""
+    return brentq(lambda t: float(survival(mixture, torch.tensor(t))) - 0.5, 0.0, float(mixture.scales.max()))
 
 
 def tail_exponent(t: Tensor, probability: Tensor) -> float:
     """The p of `P(|x| > t) ~ t^-p`: least squares on logarithms, over the t given, `(n,)` each."""
-    x, y = t.double().log(), probability.double().log()
-    x = x - x.mean()
-    return -float((x * (y - y.mean())).sum() / (x**2).sum())
+    return -float(np.polyfit(t.double().log(), probability.double().log(), 1)[0])
 
 
 def increments(args: argparse.Namespace) -> Report:
-    from scipy.stats import levy_stable
-
     t = torch.logspace(math.log10(0.3), math.log10(50), 40, dtype=torch.float64)
     tail = (t >= FROM) & (t <= TO)
     figure, axes = plt.subplots(1, len(ALPHAS), figsize=(12, 4.3), layout="constrained", sharey=True)

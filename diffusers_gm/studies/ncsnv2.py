@@ -15,16 +15,18 @@ from functools import partial
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from ..cli import at_least
 from ..data import split_digits
-from ..evaluation.results import Statistic
 from ..evaluation.table import Table
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
 from .command import parse, study_parser
+from .curves import over_seeds
 from .digits import kept_results
 from .exact import ExactDenoiser, exact_network, run
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
@@ -78,9 +80,8 @@ def diversity(args: argparse.Namespace) -> Report:
     for factor in factors:
         for start in starts:
             name = f"{factor:g} x Technique 1, from {start}"
-            found = results.of_seeds(name, calls, args.seeds, partial(measure, factor, start)) or []
-            distance, covered = (Statistic.of([s[k] for s in found]).mean for k in ("distance", "coverage"))
-            table[factor, start] = distance, covered
+            found = over_seeds(results, name, calls, args.seeds, partial(measure, factor, start))
+            table[factor, start] = found["distance"].mean, found["coverage"].mean
     of_data = [mean_pairwise_distance(real), coverage(real, train)]
 
     rows: list[list[Any]] = [
@@ -168,11 +169,7 @@ def published_rows() -> list[list[Any]]:
 
 def overlap_of(ratio: float, dim: int) -> float:
     """The overlap of neighbouring levels (Technique 2) of a ladder of this ratio, the inverse of `ladder_ratio`."""
-    low, high = 1e-6, 0.989
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if ladder_ratio(dim, middle) < ratio else (middle, high)
-    return (low + high) / 2
+    return brentq(lambda overlap: ladder_ratio(dim, overlap) - ratio, 1e-6, 0.989)
 
 
 def noise_scales(args: argparse.Namespace) -> Report:
@@ -185,10 +182,9 @@ def noise_scales(args: argparse.Namespace) -> Report:
 
     sides = [8, 16, 32, 64, 128, 256]
     # sigma_1 of the published models against the side, as a power law.
-    points = [(math.log(side), math.log(PRESETS[preset].sigma_max)) for preset, side in PUBLISHED.values()]
-    mx, my = (sum(c) / len(points) for c in zip(*points, strict=True))
-    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)
-    sigma_1 = {side: math.exp(my + slope * (math.log(side) - mx)) for side in sides}
+    points = np.log([(side, PRESETS[preset].sigma_max) for preset, side in PUBLISHED.values()])
+    slope, at_1 = np.polyfit(points[:, 0], points[:, 1], 1)
+    sigma_1 = {side: math.exp(at_1) * side**slope for side in sides}
     lengths = {side: ladder_length(sigma_1[side], SIGMA_MIN, 3 * side**2) for side in sides}
     growth = [[side, sigma_1[side], lengths[side], lengths[side] / side, ladder_ratio(3 * side**2)] for side in sides]
 

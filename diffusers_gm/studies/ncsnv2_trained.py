@@ -14,14 +14,9 @@ from ..data import split_digits
 from ..evaluation.report import plot_curves
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
-from ..processes.annealed import (
-    PRESETS,
-    chain_variance,
-    ladder_length,
-    max_pairwise_distance,
-    optimal_step_size,
-)
+from ..processes.annealed import PRESETS, chain_variance, ladder_length, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
+from .curves import by_calls, over_seeds
 from .digits import images_of, kept_results, over_floor, pipeline_of, quality, statistic_of, tie, trained
 from .exact import run
 from .pictures import save_picture, show_rows
@@ -84,10 +79,8 @@ def denoise(args: argparse.Namespace) -> Report:
 
     for calls in budgets:
         for level in levels:
-            found = results.of_seeds(f"to {level:g}", calls, args.seeds, partial(measure, calls, level)) or []
-            before, after, removed = (
-                Statistic.of([scores[name] for scores in found]) for name in ("before", "after", "removed")
-            )
+            found = over_seeds(results, f"to {level:g}", calls, args.seeds, partial(measure, calls, level))
+            before, after, removed = (found[name] for name in ("before", "after", "removed"))
             ratio = torch.tensor([(technique_1() / level) ** (1 / (calls - 2))], dtype=torch.float64)
             predicted = level * float(chain_variance(optimal_step_size(ratio, 1), ratio, 1)) ** 0.5
             rows.append([calls, level, f"{before:.2f}", f"{after:.2f}", removed.mean, predicted])
@@ -248,7 +241,7 @@ def techniques(args: argparse.Namespace) -> Report:
         "Distance over that of the defaults, with the numbers of calls: " + "; ".join(words) + ". The defaults are at "
         + ", ".join(f"{Statistic.of(base[c]):.2f} at {c}" for c in budgets) + " calls.",
         [Table("Sliced W2 over the floor of held-out digits; `-` where there is no stable step.",
-               ["", *(f"{c} calls" for c in budgets), "against the defaults"], rows)],
+               ["", *by_calls(budgets), "against the defaults"], rows)],
         [picture],
         conditions(args) + " The defaults are Techniques 1, 4 (for the whole chain) and 5, one Langevin step a level, "
         "and a network that is told the level (Technique 3 is not on). A difference counts from "

@@ -19,6 +19,8 @@ from ..processes.noise_level import estimate_noise_level
 from ..random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Langevin, Memory, Sampler, TwoStep, sample
+from ..samplers.sampler import Stepped
+from .curves import over_seeds
 from .digits import kept_results, over_floor, tie, trained
 from .exact import ExactDenoiser
 from .pictures import save_picture
@@ -146,7 +148,7 @@ class OnTheLadder:
     def plan(self, sigmas: Tensor) -> Any:
         return self.sampler.plan(sigmas)
 
-    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> tuple[Tensor, Memory]:
+    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma = float(plan.sigmas[i])
         length = (y - denoised).flatten(1).square().mean(1)
         own = (length / (1 - self.kept[sigma])).sqrt().clamp(sigma / 4, 4 * sigma)
@@ -209,20 +211,19 @@ def claim(args: argparse.Namespace) -> Report:
     subjects = [(where, kind) for where in (EXACT, TRAINED) for kind in KINDS]
     of = cache(partial(subject, args))
 
-    def over_seeds(
+    def of_subject(
         key: tuple[str, str], what: str, calls: int | None, measure: Callable[..., dict[str, float]], *arguments: Any
     ) -> dict[str, Statistic]:
         def of_seed(seed: int) -> dict[str, float]:
             return measure(of(*key, seed), *arguments, seed)
 
-        scores = results.of_seeds(f"{', '.join(key)}: {what}", calls, args.seeds, of_seed)
-        return {name: Statistic.of([one[name] for one in scores]) for name in scores[0]} if scores else {}
+        return over_seeds(results, f"{', '.join(key)}: {what}", calls, args.seeds, of_seed)
 
-    found = {(*s, tau): over_seeds(s, f"level {tau:g}", None, noise_found, tau) for s in subjects for tau in LEVELS}
-    squared = {s: over_seeds(s, "errors", None, errors) for s in subjects}
+    found = {(*s, tau): of_subject(s, f"level {tau:g}", None, noise_found, tau) for s in subjects for tau in LEVELS}
+    squared = {s: of_subject(s, "errors", None, errors) for s in subjects}
     cells = [(middle, run) for run in RUNS] + [(calls, RIGHT) for calls in budgets if calls != middle]
     runs: Runs = {
-        (where, column, *cell): over_seeds(
+        (where, column, *cell): of_subject(
             (where, column[0]), f"{', '.join(column[1:])}, {cell[1]}", cell[0], quality, *column[1:], *cell
         ).get("error")
         for where in (EXACT, TRAINED)

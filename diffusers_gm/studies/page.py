@@ -20,7 +20,8 @@ INTRODUCTION = """\
 
 Made by `python -m diffusers_gm.studies.page` of the reports in `{reports}`; nothing here is typed by hand. Each section
 gives the command that measured it, its conditions, and a verdict that the command worked out. Where a result goes
-against us, it says so.
+against us, it says so. A study whose command is gone has given way to a wider one: `sampler_benchmark --models ddpm`
+holds what `lifted` did, and `cld squared` what `cld terminal` and `cld samplers` did.
 """
 
 

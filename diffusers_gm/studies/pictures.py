@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..app.compare import Run
+from ..app.runs import Run
 from ..pictures import COLORS, image_grid, style
 from ..processes.cld import CLD, transform
 from ..processes.mixture import GaussianMixtureNoise

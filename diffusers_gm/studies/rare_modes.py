@@ -6,14 +6,12 @@ What decides is where the calls are spent, on the first level or on the way down
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..data import split_digits
-from ..evaluation import mode_weights_error as total_variation
+from ..data import split_digit_labels, split_digits
 from ..evaluation.results import Statistic
 from ..evaluation.sampling import NoGridError
 from ..evaluation.table import Table
@@ -22,6 +20,8 @@ from ..random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Ancestral, Explore, Langevin, Memory, Sampler, sample
 from ..samplers.langevin import EXPLORING_STEP, ExplorePlan, langevin_step
+from ..samplers.sampler import Stepped
+from .curves import by_calls, over_seeds
 from .digits import kept_results
 from .exact import ExactDenoiser
 from .ncsnv2_trained import train_ncsnv2
@@ -41,9 +41,7 @@ MIDWAY, ZERO = 1.0, 0
 class ExploreByJumps(Explore):
     """`Explore` whose steps are of the random lengths of a mixture's jumps, as long as is stable."""
 
-    def step(
-        self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> tuple[Tensor, Memory]:
+    def step(self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma = plan.levels[i]
         if plan.after[i] != sigma:
             return super().step(plan, i, y, denoised, memory, draw)
@@ -78,6 +76,13 @@ def far_modes() -> tuple[Tensor, Tensor]:
     return points.view(-1, 1, 4, 4), torch.tensor(WEIGHTS)
 
 
+def total_variation(samples: Tensor, points: Tensor, weights: Tensor) -> float:
+    """Between the weights of modes and the shares of samples nearest to each of the points, in [0, 1]."""
+    assert samples.isfinite().all()
+    nearest = torch.cdist(samples.flatten(1), points.flatten(1)).argmin(1)
+    return float((torch.bincount(nearest, minlength=len(points)) / len(samples) - weights).abs().sum() / 2)
+
+
 def exact_draws(points: Tensor, weights: Tensor, count: int, generator: torch.Generator, width: float) -> Tensor:
     """`count` draws of the mixture of Gaussians of this width around the points."""
     chosen = points[torch.multinomial(weights, count, replacement=True, generator=generator)]
@@ -103,35 +108,15 @@ def from_image(
     return sample(sampler, denoiser, start, sigmas, generator)
 
 
-def denoiser_of(unet: Any, scheduler: Any) -> Callable[[Tensor, float], Tensor]:
-    """D of a trained network."""
-    reading = scheduler.reading
-
-    def denoiser(y: Tensor, sigma: float) -> Tensor:
-        call = reading.calls(reading.timestep(torch.tensor([sigma], dtype=torch.float64)))[0]
-        return reading.denoised(unet(reading.model_input(y, None, call), call.label).sample, y, call)
-
-    return denoiser
-
-
-def labels_of_digits() -> Tensor:
-    """The digit that each training image shows, `(n,)`, in the order of `split_digits`."""
-    from sklearn.datasets import load_digits
-
-    labels = torch.from_numpy(load_digits().target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return labels[order[: len(split_digits()[0])]]
-
-
 def label_error(images: Tensor) -> float:
     """Total variation between the digits that images show, by their nearest training image, and all training digits."""
-    (points, _), labels = split_digits(), labels_of_digits()
+    points, labels = split_digits()[0], split_digit_labels()[0]
     shown = labels[torch.cdist(images.flatten(1), points.flatten(1)).argmin(1)]
     shares = [torch.bincount(found, minlength=10) / len(found) for found in (shown, labels)]
     return float((shares[0] - shares[1]).abs().sum() / 2)
 
 
-Found = dict[tuple, tuple[float, float] | None]
+Found = dict[tuple, Statistic | None]
 
 
 def compare(found: Found, ours: str, keys: Sequence[tuple]) -> tuple[int, int]:
@@ -139,8 +124,8 @@ def compare(found: Found, ours: str, keys: Sequence[tuple]) -> tuple[int, int]:
     better = worse = 0
     for key in keys:
         a, b = found.get((ours, *key)), found.get((LANGEVIN, *key))
-        if a is not None and b is not None and abs(a[0] - b[0]) > 2 * (a[1] ** 2 + b[1] ** 2) ** 0.5:
-            better, worse = better + (a[0] < b[0]), worse + (a[0] > b[0])
+        if a and b and abs(a.mean - b.mean) > 2 * (a.error**2 + b.error**2) ** 0.5:
+            better, worse = better + (a.mean < b.mean), worse + (a.mean > b.mean)
     return better, worse
 
 
@@ -158,8 +143,11 @@ def rare_modes(args: argparse.Namespace) -> Report:
         mixture=[MIXTURE.weights.tolist(), MIXTURE.scales.tolist()],
         samplers={name: repr(sampler) for name, sampler in SAMPLERS.items()},
     )
-    network = denoiser_of(*train_ncsnv2(args, 0))
-    digits, zero = split_digits()[0], int((labels_of_digits() == ZERO).nonzero()[0])
+    unet, scheduler = train_ncsnv2(args, 0)
+    zero = split_digits()[0][split_digit_labels()[0] == ZERO][:1]
+
+    def network(y: Tensor, sigma: float) -> Tensor:
+        return scheduler.denoise(lambda x, t: unet(x, t).sample, y, None, torch.tensor(sigma))
 
     def modes(name: str, factor: float, calls: int, seed: int) -> dict[str, float]:
         high = factor * DISTANCE
@@ -167,39 +155,29 @@ def rare_modes(args: argparse.Namespace) -> Report:
         return {"error": total_variation(samples, points, weights)}
 
     def subjects(name: str, calls: int, seed: int) -> dict[str, float]:
-        image = digits[zero : zero + 1]
-        samples = from_image(SAMPLERS[name], network, image, MIDWAY, 0.01, calls, args.num_samples, seed)
+        samples = from_image(SAMPLERS[name], network, zero, MIDWAY, 0.01, calls, args.num_samples, seed)
         return {"error": label_error(samples)}
-
-    def over_seeds(
-        name: str, calls: int, num_seeds: int, make: Callable[[int], dict[str, float]]
-    ) -> tuple[float, float] | None:
-        scores = results.of_seeds(name, calls, num_seeds, make)
-        value = None if scores is None else Statistic.of([score["error"] for score in scores])
-        return None if value is None else (value.mean, value.error or 0.0)
 
     settings = [(factor, calls) for calls in budgets for factor in FACTORS]
     found: Found = {}
     for name in SAMPLERS:
         for factor, calls in settings:
             cell = f"{name}, first level {factor:g} distances"
-            found[name, factor, calls] = over_seeds(cell, calls, seeds, partial(modes, name, factor, calls))
+            of_cell = over_seeds(results, cell, calls, seeds, partial(modes, name, factor, calls))
+            found[name, factor, calls] = of_cell.get("error")
     for name in ON_NETWORK:
         for calls in budgets:
-            found[name, calls] = over_seeds(f"{name}, digits", calls, args.seeds, partial(subjects, name, calls))
-    floor = Statistic.of(
-        [
-            total_variation(
-                exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH), points, weights
-            )
-            for s in range(seeds)
-        ]
-    ).mean
+            of_cell = over_seeds(results, f"{name}, digits", calls, args.seeds, partial(subjects, name, calls))
+            found[name, calls] = of_cell.get("error")
+    exact = (exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH) for s in range(seeds))
+    floor = Statistic.of([total_variation(draws, points, weights) for draws in exact]).mean
     real = label_error(split_digits()[1][: args.num_samples])
 
     def words(key: tuple) -> str:
         value = found.get(key)
-        return "-" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"
+        if value is None:
+            return "-"
+        return f"{value.mean:.3f}" + (f" ± {value.error:.3f}" if value.spread is not None else "")
 
     first = [f"{words((EXPLORE, FACTORS[0], n))} against {words((LANGEVIN, FACTORS[0], n))} at {n}" for n in budgets]
     jumps = [compare(found, name, settings) for name in SAMPLERS if "annealed jumps" in name]
@@ -210,7 +188,7 @@ def rare_modes(args: argparse.Namespace) -> Report:
     figure, axes = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.4), layout="constrained", squeeze=False)
     for axis, calls in zip(axes[0], budgets, strict=True):
         for name in SAMPLERS:
-            curve = [(f, *v) for f in FACTORS if (v := found[name, f, calls])]
+            curve = [(f, v.mean, v.error) for f in FACTORS if (v := found[name, f, calls])]
             if curve:
                 axis.errorbar(*zip(*curve, strict=True), marker="o", markersize=3, label=name)
         axis.axhline(floor, color="gray", linestyle=":", label="exact draws")
@@ -235,7 +213,7 @@ def rare_modes(args: argparse.Namespace) -> Report:
                   ["sampler", *columns], [[s, *(words((s, *key)) for key in settings)] for s in SAMPLERS]),
             Table(f"A network of the digits, from one zero plus noise of {MIDWAY:g}: total variation between the "
                   f"digits shown, by the nearest training image, and all, {args.seeds} seed(s), n = "
-                  f"{args.num_samples}; held-out ones have {real:.3f}.", ["sampler", *(f"{n} calls" for n in budgets)],
+                  f"{args.num_samples}; held-out ones have {real:.3f}.", ["sampler", *by_calls(budgets)],
                   [[s, *(words((s, n)) for n in budgets)] for s in ON_NETWORK]),
         ],
         [save_picture(figure, args.output / "gm_sgm_rare_modes.png")],

@@ -18,7 +18,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from .. import calibrate
-from ..app.compare import CALIBRATED, Model, Run, Sampler, Settings, advance
+from ..app.models import CALIBRATED, Model, Sampler
+from ..app.runs import Run, Settings, advance
 from ..cli import Parser, at_least
 from ..evaluation.sampling import load_pipeline
 from ..pictures import image_grid

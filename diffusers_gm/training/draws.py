@@ -1,7 +1,7 @@
 """The random numbers that images are disturbed by: the same for an image however the images of a step are split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -40,20 +40,20 @@ class Draws:
         return Draws(levels, Draw.like(images, _generators(range(len(images)), images.device)))
 
 
+@dataclass
 class StepDraws:
     """The draws of a training. Each image of a step has a seed of its own, by its place in the endless stream.
 
-    Args:
+    Attributes:
         seed: of the training.
         images_per_step: over all batches and processes.
         device: of the noise.
     """
 
-    def __init__(self, seed: int, images_per_step: int, device: torch.device):
-        self.seed = seed
-        self.images_per_step = images_per_step
-        self.device = device
-        self._generators: list[torch.Generator] = []
+    seed: int
+    images_per_step: int
+    device: torch.device
+    _generators: list[torch.Generator] = field(default_factory=list)
 
     def of_batch(self, start_of_step: int, first: int, batch_size: int) -> Draws:
         """For `batch_size` images of a step, from the `first` on; `start_of_step` images were seen before the step."""

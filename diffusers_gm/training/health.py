@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from .draws import Draws
 from .folder import list_checkpoints
-from .network import Objective, averaged_weights
+from .objective import Objective
+from .optimizer import averaged_weights
 
 # A network whose loss is this many times that of one that answers zero, on the same images under the same noise, is
 # not coming back; what is far below it still may.
@@ -30,36 +32,31 @@ class DivergedError(RuntimeError):
     """The network is none any more: what to change is in the message."""
 
 
+@dataclass
 class Health:
     """Ends a training at the step at which its network diverges. All processes come to the same decision.
 
-    Args:
+    Attributes:
         accelerator: of the training.
         unet, ema: the network, and the average of its weights, if any.
         objective: what is minimised.
         images: some of the training images, `(B, C, H, W)`, the same in all processes.
         folder: where the training's checkpoints are.
         learning_rate: its peak.
+        norms: of gradients that are not looked at yet, with their steps.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        unet: nn.Module,
-        ema: EMAModel | None,
-        objective: Objective,
-        images: Tensor,
-        folder: Path,
-        learning_rate: float,
-    ):
-        self.accelerator = accelerator
-        self.unet = unet
-        self.ema = ema
-        self.objective = objective
-        self.images = images.to(accelerator.device)
-        self.folder = folder
-        self.learning_rate = learning_rate
-        self.norms: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+    accelerator: Accelerator
+    unet: nn.Module
+    ema: EMAModel | None
+    objective: Objective
+    images: Tensor
+    folder: Path
+    learning_rate: float
+    norms: deque[tuple[int, Tensor, torch.cuda.Event | None]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.images = self.images.to(self.accelerator.device)
 
     def note_gradient(self, step: int, norm: Tensor | None) -> None:
         """Take the norm of a step's gradient, over all processes; on a GPU it is looked at during the next step.

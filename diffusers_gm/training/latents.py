@@ -16,7 +16,8 @@ from ..autoencoders import LatentSpace, downsampling, fingerprint, latent_channe
 from ..data import Examination, ImageSource, LatentCache, TrainingImages, TrainingLatents, sides
 from ..data.examination import MAX_ELEMENTS, NUM_EXAMINED
 from .folder import LATENTS
-from .network import build_scheduler, fit_unet, new_unet
+from .network import fit_unet, new_unet
+from .objective import build_scheduler
 from .options import TrainingArguments
 from .plan import make_plan
 

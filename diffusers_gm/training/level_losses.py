@@ -1,10 +1,13 @@
 """The loss by noise level: a mean over all hides the level that fails."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .network import Objective
+from ..readings import level_range
+from .objective import Objective
 
 NUM_BANDS = 10
 
@@ -24,8 +27,7 @@ class LevelLosses:
     def __init__(self, objective: Objective, accelerator: Accelerator):
         self.objective = objective
         self.accelerator = accelerator
-        reading = objective.reading
-        low, high = sorted(reading.sigma(torch.tensor(reading.timestep_range, dtype=torch.float64)).log().tolist())
+        low, high = sorted(map(math.log, level_range(objective.reading)))
         self._log_edges = torch.linspace(low, high, NUM_BANDS + 1, dtype=torch.float64)
         self.edges = [float(f"{edge:.4g}") for edge in self._log_edges.exp().tolist()]
         self._sums = torch.zeros(2, NUM_BANDS, device=accelerator.device)

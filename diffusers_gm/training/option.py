@@ -1,31 +1,17 @@
 """An option of a training: one field of a dataclass, whose metadata say everything there is to say about it."""
 
 import math
-from dataclasses import Field, field
+from dataclasses import Field, dataclass, field
 from functools import partial
 from typing import Any
 
 
-def option(
-    group: str,
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    positive: bool = False,
-    below_one: bool = False,
-    aliases: tuple[str, ...] = (),
-    in_place_of: tuple[str, ...] = (),
-    free_on_resume: bool = False,
-    private: bool = False,
-    path: bool = False,
-) -> Any:
-    """A field of a dataclass of options.
+@dataclass(frozen=True)
+class Said:
+    """What is said of an option.
 
-    Args:
+    Attributes:
         group: the heading that `--help` shows it under.
-        default: None where it follows from the data.
         help: a sentence.
         choices: the values that are known, where the type does not say it.
         at_least: the smallest value that makes sense.
@@ -37,22 +23,23 @@ def option(
         private: never written down: a secret, or a place on this host.
         path: may be a path, of which only the last part is written down.
     """
-    return field(
-        default=default,
-        metadata={
-            "group": group,
-            "help": help,
-            "choices": choices,
-            "at_least": at_least,
-            "positive": positive,
-            "below_one": below_one,
-            "aliases": aliases,
-            "in_place_of": in_place_of,
-            "free_on_resume": free_on_resume,
-            "private": private,
-            "path": path,
-        },
-    )
+
+    group: str
+    help: str
+    choices: tuple[str, ...] | None = None
+    at_least: float | None = None
+    positive: bool = False
+    below_one: bool = False
+    aliases: tuple[str, ...] = ()
+    in_place_of: tuple[str, ...] = ()
+    free_on_resume: bool = False
+    private: bool = False
+    path: bool = False
+
+
+def option(group: str, default: Any, help: str, **said: Any) -> Any:
+    """A field of a dataclass of options, whose default is None where it follows from the data; see `Said`."""
+    return field(default=default, metadata=vars(Said(group, help, **said)))
 
 
 # The headings of `--help`, in its order.
@@ -67,6 +54,8 @@ GROUPS = (
     "Hub",
 )
 trained, data, network, noise, sampler, optimisation, output, hub = (partial(option, group) for group in GROUPS)
+# How samples are drawn, and where all goes, changes nothing of what is learned.
+sampler, output, hub = (partial(of_group, free_on_resume=True) for of_group in (sampler, output, hub))
 
 
 def check_bounds(f: Field, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import Field, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from .option import check_bounds, data, hub, network, optimisation, output, samp
 
 # What describes a new network.
 SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dropout")
+shape = partial(network, in_place_of=("model_name_or_path", "model_config"))
 
 
 @dataclass
@@ -108,25 +110,14 @@ class TrainingArguments(MethodOptions):
         "the pipeline's scheduler says it has.",
         free_on_resume=True,  # the levels are not
     )
-    block_out_channels: list[int] | None = network(
-        None,
-        "Channels of each level; default chosen by --resolution.",
-        in_place_of=("model_name_or_path", "model_config"),
+    block_out_channels: list[int] | None = shape(None, "Channels of each level; default chosen by --resolution.")
+    layers_per_block: int | None = shape(
+        None, "Residual layers of each level; default 1 up to 16 pixels, else 2.", at_least=1
     )
-    layers_per_block: int | None = network(
-        None,
-        "Residual layers of each level; default 1 up to 16 pixels, else 2.",
-        at_least=1,
-        in_place_of=("model_name_or_path", "model_config"),
+    attention_resolutions: list[int] | None = shape(
+        None, "Image sides at which levels have attention; default 8 to 16, none for images of at most 16 pixels."
     )
-    attention_resolutions: list[int] | None = network(
-        None,
-        "Image sides at which levels have attention; default 8 to 16, none for images of at most 16 pixels.",
-        in_place_of=("model_name_or_path", "model_config"),
-    )
-    dropout: float = network(
-        0.0, "Dropout of the residual layers.", below_one=True, in_place_of=("model_name_or_path", "model_config")
-    )
+    dropout: float = shape(0.0, "Dropout of the residual layers.", below_one=True)
     gradient_checkpointing: bool = network(False, "Save memory by computing activations twice.", free_on_resume=True)
     channels_last: bool = network(
         False, "Keep images as (H, W, C) in memory, which suits tensor cores.", free_on_resume=True
@@ -134,15 +125,11 @@ class TrainingArguments(MethodOptions):
 
     # Sampler, as saved with the model
     calibrate: Literal["fast", "full"] | None = sampler(
-        None,
-        "At the end, make the sampler for the network, see diffusers_gm.calibrate; by this effort.",
-        free_on_resume=True,
+        None, "At the end, make the sampler for the network, see diffusers_gm.calibrate; by this effort."
     )
-    algorithm_type: str | None = sampler(
-        None, "Sampler of the saved scheduler; default that of its class.", free_on_resume=True
-    )
+    algorithm_type: str | None = sampler(None, "Sampler of the saved scheduler; default that of its class.")
     timestep_spacing: str | None = sampler(
-        None, "Grid of its network calls; default that of its class, for cld 'quadratic'.", free_on_resume=True
+        None, "Grid of its network calls; default that of its class, for cld 'quadratic'."
     )
 
     # Optimisation
@@ -169,13 +156,7 @@ class TrainingArguments(MethodOptions):
         None, "Peak learning rate; default 2e-3 up to 16 pixels, else 2e-4.", positive=True
     )
     lr_scheduler: Literal[
-        "one_cycle",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
+        "one_cycle", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = optimisation("one_cycle", "Learning-rate schedule.")
     lr_warmup_steps: int | None = optimisation(
         None, "Steps until the peak; default 30%% of one_cycle, 10%% but at most 500 of the others.", at_least=0
@@ -203,61 +184,42 @@ class TrainingArguments(MethodOptions):
     seed: int = optimisation(0, "Decides everything random: weights, order of the data, noise, samples.", at_least=0)
 
     # Checkpoints, samples and logs
-    output_dir: str = output(
-        "outputs/gm-sgm", "Where the pipeline, its card, checkpoints and samples go.", free_on_resume=True, path=True
-    )
-    overwrite_output_dir: bool = output(
-        False, "Start anew in a folder that holds other files or checkpoints.", free_on_resume=True
-    )
-    checkpointing_steps: int = output(500, "Steps between checkpoints; 0 for none.", at_least=0, free_on_resume=True)
+    output_dir: str = output("outputs/gm-sgm", "Where the pipeline, its card, checkpoints and samples go.", path=True)
+    overwrite_output_dir: bool = output(False, "Start anew in a folder that holds other files or checkpoints.")
+    checkpointing_steps: int = output(500, "Steps between checkpoints; 0 for none.", at_least=0)
     checkpoints_total_limit: int | None = output(
-        None,
-        "Keep only so many, the newest; superseded-checkpoint-* are no longer counted, and stay.",
-        at_least=1,
-        free_on_resume=True,
+        None, "Keep only so many, the newest; superseded-checkpoint-* are no longer counted, and stay.", at_least=1
     )
     resume_from_checkpoint: str | None = output(
-        None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", free_on_resume=True, path=True
+        None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", path=True
     )
-    validation_steps: int = output(
-        500, "Steps between grids of samples; 0 for one at the end only.", at_least=0, free_on_resume=True
-    )
+    validation_steps: int = output(500, "Steps between grids of samples; 0 for one at the end only.", at_least=0)
     num_validation_images: int = output(
-        16,
-        "Images in a grid; with --class_conditional a row for each class, as long as that leaves.",
-        at_least=1,
-        free_on_resume=True,
+        16, "Images in a grid; with --class_conditional a row for each class, as long as that leaves.", at_least=1
     )
     validation_inference_steps: int | None = output(
         None,
         "Network calls per image; default that of the pipeline.",
         at_least=1,
         aliases=("ddpm_num_inference_steps",),
-        free_on_resume=True,
     )
-    eval_batch_size: int = output(16, "Images sampled at once.", at_least=1, free_on_resume=True)
-    logging_steps: int = output(
-        10, "Steps between lines of the loss curve, each the mean since the last.", at_least=1, free_on_resume=True
-    )
+    eval_batch_size: int = output(16, "Images sampled at once.", at_least=1)
+    logging_steps: int = output(10, "Steps between lines of the loss curve, each the mean since the last.", at_least=1)
     report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = output(
-        "none", "Experiment tracker.", aliases=("logger",), free_on_resume=True
+        "none", "Experiment tracker.", aliases=("logger",)
     )
     logging_dir: str = output("logs", "Folder of the tracker in --output_dir.", private=True)
-    dry_run: bool = output(
-        False,
-        "Take a few steps, print the plan and what it costs, write nothing.",
-        free_on_resume=True,
-    )
+    dry_run: bool = output(False, "Take a few steps, print the plan and what it costs, write nothing.")
     first_batch: str | None = output(
         None, "With --dry_run: a picture to write all the same, of the images of the first batch.", private=True
     )
 
     # Hub
-    push_to_hub: bool = hub(False, "Upload the finished pipeline.", free_on_resume=True)
-    hub_model_id: str | None = hub(None, "Repository to upload to, <user>/<name>.", free_on_resume=True)
-    hub_private_repo: bool = hub(False, "Upload to a private repository.", free_on_resume=True)
+    push_to_hub: bool = hub(False, "Upload the finished pipeline.")
+    hub_model_id: str | None = hub(None, "Repository to upload to, <user>/<name>.")
+    hub_private_repo: bool = hub(False, "Upload to a private repository.")
     hub_strategy: Literal["end", "every_save"] = hub(
-        "end", "When to upload: once, or also the pipeline as it is at every checkpoint.", free_on_resume=True
+        "end", "When to upload: once, or also the pipeline as it is at every checkpoint."
     )
     hub_token: str | None = hub(None, "Access token, never saved; default the one of `hf auth login`.", private=True)
 

@@ -1,6 +1,5 @@
 """Critically-damped Langevin diffusion (arXiv 2112.07068): images move with velocities, the noise acts on these."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -11,23 +10,13 @@ from ...losses import cld_loss, denoising_loss
 from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
 from ...processes.mixture import GAUSSIAN
-from ...random import Draw
 from ...readings import CompanionReading
 from ...schedulers import CLDSSCSScheduler
 from ..option import noise as option
 from ..option import number_or_auto, sampler, trained
-from .ladder import ladder_loss, network_config
-from .levels import (
-    LevelOptions,
-    check_ends,
-    check_levels,
-    choose_levels,
-    largest_level,
-    levels_in_words,
-    levels_of,
-    size_of_data,
-)
-from .method import LargestDistance, Method, Noise
+from . import ladder, levels
+from .levels import LevelOptions
+from .method import Batch, LargestDistance, Method, Noise
 
 # The published training is on times from here to 1.
 FIRST_TIME = 1e-5
@@ -41,8 +30,7 @@ class CLDOptions(LevelOptions):
         "and velocity. Without, it is an ordinary denoiser, which learns faster, and CLD is how it is sampled.",
     )
     cld_loss: Literal["hsm", "dsm"] = trained(
-        "hsm",
-        "--objective score: hybrid score matching, or denoising score matching with the initial velocity drawn.",
+        "hsm", "--objective score: hybrid score matching, or denoising score matching with the initial velocity drawn."
     )
     cld_mixed_score: bool = trained(
         True, "--objective score: the network corrects the score of a velocity that knows no image."
@@ -55,9 +43,7 @@ class CLDOptions(LevelOptions):
     mass: float = option(0.25, "Mass M; the damping is critical, Gamma = 2 sqrt(M).")
     gamma: float = option(0.04, "Variance of the initial velocity in units of M.")
     splitting_order: int | None = sampler(
-        None,
-        "2 for the second-order splitting, 1 for the published one; default that of the class.",
-        free_on_resume=True,
+        None, "2 for the second-order splitting, 1 for the published one; default that of the class."
     )
 
 
@@ -77,13 +63,12 @@ def diffusion(args: CLDOptions) -> CLD:
 
 def choose(args: CLDOptions) -> dict[str, Any]:
     objective = args.objective or ("score" if _given(args, PUBLISHED) else "denoiser")
-    levels = choose_levels(args, preconditioned=objective == "denoiser")
-    return {"objective": objective, **levels}
+    return {"objective": objective, **levels.choose(args, preconditioned=objective == "denoiser")}
 
 
 def check(args: CLDOptions) -> None:
     diffusion(args)
-    check_levels(args)
+    levels.check(args)
     if number_or_auto("num_train_timesteps", args.num_train_timesteps, int) is None:
         raise ValueError("--num_train_timesteps auto is for ladders of noise levels: cld needs a number")
     if args.objective == "denoiser" and (given := _given(args, PUBLISHED)):
@@ -99,11 +84,11 @@ def check(args: CLDOptions) -> None:
 def noise(args: CLDOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
     if args.objective == "score":
         return Noise(int(args.num_train_timesteps))
-    sigma_max = largest_level(args)
+    sigma_max = levels.largest(args)
     if sigma_max is None:
         sigma_max = round(largest_distance(images), 4)
-    check_ends(args, sigma_max)
-    return Noise(int(args.num_train_timesteps), args.sigma_min, sigma_max, size_of_data(args, images))
+    levels.check_ends(args, sigma_max)
+    return Noise(int(args.num_train_timesteps), args.sigma_min, sigma_max, levels.size_of_data(args, images))
 
 
 def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSCSScheduler:
@@ -113,7 +98,7 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
         prediction_type = "cld_mixed" if args.cld_mixed_score else "scaled_velocity_score"
         network = {"prediction_type": prediction_type, "num_train_timesteps": noise.num_train_timesteps}
     else:
-        network = network_config("edm", noise)
+        network = ladder.network_config("edm", noise)
         if args.cld_feed_companion:
             network |= {"noise_space": None, "prediction_type": "cld_edm"}
     return CLDSSCSScheduler(
@@ -132,34 +117,27 @@ def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
     no companion is told these levels as those of EDM are."""
     if args.objective == "score":
         return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
-    sigma = levels_of(args, noise, uniform)
+    sigma = levels.drawn(args, noise, uniform)
     if not args.cld_feed_companion:
         return sigma.log() / 4
     process = diffusion(args)
     return process.time(process.clock_of_sigma(sigma)) * noise.num_train_timesteps
 
 
-def loss(
-    args: CLDOptions,
-    noise: Noise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
     if args.objective == "score":
-        return published_loss(args, noise, scheduler, network, images, labels, draw)
+        return published_loss(args, noise, scheduler, batch)
     if not args.cld_feed_companion:
-        return ladder_loss(args, GAUSSIAN, scheduler, network, images, labels, draw)
+        return ladder.loss(args, GAUSSIAN, scheduler, batch)
     # Ordinary denoising of y, beside a companion that says nothing of it.
     reading: CompanionReading = scheduler.reading
-    noise_of_y, companion = draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
-    times = labels.float().to(images.device)
+    images = batch.images
+    noise_of_y, companion = batch.draw.normal((len(images), 2, *images.shape[1:])).unbind(1)
+    times = batch.labels.float().to(images.device)
     return denoising_loss(
-        lambda y, _: network(torch.cat([y, companion], 1), times).sample,
+        lambda y, _: batch.network(torch.cat([y, companion], 1), times).sample,
         images,
-        reading.space.timestep(reading.sigma(labels)).float().to(images.device),
+        reading.space.timestep(reading.sigma(batch.labels)).float().to(images.device),
         noise_of_y,
         reading.space,
         GAUSSIAN,
@@ -168,22 +146,15 @@ def loss(
     )
 
 
-def published_loss(
-    args: CLDOptions,
-    noise: Noise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def published_loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
     process: CLD = scheduler.process
+    images, draw = batch.images, batch.draw
     both = draw.normal((len(images), 2 * images.shape[1], *images.shape[2:]))
     initial = draw.normal(images.shape) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(
-        lambda u, t: network(u, t).sample,
+        lambda u, t: batch.network(u, t).sample,
         images,
-        labels / noise.num_train_timesteps,
+        batch.labels / noise.num_train_timesteps,
         both,
         process,
         scheduler.config["prediction_type"],
@@ -195,7 +166,7 @@ def published_loss(
 
 def in_words(args: CLDOptions, noise: Noise) -> str:
     diffusion = f"CLD, beta(t) = {args.beta_0:g} + {args.beta_1:g} t, mass {args.mass:g}, gamma {args.gamma:g}"
-    return diffusion if args.objective == "score" else f"{diffusion}, {levels_in_words(vars(args) | vars(noise))}"
+    return diffusion if args.objective == "score" else f"{diffusion}, {levels.in_words(vars(args) | vars(noise))}"
 
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +175,7 @@ def on_card(record: dict[str, Any]) -> dict[str, Any]:
         network = SEES_VELOCITY
     else:
         network = (SEES_COMPANION if record["cld_feed_companion"] else SEES_IMAGE) + IN_LEVELS
-        network = network.replace("$levels", levels_in_words(record))
+        network = network.replace("$levels", levels.in_words(record))
     return {"mass": f"{mass:g}", "gamma": f"{gamma:g}", "initial": f"{gamma * mass:g}", "network": network}
 
 

@@ -1,6 +1,5 @@
 """diffusers' own DDPM (arXiv 2006.11239), trained by the same script: the baseline that the others stand beside."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,10 +7,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ...pipelines import UnconditionalPipeline
-from ...random import Draw
 from ..option import noise as option
 from ..option import number_or_auto
-from .method import LargestDistance, Method, Noise, TimeOptions
+from .method import Batch, LargestDistance, Method, Noise, TimeOptions
 
 
 @dataclass
@@ -41,18 +39,10 @@ def labels(args: DDPMOptions, noise: Noise, uniform: Tensor) -> Tensor:
     return (uniform * noise.num_train_timesteps).long()
 
 
-def loss(
-    args: DDPMOptions,
-    noise: Noise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def loss(args: DDPMOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
     """That of diffusers' example: the squared error of the predicted noise."""
-    eps, timesteps = draw.normal(images.shape), labels.to(images.device)
-    output = network(scheduler.add_noise(images, eps, timesteps), timesteps).sample
+    eps, timesteps = batch.draw.normal(batch.images.shape), batch.labels.to(batch.images.device)
+    output = batch.network(scheduler.add_noise(batch.images, eps, timesteps), timesteps).sample
     return (output.to(eps.dtype) - eps).square().flatten(1).mean(1)
 
 

@@ -9,20 +9,9 @@ from ...pipelines import GMSGMPipeline
 from ...processes.mixture import GaussianMixtureNoise
 from ...schedulers import GMLangevinScheduler
 from ..option import noise as option
-from .ladder import (
-    CITATION,
-    FORMERLY,
-    LadderOptions,
-    check_ladder,
-    choose_ladder,
-    ladder_config,
-    ladder_in_words,
-    ladder_labels,
-    ladder_loss,
-    ladder_noise,
-    ladder_on_card,
-)
-from .method import Method, Noise
+from . import ladder
+from .ladder import LadderOptions
+from .method import Batch, Method, Noise
 
 EXPLICIT, STABLE, POWER = ("mixture_weights", "mixture_scales"), ("stable_alpha",), ("power_alpha", "power_base")
 COUNT = ("num_components",)
@@ -83,12 +72,12 @@ def build_mixture(args: MixtureOptions) -> GaussianMixtureNoise:
 
 
 def check(args: GMSGMOptions) -> None:
-    check_ladder(args)
+    ladder.check(args)
     build_mixture(args)
 
 
 def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLangevinScheduler:
-    config = ladder_config(args, noise, sampler)
+    config = ladder.config(args, noise, sampler)
     return GMLangevinScheduler(
         **config | ({"prediction_type": "scaled_score"} if args.objective == "score" else {}),
         mixture_weights=noise.mixture_weights,
@@ -98,13 +87,13 @@ def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLa
     )
 
 
-def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, *batch: Any) -> Tensor:
-    return ladder_loss(args, build_mixture(args), scheduler, *batch)
+def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+    return ladder.loss(args, build_mixture(args), scheduler, batch)
 
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
     pairs = zip(record["mixture_weights"], record["mixture_scales"], strict=True)
-    return ladder_on_card(record) | {
+    return ladder.on_card(record) | {
         "per": "element" if record["mixture_per_element"] else "image",
         "components": ", ".join(f"{weight:.3g} of scale {scale:.3g}" for weight, scale in pairs),
     }
@@ -115,13 +104,13 @@ METHOD = Method(
     title="a Gaussian-mixture score-based model (GM-SGM)",
     pipeline=GMSGMPipeline,
     options=(GMSGMOptions,),
-    choose=choose_ladder,
+    choose=ladder.choose,
     check=check,
-    noise=lambda args, images, largest_distance: ladder_noise(args, images, largest_distance, build_mixture(args)),
+    noise=lambda args, images, largest_distance: ladder.noise(args, images, largest_distance, build_mixture(args)),
     scheduler=scheduler,
-    labels=ladder_labels,
+    labels=ladder.labels,
     loss=loss,
-    noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder_in_words(args, noise)}",
+    noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder.in_words(args, noise)}",
     card="""\
 A network of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed
 noise (one component per $per: $components); it learns $learns. It was trained at $levels, for
@@ -142,6 +131,6 @@ The scheduler knows the mixture. Samplers are values of its `algorithm_type`: `l
 ```
 
 """
-    + CITATION,
-    formerly=FORMERLY,
+    + ladder.CITATION,
+    formerly=ladder.FORMERLY,
 )

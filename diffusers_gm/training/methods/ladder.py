@@ -1,6 +1,5 @@
 """Denoising on a geometric ladder of noise levels: what NCSNv2 and Gaussian-mixture noise share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,20 +9,11 @@ from torch import Tensor
 from ...losses import denoising_loss
 from ...processes.annealed import ladder_length
 from ...processes.mixture import GaussianMixtureNoise
-from ...random import Draw
 from ...readings import NoiseSpace
 from ..option import number_or_auto, sampler, trained
-from .levels import (
-    LevelOptions,
-    check_ends,
-    check_levels,
-    choose_levels,
-    largest_level,
-    levels_in_words,
-    levels_of,
-    size_of_data,
-)
-from .method import LargestDistance, Noise
+from . import levels
+from .levels import LevelOptions
+from .method import Batch, LargestDistance, Noise
 
 
 @dataclass
@@ -40,14 +30,10 @@ class LadderOptions(LevelOptions):
         True,
         "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2).",
     )
-    num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1, free_on_resume=True)
-    step_size: float | None = sampler(
-        None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.", free_on_resume=True
-    )
+    num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1)
+    step_size: float | None = sampler(None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.")
     step_size_criterion: Literal["fixed_point", "prop3"] = sampler(
-        "fixed_point",
-        "What Technique 4 looks at: the whole chain, or one level as in the paper.",
-        free_on_resume=True,
+        "fixed_point", "What Technique 4 looks at: the whole chain, or one level as in the paper."
     )
 
 
@@ -55,35 +41,35 @@ class LadderOptions(LevelOptions):
 FORMERLY = {"timestep_sampling": "uniform"}
 
 
-def choose_ladder(args: LadderOptions) -> dict[str, Any]:
+def choose(args: LadderOptions) -> dict[str, Any]:
     objective = args.objective or "denoiser"
     natural = "edm" if objective == "denoiser" and args.scale_input else "epsilon"
     prediction_type = args.prediction_type or natural
     return {
         "objective": objective,
         "prediction_type": prediction_type,
-        **choose_levels(args, preconditioned=prediction_type == "edm"),
+        **levels.choose(args, preconditioned=prediction_type == "edm"),
     }
 
 
-def check_ladder(args: LadderOptions) -> None:
+def check(args: LadderOptions) -> None:
     if args.objective == "score" and args.prediction_type != "epsilon":
         raise ValueError(f"--objective score answers a score: leave out --prediction_type {args.prediction_type}")
     if args.prediction_type == "edm" and not args.scale_input:
         raise ValueError("--prediction_type edm scales the input of the network: leave out --no_scale_input")
     if args.prediction_type != "edm" and args.sigma_data is not None:
         raise ValueError(f"--sigma_data is for --prediction_type edm, not {args.prediction_type}")
-    check_levels(args)
+    levels.check(args)
 
 
-def ladder_noise(
+def noise(
     args: LadderOptions, images: Tensor, largest_distance: LargestDistance, mixture: GaussianMixtureNoise | None = None
 ) -> Noise:
     """The noise levels for these images, and the law of the noise on them."""
-    sigma_max = largest_level(args)
+    sigma_max = levels.largest(args)
     if sigma_max is None:
         sigma_max = round(largest_distance(images), 4)
-    check_ends(args, sigma_max)
+    levels.check_ends(args, sigma_max)
     num_levels = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
     if num_levels is None:
         num_levels = ladder_length(sigma_max, args.sigma_min, images[0].numel())
@@ -91,7 +77,7 @@ def ladder_noise(
         num_train_timesteps=num_levels,
         sigma_min=args.sigma_min,
         sigma_max=sigma_max,
-        sigma_data=size_of_data(args, images) if args.prediction_type == "edm" else None,
+        sigma_data=levels.size_of_data(args, images) if args.prediction_type == "edm" else None,
         mixture_weights=None if mixture is None else mixture.weights.tolist(),
         mixture_scales=None if mixture is None else mixture.scales.tolist(),
     )
@@ -110,7 +96,7 @@ def network_config(prediction_type: str, noise: Noise) -> dict[str, Any]:
     }
 
 
-def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[str, Any]:
+def config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[str, Any]:
     """The config of a scheduler of the ladder."""
     assert args.prediction_type is not None
     return {
@@ -125,7 +111,7 @@ def ladder_config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) ->
     }
 
 
-def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
+def labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
     """Labels of the levels that the options describe; of a ladder's own levels integers."""
     if args.timestep_sampling == "uniform" and args.prediction_type != "edm":
         return (uniform * noise.num_train_timesteps).long()
@@ -133,22 +119,15 @@ def ladder_labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
     assert noise.sigma_max is not None
     ends = noise.sigma_min, noise.sigma_max, noise.num_train_timesteps
     space = NoiseSpace.edm(*ends) if args.prediction_type == "edm" else NoiseSpace.ve(*ends)
-    return space.timestep(levels_of(args, noise, uniform))
+    return space.timestep(levels.drawn(args, noise, uniform))
 
 
-def ladder_loss(
-    args: LevelOptions,
-    mixture: GaussianMixtureNoise,
-    scheduler: Any,
-    network: Callable[..., Any],
-    images: Tensor,
-    labels: Tensor,
-    draw: Draw,
-) -> Tensor:
+def loss(args: LevelOptions, mixture: GaussianMixtureNoise, scheduler: Any, batch: Batch) -> Tensor:
     """The denoising loss, `(B,)`."""
+    images, labels, draw = batch.images, batch.labels, batch.draw
     timesteps = (labels if labels.dtype == torch.int64 else labels.float()).to(images.device)
     return denoising_loss(
-        lambda x, t: network(x, t).sample,
+        lambda x, t: batch.network(x, t).sample,
         images,
         timesteps,
         mixture.sample(images.shape, draw.generator, draw.device, draw.dtype),
@@ -159,8 +138,8 @@ def ladder_loss(
     )
 
 
-def ladder_in_words(args: LadderOptions, noise: Noise) -> str:
-    return levels_in_words(vars(args) | vars(noise))
+def in_words(args: LadderOptions, noise: Noise) -> str:
+    return levels.in_words(vars(args) | vars(noise))
 
 
 # What the network answers, by prediction type.
@@ -172,12 +151,12 @@ LEARNS = {
 }
 
 
-def ladder_on_card(record: dict[str, Any]) -> dict[str, Any]:
+def on_card(record: dict[str, Any]) -> dict[str, Any]:
     """What a card says of the levels and of what the network learned."""
     unconditional = record["conditioning"] == "none"
     score = record["objective"] == "score"
     return {
-        "levels": levels_in_words(record),
+        "levels": levels.in_words(record),
         "told": "is not told the noise level (Technique 3)" if unconditional else "is told the noise level",
         "learns": "the score of the noisy images" if score else LEARNS[record["prediction_type"]],
     }

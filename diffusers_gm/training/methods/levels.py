@@ -50,14 +50,14 @@ class LevelOptions(TimeOptions):
     )
 
 
-def choose_levels(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
+def choose(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
     """What is chosen where the options of the levels say nothing; `sigma_data` is then measured."""
     sampling = args.timestep_sampling or ("log_normal" if preconditioned else "uniform")
     normal = (P_MEAN, P_STD) if sampling == "log_normal" else (None, None)
     return {"timestep_sampling": sampling, "p_mean": normal[0], "p_std": normal[1], "sigma_data": None}
 
 
-def check_levels(args: LevelOptions) -> None:
+def check(args: LevelOptions) -> None:
     if args.timestep_sampling != "log_normal":
         given = [f"--{name}" for name in ("p_mean", "p_std") if getattr(args, name) is not None]
         if given:
@@ -66,7 +66,7 @@ def check_levels(args: LevelOptions) -> None:
     number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
 
 
-def largest_level(args: LevelOptions) -> float | None:
+def largest(args: LevelOptions) -> float | None:
     """The last level of the training as far as the options say it; None: to be measured on the data."""
     given = number_or_auto("sigma_max", args.sigma_max, float)
     if given is None and args.timestep_sampling == "log_normal":
@@ -96,7 +96,7 @@ def size_of_data(args: LevelOptions, images: Tensor) -> float:
     return max(round(float((images - images.mean(0)).square().mean().sqrt()), 3), args.sigma_min)
 
 
-def levels_of(args: LevelOptions, noise: Any, uniform: Tensor) -> Tensor:
+def drawn(args: LevelOptions, noise: Any, uniform: Tensor) -> Tensor:
     """Noise levels, `(B,)` float64, from numbers that are uniform in [0, 1).
 
     `log_normal` and `log_uniform` are laws of sigma; what the first has beyond the ends is at the ends.
@@ -116,7 +116,7 @@ def _law(args: LevelOptions) -> tuple[float, float]:
     return args.p_mean, args.p_std
 
 
-def levels_in_words(record: Any) -> str:
+def in_words(record: Any) -> str:
     """Of the options as recorded, or of anything with `sigma_min` and the like by name."""
     ends = f"from {record['sigma_min']:g} to {record['sigma_max']:g}"
     if record["timestep_sampling"] == "log_normal":

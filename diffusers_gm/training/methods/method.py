@@ -37,6 +37,23 @@ LargestDistance = Callable[[Tensor], float]
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What a loss is of.
+
+    Attributes:
+        network: `(sample, timestep) -> output`, the output as `.sample`.
+        images: `(B, C, H, W)` in [-1, 1].
+        labels: of their noise levels, `(B,)` on the CPU.
+        draw: where their noise comes from.
+    """
+
+    network: Callable[..., Any]
+    images: Tensor
+    labels: Tensor
+    draw: Draw
+
+
+@dataclass(frozen=True)
 class Method:
     """All that tells one method of training from another. `args` are all options of a training, its own among them.
 
@@ -51,8 +68,7 @@ class Method:
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
         labels: `(args, noise, uniform)` are the network's labels of noise levels, `(B,)` on the CPU, from numbers that
             are uniform in [0, 1), `(B,)` float64: what decides which levels are learned, and how often.
-        loss: `(args, noise, scheduler, network, images, labels, draw)` is one loss per image, `(B,)`, of
-            `(B, C, H, W)` at these levels, under noise from `draw`.
+        loss: `(args, noise, scheduler, batch)` is one loss per image, `(B,)`.
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
@@ -70,7 +86,7 @@ class Method:
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
     labels: Callable[[Any, Noise, Tensor], Tensor]
-    loss: Callable[[Any, Noise, Any, Callable[..., Any], Tensor, Tensor, Draw], Tensor]
+    loss: Callable[[Any, Noise, Any, Batch], Tensor]
     noise_in_words: Callable[[Any, Noise], str]
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]

@@ -1,0 +1,69 @@
+"""The options that all our schedulers have."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+from diffusers.configuration_utils import register_to_config
+
+
+def common(
+    num_train_timesteps: int = 1000,
+    noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
+    sigma_min: float = 0.01,
+    sigma_max: float = 50.0,
+    scale_input: bool = True,
+    sigma_data: float | None = None,
+    beta_start: float = 0.0001,
+    beta_end: float = 0.02,
+    beta_schedule: str | None = None,
+    trained_betas: list[float] | None = None,
+    rescale_betas_zero_snr: bool = False,
+    snr_shift_scale: float | None = None,
+    shift: float | None = None,
+    use_dynamic_shifting: bool = False,
+    time_shift_type: Literal["exponential", "linear"] = "exponential",
+    shift_terminal: float | None = None,
+    prediction_type: str = "epsilon",
+    variance_type: str | None = None,
+    clip_sample: bool = False,
+    clip_sample_range: float = 1.0,
+    thresholding: bool = False,
+    dynamic_thresholding_ratio: float = 0.995,
+    sample_max_value: float = 1.0,
+    timestep_spacing: str = "log_snr",
+    steps_offset: int = 0,
+    grid: str | None = None,
+    use_karras_sigmas: bool = False,
+    use_exponential_sigmas: bool = False,
+    use_lu_lambdas: bool = False,
+    use_beta_sigmas: bool = False,
+    calibration: dict[str, Any] | None = None,
+    beta_0: float = 4.0,
+    beta_1: float = 0.0,
+    mass: float = 0.25,
+    gamma: float = 0.04,
+) -> None:
+    """What they mean is said by `AnnealedLangevinScheduler`, and of the last four by `CLDSSCSScheduler`."""
+
+
+def with_common_options(init: Callable[..., None]) -> Callable[..., None]:
+    """`register_to_config` for an `__init__` that takes the options of its class alone: the scheduler takes those of
+    `common` before them, and all are in `self.config` when `init` is called. What `init` has too is left to it."""
+    me, *own = inspect.signature(init).parameters.values()
+    names = [option.name for option in own]
+    shared = [option for option in inspect.signature(common).parameters.values() if option.name not in names]
+    signature = inspect.Signature([me, *shared, *own])
+
+    @wraps(init)
+    def with_all(*args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{init.__qualname__}() {error}") from None
+        given.apply_defaults()
+        init(given.arguments[me.name], **{name: given.arguments[name] for name in names})
+
+    with_all.__signature__ = signature  # type: ignore[attr-defined]
+    return register_to_config(with_all)

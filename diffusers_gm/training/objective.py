@@ -1,0 +1,149 @@
+"""What is minimised: the loss of the network at noise levels, which a scheduler describes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from ..data import dequantized
+from ..networks import answers_variance, asked, without_variance
+from ..readings import Reading
+from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
+from ..schedulers.base import SamplerScheduler
+from .classes import told
+from .draws import Draws
+from .methods import METHODS
+from .methods.method import Batch
+from .options import TrainingArguments, changed_options
+from .plan import Plan
+
+# What a schedule of betas is described by.
+BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
+
+
+def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArguments, dict[str, Any]]:
+    """The options with the noise levels that a pretrained network knows, and what the scheduler's config needs of them.
+
+    A network that was trained at the levels and labels of a beta schedule (DDPM) or of a ladder goes on with them: the
+    input and the answer at a noise level are then what it has learned, and only the law of the noise may be new.
+
+    Raises:
+        ValueError: if options say other levels.
+    """
+    answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
+    ours = (
+        "sigma_min",
+        "sigma_max",
+        "sigma_data",
+        "num_train_timesteps",
+        "prediction_type",
+        "objective",
+        "scale_input",
+    )
+    method = METHODS[args.method]
+    if args.model_name_or_path is None or not args.keep_noise_levels or "prediction_type" not in method.option_names:
+        return args, answers
+    try:
+        config = GMLangevinScheduler.load_config(
+            args.model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, revision=args.revision
+        )
+        source = GMLangevinScheduler.from_config(config)
+    except (OSError, ValueError):  # a network alone, or a scheduler that says nothing of noise levels
+        return args, answers
+    space, kind = source.noise_space, source.reading.prediction_type
+    if space is None or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score")):
+        return args, answers
+    given = [f"--{f.name}" for f in changed_options(args) if f.name in ours]
+    if given:
+        raise ValueError(
+            f"{given}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
+            "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
+        )
+    low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
+    changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
+    changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
+    learned_score = (
+        kind == "scaled_score" and "mixture_weights" in METHODS[args.method].option_names
+    )  # of Gaussian noise, the two are the same
+    changes |= {"objective": "score" if learned_score else "denoiser"}
+    changes |= {"prediction_type": "epsilon" if kind == "scaled_score" else kind}
+    changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
+    # How often each level is seen is chosen anew for what the network answers.
+    changes |= dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
+    betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
+    return replace(args, **changes), answers | (betas if space.kind == "vp" else {})
+
+
+def build_scheduler(args: TrainingArguments, plan: Plan, network: dict[str, Any] | None = None) -> Any:
+    """The scheduler that describes the network and its noise, with the sampler's options.
+
+    `network`: entries of its config that a pretrained network asks for.
+
+    Raises:
+        ValueError: if the sampler cannot run with `plan.validation_inference_steps` network calls.
+    """
+    sampler = {name: getattr(args, name) for name in ("algorithm_type", "timestep_spacing")}
+    sampler = {name: value for name, value in sampler.items() if value is not None}
+    scheduler = METHODS[args.method].scheduler(args, plan, sampler)
+    if network:
+        scheduler = type(scheduler).from_config(scheduler.config, **network)
+    scheduler.set_timesteps(plan.validation_inference_steps)
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: `objective(network, images)` of `(B, C, H, W)` is one loss per image, `(B,)`.
+
+    Levels and noise, that of `--dequantize` included, come from the third argument, by default from the global
+    generators; the classes of a conditional network from the fourth, by default `null_class`. `unet` is the network
+    itself, for those that are not called as a `UNet2DModel` is.
+    """
+
+    args: TrainingArguments
+    plan: Plan
+    scheduler: Any
+    unet: Any = None
+    null_class: int | None = None
+
+    def __call__(
+        self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None, classes: Tensor | None = None
+    ) -> Tensor:
+        draws = draws or Draws.of(images)
+        if classes is None and self.null_class is not None:
+            classes = torch.full((len(images),), self.null_class, device=images.device)
+        if self.args.dequantize is not None:
+            images = dequantized(images, self.args.dequantize, draws.noise.generator)
+        network = told(self._as_denoiser(network, images.shape[1]), classes)
+        batch = Batch(network, images, self.labels(draws.levels), draws.noise)
+        return METHODS[self.args.method].loss(self.args, self.plan, self.scheduler, batch)
+
+    def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:
+        """The network as the losses call it, and without a variance that it answers besides."""
+        if self.unet is None or (isinstance(self.unet, UNet2DModel) and not answers_variance(self.unet)):
+            return network
+        call = asked(network, self.unet)
+
+        def answer(*inputs: Any, **named: Any) -> SimpleNamespace:
+            return SimpleNamespace(sample=without_variance(call(*inputs, **named).sample, channels))
+
+        return answer
+
+    def labels(self, uniform: Tensor) -> Tensor:
+        """Labels of noise levels, see `Method`."""
+        return METHODS[self.args.method].labels(self.args, self.plan, uniform)
+
+    def sigma(self, uniform: Tensor) -> Tensor:
+        """The noise levels themselves, same shape, on the CPU; for cld those of the image in `(x, v)`."""
+        return self.reading.sigma(self.labels(uniform))
+
+    @cached_property
+    def reading(self) -> Reading:
+        """How the network sees noise."""
+        ours = isinstance(self.scheduler, SamplerScheduler)
+        return (self.scheduler if ours else AnnealedLangevinScheduler.from_config(self.scheduler.config)).reading
