@@ -5,7 +5,8 @@ Denoising error on held-out digits, over optimizer steps, of `train_gm_sgm.py --
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -101,16 +102,6 @@ def fine_tuning(args: argparse.Namespace) -> Report:
             curves.setdefault(method, {})[start] = found
             print(f"{method}, {start}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
 
-    figure, axes = plt.subplots(1, len(METHODS), figsize=(12, 4), sharey=True, layout="constrained")
-    for axis, (method, of_method) in zip(axes, curves.items(), strict=True):
-        for (start, values), style in zip(of_method.items(), (":o", "--s", "-^"), strict=False):
-            axis.plot(at, values, style, label=start)
-        axis.set(title=method, xlabel="steps", yscale="log")
-        axis.set_xscale("symlog", linthresh=at[1])
-        axis.set_xticks(at, map(str, at))
-        axis.minorticks_off()
-    axes[0].set_ylabel("denoising error, linear denoiser = 1")
-    axes[0].legend(fontsize=8)
     rows = [[method, start, *values] for method, found in curves.items() for start, values in found.items()]
     return Report(
         name="fine_tuning",
@@ -118,12 +109,25 @@ def fine_tuning(args: argparse.Namespace) -> Report:
         question="How many steps does a network of DDPM save, beside training from scratch?",
         verdict=" ".join(verdict(method, found, at) for method, found in curves.items()),
         tables=[Table("Denoising error after so many steps.", ["method", "start", *map(str, at)], rows)],
-        pictures=[save_picture(figure, args.output / "fine_tuning.png")],
+        pictures=[plot(curves, at, args.output / "fine_tuning.png")],
         conditions=f"Digits, a network of {before.num_parameters():,} parameters; DDPM of {3 * args.steps} steps of "
         f"{BATCH} images; a constant learning rate of 5e-4, seed 0, weights not averaged; held-out digits at noise "
         f"levels {', '.join(map(str, SIGMAS))}, under the noise of the method. cld is fed its whole state: it starts "
         "from inputs for the companion noise whose weights are zero, and at levels of its own.",
     )
+
+
+def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], at: Sequence[int], path: Path) -> str:
+    """The errors after so many steps, a panel for each method."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(12, 4), sharey=True, layout="constrained")
+    for axis, (method, of_method) in zip(axes, curves.items(), strict=True):
+        for (start, values), style in zip(of_method.items(), (":o", "--s", "-^"), strict=False):
+            axis.plot(values, style, label=start)
+        axis.set(title=method, xlabel="steps", yscale="log")
+        axis.set_xticks(range(len(at)), map(str, at))
+    axes[0].set_ylabel("denoising error, linear denoiser = 1")
+    axes[0].legend(fontsize=8)
+    return save_picture(figure, path)
 
 
 def verdict(method: str, found: dict[str, list[float]], at: Sequence[int]) -> str:
