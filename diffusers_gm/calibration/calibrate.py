@@ -5,8 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -29,12 +28,13 @@ MAX_RUNS, MAX_CALLS = 40, 240
 # Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
 NUM_FAST, NUM_MARTINGALE = 56, 48
 
-# The martingale defect below which a network's errors dominate; exact denoisers have about 0.
-ERRS = -0.5
+# The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
+# trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
+ERRS = -0.2
 
-# Stochasticities: a little, which costs an exact denoiser nothing and forgives small errors; and, among networks whose
-# errors dominate, that of runs with more than `FEW` calls.
-LITTLE, MUCH, FEW = 0.4, 1.0, 8
+# Stochasticities of a run of enough calls to follow them: a little, which costs an exact denoiser nothing and forgives
+# small errors; and that of networks whose errors dominate.
+LITTLE, MUCH, ENOUGH = 0.4, 1.0, 8
 
 # Stochasticities among which real images choose.
 CANDIDATES = (0.0, LITTLE, MUCH)
@@ -124,8 +124,8 @@ def calibrate_in_full(
     if effort not in ("full", "fast"):
         raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
     scheduler = _swapped(pipe)
-    order, corrector = scheduler.config.multistep_order, scheduler.config.corrector
-    Multistep(order, corrector, stochasticity or 0.0)  # raises a ValueError
+    sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
+    replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
     ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
     low, high = scheduler.reading.sigma(ends).tolist()
     result = Calibration(scheduler)
@@ -136,29 +136,17 @@ def calibrate_in_full(
     def work(denoiser: Denoiser, start: Tensor) -> None:
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
-        ladder = Ladder(timed, start, high, max(low, LOW))
-        taus: dict[int, tuple[float, ...]]
-        if stochasticity is not None:
-            taus = dict.fromkeys(budgets, (stochasticity,))
-        elif images is not None:
-            taus = dict.fromkeys(budgets, CANDIDATES)
-        else:
-            taus = {n: (stochasticity_for(result.martingale_defect, n),) for n in budgets}
-        samplers = {
-            tau: Multistep(order, corrector, tau) for tau in sorted({tau for of_n in taus.values() for tau in of_n})
-        }
-        calibrated = _from_one_run if effort == "fast" else _from_trajectories
-        found = {
-            tau: calibrated(ladder, scheduler, sampler, [n for n in budgets if tau in taus[n]])
-            for tau, sampler in samplers.items()
-        }
-        for n, of_n in taus.items():
-            tau = of_n[0]
-            if images is not None and len(of_n) > 1:
-                tau = min(of_n, key=lambda tau: ladder.distance(samplers[tau], found[tau][n][0], images))
-            result.stochasticity[n] = tau
-            result.levels[n], error = found[tau][n]
-            result.errors |= {n: error} if error else {}
+        ladder = Ladder(timed, start, high, max(low, LOW), sampler)
+        found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
+        for n, (levels, errors) in found.items():
+            result.levels[n] = levels
+            result.errors |= {n: errors} if errors else {}
+            if stochasticity is not None:
+                result.stochasticity[n] = stochasticity
+            elif images is not None:
+                result.stochasticity[n] = ladder.closest(CANDIDATES, levels, images)
+            else:
+                result.stochasticity[n] = stochasticity_for(result.martingale_defect, n)
         result.network_calls = clock.calls
 
     with bar, _quiet(pipe):
@@ -179,18 +167,14 @@ Found = dict[int, tuple[list[float], tuple[float, float] | None]]
 
 @dataclass(frozen=True)
 class Ladder:
-    """A pipeline as a denoiser, the y that its run starts from, and the range of noise levels."""
+    """A pipeline as a denoiser, the y that its run starts from, the range of noise levels, and the sampler without
+    noise: levels that follow the probability flow serve every stochasticity."""
 
     denoiser: Denoiser
     start: Tensor
     high: float
     low: float
-
-    @cached_property
-    def one_run(self) -> tuple[Tensor, Tensor]:
-        """Levels of one run of the probability flow, and the Gram matrix of its D's."""
-        sigmas = fine_ladder(self.high, self.low, NUM_FAST)
-        return sigmas, gram(Trajectories(self.denoiser, self.start, sigmas, Multistep()).teacher.denoised)
+    sampler: Multistep
 
     def fresh_start(self, seed: int) -> Tensor:
         """Another y of the same kind."""
@@ -198,53 +182,71 @@ class Ladder:
             self.start.std()
         )
 
-    def distance(self, sampler: Multistep, levels: list[float], images: Tensor) -> float:
-        """How far samples are from real images; from starts that no levels were chosen on."""
+    def closest(self, taus: Sequence[float], levels: list[float], images: Tensor) -> float:
+        """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
         sigmas = torch.tensor(levels, dtype=torch.float64)
-        batches = [
-            sample(sampler, self.denoiser, self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed))
-            for seed in (3, 4)
-        ]
-        return sliced_distance(torch.cat(batches), images)
+
+        def distance(tau: float) -> float:
+            sampler = replace(self.sampler, stochasticity=tau)
+            batches = [
+                sample(sampler, self.denoiser, self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed))
+                for seed in (3, 4)
+            ]
+            return sliced_distance(torch.cat(batches), images)
+
+        return min(taus, key=distance)
 
 
-def _from_one_run(ladder: Ladder, scheduler: Any, sampler: Multistep, budgets: list[int]) -> Found:
-    sigmas, matrix = ladder.one_run
-    defects = LocalDefects(sigmas, matrix, 1 + sampler.stochasticity**2)
-    return {n: (sigmas[defects.best(n)].tolist(), None) for n in budgets}
-
-
-def _from_trajectories(ladder: Ladder, scheduler: Any, sampler: Multistep, budgets: list[int]) -> Found:
-    trajectories = Trajectories(ladder.denoiser, ladder.start, fine_ladder(ladder.high, ladder.low), sampler)
-    sigmas, every = trajectories.sigmas, 3
-    some = list(range(0, len(sigmas), every))
+def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
+    """By the local errors of all steps, from the Gram matrix of the denoised images of one run."""
+    sigmas = fine_ladder(ladder.high, ladder.low, NUM_FAST)
     defects = LocalDefects(
-        sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]), 1 + sampler.stochasticity**2
+        sigmas, gram(Trajectories(ladder.denoiser, ladder.start, sigmas, ladder.sampler).teacher.denoised)
     )
-    # Levels that are no better along another path were made for this one: then what they were made from stays.
-    others = Trajectories(ladder.denoiser, ladder.fresh_start(2), sigmas, sampler, seed=2)
+    return {n: (sigmas[defects.best(n, last_place(sigmas, scheduler, n))].tolist(), None) for n in budgets}
+
+
+def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
+    """By the end of every run beside that of a very long one from the same start. The search goes by the mean square,
+    which prefers runs that average: what was found is compared with what it was found from, as sets of images and from
+    another start, and the closest one stays."""
+    trajectories = Trajectories(ladder.denoiser, ladder.start, fine_ladder(ladder.high, ladder.low), ladder.sampler)
+    sigmas = trajectories.sigmas
+    some = list(range(0, len(sigmas), 3))
+    defects = LocalDefects(sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]))
+    others = Trajectories(ladder.denoiser, ladder.fresh_start(2), sigmas, ladder.sampler)
     found: Found = {}
     for n in budgets:
-        starts = [[some[k] for k in defects.best(n)]] if n <= len(some) // 2 else []
+        last = last_place(sigmas, scheduler, n)
+        wanted = [scheduler.calibrated_or_even_levels(n)]
         if found:  # what suits fewer calls, with levels in between
-            known = {str(m): levels for m, (levels, _) in found.items()}
-            places = nearest(sigmas, calibrated_levels(known, n))
-            starts += [places] if places is not None else []
-        fixed = nearest(sigmas, scheduler.calibrated_or_even_levels(n))
-        starts += [fixed] if fixed is not None else []
-        best = search(trajectories, n, starts, min(MAX_RUNS * n, MAX_CALLS))
+            wanted.append(calibrated_levels({str(m): levels for m, (levels, _) in found.items()}, n))
+        starts = [places for levels in wanted if (places := nearest(sigmas, levels)) is not None]
+        if n <= len(some) // 2:
+            starts.append([some[k] for k in defects.best(n, last_place(sigmas[some], scheduler, n))])
+        starts = [[*places[:-1], last] for places in starts if places[-2] < last]
+        best = search(trajectories, n, starts, last, min(MAX_RUNS * n, MAX_CALLS))
         candidates = [best.index, *starts]
-        errors = [others.run(places).error for places in candidates]
-        error = min(errors)
-        fixed_error = errors[-1] if fixed is not None else math.nan
-        found[n] = sigmas[candidates[errors.index(error)]].tolist(), (fixed_error, error)
+        errors = [
+            sliced_distance(others.run(places).denoised[-1], others.teacher.denoised[-1]) for places in candidates
+        ]
+        found[n] = sigmas[candidates[errors.index(min(errors))]].tolist(), (errors[1], min(errors))
     return found
 
 
+def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
+    """The place on a ladder of the last level of the fixed grid, which stays: the mean square would have it higher, and
+    blur what is below it."""
+    last = float(scheduler.calibrated_or_even_levels(num_calls)[-1])
+    return int((sigmas.log() - math.log(last)).abs().argmin())
+
+
 def stochasticity_for(defect: float, num_calls: int) -> float:
-    """tau for a network by its martingale defect: noise makes a run forget the errors of the levels before. A little is
-    as good as none for an accurate network, and a run of few calls cannot follow more."""
-    return MUCH if defect < ERRS and num_calls > FEW else LITTLE
+    """tau for a network by its martingale defect: noise makes a run forget the errors of the levels before, if it has
+    calls enough to follow it."""
+    if num_calls < ENOUGH:
+        return 0.0
+    return MUCH if defect < ERRS else LITTLE
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:

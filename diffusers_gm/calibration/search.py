@@ -11,7 +11,6 @@ from .trajectory import Run, Trajectories
 
 NUM_FINE = 160
 POWERS = (1.5, 2.0, 3.0)
-LAST_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.4)
 MOVES = (8, 4, 2, 1)
 
 
@@ -31,13 +30,14 @@ def search(
     trajectories: Trajectories,
     num_calls: int,
     starts: list[list[int]],
+    last: int,
     max_calls: int,
 ) -> Run:
     """The best levels that are found with about `max_calls` network calls.
 
     Coordinate descent on the levels' places on the fine ladder, with halving moves, from the best of `starts` and of
-    `power_levels`. Levels are moved from the last to the first: a run is the same up to the level that moves, so the
-    last ones cost little.
+    `power_levels` down to place `last`, where the last level stays. Levels are moved from the last to the first: a run
+    is the same up to the level that moves, so the last ones cost little.
 
     Raises:
         ValueError: if the ladder has not as many levels.
@@ -51,24 +51,20 @@ def search(
         return trajectories.num_calls - spent < max_calls
 
     candidates = list(starts)
-    high, low = float(sigmas[0]), float(sigmas[-1])
     for power in POWERS:
-        for last in LAST_LEVELS:
-            if low < last < high / 2:
-                places = nearest(sigmas, power_levels(high, last, num_calls, power))
-                candidates += [places] if places is not None else []
+        places = nearest(sigmas, power_levels(float(sigmas[0]), float(sigmas[last]), num_calls, power))
+        candidates += [places] if places is not None else []
     best = trajectories.run(candidates[0])
     for places in candidates[1:]:
         if trajectories.num_calls - spent < max_calls // 2:
             trial = trajectories.run(places)
             best = min(best, trial, key=lambda run: run.error)
     for move in MOVES:
-        for j in reversed(range(1, num_calls)):
+        for j in reversed(range(1, num_calls - 1)):
             for signed in (move, -move):
                 places = list(best.index)
                 places[j] += signed
-                end = len(sigmas) if j == num_calls - 1 else places[j + 1]
-                if not places[j - 1] < places[j] < end or not left():
+                if not places[j - 1] < places[j] < places[j + 1] or not left():
                     continue
                 trial = trajectories.run(places, best)
                 if trial.error < best.error:
@@ -94,44 +90,43 @@ class LocalDefects:
     Args:
         sigmas: levels of the run, `(K,)`.
         matrix: `gram` of its D's.
-        a: `1 + tau^2`.
     """
 
-    def __init__(self, sigmas: Tensor, matrix: Tensor, a: float = 1.0):
+    def __init__(self, sigmas: Tensor, matrix: Tensor):
         clock, n = -sigmas.log(), len(sigmas)
         self.sigmas, self.matrix = sigmas, matrix
         eye = torch.eye(n, dtype=torch.float64)
         # The integral from each level to each later one, of D linear between neighbouring levels: weights of all D's.
-        between = exponential_weights(clock[:-1], clock[1:], torch.stack([clock[:-1], clock[1:]], -1), a)
+        between = exponential_weights(clock[:-1], clock[1:], torch.stack([clock[:-1], clock[1:]], -1), 1.0)
         pieces = between[:, :1] * eye[:-1] + between[:, 1:] * eye[1:]
         exact = torch.zeros(n, n, n, dtype=torch.float64)
         for k in range(n - 1):
             total = torch.zeros(n, dtype=torch.float64)
             for m in range(k + 1, n):
-                total = total * torch.exp(-a * (clock[m] - clock[m - 1])) + pieces[m - 1]
+                total = total * torch.exp(clock[m - 1] - clock[m]) + pieces[m - 1]
                 exact[k, m] = total
         j, k, m = torch.combinations(torch.arange(n), 3).T
         # (previous, current, next); the first step has no previous one: it is written as (current, current, next).
         self.cost = torch.full((n, n, n), math.inf, dtype=torch.float64)
-        self.cost[j, k, m] = self._costs(exact[k, m], clock, m, [k, j], k, a)
+        self.cost[j, k, m] = self._costs(exact[k, m], clock, m, [k, j], k)
         zero, later = torch.zeros(n - 1, dtype=torch.long), torch.arange(1, n)
-        self.cost[0, 0, 1:] = self._costs(exact[zero, later], clock, later, [zero], zero, a)
+        self.cost[0, 0, 1:] = self._costs(exact[zero, later], clock, later, [zero], zero)
 
-    def _costs(self, exact: Tensor, clock: Tensor, end: Tensor, known: list[Tensor], start: Tensor, a: float) -> Tensor:
+    def _costs(self, exact: Tensor, clock: Tensor, end: Tensor, known: list[Tensor], start: Tensor) -> Tensor:
         """`(e_c^2 + e_p^2 / 4) s^2 / (s^2 + sigma^2)` of steps from levels `start` to `end`, with D of `known`."""
         signal = self.matrix[-1, -1]
         damping = signal / (signal + self.sigmas[end] ** 2)
         total = torch.zeros(len(end), dtype=torch.float64)
         for nodes, share in ((known, 0.25), ([end, *known], 1.0)):
             places = torch.stack(nodes, -1)
-            weights = exponential_weights(clock[start], clock[end], clock[places], a)
+            weights = exponential_weights(clock[start], clock[end], clock[places], 1.0)
             defect = exact.clone().scatter_add_(1, places, -weights)
             total += share * torch.einsum("ik,kl,il->i", defect, self.matrix, defect).clamp(min=0)
         return total * damping
 
-    def best(self, num_calls: int) -> list[int]:
-        """The levels of the smallest sum of defects, and of the distance of the last D to the end of the run, by
-        dynamic programming over (previous, current)."""
+    def best(self, num_calls: int, end: int) -> list[int]:
+        """The levels of the smallest sum of defects on the way to level `end`, by dynamic programming over (previous,
+        current)."""
         n, last = len(self.sigmas), num_calls - 1
         value = torch.full((n, n), math.inf, dtype=torch.float64)
         value[0, 0] = 0.0
@@ -140,11 +135,7 @@ class LocalDefects:
             total = value[:, :, None] + self.cost
             value, choice = total.min(0)
             came_from.append(choice)
-        g = self.matrix
-        end = g[-1, -1] - 2 * g[-1] + g.diagonal()
-        total = value + end
-        flat = int(total.argmin())
-        previous, current = divmod(flat, n)
+        previous, current = int(value[:, end].argmin()), end
         path = [current, previous]
         for choice in reversed(came_from[1:]):
             previous, current = int(choice[previous, current]), previous
