@@ -362,7 +362,7 @@ def test_squared_distances_of_gaussians():
 
 
 def test_squared_distances_on_the_digits(tmp_path):
-    words = ["squared", "--steps", "1", "--batch", "4", "--num_samples", "80", "--calls", "4", "6"]
+    words = ["squared", "--steps", "1", "--batch", "4", "--num_samples", "80", "--calls", "10"]
     cld.main([*words, "--output", str(tmp_path)])
     report = Report.read(tmp_path / "cld_squared.json")
     assert [len(table.rows) for table in report.tables[-2:]] == [len(cld_squared.SAMPLERS)] * 2
