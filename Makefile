@@ -101,6 +101,7 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
 
 # Other versions of Python, each in an environment of its own; one that is not on this machine is passed over, and said.
+# torch is that of PyPI, several GB until uv has fetched it once: pip alone reads the settings of this machine.
 PYTHONS ?= 3.12 3.13
 PYTHON_TESTS ?= $(addprefix tests/test_,options.py recipe.py commands.py saved.py schedulers.py pipelines.py data.py)
 find_python = $(shell for p in python$(1) $(HOME)/.pyenv/versions/$(1).*/bin/python; do $$p -c "" 2>/dev/null && echo $$p && break; done)

@@ -106,6 +106,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     checkpoint = find_checkpoint(args)
     args = as_recorded(args, checkpoint)
     check_output_dir(args, checkpoint)
+    check_parallelism()
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -114,7 +115,6 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         kwargs_handlers=[PATIENCE],
     )
     check_processes(accelerator)
-    check_parallelism(accelerator)
     check_precision(accelerator)
     device, num_processes = accelerator.device, accelerator.num_processes
 

@@ -8,7 +8,7 @@ schedulers that swap into existing pipelines, pipelines that load and save, proc
 from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
-from .calibration import calibrate as calibrate
+from .calibrate import calibrate as calibrate
 from .pipelines import CLDPipeline as CLDPipeline
 from .pipelines import GMSGMPipeline as GMSGMPipeline
 from .pipelines import NCSNv2Pipeline as NCSNv2Pipeline

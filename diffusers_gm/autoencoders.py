@@ -125,6 +125,34 @@ def latent_channels(vae: Any) -> int:
     return vae.config.get("vq_embed_dim") or vae.config["latent_channels"]
 
 
+def as_learned(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
+    """Real images as the network of a pipeline takes them, `(n, *shape)`.
+
+    Args:
+        pipe: of diffusers or ours, with or without a `vae`.
+        images: `(n, C, H, W)`: as the network takes them; or where that is latents, the images, in [-1, 1], which its
+            `vae` encodes.
+        shape: of one sample, `(C, H, W)`.
+
+    Raises:
+        ValueError: for other shapes or values.
+    """
+    wanted = [tuple(shape)]
+    if images.is_floating_point() and tuple(images.shape[1:]) == wanted[0]:
+        return images
+    vae: Any = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    if type(vae).__name__ in AUTOENCODERS:
+        pixels = downsampling(vae)
+        wanted.append((vae.config["in_channels"], *(pixels * side for side in shape[1:])))
+    if not images.is_floating_point() or tuple(images.shape[1:]) not in wanted:
+        words = " or, of latents, ".join(f"(n, {', '.join(map(str, each))})" for each in wanted[::-1])
+        raise ValueError(f"images must be {words}, floating point, got {tuple(images.shape)} {images.dtype}")
+    if not (images.min() >= -1 and images.max() <= 1):
+        raise ValueError(f"images must be in [-1, 1], they go from {float(images.min()):g} to {float(images.max()):g}")
+    space = getattr(pipe, "latent_space", None) or LatentSpace.of(vae)
+    return torch.cat([space.encode(some.to(vae.device)) for some in images.split(16)])
+
+
 def fingerprint(vae: Any) -> str:
     """Its class and a hash of its weights: what decides which latents it makes."""
     content = hashlib.sha256()

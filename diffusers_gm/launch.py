@@ -35,19 +35,15 @@ def check_processes(state: Any) -> None:
         )
 
 
-def check_parallelism(state: Any) -> None:
-    """Raise a ValueError for a launch that would spread the network over processes: here each holds all of it.
-
-    Args:
-        state: an `Accelerator`.
-    """
-    kind = state.distributed_type.value
-    asked = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
-    if asked or kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise ValueError(
-            f"accelerate is set up for {asked[0] if asked else kind}, which spreads a network over processes, and here "
-            "every process holds all of it: launch with --multi_gpu, or choose that in `accelerate config`"
-        )
+def check_parallelism() -> None:
+    """Raise a ValueError for a launch that would spread the network over processes: here each holds all of it. To be
+    called before there is an `Accelerator`, which would start doing so, or on CPUs ignores what it is told."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
+            raise ValueError(
+                f"accelerate is set up for {kind}, which spreads a network over processes, and here every process "
+                "holds all of it: launch with --multi_gpu, or choose that in `accelerate config`"
+            )
 
 
 def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int, description: str) -> list:

@@ -300,6 +300,28 @@ def test_what_the_pipeline_raises_is_passed_on(tiny_unet):
     assert isinstance(pipe.scheduler, DDPMScheduler)
 
 
+NAMES = """
+import inspect, runpy, sys
+import diffusers_gm.calibrate
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_module("diffusers_gm.calibrate", run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 0
+import diffusers_gm.calibrate.__main__
+from diffusers_gm import calibrate
+assert calibrate is diffusers_gm.calibrate and inspect.isfunction(calibrate)
+"""
+
+
+@pytest.mark.parametrize("first", ["import diffusers_gm.calibrate", "from diffusers_gm import calibrate"])
+def test_the_function_and_the_command_have_one_name(first):
+    """In whatever order they are imported, by an interpreter that has not done so yet."""
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-c", first + NAMES]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     pipe = NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0))
     pipe.save_pretrained(tmp_path / "model")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from diffusers import (
     KDPM2AncestralDiscreteScheduler,
     PNDMScheduler,
 )
+from networks import tiny_network
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -30,9 +32,11 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
 )
-from diffusers_gm.data import SAMPLES, generator_for, split_digits
+from diffusers_gm.data import EXAMINATION, SAMPLES, generator_for, split_digit_labels, split_digits
 from diffusers_gm.evaluation import command, num_steps_for
-from diffusers_gm.evaluation.report import plot, table
+from diffusers_gm.evaluation.distances import sliced_wasserstein
+from diffusers_gm.evaluation.options import build_parser
+from diffusers_gm.evaluation.report import plot, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.evaluation.sampling import NoGridError, build_scheduler, image_shape, load_pipeline, sample
 from diffusers_gm.evaluation.sources import read_samples
@@ -248,6 +252,117 @@ def test_real_digits_are_as_good_as_the_floor(evaluate, tmp_path):
 # --- The whole ---
 
 
+def save_conditional(folder):
+    """A folder with a pipeline for the ten digits."""
+    network = tiny_network(num_class_embeds=11)
+    pipeline = GMSGMPipeline(network, GMLangevinScheduler(), class_names=[str(digit) for digit in range(10)])
+    pipeline.save_pretrained(folder / "conditional")
+    return "conditional"
+
+
+def test_conditional_models_are_measured_with_guidance(evaluate, tmp_path):
+    folder = save_conditional(tmp_path)
+    words = [folder, *QUICK, "--calls", 3, "--guidance_scale", 1, 3]
+    record, printed = evaluate(*words)
+    plain, guided = record["cells"]
+    assert [cell["scheduler"] for cell in (plain, guided)] == ["GMLangevinScheduler", "GMLangevinScheduler, guidance 3"]
+    assert "| GMLangevinScheduler, guidance 3 | 3 | " in printed
+    assert plain["network_calls"] == guided["network_calls"] == 3
+    assert plain["scores"] != guided["scores"]
+
+    # The images are those of the pipeline, the interval counts, and what was measured before stays.
+    pipeline = load_pipeline(folder, CPU)
+    generators = [generator_for(0, SAMPLES, i) for i in range(20)]
+    labels = pipeline.draw_labels(generators)
+    images = pipeline(20, 3, generators, class_labels=labels, guidance_scale=3.0, output_type="pt").images * 2 - 1
+    distance = sliced_wasserstein(images, split_digits()[0][reference_order(60)])
+    assert guided["scores"]["sliced W2"] == pytest.approx(distance, rel=1e-4)
+    more, _ = evaluate(*words, "--guidance_interval", 0.01, 2)
+    assert more["cells"][:2] == record["cells"]
+    assert more["cells"][2]["scheduler"] == "GMLangevinScheduler, guidance 3 in [0.01, 2]"
+    assert len({cell["scores"]["sliced W2"] for cell in more["cells"]}) == 3
+
+
+def reference_order(n):
+    """The first `n` of the training digits as they are examined."""
+    return torch.randperm(1437, generator=generator_for(0, EXAMINATION))[:n]
+
+
+def test_samples_and_real_images_of_some_classes(evaluate, tmp_path):
+    """A model that draws what it is told, measured on two digits: as good as these, and far from all."""
+    folder = save_conditional(tmp_path)
+    seen = []
+    words = [folder, *QUICK, "--calls", 2, "--class_labels", 3, 7]
+    original = GMSGMPipeline._network
+
+    def watched(self, model_input, timestep, labels=None):
+        seen.extend(labels.tolist())
+        return original(self, model_input, timestep, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GMSGMPipeline, "_network", watched)
+        record, printed = evaluate(*words)
+    assert set(seen) == {3, 7}
+    assert record["conditions"]["classes"] == ["3", "7"]
+    assert "of digits, 1x8x8, of the classes 3, 7." in printed
+
+    # Real threes and sevens are as far from the reference as the floor.
+    images, labels = split_digits()[1], split_digit_labels()[1]
+    np.save(tmp_path / "real.npy", (images[(labels == 3) | (labels == 7), 0][:60].numpy() + 1) / 2)
+    words = ["--samples", "real.npy", "--metrics", "sw", "--class_labels", 3, 7, "--output_dir", "two"]
+    command.main([*map(str, words), "--dataset_name", "digits", "--features_cache", "cache"])
+    found = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert found["conditions"]["num_reference"] == int(torch.isin(split_digit_labels()[0], torch.tensor([3, 7])).sum())
+    assert found["cells"][0]["scores"]["sliced W2"] == pytest.approx(found["floor"][0]["sliced W2"], rel=0.25)
+    command.main([*map(str, words[:4]), "--output_dir", "all", "--dataset_name", "digits", "--features_cache", "cache"])
+    every = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert every["cells"][0]["scores"]["sliced W2"] > 1.5 * found["cells"][0]["scores"]["sliced W2"]
+
+
+def test_classes_of_a_folder(evaluate, tmp_path):
+    for name, value in (("black", 0), ("white", 255)):
+        (tmp_path / "tones" / name).mkdir(parents=True)
+        for i in range(50):
+            Image.new("L", (8, 8), value).save(tmp_path / "tones" / name / f"{i}.png")
+    np.save(tmp_path / "white.npy", np.ones((20, 8, 8)))
+    words = ["--samples", "white.npy", "--metrics", "sw", "--class_labels"]
+    data = f"--train_data_dir tones --cache_dir {tmp_path / 'cache'}"
+    record, _ = evaluate(*words, "white", data=data)
+    assert record["cells"][0]["scores"]["sliced W2"] == 0
+    assert record["conditions"]["num_reference"] == 30
+    said = verdict(Results.read(tmp_path / "out" / "results.json"))
+    assert said == "sliced W2 of real images is 0: nothing is a multiple of it."
+    with pytest.raises(SystemExit):
+        evaluate(*words, "grey", data=data)
+
+
+def test_images_that_are_no_squares(evaluate, tmp_path):
+    network = tiny_network(sample_size=(8, 12))
+    GMSGMPipeline(network, GMLangevinScheduler()).save_pretrained(tmp_path / "wide")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pixels = torch.randint(0, 256, (240, 16, 26), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    data = f"--train_data_dir pictures --cache_dir {tmp_path / 'cache'}"
+    words = ["wide", "--calls", 2, "--num_samples", 115, "--num_reference", 120, "--resolution", 8, 12]
+    record, printed = evaluate(*words, data=data)
+    assert record["conditions"]["shape"] == [1, 8, 12]
+    assert set(record["cells"][0]["scores"]) >= {"FD-Lite0", "KID-Lite0", "sliced W2", "precision"}
+    assert "1x8x12" in printed
+    # Without a resolution, and with that of a square, it says what to set.
+    for resolution, message in (
+        ([], "the images are not square (16x26): set --resolution, to one side or to height and width"),
+        (["--resolution", 8], "the samples are 8x12, the real images 8x8: resize these with --resolution 8 12"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            command.run(options(*words[:-3], *resolution, *data.split()))
+
+
+def options(*words):
+    return build_parser("").parse_args([*map(str, words), "--output_dir", "other"])
+
+
 def test_runs_are_resumed(ddpm, evaluate, tmp_path):
     """What is in the file is taken from there: with its seconds, which would be others if it were measured again."""
     words = [ddpm, *QUICK, "--calls", 3, 6, "--seeds", 0, 1]
@@ -354,13 +469,24 @@ def test_nan_is_counted_and_never_averaged_away(tiny_unet, evaluate, tmp_path):
         ("{ddpm} --resolution 16", "the samples are 8x8, the real images 16x16: resize these with --resolution 8"),
         ("{ddpm} --num_samples 361", "have enough for 360, set --num_samples"),
         ("{ddpm} --num_samples 100", "FD-Lite0 needs more than 112 images"),
+        ("{ddpm} --resolution 8 8 8", "--resolution must be a side, or a height and a width, got [8, 8, 8]"),
+        ("{ddpm} --resolution 8 12", "the real images 8x12: resize these with --resolution 8, or give others"),
+        ("{ddpm} --guidance_scale 2", "guidance_scale=2 needs a class-conditional network"),
+        ("{ddpm} --guidance_scale 2 2", "--guidance_scale must differ"),
+        ("{ddpm} --guidance_interval 0 1", "--guidance_interval means nothing without a --guidance_scale"),
+        ("{ddpm} --class_labels 3", "--class_labels 3: this model has no classes"),
+        ("{ddpm} --label_column kind", "--label_column kind means nothing without --class_labels"),
+        ("--samples x.npy --guidance_scale 2", "--guidance_scale means nothing for --samples"),
+        ("{conditional} --class_labels cow", "class_labels 'cow' is no class of this model"),
+        ("{conditional} --guidance_scale -1", "guidance_scale must be a number of at least 0, got -1.0"),
+        ("{conditional} --class_labels 3 --num_samples 80", "have enough for 36, set --num_samples"),
         ("{ddpm} --features inception", "pip install torch-fidelity"),
         ("nowhere", "nowhere"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_sampled(words, message, ddpm, evaluate, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        evaluate(*words.format(ddpm=ddpm).split())
+        evaluate(*words.format(ddpm=ddpm, conditional=save_conditional(tmp_path)).split())
     assert stopped.value.code == 2
     said = capsys.readouterr()
     assert message in said.err

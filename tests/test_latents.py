@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMPipeline
 from hub_server import FakeHub
 from networks import Shuffle, seeded, tiny_autoencoder, tiny_network
 from PIL import Image
@@ -18,8 +18,15 @@ from test_data import save_images
 from test_hub import TOKEN, Client
 from test_training import ROOT, WEIGHTS, launch, load, no_accelerator_left_behind, same_state, train  # noqa: F401
 
-from diffusers_gm import AnnealedLangevinScheduler, CLDPipeline, CLDSSCSScheduler, GMSGMPipeline, NCSNv2Pipeline
-from diffusers_gm.autoencoders import AUTOENCODERS, LatentSpace, fingerprint, load_autoencoder
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CLDPipeline,
+    CLDSSCSScheduler,
+    GMSGMPipeline,
+    NCSNv2Pipeline,
+    calibrate,
+)
+from diffusers_gm.autoencoders import AUTOENCODERS, LatentSpace, as_learned, fingerprint, load_autoencoder
 from diffusers_gm.data import LatentCache, TensorImages, TrainingImages, TrainingLatents
 from diffusers_gm.training.folder import list_checkpoints, read_log
 from diffusers_gm.training.options import TrainingArguments
@@ -201,6 +208,32 @@ def test_a_run_from_an_image_starts_from_its_latents(method):
         pipe(1, 4, seeded(1), image=image[..., :8, :8])
     latents = pipe.encode(image, 4, seeded(0)[0])
     assert latents.shape == (1, 8 if method == "cld" else 4, 8, 8)
+
+
+def test_real_images_or_their_latents_choose_the_stochasticity():
+    """Of a latent pipeline, ours or diffusers', the images are encoded as its network takes them."""
+    images = torch.rand(40, 3, 16, 16, generator=seeded(0)[0]) * 2 - 1
+    pipe = latent_pipeline()
+    unscaled = LDMPipeline(tiny_autoencoder("VQModel", scaling_factor=0.5), tiny_network(4, 4), DDIMScheduler())
+    for each, space in ((pipe, pipe.latent_space), (unscaled, LatentSpace.of(unscaled.vqvae))):
+        latents = as_learned(each, images, (4, 8, 8))
+        assert torch.allclose(latents, space.encode(images), atol=1e-5)
+        assert as_learned(each, latents, (4, 8, 8)) is latents
+    torch.testing.assert_close(as_learned(unscaled, images, (4, 8, 8)), 0.5 * unscaled.vqvae.encode(images).latents)
+
+    seen = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    options = {"calls": (3,), "effort": "fast", "progress": False, "batch_size": 4}
+    schedulers = [calibrate(pipe, images=real, **options) for real in (images, pipe.latent_space.encode(images))]
+    assert seen == [40, 16, 16, 8], "the latents by hand first, then the images, some at a time"
+    assert schedulers[0].config.calibration == schedulers[1].config.calibration
+    for wrong, said in (
+        (images[..., :12], r"images must be \(n, 3, 16, 16\) or, of latents, \(n, 4, 8, 8\), .* got \(40, 3, 16, 12\)"),
+        (images.to(torch.uint8), "floating point, got .* torch.uint8"),
+        (images * 2, r"images must be in \[-1, 1\], they go from -1.999\d* to 1.999"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            calibrate(pipe, images=wrong, **options)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ ORDER = [
         "data",
         "processes",
     ),
-    *("readings", "losses", "likelihood", "samplers", "schedulers", "calibration", "pipelines"),
+    *("readings", "losses", "likelihood", "samplers", "schedulers", "calibration", "calibrate", "pipelines"),
     "__init__",  # what `import diffusers_gm` shows
     "evaluation",
-    "calibrate",  # the command; the function of that name is in `calibration`
+    "calibrate.__main__",  # the command; the function of that name is in `calibration`
     "app",
     *("training", "hub", "studies", "docs"),
 ]
@@ -40,7 +40,7 @@ def module_of(path: Path) -> tuple[str, ...]:
 
 
 def room_of(module: tuple[str, ...]) -> str:
-    return module[0]
+    return "calibrate.__main__" if module == ("calibrate", "__main__") else module[0]
 
 
 def imports_of(text: str, module: tuple[str, ...], is_package: bool, modules) -> set[tuple[str, ...]]:

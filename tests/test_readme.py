@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from networks import tiny_network
+from networks import tiny_autoencoder, tiny_network
 from PIL import Image
 from test_swap_pipelines import stable_diffusion
 
@@ -266,6 +266,11 @@ def conditional():
     return GMSGMPipeline(tiny_network(num_class_embeds=11), GMLangevinScheduler(sigma_max=10.0), class_names=names)
 
 
+def of_latents():
+    """A model of latents."""
+    return GMSGMPipeline(tiny_network(4, 4), GMLangevinScheduler(), vae=tiny_autoencoder())
+
+
 class StandIns:
     """What `from_pretrained` and `push_to_hub` do while the snippets of a page run.
 
@@ -295,7 +300,7 @@ class StandIns:
 
     def load(self, name, make):
         self.loaded.append(name)
-        return conditional() if name.endswith("-classes") else make()
+        return conditional() if name.endswith("-classes") else of_latents() if name.endswith("latents") else make()
 
     def bare(self, scheduler):
         self.swapped.append(SimpleNamespace(scheduler=scheduler))
@@ -308,6 +313,7 @@ def test_python_snippets_run_in_order(page, digits_model, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "demo").symlink_to(digits_model)
+    tiny_autoencoder().save_pretrained(tmp_path / "path" / "to" / "vae")
     scope = {"__name__": "snippets"}
     with torch.random.fork_rng():  # not all pass a generator
         for i, snippet in enumerate(blocks(page, "python")):

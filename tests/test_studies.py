@@ -277,3 +277,23 @@ def test_defaults_over_the_best_of_their_options(tmp_path):
     report = Report.read(tmp_path / "defaults.json")
     assert [len(table.rows) for table in report.tables] == [4, 4]
     assert all(float(row[1].split()[0]) >= 1 for table in report.tables for row in table.rows), "over the best"
+
+
+# --- Fine-tuning ---
+
+
+@pytest.mark.slow  # eight trainings
+def test_a_network_that_keeps_its_levels_starts_where_it_was(tmp_path):
+    """And one that learns others where it would from scratch, or behind."""
+    from diffusers_gm.studies import fine_tuning
+
+    fine_tuning.main(["--steps", "40", "--output", str(tmp_path)])
+    found = Report.read(tmp_path / "fine_tuning.json")
+    first = {(row[0], row[1]): row[2] for row in found.tables[0].rows}
+    assert len(first) == 8
+    assert first["ncsnv2", "fine-tuned"] < 0.7 * first["ncsnv2", "from scratch"]
+    assert first["gm-sgm", "fine-tuned"] < 0.8 * first["gm-sgm", "from scratch"]
+    assert first["ncsnv2", "fine-tuned, new levels"] > first["ncsnv2", "fine-tuned"]
+    assert ("cld", "fine-tuned") not in first, "it has levels of its own"
+    assert "ncsnv2: the error" in found.verdict
+    assert (tmp_path / "fine_tuning.png").is_file()

@@ -6,32 +6,38 @@ import pytest
 from test_data import save_images
 
 from diffusers_gm.studies import latent_caching, throughput
+from diffusers_gm.studies.report import Report
 
 
-@pytest.mark.slow  # four trainings in processes of their own
-def test_the_command_prints_the_ratio(tmp_path, capsys):
+@pytest.mark.slow  # fourteen trainings in processes of their own
+def test_the_command_reports_rates_and_efficiency(tmp_path):
     folder = save_images(tmp_path / "images", 24, mode="RGB")
-    words = ["--train_data_dir", folder, "--block_out_channels", 8, 8, "--train_batch_size", 8, "--method", "cld",
-             "--steps", 100, "--repeats", 1, "--num_processes", 2]  # fmt: skip
+    words = ["--train_data_dir", folder, "--block_out_channels", 8, 8, "--train_batch_size", 8, "--methods", "cld",
+             "--steps", 100, "--repeats", 1, "--output", tmp_path / "out"]  # fmt: skip
     throughput.main(list(map(str, words)))
-    printed = capsys.readouterr().out
-    assert "images of 3x8x8, batches of 8" in printed
-    ours, theirs = (float(value) for value in re.findall(r"\| (?:train_gm_sgm.py|diffusers) \| (\S+)", printed))
-    ratio = float(re.search(r"rate of train_gm_sgm.py over that of diffusers: (\S+)", printed).group(1))
-    assert ratio == pytest.approx(theirs / ours, rel=0.1)
-    assert 2 < ours < 500, "milliseconds"
-    both = float(re.search(r"\| train_gm_sgm.py, all processes \| (\S+)", printed).group(1))
-    efficiency = float(re.search(r"efficiency of 2 processes: (\S+)", printed).group(1))
-    assert efficiency == pytest.approx(2 * ours / both, rel=0.1)
+    found = Report.read(tmp_path / "out" / "throughput.json")
+    assert "Images of 3x8x8, latents of 4x8x8, batches of 8" in found.conditions
+    (table,) = found.tables
+    loops = [f"{kind}, {loop}" for kind in ("png", "parquet", "latents") for loop in ("diffusers", "cld")]
+    assert [row[0] for row in table.rows] == [*loops[:2], "png, cld, 2 processes", *loops[2:]]
+    cost = {row[0]: float(row[1]) for row in table.rows}
+    assert all(2 < value < 500 for value in cost.values()), "milliseconds"
+    rates = {row[0]: float(row[4]) for row in table.rows if row[4]}
+    for kind in ("png", "parquet", "latents"):
+        assert rates[f"{kind}, diffusers"] == 1
+        assert rates[f"{kind}, cld"] == pytest.approx(cost[f"{kind}, diffusers"] / cost[f"{kind}, cld"], rel=0.1)
+    efficiency = float(re.search(r"Efficiency of 2 processes: (\d\.\d+)", found.verdict).group(1))
+    assert efficiency == pytest.approx(2 * cost["png, cld"] / cost["png, cld, 2 processes"], rel=0.1)
     assert 0.2 < efficiency < 1.5
 
 
 @pytest.mark.slow  # four processes
-def test_the_cache_of_latents_beside_the_autoencoder_alone(capsys):
-    latent_caching.main(["--resolution", "16", "--batch_size", "4", "--batches", "20", "--repeats", "1"])
-    printed = capsys.readouterr().out
-    ours, theirs = (float(value) for value in re.findall(r"\| the (?:cache|autoencoder alone) \| (\S+)", printed))
-    ratio = float(re.search(r"rate of the cache over that of the autoencoder alone: (\S+)", printed).group(1))
+def test_the_cache_of_latents_beside_the_autoencoder_alone(tmp_path):
+    words = ["--resolution", "32", "--batches", "40", "--repeats", "1"]
+    latent_caching.main([*words, "--output", str(tmp_path)])
+    found = Report.read(tmp_path / "latent_caching.json")
+    ours, theirs = (float(row[1]) for row in found.tables[0].rows)
+    ratio = float(re.search(r"The cache works at (\S+) times the rate", found.verdict).group(1))
     assert ratio == pytest.approx(theirs / ours, rel=0.1)
     assert 0.3 < ratio < 3
 

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 from test_data import corrupt, save_images, save_parquet
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline, UnconditionalPipeline, data, files
-from diffusers_gm.launch import check_parallelism, check_processes
+from diffusers_gm.launch import check_processes
 from diffusers_gm.pictures import image_grid
 from diffusers_gm.processes.annealed import ladder_ratio
 from diffusers_gm.training.draws import Draws
@@ -711,23 +710,55 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
         check_processes(type("Alone", (), {"num_processes": 1})())
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_networks_are_not_spread_over_processes(monkeypatch, kind):
-    state = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
-    check_parallelism(state)
-    with monkeypatch.context() as patched:  # asked for, and ignored by accelerate, as on CPUs
-        patched.setenv(f"ACCELERATE_USE_{kind}", "true")
-        with pytest.raises(ValueError, match=f"{kind}, which spreads a network .* launch with --multi_gpu"):
-            check_parallelism(state)
-    with pytest.raises(ValueError, match=f"{kind}, which spreads a network"):
-        check_parallelism(SimpleNamespace(distributed_type=DistributedType[kind]))
-
-
-def test_fsdp_is_refused_before_anything_is_written(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP, which spreads"):
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_networks_are_not_spread_over_processes(train, tmp_path, monkeypatch, kind):
+    """Asked for by the launcher, and ignored by accelerate on CPUs."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=f"{kind}, which spreads a network .* launch with --multi_gpu"):
         train(TINY, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+CONFIGS = {
+    "FSDP": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_auto_wrap_policy": "NO_WRAP"}},
+    "DEEPSPEED": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_config_files_that_spread_networks_are_refused_in_a_sentence(tmp_path, kind):
+    """By a real launcher, of two processes; for DeepSpeed beside a package of that name, which it looks for."""
+    config = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "machine_rank": 0, "num_machines": 1,
+              "mixed_precision": "no", "use_cpu": True, "main_process_port": 29651} | CONFIGS[kind]  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    runner = tmp_path / "path" / "deepspeed" / "launcher" / "runner.py"
+    runner.parent.mkdir(parents=True)
+    runner.write_text("DEEPSPEED_ENVIRONMENT_NAME = 'environment'")
+    (tmp_path / "path" / "deepspeed" / "__init__.py").write_text("__version__ = '0.18.0'")
+    (tmp_path / "path" / "deepspeed-0.18.0.dist-info").mkdir()
+    (tmp_path / "path" / "deepspeed-0.18.0.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.18.0\n")
+    out = tmp_path / "out"
+    words = ["launch", "--config_file", tmp_path / "config.yaml", ROOT / "train_gm_sgm.py", *TINY.split()]
+    path = os.pathsep.join([str(tmp_path / "path"), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            *map(str, words),
+            "--output_dir",
+            tmp_path / "out",
+        ],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert f"train_gm_sgm.py: error: accelerate is set up for {kind}, which spreads a network" in ended.stderr
+    assert "exitcode  : 2" in ended.stderr, "no traceback of the training"
+    assert not out.exists()
 
 
 # --- Other data and networks ---

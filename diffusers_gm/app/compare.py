@@ -60,7 +60,8 @@ def _real_images(model: Model, n: int) -> tuple[Tensor, Tensor] | None:
     else:
         return None
     for option in ("image_column", "background", "resolution"):
-        words += [f"--{option}", str(trained[option])] if trained.get(option) is not None else []
+        given = trained.get(option)
+        words += [] if given is None else [f"--{option}", *map(str, given if isinstance(given, list) else [given])]
     args = build_parser("").parse_args([model.name, *words, "--seeds", *map(str, range(8))])
     reference, others, _ = real_images(args, image_shape(model.pipe), n)
     return reference, others

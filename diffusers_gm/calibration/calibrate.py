@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..autoencoders import as_learned
 from ..random import Draw
 from ..readings.grids import calibrated_levels
 from ..samplers import Memory, Multistep, sample
@@ -30,7 +31,7 @@ NUM_FAST, NUM_MARTINGALE = 56, 48
 
 # The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
 # trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
-ERRS = -0.2
+ERRS = -0.4
 
 # Stochasticities of a run of enough calls to follow them: a little, which costs an exact denoiser nothing and forgives
 # small errors; and that of networks whose errors dominate.
@@ -90,9 +91,10 @@ def calibrate(
             estimated; good on many networks and poor on some.
         stochasticity: tau of the sampler; 0 is the probability flow, deterministic. None: by the martingale defect of
             the network and the number of calls, see `stochasticity_for`; or by `images`.
-        images: real ones, `(n, C, H, W)` like the network's, such as those that it was trained on: then the choice
-            among levels calibrated for tau = 0, .4 and 1 is that of the samples which are closest to these, for each
-            number of calls, in sliced Wasserstein distance.
+        images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
+            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
+            = 0, .4 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
+            Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
             and all classes, unless told; others need as many images as fit: 4 will do.
@@ -134,17 +136,21 @@ def calibrate_in_full(
     clock = _Clock()
 
     def work(denoiser: Denoiser, start: Tensor) -> None:
+        real = None if images is None else as_learned(pipe, images, start.shape[1:])
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
-        found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
+        if result.martingale_defect < ERRS:  # levels that follow its runs would follow its errors
+            found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+        else:
+            found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
             result.levels[n] = levels
             result.errors |= {n: errors} if errors else {}
             if stochasticity is not None:
                 result.stochasticity[n] = stochasticity
-            elif images is not None:
-                result.stochasticity[n] = ladder.closest(CANDIDATES, levels, images)
+            elif real is not None:
+                result.stochasticity[n] = ladder.closest(CANDIDATES, levels, real)
             else:
                 result.stochasticity[n] = stochasticity_for(result.martingale_defect, n)
         result.network_calls = clock.calls

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> Results:
 
 def measure(subject: Subject, args: argparse.Namespace) -> Results:
     """Measure what is not measured yet of a subject, under the options of the command."""
-    real, floor, n = real_images(args, subject.shape, subject.num_samples)
+    real, floor, n = real_images(args, subject.shape, subject.num_samples, subject.classes)
     extractor = EXTRACTORS[args.features]() if set(args.metrics) & set(OF_FEATURES) else None
     check_metrics(args.metrics, n, len(real), extractor)
 
@@ -63,6 +63,8 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
         "features": f"{extractor.name}: {extractor.version}" if extractor else None,
         "versions": f"diffusers_gm {__version__}, diffusers {diffusers.__version__}",
     }
+    if subject.classes is not None:
+        conditions["classes"] = sorted(map(str, subject.classes))
     results: Results = from_main(lambda: Results(args.output_dir / "results.json", conditions, command_line()))
     missing = [key for key in subject.cells(args.calls, args.seeds) if results.find(*key) is None]
     draws = floor.split(n)[len(results.floor) :]

@@ -33,14 +33,20 @@ def build_parser(description: str) -> Parser:
     )
     add("--batch_size", type=at_least(1), default=64, help="images sampled at once, by each process")
 
+    add = parser.add_argument_group("Classes, where the network knows any").add_argument
+    add("--class_labels", nargs="+", metavar="CLASS", help="names or indices: samples and real images are of these; default: of all, as often as in the training data")  # fmt: skip # noqa: E501
+    add("--guidance_scale", type=float, nargs="+", default=[1.0], help="classifier-free guidance, see pipelines.guidance; every scale is measured; a call with guidance is of twice the batch")  # fmt: skip # noqa: E501
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance; default: all")  # fmt: skip # noqa: E501
+
     add = parser.add_argument_group("Real images").add_argument
     add("--dataset_name", help="'digits' or a data set of the Hub")
     add("--dataset_config_name", help="configuration of the Hub data set")
     add("--train_data_dir", metavar="PATH", help="a folder of images or of parquet files")
     add("--image_column", help="column with the images; default 'image' or 'img'")
+    add("--label_column", help="column with the classes, for --class_labels; default 'label'")
     add("--background", default="white", help="colour seen through transparent pixels")
     add("--cache_dir", metavar="PATH", help="where downloaded data sets are kept")
-    add("--resolution", type=at_least(1), help="side to which they are resized; default: their own")
+    add("--resolution", type=at_least(1), nargs="+", help="side, or height and width, to which they are resized and cropped; default: their own")  # fmt: skip # noqa: E501
     add("--num_reference", type=at_least(1), default=NUM_REFERENCE, help="as many to compare with, at most")
 
     add = parser.add_argument_group("How it is measured, and where that goes").add_argument
@@ -59,7 +65,14 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("say what the real images are: --dataset_name or --train_data_dir, one of them")
     if args.samples is not None and args.scheduler:
         raise ValueError("--scheduler means nothing for --samples: they are there already")
-    for name in ("calls", "seeds"):
+    guided = [f"--{name}" for name in ("guidance_scale", "guidance_interval") if getattr(args, name) not in (None, [1])]
+    if args.samples is not None and guided:
+        raise ValueError(f"{guided[0]} means nothing for --samples: they are there already")
+    if guided == ["--guidance_interval"]:
+        raise ValueError("--guidance_interval means nothing without a --guidance_scale other than 1")
+    if args.label_column is not None and args.class_labels is None:
+        raise ValueError(f"--label_column {args.label_column} means nothing without --class_labels")
+    for name in ("calls", "seeds", "guidance_scale"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} must differ, got {values}: the same images twice would count as two draws")

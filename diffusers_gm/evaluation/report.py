@@ -75,7 +75,11 @@ def table(results: Results) -> Table:
         row = []
         for name in metrics:
             value, of_floor = statistic(scores, name), floor[name]
-            ratio = f" ({value.mean / of_floor.mean:.2f}x)" if value and of_floor and name in WITH_RATIO else ""
+            ratio = (
+                f" ({value.mean / of_floor.mean:.2f}x)"
+                if value and of_floor and of_floor.mean and name in WITH_RATIO
+                else ""
+            )
             row.append(f"{value}{ratio}" if value else "-")
         return row
 
@@ -97,7 +101,8 @@ def table(results: Results) -> Table:
         notes += [f"- {scheduler}, {calls} calls: {reason}" for reason in {c.reason for c in cells} if reason]
     caption = (
         f"{conditions['num_samples']} samples of {conditions['model']}, against {conditions['num_reference']} real "
-        f"images of {conditions['data']}, {'x'.join(map(str, conditions['shape']))}. "
+        f"images of {conditions['data']}, {'x'.join(map(str, conditions['shape']))}"
+        f"{', of the classes ' * ('classes' in conditions)}{', '.join(conditions.get('classes', []))}. "
         f"Features: {conditions['features'] or 'none'}.\n\n"
         "Floor: as many real images that are not among the others. Mean ± standard deviation over seeds (for the "
         "floor, over draws); in brackets, over the floor. The kernel distance is unbiased: its floor is chance."
@@ -113,6 +118,8 @@ def verdict(results: Results) -> str:
     floor = statistic(results.floor, name) if name else None
     if name is None or floor is None:
         return "No distance was measured."
+    if not floor.mean:
+        return f"{name} of real images is 0: nothing is a multiple of it."
     best: dict[int | None, tuple[float, str]] = {}
     for (scheduler, calls), cells in groups(results).items():
         value = statistic([cell.scores for cell in cells], name)

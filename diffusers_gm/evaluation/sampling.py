@@ -192,23 +192,42 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
     raise NoGridError(f"{type(scheduler).__name__} has no grid of {num_calls} network calls or fewer")
 
 
-def _images(pipeline: Any, num_images: int, num_steps: int, generators: list[torch.Generator]) -> Tensor:
-    """`(n, C, H, W)` float32 in [-1, 1] on the CPU; of all classes in the proportions of the training data."""
-    labels = pipeline.draw_labels(generators) if isinstance(pipeline, UnconditionalPipeline) else None
+def _images(
+    pipeline: Any,
+    num_images: int,
+    num_steps: int,
+    generators: list[torch.Generator],
+    among: Sequence[int] | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """`(n, C, H, W)` float32 in [-1, 1] on the CPU; of all classes, or those `among`, in the proportions of the
+    training data."""
+    labels = pipeline.draw_labels(generators, among) if isinstance(pipeline, UnconditionalPipeline) else None
     images = pipeline(
         batch_size=num_images,
         num_inference_steps=num_steps,
         generator=generators,
         output_type="np",
+        **arguments,
         **({} if labels is None else {"class_labels": labels}),
     ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() * 2 - 1
 
 
 def sample(
-    pipeline: Any, scheduler: Any, num_steps: int, num_images: int, seed: int, batch_size: int
+    pipeline: Any,
+    scheduler: Any,
+    num_steps: int,
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    among: Sequence[int] | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, int]:
     """Images `(n, C, H, W)` in [-1, 1] and the number of network calls that each batch of them took.
+
+    Of a class-conditional network they are of all classes, or of those `among`, in the proportions of the training
+    data; `arguments` go to the pipeline. A call with guidance counts once, and is of twice the batch.
 
     Image i is drawn by a generator of its own, seeded by `(seed, i)`: neither the batch size nor the number of
     processes change it, but for rounding. The scheduler of the pipeline is put back at the end.
@@ -223,7 +242,7 @@ def sample(
         nonlocal calls
         calls = 0
         generators = [generator_for(seed, SAMPLES, i) for i in indices.tolist()]
-        return _images(pipeline, len(generators), num_steps, generators), calls
+        return _images(pipeline, len(generators), num_steps, generators, among, **arguments), calls
 
     own, pipeline.scheduler = pipeline.scheduler, scheduler
     hook = network_of(pipeline).register_forward_pre_hook(count)

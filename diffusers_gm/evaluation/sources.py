@@ -1,6 +1,7 @@
 """Where images come from: samples that someone else made, and real ones."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..data import ImageSource, TensorImages, examine, open_folder, open_source, scaled, split_digits
+from ..data import (
+    ImageSource,
+    TensorImages,
+    examine,
+    open_folder,
+    open_source,
+    resolution_of,
+    scaled,
+    split_digit_labels,
+    split_digits,
+)
+from ..data.sources import Subset
 from ..launch import process_state
 
 # Real images to compare with, where there are as many.
@@ -87,8 +99,29 @@ def _in_range(images: Tensor, layout: str) -> Tensor:
     return images.float() * 2 - 1
 
 
+def of_classes(source: ImageSource, classes: Sequence[str | int], label_column: str | None) -> ImageSource:
+    """The images of some classes, by name or by their place among the classes.
+
+    Raises:
+        ValueError: if the images have no classes, or not these.
+    """
+    try:
+        names, of_images = source.labels(label_column)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--class_conditional", "--class_labels")) from error
+    chosen = [(names[each] if each < len(names) else each) if isinstance(each, int) else each for each in classes]
+    kept = [i for i, label in enumerate(of_images) if names[label] in chosen]
+    missing = [each for each in chosen if each not in {names[of_images[i]] for i in kept}]
+    if missing:
+        raise ValueError(f"--class_labels: there are no real images of {missing}, their classes are {names[:10]}")
+    return Subset(source, kept)
+
+
 def real_images(
-    args: argparse.Namespace, shape: tuple[int, int, int], num_samples: int | None
+    args: argparse.Namespace,
+    shape: tuple[int, int, int],
+    num_samples: int | None,
+    classes: Sequence[str | int] | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """What the options of the real data describe: a reference, and draws of as many other images as there are samples.
 
@@ -99,6 +132,7 @@ def real_images(
         args: the options.
         shape: `(C, H, W)` of the samples. Gray and colour are converted; sizes only with `--resolution`.
         num_samples: images in a draw; None: 1000, or as many as there are.
+        classes: of which all are; None: of any.
 
     Returns:
         the reference `(m, C, H, W)` and the draws, one after another, `(draws * n, C, H, W)`, in [-1, 1], in an order
@@ -108,8 +142,11 @@ def real_images(
         ValueError: if there are too few real images, or they have another size than the samples.
     """
     channels, height, width = shape
-    if height != width:
-        raise ValueError(f"the samples are {height}x{width}: only square images can be measured")
+    resolution = None
+    if args.resolution is not None:
+        if len(args.resolution) > 2:
+            raise ValueError(f"--resolution must be a side, or a height and a width, got {args.resolution}")
+        resolution = resolution_of(args.resolution[0], args.resolution[-1])
     with process_state().main_process_first():
         source = open_source(
             args.dataset_name,
@@ -119,22 +156,26 @@ def real_images(
             args.cache_dir,
             args.background,
         )
+        if classes is not None:
+            source = of_classes(source, classes, args.label_column)
 
     def read(of: ImageSource, num_images: int) -> Tensor:
-        images = examine(of, 0, args.resolution, channels, num_images, MAX_ELEMENTS).images
-        if images.shape[-1] != height:
+        images = examine(of, 0, resolution, channels, num_images, MAX_ELEMENTS).images
+        if images.shape[-2:] != (height, width):
             raise ValueError(
                 f"the samples are {height}x{width}, the real images {images.shape[-2]}x{images.shape[-1]}: resize "
-                f"these with --resolution {height}, or give others"
+                f"these with --resolution {height}{f' {width}' if width != height else ''}, or give others"
             )
         return images
 
     if args.dataset_name == "digits":
-        held_out = split_digits()[1]
-        n = num_samples or len(held_out)
-        floor = read(TensorImages(held_out), n * len(args.seeds))
+        others: ImageSource = TensorImages(split_digits()[1], split_digit_labels()[1])
+        if classes is not None:
+            others = of_classes(others, classes, None)
+        n = num_samples or others.num_images
+        floor = read(others, n * len(args.seeds))
         reference = read(source, max(n, args.num_reference))
-        num_draws, most = len(floor) // n, len(held_out)
+        num_draws, most = len(floor) // n, others.num_images
     else:
         n = num_samples or min(1000, source.num_images // 2)
         wanted = max(n, args.num_reference)

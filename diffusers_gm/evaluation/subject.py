@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pipelines.guidance import check_guidance
+from ..pipelines.inputs import class_indices
 from .features import fingerprint
 from .sampling import build_scheduler, describe_model, image_shape, load_pipeline, num_steps_for, sample
 from .sources import read_samples
@@ -30,6 +32,9 @@ class Subject:
         num_samples: how many; None: as many as there is real data for.
         pipeline, schedulers: what makes the images, schedulers by name; or
         samples: the images, in [-1, 1].
+        classes: of which all images are, samples and real ones: names, or places where the model has no names; None:
+            of all classes.
+        guidance: arguments of the pipeline, by what is added to the name of a scheduler.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Subject:
     pipeline: Any = None
     schedulers: dict[str, Any] = field(default_factory=dict)
     samples: Tensor | None = None
+    classes: list[str | int] | None = None
+    guidance: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
     @classmethod
     def open(cls, args: argparse.Namespace, device: torch.device) -> "Subject":
@@ -47,19 +54,35 @@ class Subject:
             samples = read_samples(args.samples, args.num_samples, args.cache_dir, args.background)
             channels, height, width = samples.shape[1:]
             content = fingerprint(samples.nan_to_num())
-            return cls(name_of(args.samples), content, (channels, height, width), len(samples), samples=samples)
+            shape = (channels, height, width)
+            return cls(name_of(args.samples), content, shape, len(samples), samples=samples, classes=args.class_labels)
         pipeline = load_pipeline(args.model, device)
         own = pipeline.scheduler
         given = dict(build_scheduler(own, words) for words in args.scheduler or [])
         schedulers = given or {type(own).__name__: own}
+        guidance = _guidance(args, pipeline)
         name, content, shape = name_of(args.model), describe_model(pipeline), image_shape(pipeline)
-        return cls(name, content, shape, args.num_samples, pipeline, schedulers)
+        classes = None if args.class_labels is None else _classes(args.class_labels, pipeline)
+        return cls(name, content, shape, args.num_samples, pipeline, schedulers, classes=classes, guidance=guidance)
+
+    @property
+    def runs(self) -> dict[str, tuple[Any, dict[str, Any]]]:
+        """What makes images, by name: a scheduler, and arguments of the pipeline."""
+        among = {}
+        if self.classes is not None:
+            names = self.pipeline.class_names
+            among = {"among": class_indices(self.classes, self.pipeline.num_classes, names).tolist()}
+        return {
+            f"{name}{suffix}": (scheduler, among | arguments)
+            for name, scheduler in self.schedulers.items()
+            for suffix, arguments in self.guidance.items()
+        }
 
     def cells(self, calls: Sequence[int], seeds: Sequence[int]) -> list[tuple[str, int | None, int | None]]:
         """Scheduler, calls and seed of everything to be measured; for images that are there, their name alone."""
         if self.samples is not None:
             return [(self.name, None, None)]
-        return [(name, num, seed) for name in self.schedulers for num in calls for seed in seeds]
+        return [(name, num, seed) for name in self.runs for num in calls for seed in seeds]
 
     def images(
         self, name: str, calls: int | None, seed: int | None, num_images: int, batch_size: int
@@ -73,9 +96,34 @@ class Subject:
         if calls is None or seed is None:
             assert self.samples is not None
             return self.samples, None
-        scheduler = self.schedulers[name]
+        scheduler, arguments = self.runs[name]
         num_steps = num_steps_for(scheduler, calls)
-        images, made = sample(self.pipeline, scheduler, num_steps, num_images, seed, batch_size)
+        images, made = sample(self.pipeline, scheduler, num_steps, num_images, seed, batch_size, **arguments)
         if made > calls:
             raise ValueError(f"{name} made {made} network calls where {calls} were allowed: it cannot be compared")
         return images, made
+
+
+def _classes(words: Sequence[str], pipeline: Any) -> list[str | int]:
+    """The classes of `--class_labels`: names, where the model has them."""
+    names, num_classes = getattr(pipeline, "class_names", None), getattr(pipeline, "num_classes", None)
+    if num_classes is None:
+        raise ValueError(f"--class_labels {' '.join(words)}: this model has no classes")
+    given = [int(word) if word.isdecimal() and word not in (names or []) else word for word in words]
+    indices = class_indices(given, num_classes, names).tolist()
+    return [names[index] for index in indices] if names else indices
+
+
+def _guidance(args: argparse.Namespace, pipeline: Any) -> dict[str, dict[str, Any]]:
+    """Arguments of the pipeline for every `--guidance_scale`, by what is added to the name of a scheduler."""
+    found: dict[str, dict[str, Any]] = {}
+    interval = args.guidance_interval
+    within = "" if interval is None else f" in [{interval[0]:g}, {interval[1]:g}]"
+    null, is_conditional = getattr(pipeline, "null_class", None), getattr(pipeline, "num_classes", None) is not None
+    for scale in args.guidance_scale:
+        if scale == 1:
+            found[""] = {}
+            continue
+        check_guidance(scale, interval, null, is_conditional)
+        found[f", guidance {scale:g}{within}"] = {"guidance_scale": scale, "guidance_interval": interval}
+    return found

@@ -90,19 +90,22 @@ class ImagePipeline(HubPipeline):
         nameless = (self.config.get("class_names"), self.config.get("class_shares")) == (None, None)
         return self.num_classes is not None and not (nameless and null_class(self.unet) is not None)
 
-    def draw_labels(self, generators: Sequence[torch.Generator]) -> list[int] | None:
-        """A class for each generator, in the proportions of the training data; None, and nothing drawn, for a network
-        without."""
-        if not self._needs_labels:
+    def draw_labels(
+        self, generators: Sequence[torch.Generator], among: Sequence[int] | None = None
+    ) -> list[int] | None:
+        """A class for each generator, of all or of those `among`, in the proportions of the training data; None, and
+        nothing drawn, for a network without."""
+        if not (self._needs_labels or among):
             return None
-        return self._labels_at(rand((len(generators),), list(generators), "cpu", torch.float32))
+        return self._labels_at(rand((len(generators),), list(generators), "cpu", torch.float32), among)
 
-    def _labels_at(self, quantiles: Tensor) -> list[int] | None:
+    def _labels_at(self, quantiles: Tensor, among: Sequence[int] | None = None) -> list[int] | None:
         """The classes at quantiles of their law in the training data, `(n,)` in [0, 1)."""
-        if self.num_classes is None or not self._needs_labels:
+        if self.num_classes is None or not (self._needs_labels or among):
             return None
-        shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)
-        return torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True).tolist()
+        classes = torch.tensor(sorted(set(among or range(self.num_classes))))
+        shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)[classes]
+        return classes[torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True)].tolist()
 
     # --- Shapes ---
 

@@ -1,5 +1,6 @@
 """Unconditional training from diffusers' public classes, as its example does it: for `.throughput`."""
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -11,17 +12,18 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..cli import Parser
 
 
-def train(folder: str, config: str, resolution: int, batch_size: int, max_train_steps: int) -> None:  # noqa: PLR0915
+def train(data: str, config: str, resolution: int, batch_size: int, max_train_steps: int) -> None:  # noqa: PLR0915
     """The loop of diffusers' example, without its checkpoints, samples and trackers.
 
     Args:
-        folder: of images.
+        data: a folder of images or of parquet files; or a .safetensors file of `latents`, all of which are in memory.
         config: of the network, a JSON file.
         resolution, batch_size, max_train_steps: as its options.
     """
@@ -39,6 +41,7 @@ def train(folder: str, config: str, resolution: int, batch_size: int, max_train_
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     mode = "L" if model.config["in_channels"] == 1 else "RGB"
+    path = Path(data)
 
     def augmentations(image: Image.Image) -> torch.Tensor:
         """Resize, crop at random, to a tensor, normalize."""
@@ -55,8 +58,13 @@ def train(folder: str, config: str, resolution: int, batch_size: int, max_train_
     def transform_images(examples: dict[str, Any]) -> dict[str, Any]:
         return {"input": [augmentations(image.convert(mode)) for image in examples["image"]]}
 
-    dataset = datasets.load_dataset("imagefolder", data_dir=folder, split="train")
-    dataset.set_transform(transform_images)
+    dataset: Any
+    if path.suffix == ".safetensors":
+        dataset = [{"input": latents} for latents in load_file(path)["latents"]]
+    else:
+        kind = "parquet" if any(path.glob("*.parquet")) else "imagefolder"
+        dataset = datasets.load_dataset(kind, data_dir=data, split="train")
+        dataset.set_transform(transform_images)
     # Batches of one size, as those of train_gm_sgm.py are.
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
     lr_scheduler = get_scheduler(
@@ -97,7 +105,7 @@ def train(folder: str, config: str, resolution: int, batch_size: int, max_train_
 
 if __name__ == "__main__":
     parser = Parser(f"{__package__}.diffusers_loop", __doc__)
-    parser.add_argument("folder", help="of images")
+    parser.add_argument("data", help="a folder of images or of parquet files, or a .safetensors file of latents")
     parser.add_argument("config", help="of the network, a JSON file")
     for name in ("resolution", "batch_size", "max_train_steps"):
         parser.add_argument(name, type=int)

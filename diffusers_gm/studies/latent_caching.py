@@ -6,7 +6,6 @@ there. In processes of one thread, few images taken from many, in turns; see `.t
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL
 
@@ -22,6 +20,7 @@ from ..autoencoders import LatentSpace, fingerprint, load_autoencoder
 from ..cli import Parser, at_least
 from ..data import LatentCache, TrainingImages, open_folder
 from ..evaluation.table import Table
+from .report import Report
 from .throughput import FIRST_STEPS, measure, write_digits
 
 CHANNELS = (32, 64, 64, 64)
@@ -58,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--batch_size", type=at_least(1), default=8, help="images that are encoded at once")
     add("--batches", type=at_least(1), default=60, help="batches that are measured in a run")
     add("--repeats", type=at_least(1), default=5, help="runs of each")
+    add("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
     add("--run", nargs=2, metavar=("WHAT", "N"), help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -73,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_digits(cwd / "digits", args.resolution)
         if vae is None:
             blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-            torch.manual_seed(0)
-            AutoencoderKL(block_out_channels=CHANNELS, layers_per_block=2, **blocks).save_pretrained(cwd / "vae")
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                AutoencoderKL(block_out_channels=CHANNELS, layers_per_block=2, **blocks).save_pretrained(cwd / "vae")
             vae = str(cwd / "vae")
         given = ["--vae", vae, "--resolution", args.resolution, "--batch_size", args.batch_size]
 
@@ -82,10 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = ["--run", what, number, "--folder", cwd / "digits"]
             return [sys.executable, "-m", "diffusers_gm.studies.latent_caching", *given, *run]
 
-        print(
-            f"{platform.machine()}, {platform.system()}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
-            f"images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}"
-        )
         loops: dict[str, Callable[[int], Sequence[object]]] = {
             "the cache": partial(command, "cache"),
             "the autoencoder alone": partial(command, "alone"),
@@ -93,8 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = measure(loops, args.batches, args.repeats, cwd)
     ours, theirs = medians = [statistics.median(values) / args.batch_size for values in found.values()]
     rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in zip(found, medians, strict=True)]
-    print("\n" + Table("", ["", "CPU ms per image, median", "images per CPU second"], rows).markdown())
-    print(f"\nrate of the cache over that of the autoencoder alone: {theirs / ours:.3f}")
+    Report(
+        name="latent_caching",
+        title="Caching latents",
+        question="How fast are latents computed and kept, beside the autoencoder alone?",
+        verdict=f"The cache works at {theirs / ours:.3f} times the rate of the autoencoder alone.",
+        tables=[Table("", ["", "CPU ms per image, median", "images per CPU second"], rows)],
+        conditions=f"Images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}; "
+        f"{args.vae or f'an untrained AutoencoderKL of widths {CHANNELS}'}; {args.batches} batches a run, medians of "
+        f"{args.repeats} runs that took turns; CPU time, of processes of one thread.",
+    ).write(args.output)
     return None
 
 

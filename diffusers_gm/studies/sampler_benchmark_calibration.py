@@ -24,8 +24,6 @@ from ..schedulers import CalibratedMultistepScheduler
 VARIANTS: dict[str, dict[str, Any]] = {
     "calibrated": {},
     "fast": {"effort": "fast"},
-    "calibrated tau 0": {"stochasticity": 0.0},
-    "calibrated tau 0.4": {"stochasticity": 0.4},
 }
 GITS = "GITS-like"
 
@@ -45,10 +43,10 @@ class Calibrations:
     def __init__(self, pipeline: Any, folder: Path, content: str):
         self.pipeline, self.folder, self.content = pipeline, folder, content
 
-    def scheduler(self, variant: str) -> CalibratedMultistepScheduler:
-        """What `calibrate` returned."""
-        config = self.pipeline.scheduler.config
-        return CalibratedMultistepScheduler.from_config(config, calibration=self._kept(variant)["calibration"])
+    def scheduler(self, variant: str, stochasticity: float | None = None) -> CalibratedMultistepScheduler:
+        """What `calibrate` returned; with another stochasticity, if it is given."""
+        config, calibration = self.pipeline.scheduler.config, self._kept(variant)["calibration"]
+        return CalibratedMultistepScheduler.from_config(config, calibration=calibration, stochasticity=stochasticity)
 
     def levels(self, variant: str) -> Callable[[float, float, int], Tensor]:
         """The levels of a variant for a number of calls, as `.sampler_benchmark_schedulers.on_levels` takes them."""
@@ -86,12 +84,7 @@ class Calibrations:
         return kept
 
     def _made(self, variant: str) -> dict[str, Any]:
-        arguments = VARIANTS[variant]
-        # tau chosen by itself is one of those that are asked for, most often.
-        chosen = self._read("calibrated") if "tau" in variant else None
-        if chosen is not None and set(chosen["stochasticity"].values()) == {arguments["stochasticity"]}:
-            return chosen
-        found = calibrate_in_full(self.pipeline, progress=False, **arguments)
+        found = calibrate_in_full(self.pipeline, progress=False, **VARIANTS[variant])
         print(f"{variant}: tau {found.stochasticity}, {sum(found.seconds):.1f} s", flush=True)
         return {
             "calibration": dict(found.scheduler.config.calibration),

@@ -193,10 +193,13 @@ def peers(config: Any, made: Calibrations | None = None, described: Any = None) 
 def multistep(config: Any, made: Calibrations | None = None) -> dict[str, Any]:
     """Our multistep sampler: on its fixed grid, and calibrated."""
     cls = CalibratedMultistepScheduler
-    fixed = {"default": 0.0, "tau 0.4": 0.4, "tau 1": 1.0}
-    samplers: dict[str, Any] = {name: cls.from_config(config, stochasticity=tau) for name, tau in fixed.items()}
+    taus = {"default": 0.0, "tau 0.4": 0.4, "tau 1": 1.0}
+    samplers: dict[str, Any] = {name: cls.from_config(config, stochasticity=tau) for name, tau in taus.items()}
     if made is not None:
         samplers |= {name: lambda name=name: made.scheduler(name) for name in VARIANTS}
+        samplers |= {
+            f"calibrated tau {tau:g}": lambda tau=tau: made.scheduler("calibrated", tau) for tau in taus.values()
+        }
     return samplers
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .calibration.calibrate import CALLS, Calibration, calibrate_in_full
-from .calibration.picture import plot
-from .cli import Parser
-from .evaluation.sampling import load_pipeline
-from .files import write_json, write_text
+from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full
+from ..calibration.picture import plot
+from ..cli import Parser
+from ..evaluation.sampling import load_pipeline
+from ..files import write_json, write_text
 
 
 def build_parser() -> Parser:
