@@ -79,7 +79,7 @@ def measure(
         for name, command in commands.items():
             few, many = (cpu_seconds(command(n), cwd) for n in (FIRST_STEPS, FIRST_STEPS + steps))
             found[name].append(1000 * (many - few) / steps)
-        print(f"run {i + 1} of {repeats}: " + ", ".join(f"{n} {v[-1]:.1f} ms" for n, v in found.items()), flush=True)
+            print(f"run {i + 1} of {repeats}: {name} {found[name][-1]:.1f} ms", flush=True)
     return found
 
 
@@ -148,7 +148,7 @@ def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[s
         def ours(steps: int) -> list[object]:
             options = [*data.ours, "--method", method, *network, "--train_batch_size", args.train_batch_size,
                        "--max_train_steps", steps, "--checkpointing_steps", 0, "--validation_steps", 0,
-                       "--num_validation_images", 1, "--validation_inference_steps", 2, "--output_dir", cwd / "ours",
+                       "--num_validation_images", 1, "--validation_inference_steps", 4, "--output_dir", cwd / "ours",
                        "--overwrite_output_dir"]  # fmt: skip
             return [*start, TRAINING_SCRIPT, *options]
 
