@@ -217,6 +217,26 @@ def test_one_run_is_enough_for_the_fast_effort():
     assert result.errors == {}
 
 
+def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
+    """Levels that follow its runs would follow its errors."""
+    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+    unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
+    unet.register_forward_hook(
+        lambda module, args, output: setattr(
+            output, "sample", output.sample + 0.5 * torch.randn(output.sample.shape, generator=generator)
+        )
+    )
+    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
+    result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=16, output_type="np")
+    assert result.martingale_defect < -0.4
+    assert result.network_calls == 48
+    assert result.stochasticity == {5: 0.0, 10: 1.0}
+    for n in (5, 10):
+        torch.testing.assert_close(
+            torch.tensor(result.levels[n], dtype=torch.float64), own.calibrated_or_even_levels(n)
+        )
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -285,9 +285,9 @@ def test_jacobian_norm_of_a_linear_map(generator):
     assert abs(squares.mean() - matrix.square().sum() / 3) < 5 * squares.std() / 4000**0.5
 
 
-@pytest.mark.parametrize("study", list(cld.STUDIES))
+@pytest.mark.parametrize("study", sorted(cld.STUDIES.keys() - {"squared"}))  # which has a test of its own
 def test_studies_leave_a_report_with_a_picture_and_a_verdict(study, tmp_path, capsys):
-    tiny = ["--steps", "2", "--batch", "8", "--num_samples", "4", "--calls", "5", "--grids", "log_snr"]
+    tiny = ["--steps", "2", "--batch", "8", "--num_samples", "4", "--calls", "5"]
     cld.main([study, *tiny, "--solver_steps", "2", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert re.search(rf"{study}: .* torch {re.escape(torch.__version__)}", printed)
@@ -362,8 +362,9 @@ def test_squared_distances_of_gaussians():
 
 
 def test_squared_distances_on_the_digits(tmp_path):
-    words = ["squared", "--steps", "1", "--batch", "4", "--num_samples", "80", "--calls", "10", "20"]
+    words = ["squared", "--steps", "1", "--batch", "4", "--num_samples", "80", "--calls", "10"]
     cld.main([*words, "--output", str(tmp_path)])
     report = Report.read(tmp_path / "cld_squared.json")
     assert [len(table.rows) for table in report.tables[-2:]] == [len(cld_squared.SAMPLERS)] * 2
     assert "variance 4" in report.verdict
+    assert (tmp_path / report.pictures[0]).is_file()

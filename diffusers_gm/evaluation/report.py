@@ -185,8 +185,7 @@ def plot_rows(
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(axis="x", linewidth=0.3)
     if scale == "log":
-        low, high = axis.dataLim.intervalx
-        _plain_log(axis, "x", (1, 1.5, 2, 3, 5, 7) if high < 12 * low else (1, 2, 5) if high < 100 * low else (1,))
+        _plain_log(axis, "x", (1, 1.5, 2, 3, 5, 7))
 
 
 def plot_curves(
@@ -223,10 +222,12 @@ def plot_curves(
         axis.set_ylim(min(0.0, axis.dataLim.ymin) - 1e-2, 1.5 * max(axis.dataLim.ymax, 1e-2))
 
 
-def _plain_log(axis: Any, of: str, ticks: Sequence[float] = (1, 1.2, 1.5, 2, 3, 5, 7)) -> None:
-    """A logarithmic x or y with ticks in plain numbers, at these multiples of powers of ten."""
+def _plain_log(axis: Any, of: str, fine: Sequence[float] = (1, 1.2, 1.5, 2, 3, 5, 7)) -> None:
+    """A logarithmic x or y with ticks in plain numbers, at these multiples of powers of ten, fewer for more powers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    low, high = getattr(axis.dataLim, f"interval{of}")
+    ticks = fine if high < 12 * low else (1, 2, 5) if high < 100 * low else (1,)
     axis.set(**{f"{of}scale": "log"})
     line = getattr(axis, f"{of}axis")
     line.set_major_locator(LogLocator(subs=ticks))

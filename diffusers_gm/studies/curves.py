@@ -57,12 +57,12 @@ def draw_curves(
     floor: float | None = None,
     styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """A picture of curves, side by side by their titles, each with a legend; the name of the file."""
+    """A picture of curves, side by side by their titles, with one legend for all; the name of the file."""
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(1.5 + 5 * len(panels), 4.5), layout="constrained", squeeze=False
+        1, len(panels), figsize=(1.5 + 5 * len(panels), 5.5), layout="constrained", squeeze=False
     )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         plot_curves(axis, curves, floor, styles)
         axis.set(title=title, ylabel=ylabel)
-        axis.legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return save_picture(figure, path)

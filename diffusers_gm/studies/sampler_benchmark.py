@@ -20,7 +20,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,10 +85,10 @@ def best_of(
     calls: int,
     seeds: int,
     results: Results,
-    only: str | None,
+    only: Collection[str] | None,
     score: Callable[[Tensor], dict[str, float]] | None = None,
 ) -> Best | None:
-    """The best grid of a sampler, measured where it is not there; `only` this grid, if given. `score`: `Scores` of the
+    """The best grid of a sampler, measured where it is not there; `only` of these, if given. `score`: `Scores` of the
     reference, where they are there already."""
     n, found = results.conditions["num_samples"], []
     score = score or Scores(model.reference)
@@ -98,7 +98,7 @@ def best_of(
         return sample(model.pipeline, scheduler, budget(scheduler, calls), n, seed, n)
 
     for grid, given in model.samplers[sampler].items():
-        if only in (grid, None):
+        if only is None or grid in only:
             setting, scheduler = f"{sampler}, {grid}", given
             if callable(given) and any(results.find(setting, calls, seed) is None for seed in range(seeds)):
                 scheduler = given()
@@ -119,7 +119,8 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
     for i, calls in enumerate(args.calls):
         for sampler in model.samplers:
             below = bests.get((sampler, args.calls[i - 1])) if i else None
-            only = below.grid if below and calls > ALL_GRIDS_UP_TO else None
+            # The calibrated levels are always among them: they are what is judged.
+            only = {below.grid, "calibrated"} if below and calls > ALL_GRIDS_UP_TO else None
             best = best_of(model, sampler, calls, args.seeds, results, only, score)
             if best is None and only:  # that grid has no run of so many calls
                 best = best_of(model, sampler, calls, args.seeds, results, None, score)

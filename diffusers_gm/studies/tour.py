@@ -1,8 +1,8 @@
 """One network and one seed under several samplers and budgets, in one picture: the first one of the README.
 
-    python -m diffusers_gm.studies.tour outputs/demo-ncsnv2 --output model_cards/tour.png
+    python -m diffusers_gm.studies.tour outputs/fashion-ddpm --output model_cards/tour.png
 
-`outputs/demo-ncsnv2` is what `make demo METHOD=ncsnv2` leaves; any folder of an unconditional image pipeline serves.
+Any folder of an unconditional image pipeline serves; how this one is made is in this folder's README.
 Every cell starts from the same noise. The last row is calibrated on the network first. Samplers that cannot read a
 network (those of diffusers one of mixture noise, say) are left out, and said to be.
 """
