@@ -33,12 +33,12 @@ NUM_FAST, NUM_MARTINGALE = 56, 48
 # trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
 ERRS = -0.4
 
-# Stochasticities of a run of enough calls to follow them: a little, which costs an exact denoiser nothing and forgives
-# small errors; and that of networks whose errors dominate.
-LITTLE, MUCH, ENOUGH = 0.4, 1.0, 8
+# Stochasticities of a run of enough calls to follow them: a little, which costs an exact denoiser nothing; more for a
+# network that was trained, as it errs; and all there is where errors dominate.
+LITTLE, MORE, ALL, ENOUGH = 0.4, 0.7, 1.0, 8
 
 # Stochasticities among which real images choose.
-CANDIDATES = (0.0, LITTLE, MUCH)
+CANDIDATES = (0.0, LITTLE, MORE, ALL)
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
@@ -93,7 +93,7 @@ def calibrate(
             the network and the number of calls, see `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
             or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
-            = 0, .4 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
+            = 0, .4, .7 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
             Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
@@ -252,7 +252,7 @@ def stochasticity_for(defect: float, num_calls: int) -> float:
     calls enough to follow it."""
     if num_calls < ENOUGH:
         return 0.0
-    return MUCH if defect < ERRS else LITTLE
+    return ALL if defect < ERRS else MORE if defect < 0 else LITTLE
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
