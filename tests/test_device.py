@@ -14,6 +14,7 @@ from diffusers_gm.processes.cld import CLD
 from diffusers_gm.random import Draw
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
 from diffusers_gm.training.methods import METHODS
+from diffusers_gm.training.methods.method import Batch
 from diffusers_gm.training.options import TrainingArguments
 
 DEVICE = torch.device("meta")
@@ -156,6 +157,6 @@ def test_a_step_of_training(options):
     with NoFloat64(), torch.random.fork_rng(devices=[]):
         labels = method.labels(args, noise, torch.rand(2, dtype=torch.float64))
         network = lambda x, t: SimpleNamespace(sample=x[:, :1])
-        loss = method.loss(args, noise, scheduler, network, images(), labels, Draw.like(images()))
+        loss = method.loss(args, noise, scheduler, Batch(network, images(), labels, Draw.like(images())))
     assert loss.device == DEVICE
     assert loss.dtype == torch.float32
