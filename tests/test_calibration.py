@@ -25,7 +25,14 @@ from diffusers_gm import (
     NCSNv2Pipeline,
     calibrate,
 )
-from diffusers_gm.calibration.calibrate import calibrate_in_full, martingale_defect, stochasticity_for
+from diffusers_gm.calibration.calibrate import (
+    Ladder,
+    calibrate_in_full,
+    levels_from_one_run,
+    levels_from_trajectories,
+    martingale_defect,
+    stochasticity_for,
+)
 from diffusers_gm.calibration.search import LocalDefects, fine_ladder, gram, nearest, search
 from diffusers_gm.calibration.trajectory import Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels
@@ -104,6 +111,18 @@ def test_dynamic_programming_finds_the_best_of_all_grids():
         found = defects.best(n, end)
         assert (len(found), found[0], found[-1]) == (n, 0, end)
         assert total(found) == pytest.approx(min(map(total, every)), rel=1e-9)
+
+
+@pytest.mark.parametrize("made", [levels_from_one_run, levels_from_trajectories])
+def test_as_many_calls_as_there_may_be(made):
+    """The fixed grid ends below the ladder there, and has more levels than one run."""
+    fixed = CalibratedMultistepScheduler(noise_space="ve", sigma_min=0.002, sigma_max=HIGH)
+    ladder = Ladder(points, start(4), HIGH, LOW, Multistep())
+    for n in (50, 80):
+        levels, _ = made(ladder, fixed, [n])[n]
+        assert len(levels) == n
+        assert levels[0] == pytest.approx(HIGH)
+        assert all(a > b for a, b in pairwise(levels))
 
 
 def test_denoised_images_that_are_not_finite_are_named():

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import as_learned
 from ..random import Draw
-from ..readings.grids import calibrated_levels
+from ..readings.grids import POWER, calibrated_levels, power_levels
 from ..samplers import Memory, Multistep, sample
 from ..schedulers import CalibratedMultistepScheduler
 from .oracle import MANY, with_denoiser
@@ -51,8 +51,9 @@ class Calibration:
     Attributes:
         scheduler: the result.
         levels: of each budget.
-        errors: of each budget, the squared distance of the last D to the teacher's along a path that the levels were
-            not chosen on, see `Trajectories`: of the fixed grid, and of what was found. None with `effort="fast"`.
+        errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's, from a start
+            that the levels were not chosen on: of the fixed grid, and of what was found. None with `effort="fast"`, nor
+            where errors dominate.
         martingale_defect: rho, see `martingale_defect`.
         stochasticity: tau of each budget.
         network_calls: in all, each for the whole batch.
@@ -66,6 +67,11 @@ class Calibration:
     stochasticity: dict[int, float] = field(default_factory=dict)
     network_calls: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def errs(self) -> bool:
+        """Whether the network's errors dominate: levels that follow its runs would follow them."""
+        return self.martingale_defect is not None and self.martingale_defect < ERRS
 
 
 def calibrate(
@@ -88,7 +94,7 @@ def calibrate(
         pipe: a pipeline with a network and a scheduler; its scheduler is put back at the end.
         calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
         effort: `full`; or `fast`: one run of 56 calls, from whose denoised images the local errors of all steps are
-            estimated; good on many networks and poor on some.
+            estimated.
         stochasticity: tau of the sampler; 0 is the probability flow, deterministic. None: by the martingale defect of
             the network and the number of calls, see `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
@@ -140,7 +146,7 @@ def calibrate_in_full(
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
-        if result.martingale_defect < ERRS:  # levels that follow its runs would follow its errors
+        if result.errs:
             found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
@@ -160,7 +166,7 @@ def calibrate_in_full(
     calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
     if any(result.stochasticity.values()):
         calibration["stochasticity"] = {str(n): tau for n, tau in result.stochasticity.items()}
-    if shift != 1.0:
+    if shift != 1.0 and not result.errs:  # the fixed grid is one before the shift
         calibration["shift"] = shift
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
     result.seconds = (clock.total() - clock.network, clock.network)
@@ -209,7 +215,13 @@ def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> F
     defects = LocalDefects(
         sigmas, gram(Trajectories(ladder.denoiser, ladder.start, sigmas, ladder.sampler).teacher.denoised)
     )
-    return {n: (sigmas[defects.best(n, last_place(sigmas, scheduler, n))].tolist(), None) for n in budgets}
+    found: Found = {}
+    for n in budgets:
+        levels = scheduler.calibrated_or_even_levels(n)
+        if n <= len(sigmas) // 2:  # else the run is too coarse to judge steps by
+            levels = sigmas[defects.best(n, last_place(sigmas, scheduler, n))]
+        found[n] = levels.tolist(), None
+    return found
 
 
 def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
@@ -224,7 +236,8 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
     found: Found = {}
     for n in budgets:
         last = last_place(sigmas, scheduler, n)
-        wanted = [scheduler.calibrated_or_even_levels(n)]
+        # First the fixed grid, as far as the ladder can have it.
+        wanted = [power_levels(ladder.high, float(sigmas[last]), n, POWER)]
         if found:  # what suits fewer calls, with levels in between
             wanted.append(calibrated_levels({str(m): levels for m, (levels, _) in found.items()}, n))
         starts = [places for levels in wanted if (places := nearest(sigmas, levels)) is not None]

@@ -34,8 +34,8 @@ def _figure(calibration: Calibration) -> Any:
             values = [calibration.errors[n][at] ** 0.5 for n in budgets]
             right.plot(budgets, values, label=name, **curve_style(at))
         right.set(
-            xscale="log", yscale="log", xlabel="network calls", ylabel="root mean square, pixels in [-1, 1]",
-            title="distance to very many calls on the same path",
+            xscale="log", yscale="log", xlabel="network calls", ylabel="sliced Wasserstein distance, pixels in [-1, 1]",
+            title="distance to very many calls from the same starts",
         )  # fmt: skip
         right.set_xticks(budgets, [str(n) for n in budgets])
         right.minorticks_off()

@@ -1,8 +1,8 @@
 """Coupled trajectories: a few noise levels (the student) against very many (the teacher), from the same start.
 
 The distance of the last two denoised images bounds the Wasserstein distance of their laws, counts how errors travel to
-the end, and needs no data. Trajectories are those of the probability flow: levels that follow it serve samplers that
-inject noise as well as levels found along a Brownian path, which are three times the work.
+the end, and needs no data. Trajectories are those of the probability flow: levels that follow it serve samplers
+that inject noise, too.
 """
 
 import math
