@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DModel,
 )
@@ -294,6 +295,25 @@ def test_guidance_is_part_of_the_denoiser():
     pipe.set_progress_bar_config(disable=True)
     images = pipe(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
     assert images.isfinite().all()
+
+
+def test_the_fixed_grid_is_shifted_once():
+    """Stable Diffusion 3 with a network of errors alone: what is kept is the grid without a calibration."""
+    from test_swap_pipelines import embeddings, sd3
+
+    pipe, generator = sd3(StableDiffusion3Pipeline), torch.Generator().manual_seed(0)
+    pipe.transformer.register_forward_hook(
+        lambda module, args, output: tuple(torch.randn(x.shape, generator=generator) for x in output)
+    )
+    arguments = {"height": 16, "width": 16, "output_type": "latent", "guidance_scale": 1.0} | embeddings(
+        (8, 4, 8), (8, 8)
+    )
+    result = calibrate_in_full(pipe, (10,), progress=False, **arguments)
+    assert result.martingale_defect < -0.4
+    fixed = CalibratedMultistepScheduler.from_config(pipe.scheduler.config)
+    for scheduler in (fixed, result.scheduler):
+        scheduler.set_timesteps(10)
+    torch.testing.assert_close(result.scheduler.timesteps, fixed.timesteps, rtol=1e-5, atol=0)  # of six digits
 
 
 @pytest.mark.parametrize(
