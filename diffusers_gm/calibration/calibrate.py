@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import as_learned
 from ..random import Draw
+from ..readings import level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
 from ..samplers import Memory, Multistep, sample
 from ..schedulers import CalibratedMultistepScheduler
@@ -134,8 +135,7 @@ def calibrate_in_full(
     scheduler = _swapped(pipe)
     sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
     replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
-    ends = torch.tensor(scheduler.reading.timestep_range, dtype=torch.float64)
-    low, high = scheduler.reading.sigma(ends).tolist()
+    low, high = level_range(scheduler.reading)
     result = Calibration(scheduler)
     pace = 0.1 if sys.stderr.isatty() else 10
     bar = tqdm(total=None, desc="calibrating", unit="call", mininterval=pace, disable=not progress)

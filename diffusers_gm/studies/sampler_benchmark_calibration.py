@@ -16,6 +16,7 @@ from ..calibration.oracle import MANY, with_denoiser
 from ..calibration.trajectory import Denoiser, Trajectories
 from ..evaluation.table import Table
 from ..files import write_text
+from ..readings import level_range
 from ..readings.grids import calibrated_levels, sigma_grid
 from ..samplers import Multistep
 from ..schedulers import CalibratedMultistepScheduler
@@ -102,7 +103,7 @@ def gits(pipeline: Any) -> dict[str, Any]:
     """Levels of the kind of GITS (arXiv 2405.11326): the ones between which single Euler steps leave a fine trajectory
     least, by dynamic programming; written anew from the idea, the costs summed as they are."""
     described = CalibratedMultistepScheduler.from_config(pipeline.scheduler.config)
-    low, high = described.reading.sigma(torch.tensor(described.reading.timestep_range, dtype=torch.float64)).tolist()
+    low, high = level_range(described.reading)
     sigmas = sigma_grid(high, max(low, LOW), NUM_GITS, "karras")
 
     def work(denoiser: Denoiser, start: Tensor) -> Tensor:
