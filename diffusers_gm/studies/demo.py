@@ -46,12 +46,13 @@ def sampler(algorithm_type: str, **changes: Any) -> dict[str, Any]:
 # The samplers of each scheduler for its own networks, by name: what to change in the config of the network.
 SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
     GMLangevinScheduler: {
-        **{name: sampler(name) for name in ("langevin", "jump", "exponential", "ancestral", "ode")},
-        "langevin, chain": sampler("langevin", network_level="chain"),
+        "langevin": sampler("langevin", network_level="chain"),
+        "langevin, ladder": sampler("langevin", network_level="ladder"),
+        **{name: sampler(name) for name in ("jump", "exponential", "ancestral", "ode")},
     },
     AnnealedLangevinScheduler: {
-        "langevin": sampler("langevin", num_langevin_steps=1),
-        "langevin, chain": sampler("langevin", num_langevin_steps=1, network_level="chain"),
+        "langevin": sampler("langevin", num_langevin_steps=1, network_level="chain"),
+        "langevin, ladder": sampler("langevin", num_langevin_steps=1, network_level="ladder"),
         "langevin, T = 3": sampler("langevin", num_langevin_steps=3),
         "consistent": sampler("consistent"),
     },
