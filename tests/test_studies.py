@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -214,6 +216,14 @@ def test_the_page_holds_every_report_and_links_to_its_pictures(tmp_path):
     assert "(#study-one-x--y)" in text
     with pytest.raises(ValueError, match="no reports"):
         page(tmp_path / "nothing", tmp_path / "page.md")
+
+
+def test_every_link_of_the_page_leads_to_a_heading_of_its_own(tmp_path):
+    for name in ("one", "two"):
+        replace(report(name), title="Samplers", pictures=[]).write(tmp_path)
+    text = page(tmp_path, tmp_path / "results.md")
+    assert re.findall(r"\(#(.*)\)", text) == ["samplers-one", "samplers-two"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Samplers (one)", "Samplers (two)"]
 
 
 def test_page_command(tmp_path):

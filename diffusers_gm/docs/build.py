@@ -81,9 +81,10 @@ def with_links(text: str, page: Path) -> str:
 
 
 def gather(folder: Path) -> None:
-    """Put the pages and pictures of the repository, and those of the API, into `folder`, by their paths."""
+    """Put the pages, pictures and style of the repository, and the pages of the API, into `folder`, by their paths."""
     pages = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *(ROOT / "diffusers_gm").rglob("*.md")]
     pages += [*(ROOT / "model_cards").rglob("*.md"), *(ROOT / "model_cards").rglob("*.png")]
+    pages.append(CONFIG.with_name("site.css"))
     for page in pages:
         if "templates" in page.parts:
             continue

@@ -69,7 +69,8 @@ def kernel_distance(samples: Tensor, reference: Tensor) -> float:
     """Squared maximum mean discrepancy with the kernel `(x.y / d + 1)^3`, unbiased (KID, arXiv 1801.01401).
 
     All pairs rather than random subsets: the same value every time, at the cost of `(n + m)^2` kernel values. Around 0
-    for two sets of one law, and then as often negative as positive.
+    for two sets of one law, and then as often negative as positive. Not by torchmetrics, which is equal where n = m:
+    it draws its subsets from the global generator, and its `poly_mmd` takes n for m without a word.
 
     Args:
         samples, reference: features `(n, d)` and `(m, d)`.

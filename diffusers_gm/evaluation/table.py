@@ -21,7 +21,11 @@ class Table:
     rows: list[list[Any]]
 
     def markdown(self) -> str:
-        """Below its caption, where it has one; floats with four significant digits."""
+        """Below its caption, where it has one; floats with four significant digits.
+
+        Three lines rather than `tabulate`, which reads numbers in words ("007" is 7, True is 1) and leaves
+        None out, and would be a dependency of the training, whose cards have tables.
+        """
         words = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
         lines = ["| " + " | ".join(row) + " |" for row in [self.header, *words]]
         table = "\n".join([lines[0], "|---" * len(self.header) + "|", *lines[1:]])

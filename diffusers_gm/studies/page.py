@@ -6,6 +6,7 @@ Every study writes its tables, pictures and verdict into a folder; this puts the
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,7 @@ INTRODUCTION = """\
 
 Made by `python -m diffusers_gm.studies.page` of the reports in `{reports}`; nothing here is typed by hand. Each section
 gives the command that measured it, its conditions, and a verdict that the command worked out. Where a result goes
-against us, it says so. A study whose command is gone has given way to a wider one: `sampler_benchmark --models ddpm`
-holds what `lifted` did, and `cld squared` what `cld terminal` and `cld samplers` did.
+against us, it says so.
 """
 
 
@@ -36,6 +36,10 @@ def page(reports: Path, output: Path) -> str:
         raise ValueError(f"no reports (*.json) in {reports}: run a study with --output {reports}")
     folder = Path(os.path.relpath(reports, output.parent)).as_posix()
     studies = [read(path) for path in paths]
+    titles = Counter(s.title for s in studies)
+    for study in studies:  # links to headings tell them by their titles
+        if titles[study.title] > 1:
+            study.title += f" ({study.name})"
     contents = "\n".join(f"- [{s.title}](#{anchor(s.title)}): {s.question}" for s in studies)
     sections = "\n\n".join(s.markdown(folder) for s in studies)
     return f"{INTRODUCTION.format(reports=folder)}\n{contents}\n\n{sections}\n"
