@@ -35,7 +35,7 @@ def build_parser(description: str) -> Parser:
 
     add = parser.add_argument_group("Classes, where the network knows any").add_argument
     add("--class_labels", nargs="+", metavar="CLASS", help="names or indices: samples and real images are of these; default: of all, as often as in the training data")  # fmt: skip # noqa: E501
-    add("--guidance_scale", type=float, nargs="+", default=[1.0], help="classifier-free guidance, see pipelines.guidance; every scale is measured; a call with guidance is of twice the batch")  # fmt: skip # noqa: E501
+    add("--guidance_scale", type=float, nargs="+", default=[1.0], help="classifier-free guidance, 1 for none; every scale is measured; a call with guidance is of twice the batch")  # fmt: skip # noqa: E501
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance; default: all")  # fmt: skip # noqa: E501
 
     add = parser.add_argument_group("Real images").add_argument

@@ -185,7 +185,7 @@ def plot_rows(
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(axis="x", linewidth=0.3)
     if scale == "log":
-        _plain_log(axis, "x", (1, 1.5, 2, 3, 5, 7))
+        plain_log(axis, "x", (1, 1.5, 2, 3, 5, 7))
 
 
 def plot_curves(
@@ -216,13 +216,13 @@ def plot_curves(
     axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.xaxis.minorticks_off()
     if scale == "log":
-        _plain_log(axis, "y")
+        plain_log(axis, "y")
     elif scale == "symlog":
         axis.set_yscale("symlog", linthresh=1e-2)
         axis.set_ylim(min(0.0, axis.dataLim.ymin) - 1e-2, 1.5 * max(axis.dataLim.ymax, 1e-2))
 
 
-def _plain_log(axis: Any, of: str, fine: Sequence[float] = (1, 1.2, 1.5, 2, 3, 5, 7)) -> None:
+def plain_log(axis: Any, of: str, fine: Sequence[float] = (1, 1.2, 1.5, 2, 3, 5, 7)) -> None:
     """A logarithmic x or y with ticks in plain numbers, at these multiples of powers of ten, fewer for more powers."""
     from matplotlib.ticker import LogLocator, NullLocator
 

@@ -1,6 +1,9 @@
 """Trained CLD models: which masses and initial velocities, which loss."""
 
 import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -8,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
-from ..evaluation.report import curve_table, plot_curves
+from ..evaluation.report import Curve, curve_table, plot_curves
 from ..evaluation.table import Table
 from ..losses import cld_loss
+from ..pictures import curve_style
 from ..schedulers import CLDSSCSScheduler
 from .cld_digits import TIMES, against, as_network, digits_conditions, ratios_to_floor, results_of, train_cld
 from .curves import as_curves, by_calls
@@ -44,7 +48,8 @@ def robustness(args: argparse.Namespace) -> Report:
         axis.imshow(grid.log(), cmap="YlOrRd", vmin=0, vmax=1.5)
         for i, row in enumerate(grid.tolist()):
             for j, ratio in enumerate(row):
-                axis.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=12)
+                color = "white" if math.log(ratio) > 1 else "black"
+                axis.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=12, color=color)
         axis.set(title=f"{calls} calls", xlabel="mass M", ylabel="gamma")
         axis.set_xticks(range(len(MASSES)), [f"{mass:g}" for mass in MASSES])
         axis.set_yticks(range(len(GAMMAS)), [f"{gamma:g}" for gamma in GAMMAS])
@@ -110,22 +115,15 @@ def score_errors(unet: Any, scheduler: CLDSSCSScheduler, num_images: int, hybrid
 
 def losses(args: argparse.Namespace) -> Report:
     """Hybrid against denoising score matching, with the mixed score and without: the same network, steps and seed."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     results = results_of(args, "cld_losses")
-    ratios, errors, own, styles = {}, {}, {}, {}
-    for (name, options), color in zip(LOSSES.items(), ("C0", "C1", "C0", "C1"), strict=True):
+    ratios, errors, own = {}, {}, {}
+    for name, options in LOSSES.items():
         unet, scheduler = train_cld(args, **options)
         hybrid = "cld_loss" not in options
         ratios[name] = ratios_to_floor(results, name, unet, scheduler, args.calls)
         errors[name] = score_errors(unet, scheduler, args.num_samples, True)
         own[name] = errors[name] if hybrid else score_errors(unet, scheduler, args.num_samples, False)
-        styles[name] = {"color": color, "linestyle": "-" if hybrid else "--"}
-        right.semilogy(TIMES, errors[name], label=name, **styles[name])
     curves = as_curves(ratios, args.calls)
-    plot_curves(left, curves, 1, styles)
-    left.set(ylabel="sliced W2 over the floor", title="samples")
-    right.set(xlabel="t", ylabel="HSM loss, held-out digits", title="error of the score")
-    left.legend(fontsize=8)
     return Report(
         name="cld_losses",
         title="CLD: hybrid score matching and the mixed score",
@@ -139,9 +137,23 @@ def losses(args: argparse.Namespace) -> Report:
             ),
             by_time("The loss that each was trained on, there. That of DSM holds the variance of its own target.", own),
         ],
-        pictures=[save_picture(figure, args.output / "cld_losses.png")],
+        pictures=[plot_losses(curves, errors, args.output / "cld_losses.png")],
         conditions=digits_conditions(args) + " beta = 4, mass 1/4, gamma 0.04, sscs on the quadratic grid.",
     )
+
+
+def plot_losses(curves: Mapping[str, Curve], errors: Mapping[str, Sequence[float]], path: Path) -> str:
+    """Quality against network calls, and the error of the score against time; the name of the file."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    styles = {name: {**curve_style(i), "linestyle": "--" if "cld_loss" in LOSSES[name] else "-"}
+              for i, name in enumerate(curves)}  # fmt: skip
+    plot_curves(left, curves, 1, styles)
+    for name, values in errors.items():
+        right.semilogy(TIMES, values, label=name, **styles[name])
+    left.set(ylabel="sliced W2 over the floor", title="samples")
+    right.set(xlabel="t", ylabel="HSM loss, held-out digits", title="error of the score")
+    left.legend(fontsize=8)
+    return save_picture(figure, path)
 
 
 def by_time(caption: str, losses: dict[str, list[float]]) -> Table:

@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline
 from torch import Tensor
 
 from ..data import ImageStream, split_digits
+from ..evaluation.report import plain_log
 from ..evaluation.table import Table, machine
 from ..networks import asked
 from ..random import randn
@@ -123,7 +124,8 @@ def plot(curves: Mapping[str, Mapping[str, Sequence[float]]], at: Sequence[int],
     for axis, (method, of_method) in zip(axes, curves.items(), strict=True):
         for (start, values), style in zip(of_method.items(), (":o", "--s", "-^"), strict=False):
             axis.plot(values, style, label=start)
-        axis.set(title=method, xlabel="steps", yscale="log")
+        axis.set(title=method, xlabel="steps")
+        plain_log(axis, "y")
         axis.set_xticks(range(len(at)), map(str, at))
     axes[0].set_ylabel("denoising error, linear denoiser = 1")
     axes[0].legend(fontsize=8)

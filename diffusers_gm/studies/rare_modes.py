@@ -6,15 +6,18 @@ What decides is where the calls are spent, on the first level or on the way down
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from ..data import split_digit_labels, split_digits
+from ..evaluation.report import plain_log
 from ..evaluation.results import Statistic
 from ..evaluation.sampling import NoGridError
 from ..evaluation.table import Table
+from ..pictures import curve_style
 from ..processes.mixture import GaussianMixtureNoise
 from ..random import Draw
 from ..readings.grids import sigma_grid
@@ -129,6 +132,23 @@ def compare(found: Found, ours: str, keys: Sequence[tuple]) -> tuple[int, int]:
     return better, worse
 
 
+def plot(found: Found, budgets: Sequence[int], floor: float, path: Path) -> str:
+    """The error of the weights against the first level, a panel for each number of calls; the name of the file."""
+    size = (3.5 + 5 * len(budgets), 5.2)
+    figure, axes = plt.subplots(1, len(budgets), figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axis, calls in zip(axes[0], budgets, strict=True):
+        for i, name in enumerate(SAMPLERS):
+            curve = [(f, v.mean, v.error) for f in FACTORS if (v := found[name, f, calls])]
+            if curve:
+                axis.errorbar(*zip(*curve, strict=True), label=name, capsize=2, **curve_style(i))
+        axis.axhline(floor, color="gray", linestyle=":", label="exact draws")
+        axis.set(title=f"{calls} calls", xlabel="first level / distance of the modes", xticks=FACTORS)
+        plain_log(axis, "y")
+    axes[0, 0].set_ylabel("total variation of the mode weights")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return save_picture(figure, path)
+
+
 def rare_modes(args: argparse.Namespace) -> Report:
     budgets, seeds, count = args.calls or [50, 200], max(5, args.seeds), 8 * args.num_samples
     points, weights = far_modes()
@@ -185,16 +205,6 @@ def rare_modes(args: argparse.Namespace) -> Report:
                    if name in (EXPLORE, "explore by jumps")}  # fmt: skip
     by_jumps = compare(found_jumps, "explore by jumps", settings)
     midway = [f"{words((EXPLORE, n))} against {words((LANGEVIN, n))} at {n}" for n in budgets]
-    figure, axes = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 4.4), layout="constrained", squeeze=False)
-    for axis, calls in zip(axes[0], budgets, strict=True):
-        for name in SAMPLERS:
-            curve = [(f, v.mean, v.error) for f in FACTORS if (v := found[name, f, calls])]
-            if curve:
-                axis.errorbar(*zip(*curve, strict=True), marker="o", markersize=3, label=name)
-        axis.axhline(floor, color="gray", linestyle=":", label="exact draws")
-        axis.set(title=f"{calls} calls", xlabel="first level / distance of the modes", yscale="log")
-    axes[0, 0].set_ylabel("total variation of the mode weights")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     columns = [f"{factor:g} distances, {calls} calls" for factor, calls in settings]
     return Report(
         "gm_sgm_rare_modes",
@@ -216,7 +226,7 @@ def rare_modes(args: argparse.Namespace) -> Report:
                   f"{args.num_samples}; held-out ones have {real:.3f}.", ["sampler", *by_calls(budgets)],
                   [[s, *(words((s, n)) for n in budgets)] for s in ON_NETWORK]),
         ],
-        [save_picture(figure, args.output / "gm_sgm_rare_modes.png")],
+        [plot(found, budgets, floor, args.output / "gm_sgm_rare_modes.png")],
         f"Weights {', '.join(map(str, WEIGHTS))}; all modes {DISTANCE:g} apart, width {WIDTH:g}, last level "
         f"{SIGMA_MIN:g}; runs start at the largest mode plus noise of the first level. Jumps: power law, alpha = 1.5, "
         f"K = 3. The network: ncsnv2, {args.steps} steps.",
