@@ -4,6 +4,7 @@
 #   make test       format, lint, types, tests
 #   make docs       a site of the documentation in outputs/docs
 #   make test-oldest  the tests of what depends on diffusers' versions, with the oldest supported one
+#   make test-lowest  the tests of every dependency, with the lowest versions that pyproject.toml allows
 #   make test-python  the tests of what depends on Python's version, with those of PYTHONS that there are
 # For CUDA: make demo CONSTRAINTS=/dev/null (the pins of .constraints.txt take torch's CPU build where there is one).
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .constraints.txt
 OLDEST ?= .venv-oldest
+LOWEST ?= .venv-lowest
 OLDEST_PATH = $(abspath $(OLDEST))
 OLDEST_TESTS ?= $(addprefix tests/test_,hub.py pipelines.py schedulers.py contract.py swap.py swap_pipelines.py)
 METHOD ?= gm-sgm
@@ -26,7 +28,7 @@ TRAIN := $(BIN)/accelerate launch --quiet --num_processes 1 --mixed_precision no
 # STEPS=500: another length than that of the recipe.
 LENGTH = $(if $(STEPS),--max_train_steps $(STEPS))
 
-.PHONY: demo compare cifar10 docs test test-oldest test-python test-slow lint format benchmark clean-env
+.PHONY: demo compare cifar10 docs test test-oldest test-lowest test-python test-slow lint format benchmark clean-env
 
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
@@ -100,6 +102,18 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST_PATH) $(BIN)/python -c "import diffusers as d; assert d.__version__ == '0.40.0', d.__version__"
 	PYTHONPATH=$(OLDEST_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
 
+# The lowest versions of all dependencies that pyproject.toml names. torch is that of PyPI, as below.
+LOWEST_TESTS ?= $(PYTHON_TESTS) $(addprefix tests/test_,app.py docs.py evaluation.py hub.py likelihood.py pictures.py \
+	swap_pipelines.py training_steps.py)
+
+$(LOWEST)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(LOWEST)
+	$(BIN)/uv pip install -q -p $(LOWEST)/bin/python --resolution lowest-direct -e ".[app,test]"
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal $(LOWEST_TESTS)
+
 # Other versions of Python, each in an environment of its own; one that is not on this machine is passed over, and said.
 # torch is that of PyPI, several GB until uv has fetched it once: pip alone reads the settings of this machine.
 PYTHONS ?= 3.12 3.13
@@ -146,4 +160,4 @@ endif
 	$(BIN)/python -m diffusers_gm.studies.step_cost
 
 clean-env:
-	rm -rf $(VENV) $(OLDEST) $(addprefix $(VENV)-,$(PYTHONS))
+	rm -rf $(VENV) $(OLDEST) $(LOWEST) $(addprefix $(VENV)-,$(PYTHONS))

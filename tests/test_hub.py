@@ -516,7 +516,7 @@ def test_from_a_training_to_the_snippet_on_another_computer(empty_server, tmp_pa
     Client(server, tmp_path / "home", TOKEN).run(
         f"import os, sys; os.chdir(sys.argv[1])\n{snippet}", tmp_path / "elsewhere"
     )
-    assert Image.open(tmp_path / "elsewhere/sample.png").size == (256, 256), "enlarged"
+    assert Image.open(tmp_path / "elsewhere/grid.png").size == (132, 132), "2 x 2 images, enlarged, a gap of 4"
 
 
 def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):

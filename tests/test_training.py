@@ -231,7 +231,7 @@ def test_the_snippet_of_the_model_card_runs(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     monkeypatch.chdir(tmp_path / "model")
     exec(snippet, {})
-    assert Image.open("sample.png").size == (256, 256), "enlarged"
+    assert Image.open("grid.png").size == (132, 132), "2 x 2 images, enlarged 8 times, a gap of 4"
 
 
 def test_resumed_equals_uninterrupted(trained, tmp_path):

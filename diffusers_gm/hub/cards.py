@@ -91,14 +91,12 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     height, width = sides(options["resolution"])
     size = f"{height}x{width}" if height != width else f"{width}x{width}"
-    times = 256 // max(height, width)
     return model_card(
         [method.name],
         [options["dataset_name"]] if from_hub else None,
         files(__package__).joinpath("templates/model_card.md"),
         title=f"{method.name.upper()}: {_data(options)}, {size}",
         size=size,
-        enlarged=f".resize(({times * width}, {times * height}), 0)" if times > 3 else "",
         calibrated=bool(options["calibrate"]),
         **_classes(result.class_names),
         method_name=method.title,
