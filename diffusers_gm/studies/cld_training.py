@@ -40,20 +40,6 @@ def robustness(args: argparse.Namespace) -> Report:
         name, trained = f"gamma {gamma:g}, mass {mass:g}", train_cld(args, gamma=gamma, mass=mass)
         rows.append(ratios_to_floor(results, name, *trained, args.calls))
     ratios = torch.tensor(rows).T.reshape(len(args.calls), len(GAMMAS), len(MASSES))
-
-    figure, axes = plt.subplots(
-        1, len(args.calls), figsize=(3 * len(args.calls), 3.6), layout="constrained", squeeze=False
-    )
-    for axis, calls, grid in zip(axes[0], args.calls, ratios, strict=True):
-        axis.imshow(grid.log(), cmap="YlOrRd", vmin=0, vmax=1.5)
-        for i, row in enumerate(grid.tolist()):
-            for j, ratio in enumerate(row):
-                color = "white" if math.log(ratio) > 1 else "black"
-                axis.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=12, color=color)
-        axis.set(title=f"{calls} calls", xlabel="mass M", ylabel="gamma")
-        axis.set_xticks(range(len(MASSES)), [f"{mass:g}" for mass in MASSES])
-        axis.set_yticks(range(len(GAMMAS)), [f"{gamma:g}" for gamma in GAMMAS])
-    figure.suptitle("sliced W2 over the floor of held-out digits (1 is as good as real)")
     return Report(
         name="cld_robustness",
         title="CLD: masses and initial velocities",
@@ -66,9 +52,25 @@ def robustness(args: argparse.Namespace) -> Report:
                 [[f"{gamma:g}", f"{mass:g}", *row] for (gamma, mass), row in zip(settings, rows, strict=True)],
             )
         ],
-        pictures=[save_picture(figure, args.output / "cld_robustness.png")],
+        pictures=[plot_robustness(ratios, args.calls, args.output / "cld_robustness.png")],
         conditions=digits_conditions(args) + " HSM, mixed score, beta = 4, sscs on the quadratic grid.",
     )
+
+
+def plot_robustness(ratios: Tensor, calls: Sequence[int], path: Path) -> str:
+    """Ratios `(calls, gammas, masses)`, a panel for each number of calls; the name of the file."""
+    figure, axes = plt.subplots(1, len(calls), figsize=(3 * len(calls), 3.6), layout="constrained", squeeze=False)
+    for axis, n, grid in zip(axes[0], calls, ratios, strict=True):
+        axis.imshow(grid.log(), cmap="YlOrRd", vmin=0, vmax=1.5)
+        for i, row in enumerate(grid.tolist()):
+            for j, ratio in enumerate(row):
+                color = "white" if math.log(ratio) > 1 else "black"
+                axis.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=12, color=color)
+        axis.set(title=f"{n} calls", xlabel="mass M", ylabel="gamma")
+        axis.set_xticks(range(len(MASSES)), [f"{mass:g}" for mass in MASSES])
+        axis.set_yticks(range(len(GAMMAS)), [f"{gamma:g}" for gamma in GAMMAS])
+    figure.suptitle("sliced W2 over the floor of held-out digits (1 is as good as real)")
+    return save_picture(figure, path)
 
 
 def verdict_on_robustness(ratios: Tensor, calls: list[int]) -> str:
