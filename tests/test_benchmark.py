@@ -188,11 +188,12 @@ def test_a_saved_pipeline_beside_real_images(tmp_path, faces):
 def test_edm_schedulers_of_diffusers_on_given_levels():
     config = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=20.0, sigma_min=0.02).config
     for by_grid in edm_peers(config).values():
-        by_grid["KL optimal"].set_timesteps(6)
-        assert by_grid["KL optimal"].sigmas[:-1].tolist() == pytest.approx(kl_optimal(20.0, 0.02, 6).tolist())
-        by_grid["default"].set_timesteps(6)
+        given = by_grid["KL optimal"]()
+        for scheduler in (given, by_grid["default"]):
+            scheduler.set_timesteps(6)
+        assert given.sigmas[:-1].tolist() == pytest.approx(kl_optimal(20.0, 0.02, 6).tolist())
         assert by_grid["default"].sigmas[0] == pytest.approx(20.0)
-        assert by_grid["default"].sigmas[1] != pytest.approx(float(by_grid["KL optimal"].sigmas[1]), rel=0.05)
+        assert by_grid["default"].sigmas[1] != pytest.approx(float(given.sigmas[1]), rel=0.05)
 
 
 @pytest.mark.parametrize(

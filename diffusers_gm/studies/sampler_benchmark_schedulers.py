@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -209,8 +210,8 @@ def edm_peers(config: Any, made: Calibrations | None = None) -> Samplers:
             "default": scheduler.from_config(config, **arguments),
             "exponential": scheduler.from_config(config, sigma_schedule="exponential", **arguments),
         }
-        for grid, levels in given.items():
-            samplers[name][grid] = on_edm_levels(scheduler, levels).from_config(config, **arguments)
+        for grid, levels in given.items():  # they ask for levels when they are made
+            samplers[name][grid] = partial(on_edm_levels(scheduler, levels).from_config, config, **arguments)
     return samplers
 
 
