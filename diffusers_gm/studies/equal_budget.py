@@ -52,6 +52,7 @@ VARIANTS: dict[str, list[str]] = {
     "ncsnv2 v_prediction": [*NETWORKS, "v_prediction", "--timestep_sampling", "log_normal"],
     "ncsnv2 log_uniform": [*LEVELS, "log_uniform", "--sigma_max", "30"],
     "ncsnv2 min-SNR": ["--method", "ncsnv2", "--snr_gamma", "5"],
+    "ncsnv2 uncertainty": ["--method", "ncsnv2", "--uncertainty_weighting"],
     "cld companion": ["--method", "cld", "--cld_feed_companion"],
 }
 BASELINE = "ddpm"
