@@ -100,7 +100,7 @@ def test_it_changes_what_is_learned_and_not_what_is_logged(train, tmp_path, meth
     ("options", "said"),
     [
         ({"method": "ncsnv2", "snr_gamma": 5.0}, "undo those of --snr_gamma"),
-        ({"method": "cld", "objective": "score", "cld_weighting": "likelihood"}, "undo those of --cld_weighting likel"),
+        ({"method": "cld", "objective": "score", "cld_weighting": "likelihood"}, "undo those of --cld_weighting"),
     ],
 )
 def test_weights_beside_it_would_mean_nothing(options, said):

@@ -76,8 +76,9 @@ def check(args: CLDOptions) -> None:
     if args.objective == "score" and (given := _given(args, OF_LEVELS)):
         raise ValueError(f"{given} mean nothing for --objective score of cld, which has times: leave them out")
     if args.uncertainty_weighting and args.cld_weighting != "ell":
-        given = f"--cld_weighting {args.cld_weighting}"
-        raise ValueError(f"--uncertainty_weighting learns weights that undo those of {given}: leave out one of them")
+        raise ValueError(
+            "--uncertainty_weighting learns weights that undo those of --cld_weighting: leave out one of them"
+        )
     if args.objective == "score" and args.timestep_sampling != "uniform":
         raise ValueError(
             f"--objective score of cld has uniform times, not --timestep_sampling {args.timestep_sampling}"
