@@ -160,8 +160,10 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     num_parameters = unet.num_parameters()
     model, optimizer = accelerator.prepare(unet, optimizer)
-    uncertainty = uncertainty and accelerator.prepare(uncertainty)
-    models = [model, *([uncertainty] if uncertainty else [])]
+    models = [model]
+    if uncertainty is not None:
+        uncertainty = accelerator.prepare(uncertainty)
+        models.append(uncertainty)
     unet = accelerator.unwrap_model(model, keep_torch_compile=False)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
@@ -210,7 +212,9 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(*models):
                 losses = objective(model, images, draws, labels)
-                weighted = uncertainty(losses, objective.sigma(draws.levels)) if uncertainty else losses
+                weighted = losses
+                if uncertainty is not None:
+                    weighted = uncertainty(losses, objective.sigma(draws.levels))
                 accelerator.backward(weighted.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -186,15 +186,17 @@ def test_adam_of_8_bits_learns_and_goes_on(train, tmp_path):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_network_is_saved_as_any_other(train, tmp_path, monkeypatch, backend):
-    """Checkpoints, too: what was trained compiled goes on without, and the other way round."""
-    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1")
+    """Checkpoints, too: what was trained compiled goes on without, and the other way round. With all that can be
+    learned."""
+    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1 --uncertainty_weighting")
     train(options, "--output_dir", tmp_path / "plain")
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_DYNAMO_BACKEND", backend)  # as `accelerate launch --dynamo_backend` does
         train(options, "--output_dir", tmp_path / "compiled")
         train(options, "--output_dir", tmp_path / "plain", "--resume_from_checkpoint checkpoint-1")
     train(options, "--output_dir", tmp_path / "compiled", "--resume_from_checkpoint checkpoint-1")
-    for name in (WEIGHTS, "checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"):
+    checkpoints = [f"checkpoint-{step}/{model}.safetensors" for step in (1, 2) for model in ("model", "model_1")]
+    for name in (WEIGHTS, *checkpoints):
         one, other = (load(tmp_path / folder / name) for folder in ("plain", "compiled"))
         assert one.keys() == other.keys(), name
         assert all(torch.allclose(one[key], other[key], atol=1e-2) for key in one), name
