@@ -78,6 +78,7 @@ from diffusers_gm.training.rehearsal import rehearse, save_batch
 from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
 from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
 from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
+from diffusers_gm.training.uncertainty import Uncertainty
 
 
 def main() -> None:
@@ -151,13 +152,18 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     unet = fit_unet(unet, args, examination.size)
     scheduler = build_scheduler(args, plan, of_network)
     objective = Objective(args, plan, scheduler, unet, classes.null)
-    optimizer = build_optimizer(args, plan, unet)
+    uncertainty = Uncertainty() if args.uncertainty_weighting else None
+    optimizer = build_optimizer(args, plan, unet, uncertainty)
     lr_scheduler = build_lr_scheduler(args, plan, optimizer)
     ema = build_ema(args, unet, device)
     # The schedule is stepped here once per optimizer step; accelerate would do so once per process.
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
     num_parameters = unet.num_parameters()
     model, optimizer = accelerator.prepare(unet, optimizer)
+    models = [model]
+    if uncertainty is not None:
+        uncertainty = accelerator.prepare(uncertainty)
+        models.append(uncertainty)
     unet = accelerator.unwrap_model(model, keep_torch_compile=False)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
@@ -204,9 +210,12 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             # from an image's own place among these, however a step is split.
             torch.manual_seed(seed_for(args.seed, STEP, start + first))
             draws = step_draws.of_batch(start, first, len(images))
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(*models):
                 losses = objective(model, images, draws, labels)
-                accelerator.backward(losses.mean())
+                weighted = losses
+                if uncertainty is not None:
+                    weighted = uncertainty(losses, objective.sigma(draws.levels))
+                accelerator.backward(weighted.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     health.note_gradient(state.step + 1, norm)

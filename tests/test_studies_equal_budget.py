@@ -1,6 +1,8 @@
 """The study that trains all methods at an equal budget, and the data that it can use."""
 
 import gzip
+import json
+import re
 
 import numpy as np
 import pytest
@@ -68,3 +70,31 @@ def test_the_study_trains_measures_and_goes_on(tmp_path, capfd):
     capfd.readouterr()
     equal_budget.main([*words, str(tmp_path), *small])
     assert "sampled in" not in capfd.readouterr().out, "nothing is done twice"
+
+
+@pytest.mark.slow  # seven trainings in processes of their own
+def test_equal_seconds_are_steps_that_are_kept(tmp_path, capfd):
+    words = ["--kinds", "ncsnv2", "ncsnv2 uncertainty", "--cpu_seconds", "1", "--seeds", "1", "--draws", "2", "--calls"]
+    words += ["4", "--num_samples", "114", "--samplers", "multistep", "--output", str(tmp_path)]
+    small = ["--training", "--train_batch_size", "16", "--block_out_channels", "8", "8"]
+    equal_budget.main([*words, *small])
+    said = capfd.readouterr().out
+    report = Report.read(tmp_path / "equal-budget-digits.json")
+    (path,) = (tmp_path / ".parts").glob("*1 CPU seconds.json")
+    steps = json.loads(path.read_text())
+    for kind, number in steps.items():
+        record = json.loads((path.parent / f"equal-budget digits {kind} 0" / "training_args.json").read_text())
+        assert record["max_train_steps"] == number > 1
+        assert record["uncertainty_weighting"] == ("uncertainty" in kind)
+        milliseconds = float(re.search(rf": {kind} (\S+) ms", said)[1])
+        assert number * milliseconds == pytest.approx(1000, rel=0.05)
+    over, distances, every, seconds = report.tables
+    assert [row[1] for row in seconds.rows] == list(steps.values())
+    assert "over that of ncsnv2 (by training)" in over.caption
+    values = {row[0]: float(row[3].split()[0]) for row in distances.rows}
+    ratio = values["ncsnv2 uncertainty"] / values["ncsnv2"]
+    assert [float(text.strip("()")) for text in over.rows[0][1].split()] == pytest.approx([ratio] * 2, abs=0.02)
+    assert len(every.rows) == 6
+    equal_budget.main([*words, *small])
+    assert json.loads(path.read_text()) == steps
+    assert " ms" not in capfd.readouterr().out, "timed once"

@@ -48,7 +48,7 @@ def same_to_rounding(one, other, start):
     return 0 <= apart < 1e-4 * moved
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "gm-sgm --uncertainty_weighting"])
 def test_a_step_of_32_is_two_of_16_accumulated(train, tmp_path, method):
     train(SPLIT.replace("0.1", "1e-30"), f"--method {method} --train_batch_size 32 --output_dir", tmp_path / "start")
     splits = {"32": "", "16": "--gradient_accumulation_steps 2", "8": "--gradient_accumulation_steps 4"}
@@ -64,15 +64,18 @@ def test_a_step_of_32_is_two_of_16_accumulated(train, tmp_path, method):
 
 
 @pytest.mark.slow  # processes of their own
-def test_a_step_of_32_is_one_of_two_processes(tmp_path):
-    launch(SPLIT.replace("0.1", "1e-30"), "--train_batch_size 32 --output_dir", tmp_path / "start")
-    launch(SPLIT, "--train_batch_size 32 --output_dir", tmp_path / "one")
+@pytest.mark.parametrize("weights", ["", "--uncertainty_weighting --checkpointing_steps 4"])
+def test_a_step_of_32_is_one_of_two_processes(tmp_path, weights):
+    split = f"{SPLIT} {weights}"
+    launch(split.replace("0.1", "1e-30"), "--train_batch_size 32 --output_dir", tmp_path / "start")
+    launch(split, "--train_batch_size 32 --output_dir", tmp_path / "one")
     two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29615")
     for size, more in (("16", ""), ("8", "--gradient_accumulation_steps 2")):
         words = f"--train_batch_size {size} {more} --output_dir {tmp_path / size}"
-        launch(SPLIT, words, launcher=two, env={"ACCELERATE_USE_CPU": "true"})
-        start, one, other = (load(tmp_path / name / WEIGHTS) for name in ("start", "one", size))
-        assert same_to_rounding(one, other, start)
+        launch(split, words, launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+        for file in [WEIGHTS, *(["checkpoint-4/model_1.safetensors"] if weights else [])]:
+            start, one, other = (load(tmp_path / name / file) for name in ("start", "one", size))
+            assert same_to_rounding(one, other, start)
 
 
 def test_draws_follow_from_the_place_of_an_image_in_the_stream():
@@ -183,15 +186,17 @@ def test_adam_of_8_bits_learns_and_goes_on(train, tmp_path):
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_network_is_saved_as_any_other(train, tmp_path, monkeypatch, backend):
-    """Checkpoints, too: what was trained compiled goes on without, and the other way round."""
-    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1")
+    """Checkpoints, too: what was trained compiled goes on without, and the other way round. With all that can be
+    learned."""
+    options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 1 --uncertainty_weighting")
     train(options, "--output_dir", tmp_path / "plain")
     with monkeypatch.context() as patched:
         patched.setenv("ACCELERATE_DYNAMO_BACKEND", backend)  # as `accelerate launch --dynamo_backend` does
         train(options, "--output_dir", tmp_path / "compiled")
         train(options, "--output_dir", tmp_path / "plain", "--resume_from_checkpoint checkpoint-1")
     train(options, "--output_dir", tmp_path / "compiled", "--resume_from_checkpoint checkpoint-1")
-    for name in (WEIGHTS, "checkpoint-1/model.safetensors", "checkpoint-2/model.safetensors"):
+    checkpoints = [f"checkpoint-{step}/{model}.safetensors" for step in (1, 2) for model in ("model", "model_1")]
+    for name in (WEIGHTS, *checkpoints):
         one, other = (load(tmp_path / folder / name) for folder in ("plain", "compiled"))
         assert one.keys() == other.keys(), name
         assert all(torch.allclose(one[key], other[key], atol=1e-2) for key in one), name

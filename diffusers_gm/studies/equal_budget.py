@@ -3,17 +3,19 @@
     python -m diffusers_gm.studies.equal_budget --steps 1200 --seeds 2
     python -m diffusers_gm.studies.equal_budget --train_data_dir fashion/train --test_data_dir fashion/test
 
-Every method is trained by `train_gm_sgm.py` with the same shape of network, batch, optimizer, average and steps, in
-slices of `--max_train_minutes`; the CPU seconds are told beside. Every network is sampled by as many samplers; the best
-of them is chosen on the first set of samples and judged on the others. Distances are to images that no training saw,
-beside that of as many training images to them. What is finished is not done again.
+Every method is trained by `train_gm_sgm.py` with the same shape of network, batch, optimizer, average and steps, or
+steps of equal CPU seconds (`--cpu_seconds`), in slices of `--max_train_minutes`; the CPU seconds are told beside. Every
+network is sampled by as many samplers; the best of them is chosen on the first set of samples and judged on the others.
+Distances are to images that no training saw, beside that of as many training images to them. What is finished is not
+done again. The first of `--kinds` is what the others are compared with.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -35,7 +37,7 @@ from ..files import write_json
 from .command import parse, study_parser
 from .digits import parts_of
 from .report import Report
-from .throughput import TRAINING_SCRIPT, cpu_seconds
+from .throughput import TRAINING_SCRIPT, cpu_seconds, measure
 
 # A way to train, and what it adds to the options that all share.
 KINDS: dict[str, list[str]] = {
@@ -52,9 +54,11 @@ VARIANTS: dict[str, list[str]] = {
     "ncsnv2 v_prediction": [*NETWORKS, "v_prediction", "--timestep_sampling", "log_normal"],
     "ncsnv2 log_uniform": [*LEVELS, "log_uniform", "--sigma_max", "30"],
     "ncsnv2 min-SNR": ["--method", "ncsnv2", "--snr_gamma", "5"],
+    "ncsnv2 uncertainty": ["--method", "ncsnv2", "--uncertainty_weighting"],
     "cld companion": ["--method", "cld", "--cld_feed_companion"],
 }
-BASELINE = "ddpm"
+# Steps by which a kind is timed for `--cpu_seconds`.
+TIMED_STEPS = 40
 CALIBRATED = "calibrated"
 MULTISTEP = [["CalibratedMultistepScheduler", f"stochasticity={tau}"] for tau in (0, 0.4, 1)]
 # As many of each method: those of its paper, and the best known.
@@ -78,7 +82,32 @@ OWN: dict[str, list[list[str]]] = {
 # --- Training ---
 
 
-def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str) -> tuple[Path, float]:
+def command(kind: str, seed: int, options: Sequence[object], folder: Path) -> list[object]:
+    """What trains a kind."""
+    words = [sys.executable, TRAINING_SCRIPT, *(KINDS | VARIANTS)[kind], "--seed", seed, *options]
+    return [*words, "--validation_steps", 0, "--output_dir", folder.resolve()]
+
+
+def lengths(args: argparse.Namespace, shared: Sequence[object], data: str) -> dict[str, int]:
+    """Optimizer steps of each kind: as many as asked for, or as take the CPU seconds by a timing that is kept."""
+    if args.cpu_seconds is None:
+        return dict.fromkeys(args.kinds, args.steps)
+    kept = parts_of(args.output) / f"equal-budget {data} {args.cpu_seconds} CPU seconds.json"
+    steps = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    untimed = [kind for kind in args.kinds if kind not in steps]
+    with tempfile.TemporaryDirectory() as name:
+        short = [*shared, "--checkpointing_steps", 0, "--validation_inference_steps", 4, "--num_validation_images", 1]
+
+        def of(kind: str) -> Callable[[int], Sequence[object]]:
+            return lambda n: command(kind, 0, [*short, "--max_train_steps", n], Path(tempfile.mkdtemp(dir=name)))
+
+        for kind, of_step in measure({kind: of(kind) for kind in untimed}, TIMED_STEPS, 1, Path(name)).items():
+            steps[kind] = max(round(1000 * args.cpu_seconds / of_step[0]), 1)
+    write_json(kept, steps)
+    return {kind: steps[kind] for kind in args.kinds}
+
+
+def trained(kind: str, seed: int, shared: Sequence[object], output: Path, data: str) -> tuple[Path, float]:
     """The folder of the pipeline of a kind, and the CPU seconds that its training took.
 
     Raises:
@@ -88,12 +117,8 @@ def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str
     spent = folder.with_name(f"{folder.name}.json")
     while not (folder / "model_index.json").is_file():
         before = json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"] if spent.is_file() else 0.0
-        command = [
-            *(sys.executable, TRAINING_SCRIPT, *(KINDS | VARIANTS)[kind], "--seed", seed, *shared),
-            *("--checkpoints_total_limit", 1, "--validation_steps", 0, "--resume_from_checkpoint", "latest"),
-            *("--output_dir", folder.resolve()),
-        ]
-        took = cpu_seconds(command, Path.cwd())
+        options = [*shared, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
+        took = cpu_seconds(command(kind, seed, options, folder), Path.cwd())
         write_json(spent, {"cpu_seconds": before + took})
         print(f"{folder.name}: {before + took:.0f} CPU seconds", flush=True)
     return folder, json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"]
@@ -102,7 +127,9 @@ def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str
 # --- Samples ---
 
 
-def samplers_of(kind: str) -> list[list[str]]:
+def samplers_of(kind: str, which: str = "all") -> list[list[str]]:
+    if which == "multistep":
+        return MULTISTEP
     return [[CALIBRATED], *MULTISTEP, *OWN["cld" if kind == "cld-paper" else kind.split(maxsplit=1)[0]]]
 
 
@@ -151,36 +178,40 @@ def scores(samples: Tensor, reference: Reference, training: Tensor) -> dict[str,
 
 def equal_budget(args: argparse.Namespace) -> Report:
     data = args.name or ("digits" if args.train_data_dir is None else args.train_data_dir.resolve().parent.name)
-    shared = [*args.training, "--max_train_steps", str(args.steps), "--max_train_minutes", str(args.max_train_minutes)]
+    shared = [*args.training, "--max_train_minutes", str(args.max_train_minutes)]
     if args.train_data_dir is not None:
         shared += ["--train_data_dir", str(args.train_data_dir.resolve())]
+    steps = lengths(args, shared, data)
     folders, seconds = {}, {}
     for seed in range(args.seeds):
         for kind in args.kinds:
-            folders[kind, seed], seconds[kind, seed] = trained(kind, seed, shared, args.output, data)
+            options = [*shared, "--max_train_steps", steps[kind]]
+            folders[kind, seed], seconds[kind, seed] = trained(kind, seed, options, args.output, data)
 
     config = load_pipeline(str(folders[args.kinds[0], 0]), torch.device("cpu")).unet.config
     training, test = images_for(args, config["sample_size"], config["out_channels"])
     num = args.num_samples
     reference = Reference(test, lite0())
-    conditions = {"study": "equal_budget", "data": data, "num_samples": num, "training": shared}
+    length = ["--cpu_seconds", args.cpu_seconds] if args.cpu_seconds else ["--max_train_steps", args.steps]
+    training_of = [*args.training, *map(str, length), *shared[len(args.training) :]]
+    conditions = {"study": "equal_budget", "data": data, "num_samples": num, "training": training_of}
     results = Results(parts_of(args.output) / f"equal-budget {data} n={num}.json", conditions)
     if not results.floor:
         results.floor = [scores(training[-num:], reference, training[:-num])]
     score_of = partial(scores, reference=reference, training=training)
 
-    def measure(kind: str, words: list[str], n: int, drawn: int) -> None:
+    def cell(kind: str, words: list[str], n: int, drawn: int) -> None:
         for seed in range(args.seeds):
             samples = partial(draw, folders[kind, seed], words, args.calls, n, num, drawn)
             results.measure(f"{kind} {seed}: {' '.join(words)}", n, drawn, samples, score_of)
 
     for kind in args.kinds:
         for n in args.calls:
-            for words in samplers_of(kind):
-                measure(kind, words, n, 0)
+            for words in samplers_of(kind, args.samplers):
+                cell(kind, words, n, 0)
             for drawn in range(1, args.draws):
-                measure(kind, best_sampler(results, kind, n, args.seeds), n, drawn)
-    return report(args, data, results, seconds)
+                cell(kind, best_sampler(results, args, kind, n), n, drawn)
+    return report(args, data, results, seconds, steps)
 
 
 def values(results: Results, kind: str, words: str, n: int, seeds: int, draws: range, metric: str) -> list[float]:
@@ -188,50 +219,66 @@ def values(results: Results, kind: str, words: str, n: int, seeds: int, draws: r
     return [cell.scores.get(metric, math.inf) for cell in cells if cell is not None]
 
 
-def best_sampler(results: Results, kind: str, n: int, seeds: int) -> list[str]:
+def best_sampler(results: Results, args: argparse.Namespace, kind: str, n: int) -> list[str]:
     """That of the smallest Frechet distance on the first draw, in the mean of the trainings."""
 
     def distance(words: list[str]) -> float:
-        return mean(values(results, kind, " ".join(words), n, seeds, range(1), lite0().frechet_name))
+        return mean(values(results, kind, " ".join(words), n, args.seeds, range(1), lite0().frechet_name))
 
-    return min(samplers_of(kind), key=distance)
+    return min(samplers_of(kind, args.samplers), key=distance)
 
 
-def report(args: argparse.Namespace, data: str, results: Results, seconds: dict[tuple[str, int], float]) -> Report:
+def report(
+    args: argparse.Namespace,
+    data: str,
+    results: Results,
+    seconds: dict[tuple[str, int], float],
+    steps: dict[str, int],
+) -> Report:
     """The best sampler of each kind is chosen by FD on the first draw; tables show the others."""
     judged = range(1, args.draws) if args.draws > 1 else range(1)
     metric = lite0().frechet_name
     floor = results.floor[0]
-    rows, ratios = [], {}
+    first, *others = args.kinds
+    rows: list[list[Any]] = []
+    means: dict[tuple[str, int], Tensor] = {}
     for kind in args.kinds:
         for n in args.calls:
-            best = " ".join(best_sampler(results, kind, n, args.seeds))
+            best = " ".join(best_sampler(results, args, kind, n))
             of = partial(values, results, kind, best, n, args.seeds, judged)
             shown = [Statistic.of(of(metric=name)) for name in floor if name != "num_nan"]
-            ratios[kind, n] = shown[0].mean
             rows.append([kind, n, best, *(format(s, ".3g") for s in shown)])
-    for kind in args.kinds[1:] if args.kinds[0] == BASELINE else []:
-        for n in args.calls:
-            ratios[kind, n] /= ratios[BASELINE, n]
+            means[kind, n] = torch.tensor(of(metric=metric)).view(args.seeds, -1).mean(1)  # one a training
     every = [
-        [kind, " ".join(words), *(format(Statistic.of(first), ".3g") for first in firsts)]
+        [kind, " ".join(words), *(format(Statistic.of(of_calls), ".3g") for of_calls in firsts)]
         for kind in args.kinds
-        for words in samplers_of(kind)
+        for words in samplers_of(kind, args.samplers)
         if (firsts := [values(results, kind, " ".join(words), n, args.seeds, range(1), metric) for n in args.calls])
     ]
     rows.append(["training images", "", "the floor", *(f"{v:.3g}" for name, v in floor.items() if name != "num_nan")])
-    cost = [[kind, *(f"{seconds[kind, seed]:.0f}" for seed in range(args.seeds))] for kind in args.kinds]
-    over = [[kind, *(f"{ratios[kind, n]:.2f}" for n in args.calls)] for kind in args.kinds if kind != BASELINE]
-    better = [k for k in args.kinds if k != BASELINE and all(ratios[k, n] <= 1 for n in args.calls)]
-    worse = [k for k in args.kinds if k != BASELINE and all(ratios[k, n] > 1 for n in args.calls)]
+    cost = [[kind, steps[kind], *(f"{seconds[kind, i]:.0f}" for i in range(args.seeds))] for kind in args.kinds]
+    ratios = {(k, n): float(means[k, n].mean() / means[first, n].mean()) for k in others for n in args.calls}
+    each = {key: (means[key] / means[first, key[1]]).tolist() for key in ratios}
+    over = [
+        [k, *(f"{ratios[k, n]:.2f} ({', '.join(f'{ratio:.2f}' for ratio in each[k, n])})" for n in args.calls)]
+        for k in others
+    ]
+    better = [k for k in others if all(ratios[k, n] <= 1 for n in args.calls)]
+    worse = [k for k in others if all(ratios[k, n] > 1 for n in args.calls)]
     words = [f"{', '.join(who)} {what} at all budgets" for who, what in ((better, "at most"), (worse, "above")) if who]
+    baseline = "diffusers' DDPM" if first == "ddpm" else first
+    length = f"{args.cpu_seconds} CPU seconds" if args.cpu_seconds else f"{args.steps} steps"
     return Report(
         f"equal-budget-{data}",
-        f"Equal budget: our methods beside diffusers' DDPM, {data}",
-        "One network, one optimizer, equal steps: which way of training gives the best samples, by its best sampler?",
-        f"{metric} over that of DDPM: {'; '.join(words) or 'mixed, see the table'}.",
+        f"Equal budget: {'our methods' if first == 'ddpm' else 'ways of training'} beside {baseline}, {data}",
+        f"One network, one optimizer, {length}: which way of training gives the best samples, by its best sampler?",
+        f"{metric} over that of {baseline}: {'; '.join(words) or 'mixed, see the table'}.",
         [
-            Table(f"{metric} (a squared distance) over that of DDPM.", ["", *map(str, args.calls)], over),
+            Table(
+                f"{metric} (a squared distance) over that of {baseline} (by training).",
+                ["", *map(str, args.calls)],
+                over,
+            ),
             Table(
                 "Distances to test images, mean and spread over trainings and draws.",
                 ["trained as", "calls", "best sampler", *(name for name in floor if name != "num_nan")],
@@ -242,14 +289,14 @@ def report(args: argparse.Namespace, data: str, results: Results, seconds: dict[
                 ["trained as", "sampler", *(f"{n} calls" for n in args.calls)],
                 every,
             ),
-            Table("CPU seconds of the trainings, by seed.", ["", *map(str, range(args.seeds))], cost),
+            Table(
+                "Steps and CPU seconds of the trainings, by seed.", ["", "steps", *map(str, range(args.seeds))], cost
+            ),
         ],
         conditions=(
-            f"{data}; trainings of {args.steps} steps, {' '.join(args.training) or 'default options'}, {args.seeds} "
-            "seeds; "
-            f"{args.num_samples} samples; the sampler "
-            f"was chosen on draw 0 of {args.draws}. Nearest training image: median distance over "
-            "that of test images, below 1 where samples are copies."
+            f"{data}; trainings of {length}, {' '.join(args.training) or 'default options'}, {args.seeds} seeds; "
+            f"{args.num_samples} samples; the sampler was chosen on draw 0 of {args.draws}. Nearest training image: "
+            "median distance over that of test images, below 1 where samples are copies."
         ),
     )
 
@@ -260,6 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--kinds", nargs="+", choices=list(KINDS | VARIANTS), default=list(KINDS), help="what is trained")
     add("--calls", type=at_least(2), nargs="+", default=[10, 20, 50], help="network calls")
     add("--draws", type=at_least(1), default=3, help="sets of samples; the first chooses the sampler")
+    add("--cpu_seconds", type=at_least(1), help="length of the steps of a training, in place of --steps")
+    add("--samplers", choices=["all", "multistep"], default="all",
+        help="multistep: one at three stochasticities, enough to compare trainings with each other")  # fmt: skip
     add("--train_data_dir", type=Path, help="training images, a folder; default: the digits")
     add("--test_data_dir", type=Path, help="images that are kept from the training, a folder; needed beside the former")
     add("--name", help="of the data")

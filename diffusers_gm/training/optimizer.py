@@ -15,14 +15,18 @@ from .options import TrainingArguments
 from .plan import Plan
 
 
-def build_optimizer(args: TrainingArguments, plan: Plan, unet: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    args: TrainingArguments, plan: Plan, unet: nn.Module, uncertainty: nn.Module | None = None
+) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": plan.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
     }
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+    parameters: list[Any] = [p for p in unet.parameters() if p.requires_grad]
+    if uncertainty is not None:
+        parameters = [{"params": parameters}, {"params": list(uncertainty.parameters()), "weight_decay": 0.0}]
     if args.use_8bit_adam:
         import bitsandbytes
 

@@ -75,6 +75,10 @@ def check(args: CLDOptions) -> None:
         raise ValueError(f"{given} describe the published loss: set --objective score, or --config cld-paper")
     if args.objective == "score" and (given := _given(args, OF_LEVELS)):
         raise ValueError(f"{given} mean nothing for --objective score of cld, which has times: leave them out")
+    if args.uncertainty_weighting and args.cld_weighting != "ell":
+        raise ValueError(
+            "--uncertainty_weighting learns weights that undo those of --cld_weighting: leave out one of them"
+        )
     if args.objective == "score" and args.timestep_sampling != "uniform":
         raise ValueError(
             f"--objective score of cld has uniform times, not --timestep_sampling {args.timestep_sampling}"

@@ -62,6 +62,8 @@ def check(args: LevelOptions) -> None:
         given = [f"--{name}" for name in ("p_mean", "p_std") if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{given} are for --timestep_sampling log_normal, not {args.timestep_sampling}")
+    if args.uncertainty_weighting and args.snr_gamma is not None:
+        raise ValueError("--uncertainty_weighting learns weights that undo those of --snr_gamma: leave out one of them")
     number_or_auto("sigma_max", args.sigma_max, float)
     number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
 

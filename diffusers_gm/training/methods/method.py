@@ -19,6 +19,9 @@ class TimeOptions:
         "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
         aliases=("ddpm_num_steps",),
     )
+    uncertainty_weighting: bool = noise(
+        False, "Learn the weights of the noise levels, so that each counts as much (EDM2, arXiv 2312.02696)."
+    )
 
 
 @dataclass(frozen=True)
