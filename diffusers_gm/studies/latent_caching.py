@@ -21,7 +21,7 @@ from ..cli import Parser, at_least
 from ..data import LatentCache, TrainingImages, open_folder
 from ..evaluation.table import Table
 from .report import Report
-from .throughput import FIRST_STEPS, measure, write_digits
+from .throughput import FIRST_STEPS, Command, measure, write_digits
 
 CHANNELS = (32, 64, 64, 64)
 
@@ -83,12 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = ["--run", what, number, "--folder", cwd / "digits"]
             return [sys.executable, "-m", "diffusers_gm.studies.latent_caching", *given, *run]
 
-        loops: dict[str, Callable[[int], Sequence[object]]] = {
+        loops: dict[str, Callable[[int], Command]] = {
             "the cache": partial(command, "cache"),
             "the autoencoder alone": partial(command, "alone"),
         }
         found = measure(loops, args.batches, args.repeats, cwd)
-    ours, theirs = medians = [statistics.median(values) / args.batch_size for values in found.values()]
+    ours, theirs = medians = [statistics.median(loop.step) / args.batch_size for loop in found.values()]
     rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in zip(found, medians, strict=True)]
     Report(
         name="latent_caching",
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables=[Table("", ["", "CPU ms per image, median", "images per CPU second"], rows)],
         conditions=f"Images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}; "
         f"{args.vae or f'an untrained AutoencoderKL of widths {CHANNELS}'}; {args.batches} batches a run, medians of "
-        f"{args.repeats} runs that took turns; CPU time, of processes of one thread.",
+        f"{args.repeats} runs, whose processes, of one thread, took turns; CPU time.",
     ).write(args.output)
     return None
 
