@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import psutil
@@ -49,7 +49,7 @@ LATENT_CHANNELS = 4
 # Seconds for which a process runs while the others stand still.
 TURN = 1.0
 
-Command: TypeAlias = Sequence[object]
+Command = Sequence[object]
 
 
 def write_digits(folder: Path, resolution: int) -> None:
@@ -58,9 +58,6 @@ def write_digits(folder: Path, resolution: int) -> None:
     for i, image in enumerate((split_digits()[0][:, 0] + 1) * 127.5):
         pixels = image.round().byte().numpy().repeat(resolution // 8, 0).repeat(resolution // 8, 1)
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
-
-
-Command: TypeAlias = Sequence[object]
 
 
 @dataclass(frozen=True)
@@ -326,9 +323,9 @@ def report(found: dict[str, Loop], args: Any, conditions: str) -> Report:
             verdict += f" Efficiency of {args.num_processes} processes: {efficiency:.3f}."
         elif len(words) == 2:
             alone = found[f"{kind}, {words[0]}"]
+            faster, longer = median(alone.step) / median(loop.step), median(loop.start) - median(alone.start)
             verdict += (
-                f" Compiled by {words[1]}, a step takes {median(loop.step) / median(alone.step):.2f} times as long, and "
-                f"the start {median(loop.start) - median(alone.start):.0f} s more."
+                f" Compiled by {words[1]}, the rate is {faster:.2f} times as high, and the start {longer:.0f} s longer."
             )
         rows.append(
             [
