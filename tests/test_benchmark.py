@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from networks import tiny_network
 from PIL import Image
 
-from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
+from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler, NCSNv2Pipeline
 from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError, sample
+from diffusers_gm.pipelines.unconditional import UnconditionalPipeline
 from diffusers_gm.studies import sampler_benchmark as bench
 from diffusers_gm.studies import sampler_benchmark_models as models
 from diffusers_gm.studies import step_cost
@@ -19,6 +21,7 @@ from diffusers_gm.studies.demo import SAMPLERS
 from diffusers_gm.studies.digits import pipeline_of
 from diffusers_gm.studies.exact import NetworkOf
 from diffusers_gm.studies.report import Report
+from diffusers_gm.studies.sampler_benchmark_schedulers import edm_peers, kl_optimal
 
 
 @pytest.mark.parametrize(
@@ -144,6 +147,68 @@ def test_the_exact_denoiser_of_any_images(tmp_path, generator):
     assert report.title == "Samplers at equal network calls: the exact denoiser of 10 images of pictures, 3x4x4"
     # Good samples are near the floor: of the data, not of the digits.
     assert all(float(row[1].split()[0]) < 2 for row in report.tables[0].rows)
+
+
+@pytest.fixture
+def faces(tmp_path, generator):
+    """A folder of 24 pictures of 8x8."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for i, image in enumerate(torch.randint(0, 256, (24, 8, 8), generator=generator, dtype=torch.uint8)):
+        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def saved(scheduler, folder):
+    """A pipeline of a tiny network, untrained, in a folder."""
+    cls = NCSNv2Pipeline if isinstance(scheduler, AnnealedLangevinScheduler) else UnconditionalPipeline
+    cls(tiny_network(), scheduler).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_saved_pipeline_beside_real_images(tmp_path, faces):
+    """Our EDM network is sampled by diffusers' schedulers for those, on its own levels too; a DDPM by all the others.
+    Of the 24 images 8 are the floor, and 16 the reference."""
+    edm = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=20.0, sigma_min=0.02)
+    paths = [saved(edm, tmp_path / "edm"), saved(DDPMScheduler(), tmp_path / "ddpm")]
+    words = ["--pipeline", *paths, "--train_data_dir", faces, "--num_samples", "8", "--seeds", "1", "--calls", "5"]
+    words += ["--output", str(tmp_path / "out")]
+    bench.main([*words[:1], paths[0], *words[3:], "--grids", "default", "AYS", "KL optimal"])
+    report = Report.read(tmp_path / "out" / "samplers_edm_n8_selected.json")
+    assert {"EDM Euler", "EDM DPM-Solver++(2M)", "EDM SDE-DPM-Solver++(2M)"} <= {
+        row[0] for row in report.tables[0].rows
+    }
+    assert "DDPM" not in {row[0] for row in report.tables[0].rows}
+    assert "Reference 16 real images, floor 8 others" in report.conditions
+    bench.main([*words[:1], paths[1], *words[3:], "--samplers", "DDPM", "UniPC", "--grids", "default"])
+    report = Report.read(tmp_path / "out" / "samplers_ddpm_n8_selected.json")
+    assert [row[0] for row in report.tables[0].rows] == ["DDPM", "UniPC"]
+
+
+def test_edm_schedulers_of_diffusers_on_given_levels():
+    config = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=20.0, sigma_min=0.02).config
+    for by_grid in edm_peers(config).values():
+        given = by_grid["KL optimal"]()
+        for scheduler in (given, by_grid["default"]):
+            scheduler.set_timesteps(6)
+        assert given.sigmas[:-1].tolist() == pytest.approx(kl_optimal(20.0, 0.02, 6).tolist())
+        assert by_grid["default"].sigmas[0] == pytest.approx(20.0)
+        assert by_grid["default"].sigmas[1] != pytest.approx(float(given.sigmas[1]), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--num_samples": "13"}, "24 real images are too few"),
+        ({"--resolution": "6"}, "makes images of (1, 8, 8)"),
+        ({"--train_data_dir": None}, "--pipeline needs --train_data_dir"),
+    ],
+)
+def test_a_saved_pipeline_and_images_that_do_not_suit(changed, message, tmp_path, faces, capsys):
+    words = {"--pipeline": saved(DDPMScheduler(), tmp_path / "ddpm"), "--train_data_dir": faces, "--num_samples": "8"}
+    with pytest.raises(SystemExit):
+        bench.main([word for pair in (words | changed).items() if pair[1] is not None for word in pair])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from diffusers_gm.calibration.calibrate import (
     martingale_defect,
     stochasticity_for,
 )
-from diffusers_gm.calibration.search import LocalDefects, fine_ladder, gram, nearest, search
+from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
 from diffusers_gm.calibration.trajectory import Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels
 from diffusers_gm.samplers import Multistep
@@ -91,6 +91,7 @@ def test_the_search_improves_on_its_starts_and_keeps_to_its_limit():
     assert trajectories.num_calls - calls < 300 + 6 + 12
     assert (best.index[0], best.index[-1]) == (0, fixed[-1])
     assert all(a < b for a, b in pairwise(best.index))
+    assert growth(trajectories.sigmas, best.index) <= GROWTH
     with pytest.raises(ValueError, match="calls must be between 2 and 80"):
         search(trajectories, 81, [], 150, 10)
 
@@ -112,6 +113,7 @@ def test_dynamic_programming_finds_the_best_of_all_grids():
         found = defects.best(n, end)
         assert (len(found), found[0], found[-1]) == (n, 0, end)
         assert total(found) == pytest.approx(min(map(total, every)), rel=1e-9)
+        assert growth(sigmas, found) <= GROWTH
 
 
 @pytest.mark.parametrize("made", [levels_from_one_run, levels_from_trajectories])

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from networks import final_variance
 from scipy import integrate
 
 from diffusers_gm import CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
@@ -98,6 +99,16 @@ def test_without_the_corrector_it_is_dpm_solver_to_second_order(generator):
         for grid in (levels(40), levels(80))
     ]
     assert math.log2(differences[0] / differences[1]) > 1.8
+
+
+@pytest.mark.parametrize("tau", [0.4, 1.0])
+@pytest.mark.parametrize("variance", [1.0, 0.25])
+def test_noise_between_near_levels_is_not_extrapolated(tau, variance):
+    """The difference of D's at 2 and 1.99 is of the noise between them: the step to .7 is 200 times as long."""
+    sampler, levels = Multistep(stochasticity=tau), [20.0, 5.0, 2.0, 0.7, 0.3, 0.1]
+    alone = final_variance(sampler, torch.tensor(levels, dtype=torch.float64), variance)
+    beside = final_variance(sampler, torch.tensor([*levels[:3], 1.99, *levels[3:]], dtype=torch.float64), variance)
+    assert 0.9 < beside / alone < 1.4
 
 
 @pytest.mark.parametrize("arguments", [{"order": 4}, {"order": 0}, {"stochasticity": -1.0}])

@@ -13,6 +13,10 @@ NUM_FINE = 160
 POWERS = (1.5, 2.0, 3.0)
 MOVES = (8, 4, 2, 1)
 
+# How many times as long as the step before it a step may be: a longer one extrapolates what hardly differs, and with
+# noise between the two it extrapolates the noise.
+GROWTH = 3.0
+
 
 def fine_ladder(high: float, low: float, num_levels: int = NUM_FINE) -> Tensor:
     """The teacher's levels, `(num_levels,)` float64, from `high` to `low`."""
@@ -37,7 +41,7 @@ def search(
 
     Coordinate descent on the levels' places on the fine ladder, with halving moves, from the best of `starts` and of
     `power_levels` down to place `last`, where the last level stays. Levels are moved from the last to the first: a run
-    is the same up to the level that moves, so the last ones cost little.
+    is the same up to the level that moves, so the last ones cost little. Steps stay within `GROWTH`.
 
     Raises:
         ValueError: if the ladder has not as many levels.
@@ -64,13 +68,20 @@ def search(
             for signed in (move, -move):
                 places = list(best.index)
                 places[j] += signed
-                if not places[j - 1] < places[j] < places[j + 1] or not left():
+                falling = places[j - 1] < places[j] < places[j + 1]
+                if not falling or not left() or (growth(sigmas, places) > max(GROWTH, growth(sigmas, best.index))):
                     continue
                 trial = trajectories.run(places, best)
                 if trial.error < best.error:
                     best = trial
                     break
     return best
+
+
+def growth(sigmas: Tensor, places: list[int]) -> float:
+    """The largest ratio of a step to the one before, in the logarithm of the level."""
+    steps = sigmas[places].log().diff()
+    return float((steps[1:] / steps[:-1]).max()) if len(steps) > 1 else 1.0
 
 
 # --- From one run: local defects and dynamic programming -------------------------------------------------------------
@@ -108,7 +119,8 @@ class LocalDefects:
         j, k, m = torch.combinations(torch.arange(n), 3).T
         # (previous, current, next); the first step has no previous one: it is written as (current, current, next).
         self.cost = torch.full((n, n, n), math.inf, dtype=torch.float64)
-        self.cost[j, k, m] = self._costs(exact[k, m], clock, m, [k, j], k)
+        grows = clock[m] - clock[k] > GROWTH * (clock[k] - clock[j])
+        self.cost[j, k, m] = self._costs(exact[k, m], clock, m, [k, j], k).masked_fill(grows, math.inf)
         zero, later = torch.zeros(n - 1, dtype=torch.long), torch.arange(1, n)
         self.cost[0, 0, 1:] = self._costs(exact[zero, later], clock, later, [zero], zero)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..random import Draw
 from .sampler import Memory, Plan, Stepped, one_a_level
 
-# How the predictor gives way to first order where a stochastic step is long: `1 / (1 + DAMPING h^4)`.
+# How the predictor gives way to first order where a stochastic step is long: `1 / (1 + DAMPING h^4 r)`, where r >= 1 is
+# the step over the one before: the difference of the two D's is of noise, which a longer step extrapolates.
 DAMPING = 0.2
 
 
@@ -70,8 +71,10 @@ class Multistep:
         a, tau, h = 1 + self.stochasticity**2, self.stochasticity, clock.diff()
         decay = torch.exp(-a * h).tolist()
         spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
-        blend = 1 / (1 + DAMPING * h**4) if tau else torch.ones_like(h)
         known = [distinct(clock[: i + 1].tolist())[: self.order] for i in range(n - 1)]
+        before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
+        growth = (h / before).clamp(min=1)
+        blend = 1 / (1 + DAMPING * h**4 * growth) if tau else torch.ones_like(h)
         predictor: list[list[list[float]]] = [[] for _ in range(n)]
         corrector: list[list[list[float]]] = [[] for _ in range(n)]
         for k in range(1, self.order + 1):

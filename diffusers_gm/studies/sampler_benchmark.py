@@ -8,7 +8,8 @@ Every scheduler of diffusers that fits, and ours, each at the best of its grids,
 - `mixture-2`, `-16`, `-512`, `-3072`: the exact denoiser of a Gaussian mixture in so many dimensions;
 - `ddpm`: a DDPM network of the digits, trained with diffusers' own objective at the budget of `make demo`;
 - `ncsnv2`, `gm-sgm`, `cld`: our own digits networks of the same budget, under the samplers made for each; that of
-  `ncsnv2` under those of diffusers too (`diffusers_config`).
+  `ncsnv2` under those of diffusers too (`diffusers_config`);
+- with --pipeline any saved networks, of this package or DDPMs of diffusers, beside the images of --train_data_dir.
 
 Quality is sliced W2, a root, over the floor, what as many real images have; means over seeds, and wall time beside
 them. Where there are eight times as many samples as pixels, FD of the pixels is measured too, a squared distance. What
@@ -20,7 +21,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,16 @@ from ..evaluation.table import Table
 from .digits import kept_results
 from .pictures import save_picture
 from .report import Report
-from .sampler_benchmark_models import SHAPES, Model, cifar10_model, ddpm_model, exact_model, mixture_model, own_model
+from .sampler_benchmark_models import (
+    SHAPES,
+    Model,
+    cifar10_model,
+    ddpm_model,
+    exact_model,
+    mixture_model,
+    own_model,
+    saved_model,
+)
 from .sampler_benchmark_schedulers import PEERS, STOCHASTIC, Samplers
 from .sampler_benchmark_scores import Scores
 
@@ -200,6 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["exact"])
+    add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
     add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
@@ -207,13 +218,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
     add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
-    add("--train_data_dir", help="exact: a folder of images or of parquet files")
-    add("--resolution", type=at_least(1), help="exact: side to which its images are resized; default: their own")
-    add(
-        "--num_images",
-        type=at_least(2),
-        help="exact: images that it is made of, at most; default 2000, of the digits all",
-    )
+    add("--train_data_dir", help="exact: a folder of images or of parquet files; --pipeline: what it is compared with")
+    add("--resolution", type=at_least(1), help="side to which these images are resized; default: their own")
+    add("--num_images", type=at_least(2), help="of these at most; default 2000, of the digits and with --pipeline all")
     add("--cifar10", type=Path, default=Path("../shared/data/cifar10"), help="folder of its parquet files")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     return parser
@@ -221,6 +228,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise a ValueError for what does not go together."""
+    if args.pipeline:
+        if args.train_data_dir is None:
+            raise ValueError("--pipeline needs --train_data_dir, real images that its samples are compared with")
+        return
     held_out = len(split_digits()[1])
     if {*args.models} & {*TRAINED} and args.num_samples > held_out:
         raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
@@ -253,6 +264,15 @@ def model_of(name: str, args: argparse.Namespace) -> tuple[str, Model]:
     return stem, exact_model(points, f"{len(points)} images of {data}, {size}", n, output)
 
 
+def saved_models(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
+    """The networks of --pipeline, and the stems of their files."""
+    source = open_source("", train_data_dir=args.train_data_dir)
+    images = examine(source, 0, args.resolution, num_images=args.num_images or source.num_images).images
+    for path in args.pipeline:
+        stem = Path(path).resolve().name if Path(path).exists() else path.replace("/", "-")
+        yield stem.replace(" ", "-"), saved_model(path, images, args.num_samples, args.output)
+
+
 def on_grids(samplers: Samplers, grids: Sequence[str]) -> Samplers:
     """The samplers on some of their grids, those that have one of them.
 
@@ -267,6 +287,16 @@ def on_grids(samplers: Samplers, grids: Sequence[str]) -> Samplers:
     return {name: by_grid for name, by_grid in chosen.items() if by_grid}
 
 
+def selected(stem: str, model: Model, args: argparse.Namespace) -> Model:
+    """With the samplers and the grids that are asked for alone."""
+    if args.samplers:
+        unknown = [sampler for sampler in args.samplers if sampler not in model.samplers]
+        if unknown:
+            raise ValueError(f"--samplers {unknown}: {stem} has {', '.join(model.samplers)}")
+        model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
+    return replace(model, samplers=on_grids(model.samplers, args.grids)) if args.grids else model
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
@@ -274,15 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         check_options(args)
-        for name in args.models:
-            stem, model = model_of(name, args)
-            if args.samplers:
-                unknown = [sampler for sampler in args.samplers if sampler not in model.samplers]
-                if unknown:
-                    raise ValueError(f"--samplers {unknown}: {name} has {', '.join(model.samplers)}")
-                model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
-            if args.grids:
-                model = replace(model, samplers=on_grids(model.samplers, args.grids))
+        models = saved_models(args) if args.pipeline else (model_of(name, args) for name in args.models)
+        for stem, whole in models:
+            model = selected(stem, whole, args)
             settings = {"steps": args.steps, "content": model.content, "default": model.default, "title": model.title}
             results = kept_results(f"samplers {stem}", args.num_samples, args.output, floor=False, **settings)
             benchmark(stem, model, args, results).write(args.output)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..data import examine, open_source, split_digits
 from ..evaluation.features import fingerprint
-from ..evaluation.sampling import describe_model
+from ..evaluation.sampling import describe_model, image_shape, load_pipeline
 from ..schedulers import CLDSSCSScheduler
 from .digits import parts_of, pipeline_of, trained
 from .exact import ExactDenoiser, NetworkOf, exact_network
 from .sampler_benchmark_calibration import Calibrations
 from .sampler_benchmark_problems import Erring, GaussianMixture
-from .sampler_benchmark_schedulers import OWN, SOURCE, Samplers, compatible, own_samplers
+from .sampler_benchmark_schedulers import OWN, OWN_GRIDS, SOURCE, Samplers, compatible, own_samplers
 
 WIDTH = 0.1
 
@@ -155,6 +155,30 @@ def own_model(method: str, num_samples: int, steps: int, output: Path) -> Model:
         return own_samplers(pipeline.scheduler, made)
 
     return _of_digits(f"our {method} network of the digits", pipeline, samplers, num_samples, conditions, output)
+
+
+def saved_model(name_or_path: str, images: Tensor, num_samples: int, output: Path) -> Model:
+    """A saved pipeline, ours or a DDPM of diffusers, beside real images `(m, C, H, W)`, in any order: of the first as
+    many as there are samples the floor is made, of the others the reference.
+
+    Raises:
+        ValueError: if there are too few images, or they are not of the size that the pipeline makes.
+    """
+    pipeline = load_pipeline(name_or_path, torch.device("cpu"))
+    if image_shape(pipeline) != tuple(images.shape[1:]):
+        raise ValueError(f"{name_or_path} makes images of {image_shape(pipeline)}, the real ones are of {images.shape}")
+    if len(images) < 2 * num_samples:
+        raise ValueError(f"--num_samples {num_samples}: {len(images)} real images are too few, two for each are needed")
+    floor, reference = images[:num_samples], images[num_samples : len(images) // num_samples * num_samples]
+    content, scheduler = describe_model(pipeline), pipeline.scheduler
+    made = Calibrations(pipeline, parts_of(output), content)
+    if type(scheduler) in OWN_GRIDS:
+        by_name, default = own_samplers(scheduler, made), (OWN, "default")
+    else:
+        by_name, default = compatible(scheduler.config, made), ("DDPM", "default")
+    conditions = f"Reference {len(reference)} real images, floor {num_samples} others."
+    title = f"the network {Path(name_or_path).name}"
+    return Model(title, pipeline, by_name, reference, floor, conditions, content, default, made)
 
 
 def _of_digits(

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -44,7 +45,14 @@ DETERMINISTIC: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM-Solver++ singlestep": ("DPMSolverSinglestepScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
-PEERS = STOCHASTIC | DETERMINISTIC
+# Of networks that are preconditioned as in EDM, which the others would take for something else.
+EDM: dict[str, tuple[str, dict[str, Any]]] = {
+    "EDM Euler": ("EDMEulerScheduler", {}),
+    "EDM DPM-Solver++(2M)": ("EDMDPMSolverMultistepScheduler", {}),
+    "EDM DPM-Solver++(3M)": ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
+    "EDM SDE-DPM-Solver++(2M)": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+}
+PEERS = STOCHASTIC | DETERMINISTIC | EDM
 MULTISTEP = "calibrated multistep"
 OWN = "as it comes"  # the scheduler that a network of ours was saved with
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -178,7 +186,7 @@ def peers(config: Any, made: Calibrations | None = None, described: Any = None) 
     if made is not None:
         given |= {name: made.levels(name) for name in ("calibrated", GITS)}
     samplers: Samplers = {}
-    for name, (cls, arguments) in PEERS.items():
+    for name, (cls, arguments) in (STOCHASTIC | DETERMINISTIC).items():
         scheduler = getattr(diffusers, cls)
         samplers[name] = grids(scheduler, arguments, config)
         for grid, levels in given.items():
@@ -188,6 +196,32 @@ def peers(config: Any, made: Calibrations | None = None, described: Any = None) 
                 if hasattr(scheduler, "_convert_to_karras"):  # not before: some ask for levels when they are made
                     made_of.register_to_config(use_karras_sigmas=True)
     return samplers
+
+
+def edm_peers(config: Any, made: Calibrations | None = None) -> Samplers:
+    """The schedulers of diffusers for a network that is preconditioned as in EDM, on their own levels and on others."""
+    given: dict[str, Levels] = {"KL optimal": kl_optimal, "AYS": ays}
+    if made is not None:
+        given |= {name: made.levels(name) for name in ("calibrated", GITS)}
+    samplers: Samplers = {}
+    for name, (cls, arguments) in EDM.items():
+        scheduler = getattr(diffusers, cls)
+        samplers[name] = {
+            "default": scheduler.from_config(config, **arguments),
+            "exponential": scheduler.from_config(config, sigma_schedule="exponential", **arguments),
+        }
+        for grid, levels in given.items():  # they ask for levels when they are made
+            samplers[name][grid] = partial(on_edm_levels(scheduler, levels).from_config, config, **arguments)
+    return samplers
+
+
+def on_edm_levels(cls: Any, levels: Levels) -> Any:
+    """The scheduler on given levels, in place of Karras's."""
+
+    def _compute_karras_sigmas(self: Any, ramp: Tensor) -> Tensor:
+        return levels(self.config.sigma_max, self.config.sigma_min, len(ramp)).to(ramp)
+
+    return type(cls.__name__, (cls,), {"_compute_karras_sigmas": _compute_karras_sigmas})
 
 
 def multistep(config: Any, made: Calibrations | None = None) -> dict[str, Any]:
@@ -222,6 +256,8 @@ def own_samplers(described: Any, made: Calibrations | None = None) -> Samplers:
         theirs = described.diffusers_config()
     except ValueError:
         return samplers
+    if described.config.noise_space == "edm":
+        return samplers | edm_peers(theirs, made)
     samplers["CLD, sscs"] = {
         grid: CLDSSCSScheduler.from_config(described.config, algorithm_type="sscs", timestep_spacing=grid)
         for grid in ("log_snr", "karras", "quadratic")
