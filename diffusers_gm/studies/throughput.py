@@ -2,15 +2,16 @@
 
 CPU seconds per step of `train_gm_sgm.py`, by every method, and of `diffusers_loop.py`: the same data, network and
 batch, in processes of one thread. The data are the digits, or a folder that is given, as PNGs, as a parquet file, and
-as latents of twice the resolution: cached by a small autoencoder for `train_gm_sgm.py`, in memory for the other. A run
-of few steps is taken from one of many, so that what happens once does not count; the processes take turns of a moment.
-Also the memory of each, the efficiency of several processes, each with a batch of its own (CPU seconds per image of
-one over those of all), and what a compiled network gains and costs.
+as latents of twice the resolution: cached by a small autoencoder for `train_gm_sgm.py`, in memory for the other. The
+processes take turns of a moment, and clocks are read when the optimizer steps. Also the memory of each, the efficiency
+of several processes, each with a batch of its own (CPU seconds per image of one over those of all), and what a compiled
+network gains and costs.
 """
 
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,11 @@ from .report import Report
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"]
 THEIRS = "diffusers"
 TRAINING_SCRIPT = Path(__file__).parents[2] / "train_gm_sgm.py"
-# What happens once is over after this many steps.
-FIRST_STEPS = 10
+DIFFUSERS_LOOP = Path(__file__).with_name("diffusers_loop.py")
+CLOCKED = ["-m", "diffusers_gm.studies.clocked"]
 LATENT_CHANNELS = 4
+# Steps whose mean is one measurement, as some of what is done is not done at each; the first ones are none.
+WINDOW = 10
 # Seconds for which a process runs while the others stand still.
 TURN = 1.0
 
@@ -138,6 +142,7 @@ def costs(commands: Sequence[Command], cwd: Path) -> list[Cost]:
     # A compiled network is compiled each time, by children.
     environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     runs = [Run(command, environment, cwd) for command in commands]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what stands still must be killed
     try:
         while going := [run for run in runs if run.cost is None]:
             for run in going:
@@ -146,6 +151,7 @@ def costs(commands: Sequence[Command], cwd: Path) -> list[Cost]:
     finally:
         for run in runs:
             run.end()
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -153,27 +159,38 @@ class Loop:
     """What was measured of a loop, one value a run.
 
     Attributes:
-        step: CPU milliseconds of a step.
-        start: CPU seconds of everything else.
-        memory: MiB of the largest of its processes.
+        step: CPU milliseconds of a step, over all processes: the median of means over `WINDOW` steps.
+        start: CPU seconds until the first step is done, of the longest process.
+        memory: MiB of the largest process.
     """
 
     step: list[float] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
 
+    def note(self, clocks: list[list[float]], memory: float) -> None:
+        """Take a run: CPU seconds of each process after every step."""
+        means = [
+            [(after - before) / WINDOW for before, after in pairwise(clock[WINDOW - 1 :: WINDOW])] for clock in clocks
+        ]
+        self.step.append(1000 * sum(map(statistics.median, means)))
+        self.start.append(max(clock[0] for clock in clocks))
+        self.memory.append(memory)
 
-def measure(commands: dict[str, Callable[[int], Command]], steps: int, repeats: int, cwd: Path) -> dict[str, Loop]:
-    """The cost of loops, which take turns; `commands` make a command of a number of steps."""
+
+def measure(commands: dict[str, Callable[[Path], Command]], repeats: int, cwd: Path) -> dict[str, Loop]:
+    """The cost of loops, which take turns; `commands` make a command that leaves its clocks in a folder."""
     found = {name: Loop() for name in commands}
     for i in range(repeats):
-        few, many = (costs([of(n) for of in commands.values()], cwd) for n in (FIRST_STEPS, FIRST_STEPS + steps))
-        for (name, loop), before, after in zip(found.items(), few, many, strict=True):
-            each = (after.cpu_seconds - before.cpu_seconds) / steps
-            loop.step.append(1000 * each)
-            loop.start.append(before.cpu_seconds - FIRST_STEPS * each)
-            loop.memory.append(after.memory)
-            print(f"run {i + 1} of {repeats}: {name} {1000 * each:.1f} ms, {after.memory:.0f} MiB", flush=True)
+        folders = [Path(tempfile.mkdtemp(dir=cwd)) for _ in commands]
+        taken = costs([of(folder) for of, folder in zip(commands.values(), folders, strict=True)], cwd)
+        for (name, loop), folder, cost in zip(found.items(), folders, taken, strict=True):
+            loop.note([json.loads(path.read_text()) for path in folder.glob("*.json")], cost.memory)
+            print(
+                f"run {i + 1} of {repeats}: {name} {loop.step[-1]:.1f} ms, {loop.memory[-1]:.0f} MiB, "
+                f"{loop.start[-1]:.1f} s to start",
+                flush=True,
+            )
     return found
 
 
@@ -226,27 +243,27 @@ def in_form(kind: str, folder: Path, images: Tensor, cwd: Path) -> Data:
 FORMS = ("png", "parquet", "latents")
 
 
-def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[str, Callable[[int], Command]]]:
-    """Names of loops, and how to run so many steps of them."""
+def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[str, Callable[[Path], Command]]]:
+    """Names of loops, and how to run them with clocks."""
     shape = TrainingArguments(block_out_channels=args.block_out_channels)
     with torch.device("meta"):  # no weights are needed
         unet = new_unet(shape, side, data.channels)
-    config = cwd / f"{data.kind}.json"
+    config, steps = cwd / f"{data.kind}.json", args.steps + WINDOW
     config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
 
-    def theirs(steps: int) -> list[object]:
+    def theirs(clocks: Path) -> Command:
         numbers = side, args.train_batch_size, steps
-        return [sys.executable, "-m", "diffusers_gm.studies.diffusers_loop", data.theirs, config, *numbers]
+        return [sys.executable, *CLOCKED, clocks, DIFFUSERS_LOOP, data.theirs, config, *numbers]
 
-    def of(method: str, start: Sequence[object] = (sys.executable,)) -> Callable[[int], Command]:
+    def of(method: str, start: Command = (sys.executable,)) -> Callable[[Path], Command]:
         network = ["--block_out_channels", *unet.config["block_out_channels"]]
 
-        def ours(steps: int) -> list[object]:
+        def ours(clocks: Path) -> Command:
             options = [*data.ours, "--method", method, *network, "--train_batch_size", args.train_batch_size,
                        "--max_train_steps", steps, "--checkpointing_steps", 0, "--validation_steps", 0,
                        "--num_validation_images", 1, "--validation_inference_steps", 4,
-                       "--output_dir", tempfile.mkdtemp(dir=cwd)]  # fmt: skip
-            return [*start, TRAINING_SCRIPT, *options]
+                       "--output_dir", clocks / "out"]  # fmt: skip
+            return [*start, *CLOCKED, clocks, TRAINING_SCRIPT, *options]
 
         return ours
 
@@ -277,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--data", choices=FORMS, nargs="+", default=list(FORMS), help="in which form the images are")
     add("--num_processes", type=at_least(1), default=2, help="of the first method on the first data; 1: not measured")
     add("--dynamo_backend", help="also the first method on the first data, compiled by it: inductor")
-    add("--steps", type=at_least(1), default=150, help="steps that are measured in a run")
+    add("--steps", type=at_least(WINDOW), default=150, help="steps that are measured in a run, after the first")
     add("--repeats", type=at_least(1), default=5, help="runs of each loop")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
     args = parser.parse_args(arguments)
@@ -297,12 +314,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found: dict[str, Loop] = {}
         for kind in args.data:
             loops = dict(commands_of(in_form(kind, folder, images, cwd), args, images.shape[-1], cwd))
-            found |= measure(loops, args.steps, args.repeats, cwd)
+            found |= measure(loops, args.repeats, cwd)
     shape = "x".join(map(str, images.shape[1:]))
     conditions = (
         f"Images of {shape}, latents of {LATENT_CHANNELS}x{'x'.join(map(str, images.shape[2:]))}, batches of "
         f"{args.train_batch_size}; {args.steps} steps a run, medians of {args.repeats} runs, whose processes, of one "
-        f"thread, took turns of {TURN:g} s; CPU time. Start: all but the steps, compilation included."
+        f"thread, took turns of {TURN:g} s; CPU time, in a run the median of means over {WINDOW} steps. The first "
+        "step: with all that is before it, and compilation."
     )
     report(found, args, conditions).write(args.output)
 
@@ -349,7 +367,7 @@ def report(found: dict[str, Loop], args: Any, conditions: str) -> Report:
         title="Rate of training",
         question="How many images does a CPU second train on, beside diffusers' own loop, and in how much memory?",
         verdict=verdict,
-        tables=[Table("", [*header, "peak MiB", "CPU s to start"], rows)],
+        tables=[Table("", [*header, "peak MiB", "CPU s to the first step"], rows)],
         conditions=conditions,
     )
 
