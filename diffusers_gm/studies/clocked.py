@@ -2,8 +2,8 @@
 
     python -m diffusers_gm.studies.clocked FOLDER SCRIPT [ARGUMENTS ...]
 
-In the folder each process leaves a JSON list: its seconds after every step, after the first with those of its children,
-such as compilers.
+In the folder each process leaves a JSON file: its `seconds` after every step, after the first with those of its
+children, such as compilers, and the most bytes of `memory`.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if __name__ == "__main__":
@@ -28,4 +29,7 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(seconds))
+        from diffusers_gm.training.rehearsal import peak_memory  # now, as it takes memory
+
+        found = {"seconds": seconds, "memory": peak_memory(torch.device("cpu"))}
+        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(found))

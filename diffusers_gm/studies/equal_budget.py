@@ -35,7 +35,7 @@ from ..files import write_json
 from .command import parse, study_parser
 from .digits import parts_of
 from .report import Report
-from .throughput import TRAINING_SCRIPT, costs
+from .throughput import TRAINING_SCRIPT, cpu_seconds
 
 # A way to train, and what it adds to the options that all share.
 KINDS: dict[str, list[str]] = {
@@ -93,9 +93,9 @@ def trained(kind: str, seed: int, shared: Sequence[str], output: Path, data: str
             *("--checkpoints_total_limit", 1, "--validation_steps", 0, "--resume_from_checkpoint", "latest"),
             *("--output_dir", folder.resolve()),
         ]
-        (took,) = costs([command], Path.cwd())
-        write_json(spent, {"cpu_seconds": before + took.cpu_seconds})
-        print(f"{folder.name}: {before + took.cpu_seconds:.0f} CPU seconds", flush=True)
+        (took,) = cpu_seconds([command], Path.cwd())
+        write_json(spent, {"cpu_seconds": before + took})
+        print(f"{folder.name}: {before + took:.0f} CPU seconds", flush=True)
     return folder, json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"]
 
 

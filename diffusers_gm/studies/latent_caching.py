@@ -20,7 +20,7 @@ from ..cli import Parser, at_least
 from ..data import LatentCache, TrainingImages, open_folder
 from ..evaluation.table import Table
 from .report import Report
-from .throughput import Command, costs, write_digits
+from .throughput import Command, cpu_seconds, write_digits
 
 CHANNELS = (32, 64, 64, 64)
 # What happens once is in few batches as in many.
@@ -87,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = {"the cache": "cache", "the autoencoder alone": "alone"}
         found: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(args.repeats):
-            few, many = (costs([command(run, n) for run in names.values()], cwd) for n in (FEW, FEW + args.batches))
+            few, many = (
+                cpu_seconds([command(run, n) for run in names.values()], cwd) for n in (FEW, FEW + args.batches)
+            )
             for what, one, other in zip(names, few, many, strict=True):
-                each = (other.cpu_seconds - one.cpu_seconds) / (args.batches * args.batch_size)
+                each = (other - one) / (args.batches * args.batch_size)
                 found[what].append(1000 * each)
                 print(f"{what}: {1000 * each:.2f} ms", flush=True)
     ours, theirs = medians = [statistics.median(values) for values in found.values()]

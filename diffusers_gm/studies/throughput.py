@@ -64,24 +64,11 @@ def write_digits(folder: Path, resolution: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a command and its children took.
-
-    Attributes:
-        cpu_seconds: of user and system.
-        memory: the most MiB that one of them had.
-    """
-
-    cpu_seconds: float
-    memory: float
-
-
 class Run:
     """A command, which stands still but in its turns.
 
     Attributes:
-        cost: None before it has ended.
+        cpu_seconds: of user and system, its children's too; None before it has ended.
     """
 
     def __init__(self, command: Command, environment: dict[str, str], cwd: Path):
@@ -89,7 +76,7 @@ class Run:
         self._errors = tempfile.TemporaryFile(dir=cwd)  # noqa: SIM115 - as long as the command runs
         self._environment, self._cwd = environment, cwd
         self._process: psutil.Process | None = None
-        self.cost: Cost | None = None
+        self.cpu_seconds: float | None = None
 
     def go_on(self, seconds: float) -> None:
         """For so long, or to its end.
@@ -108,7 +95,7 @@ class Run:
             time.sleep(0.02)
             pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
             if pid:
-                self.cost = Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
                 if status:
                     self._errors.seek(0)
                     said = self._errors.read()[-2000:].decode(errors="replace")
@@ -126,13 +113,14 @@ class Run:
 
     def end(self) -> None:
         """Kill it, if it has not ended."""
-        if self._process is not None and self.cost is None:
+        if self._process is not None and self.cpu_seconds is None:
             self._each(psutil.Process.kill)
+            os.waitpid(self._process.pid, 0)
         self._errors.close()
 
 
-def costs(commands: Sequence[Command], cwd: Path) -> list[Cost]:
-    """What commands cost. They take turns, so that whatever else the machine does slows all of them alike.
+def cpu_seconds(commands: Sequence[Command], cwd: Path) -> list[float]:
+    """CPU seconds of commands. They take turns, so that whatever else the machine does slows all of them alike.
 
     Raises:
         RuntimeError: if one fails.
@@ -144,10 +132,10 @@ def costs(commands: Sequence[Command], cwd: Path) -> list[Cost]:
     runs = [Run(command, environment, cwd) for command in commands]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what stands still must be killed
     try:
-        while going := [run for run in runs if run.cost is None]:
+        while going := [run for run in runs if run.cpu_seconds is None]:
             for run in going:
                 run.go_on(TURN if len(going) > 1 else math.inf)
-        return [run.cost for run in runs if run.cost is not None]
+        return [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
     finally:
         for run in runs:
             run.end()
@@ -161,21 +149,22 @@ class Loop:
     Attributes:
         step: CPU milliseconds of a step, over all processes: the median of means over `WINDOW` steps.
         start: CPU seconds until the first step is done, of the longest process.
-        memory: MiB of the largest process.
+        memory: the most MiB that one of the processes had.
     """
 
     step: list[float] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
 
-    def note(self, clocks: list[list[float]], memory: float) -> None:
-        """Take a run: CPU seconds of each process after every step."""
+    def note(self, processes: list[dict[str, Any]]) -> None:
+        """Take a run: what `clocked` has left."""
+        clocks = [process["seconds"] for process in processes]
         means = [
             [(after - before) / WINDOW for before, after in pairwise(clock[WINDOW - 1 :: WINDOW])] for clock in clocks
         ]
         self.step.append(1000 * sum(map(statistics.median, means)))
         self.start.append(max(clock[0] for clock in clocks))
-        self.memory.append(memory)
+        self.memory.append(max(process["memory"] for process in processes) / 2**20)
 
 
 def measure(commands: dict[str, Callable[[Path], Command]], repeats: int, cwd: Path) -> dict[str, Loop]:
@@ -183,9 +172,9 @@ def measure(commands: dict[str, Callable[[Path], Command]], repeats: int, cwd: P
     found = {name: Loop() for name in commands}
     for i in range(repeats):
         folders = [Path(tempfile.mkdtemp(dir=cwd)) for _ in commands]
-        taken = costs([of(folder) for of, folder in zip(commands.values(), folders, strict=True)], cwd)
-        for (name, loop), folder, cost in zip(found.items(), folders, taken, strict=True):
-            loop.note([json.loads(path.read_text()) for path in folder.glob("*.json")], cost.memory)
+        cpu_seconds([of(folder) for of, folder in zip(commands.values(), folders, strict=True)], cwd)
+        for (name, loop), folder in zip(found.items(), folders, strict=True):
+            loop.note([json.loads(path.read_text()) for path in folder.glob("*.json")])
             print(
                 f"run {i + 1} of {repeats}: {name} {loop.step[-1]:.1f} ms, {loop.memory[-1]:.0f} MiB, "
                 f"{loop.start[-1]:.1f} s to start",
@@ -236,7 +225,7 @@ def in_form(kind: str, folder: Path, images: Tensor, cwd: Path) -> Data:
     options = ["--train_data_dir", folder, "--resolution", 2 * side, "--vae", cwd / "vae"]
     options += ["--latents_cache_dir", cwd / "cache"]
     filling = ["--max_train_steps", 1, "--validation_inference_steps", 4, "--output_dir", cwd / "filling"]
-    costs([[sys.executable, TRAINING_SCRIPT, *options, *filling]], cwd)
+    cpu_seconds([[sys.executable, TRAINING_SCRIPT, *options, *filling]], cwd)
     return Data(kind, options, cwd / "latents.safetensors", LATENT_CHANNELS)
 
 
