@@ -5,6 +5,7 @@ import shutil
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -94,12 +95,19 @@ def test_columns_are_classes(tmp_path, feature, values, expected):
 
 def test_rows_without_a_class_are_named(tmp_path):
     images = [Image.open(path) for path in sorted(save_images(tmp_path / "png", 3).iterdir())]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    table = datasets.Dataset.from_dict({"image": images, "label": [0, -1, -1]}, features=features)
-    (tmp_path / "table").mkdir()
-    table.to_parquet(str(tmp_path / "table" / "a.parquet"))
-    with pytest.raises(ValueError, match="--label_column 'label': 2 rows have no class, row 1 first"):
-        source_of(tmp_path / "table").labels()
+    names = datasets.ClassLabel(names=["a", "b"])
+    for folder, labels, said in [
+        ("missing", [0, -1, -1], "--label_column 'label': 2 rows have no class, row 1 first"),
+        ("wrong", [0, 1, 2], "--label_column 'label': row 2 is of class 2, and there are 2, from 0 on"),
+    ]:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).data.table
+        # `datasets` itself would not write the last one.
+        named = datasets.Features(features | {"label": names}).arrow_schema.metadata
+        (tmp_path / folder).mkdir()
+        pq.write_table(table.replace_schema_metadata(named), tmp_path / folder / "a.parquet")
+        with pytest.raises(ValueError, match=said):
+            source_of(tmp_path / folder).labels()
 
 
 def test_images_in_no_folder_are_named(tmp_path):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusers_gm import GMLangevinScheduler
+from diffusers_gm.data import split_digit_labels, split_digits
 from diffusers_gm.studies import demo
 from diffusers_gm.studies.demo import CALLS, SAMPLERS
 
@@ -23,7 +25,7 @@ def digits_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "demo"
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "train_gm_sgm.py"]
     short = ["--max_train_steps", "2", "--validation_steps", "0", "--checkpointing_steps", "0"]
-    few = ["--num_validation_images", "2", "--validation_inference_steps", "5"]
+    few = ["--class_conditional", "--num_validation_images", "2", "--validation_inference_steps", "5"]
     subprocess.run([*launcher, *short, *few, "--output_dir", str(folder)], check=True, cwd=ROOT)
     return folder
 
@@ -50,6 +52,23 @@ def test_demo_leaves_its_pictures_and_the_table(digits_model, tmp_path):
     assert f"| {digits_model.name}: ode | " in comparison
     assert "| twin: ode | " in comparison
     assert "| ode | 200 | " in (digits_model / "README.md").read_text()
+
+
+def test_a_row_is_a_class(digits_model, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(demo, "plot_samples", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(demo, "plot_forward_noise", lambda *arguments: None)
+    monkeypatch.setattr(demo, "plot_trajectories", lambda *arguments: None)
+    demo.draw_pictures(digits_model, seed=0)
+    ((samples, real, _, _, columns, names),) = drawn
+    assert names == list("0123456789")
+    (held_out, digits), pipe = (split_digits()[1], split_digit_labels()[1]), demo.load_pipeline(digits_model, "cpu")
+    assert len(samples) == len(real) == columns * len(names)
+    for digit, row in enumerate(real.split(columns)):
+        assert all(any(image.equal(other) for other in held_out[digits == digit]) for image in row)
+    labels = [digit for digit in range(10) for _ in range(columns)]
+    again = pipe(100, generator=torch.Generator().manual_seed(0), output_type="pt", class_labels=labels).images
+    assert samples.equal(2 * again - 1)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

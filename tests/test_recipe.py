@@ -109,7 +109,9 @@ def test_every_recipe_suits_every_method(name, method):
 
 def test_the_recipes_of_the_package():
     assert recipe_names() == ["cifar10-cpu", "cifar10-gpu", "cld-paper", "digits", "latent-256"]
-    words = "--dataset_name digits --max_train_steps 1200 --calibrate fast"
+    words = (
+        "--dataset_name digits --class_conditional --max_train_steps 1200 --num_validation_images 100 --calibrate fast"
+    )
     assert asdict(parse("--config digits")) == asdict(parse(words))
 
 

@@ -209,6 +209,17 @@ def test_slices_of_a_training_give_what_one_run_does(train, tmp_path, folder, wo
     assert "40 images" in (tmp_path / "whole" / "README.md").read_text()
 
 
+def test_a_stream_that_ends_early_is_gone_on_with(train, tmp_path, folder):
+    """Nothing is lost: the length is corrected, and the end is that of a training that had it right."""
+    options = OPTIONS, f"--train_data_dir {folder} --checkpointing_steps 1 --max_train_steps 9"
+    with pytest.raises(ValueError, match="--num_train_samples 50 says 50: set it to what the stream holds, and go on"):
+        train(*options, "--num_train_samples 50 --output_dir", tmp_path / "out")
+    assert list_checkpoints(tmp_path / "out")[-1].name == "checkpoint-6", "36 of 40 images"
+    train(*options, "--resume_from_checkpoint latest --output_dir", tmp_path / "out")
+    train(*options, "--output_dir", tmp_path / "right")
+    assert same_state(load(tmp_path / "right" / WEIGHTS), load(tmp_path / "out" / WEIGHTS))
+
+
 def test_other_workers_would_be_another_order(train, tmp_path, folder):
     options = OPTIONS, f"--train_data_dir {folder} --output_dir {tmp_path / 'out'}"
     train(*options)

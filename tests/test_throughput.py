@@ -1,6 +1,10 @@
 """The comparison of the training with diffusers' own loop, as a command."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from test_data import save_images
@@ -9,7 +13,7 @@ from diffusers_gm.studies import latent_caching, throughput
 from diffusers_gm.studies.report import Report
 
 
-@pytest.mark.slow  # fourteen trainings in processes of their own
+@pytest.mark.slow  # seven trainings in processes of their own
 def test_the_command_reports_rates_and_efficiency(tmp_path):
     folder = save_images(tmp_path / "images", 24, mode="RGB")
     words = ["--train_data_dir", folder, "--block_out_channels", 8, 8, "--train_batch_size", 8, "--methods", "cld",
@@ -29,6 +33,58 @@ def test_the_command_reports_rates_and_efficiency(tmp_path):
     efficiency = float(re.search(r"Efficiency of 2 processes: (\d\.\d+)", found.verdict).group(1))
     assert efficiency == pytest.approx(2 * cost["png, cld"] / cost["png, cld, 2 processes"], rel=0.1)
     assert 0.2 < efficiency < 1.5
+    assert all(100 < float(row[5]) < 4000 for row in table.rows), "MiB"
+    assert all(1 < float(row[6]) < 60 for row in table.rows), "seconds"
+
+
+PYTHON = sys.executable, "-c"
+
+
+def test_commands_in_turns_are_told_apart(tmp_path):
+    """CPU seconds are those of each and of its children, whether they are shorter than a turn or longer."""
+    burn = "import time\nwhile time.process_time() < {}: pass"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn.format(1.2)!r}])"
+    commands = [(*PYTHON, command) for command in (burn.format(0.3), burn.format(2.5), child)]
+    short, long, with_child = throughput.cpu_seconds(commands, tmp_path)
+    assert 0.3 <= short < 1
+    assert 2.5 <= long < 3.2
+    assert 1.2 <= with_child < 2
+
+
+def test_a_command_that_fails_says_why_and_ends_the_others(tmp_path):
+    waits = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(RuntimeError, match="failed:\n(?s:.*)no milk today"):
+        throughput.cpu_seconds([(*PYTHON, waits), (*PYTHON, "raise SystemExit('no milk today')")], tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_step_is_the_median_of_windows():
+    clock = [5.0]  # at the end of the first step
+    for step in range(1, 50):
+        clock.append(clock[-1] + (1.0 if step == 25 else 0.02))  # something that happened once
+    loop = throughput.Loop()
+    loop.note([{"seconds": clock, "memory": 2**30}, {"seconds": [s + 1 for s in clock], "memory": 2**31}])
+    assert loop.step == [pytest.approx(40)], "of two processes"
+    assert (loop.start, loop.memory) == ([6.0], [2048.0])
+
+
+def test_clocks_of_a_script(tmp_path):
+    """Its memory is not that of the process that starts it, which is larger here."""
+    larger = b"x" * (1 << 30)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\nassert sys.argv[1:] == ['--steps', '3'] and __name__ == '__main__'\n"
+        "optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])\n"
+        "for _ in range(3): optimizer.step()\nraise SystemExit(3)"
+    )
+    command = [sys.executable, *throughput.CLOCKED, tmp_path, script, "--steps", "3"]
+    assert subprocess.run(command, check=False).returncode == 3
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    first, second, third = found["seconds"]
+    assert 0.1 < first <= second <= third < first + 1
+    assert 100 << 20 < found["memory"] < len(larger)
 
 
 @pytest.mark.slow  # four processes

@@ -58,7 +58,7 @@ def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
     """The classes of a column of a `datasets.Dataset`: a `ClassLabel`, integers or words.
 
     Raises:
-        ValueError: if there is no such column, it holds something else, or an image has no class.
+        ValueError: if there is no such column, it holds something else, or an image has none of the classes.
     """
     import datasets
 
@@ -76,6 +76,12 @@ def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
     if missing:
         raise ValueError(f"--label_column {label_column!r}: {len(missing)} rows have no class, row {missing[0]} first")
     if isinstance(feature, datasets.ClassLabel):
+        wrong = next((row for row, value in enumerate(values) if not 0 <= value < feature.num_classes), None)
+        if wrong is not None:
+            raise ValueError(
+                f"--label_column {label_column!r}: row {wrong} is of class {values[wrong]}, and there are "
+                f"{feature.num_classes}, from 0 on"
+            )
         return labels_from(values, list(feature.names))
     if not all(isinstance(value, int | str) for value in values):
         raise ValueError(f"--label_column {label_column!r} holds {feature}, not classes")

@@ -221,7 +221,8 @@ class StreamedBatches(IterableDataset):
             part = "" if self.num_parts == 1 else f"part of {self.num_parts} parts of the "
             raise ValueError(
                 f"the {part}stream of {self.source.dataset_name} ended after {place.rows} images, and "
-                f"--num_train_samples {self.num_images} says {expected:.0f}: set it to what the stream holds"
+                f"--num_train_samples {self.num_images} says {expected:.0f}: set it to what the stream holds, "
+                "and go on with --resume_from_checkpoint latest"
             )
 
 

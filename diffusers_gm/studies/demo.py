@@ -3,10 +3,10 @@
     python -m diffusers_gm.studies.demo outputs/demo [--compare outputs/demo-k1]
 
 `make demo` runs it on the digits model that it has trained. Writes into the model's folder `digits.png` (samples beside
-real digits), `forward_noise.png` (what the noise of the method does), `trajectories.png` (the way of one image under
-every sampler) and what `diffusers_gm.evaluation` writes:
-`results.json`, `results.md`, `results.png` and its section of the card. With --compare, `comparison.md` and
-`comparison.png` hold both models. What is measured already is not measured again.
+real digits, a row a class), `forward_noise.png` (what the noise of the method does), `trajectories.png` (the way of one
+image under every sampler) and what `diffusers_gm.evaluation` writes: `results.json`, `results.md`, `results.png` and
+its section of the card. With --compare, `comparison.md` and `comparison.png` hold both models. What is measured already
+is not measured again.
 """
 
 import logging
@@ -20,7 +20,7 @@ import torch
 from ..app.models import Model, Sampler
 from ..app.runs import Run, Settings, advance
 from ..cli import Parser, at_least
-from ..data import split_digits
+from ..data import split_digit_labels, split_digits
 from ..evaluation import report
 from ..evaluation.command import measure, write_report
 from ..evaluation.options import build_parser as evaluation_parser
@@ -94,15 +94,19 @@ def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
 
 
 def draw_pictures(folder: Path, seed: int) -> None:
-    """Samples beside real digits, the noise that the model was trained with, and the ways from there."""
+    """Samples beside real digits, a row a class, the noise that the model was trained with, and the ways from there."""
     _, held_out = split_digits()
     pipeline = load_pipeline(str(folder), torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     labels = pipeline.labels_in_turn(GRID * GRID)
+    shown = held_out[: GRID * GRID]
+    if labels:
+        digits = split_digit_labels()[1]
+        shown = torch.cat([held_out[digits == digit][:GRID] for digit in range(10)])
     images = pipeline(GRID * GRID, generator=generator, output_type="pt", class_labels=labels).images * 2 - 1
     scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
     title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
-    plot_samples(images, held_out[: GRID * GRID], title, folder / "digits.png", GRID)
+    plot_samples(images, shown, title, folder / "digits.png", GRID, pipeline.class_names or ())
     if isinstance(scheduler.reading, VelocityReading):
         plot_forward_cld(held_out[0], scheduler.reading.process, folder / "forward_noise.png")
     else:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..cli import Parser
+from diffusers_gm.cli import Parser
 
 
 def train(data: str, config: str, resolution: int, batch_size: int, max_train_steps: int) -> None:  # noqa: PLR0915
@@ -104,7 +104,7 @@ def train(data: str, config: str, resolution: int, batch_size: int, max_train_st
 
 
 if __name__ == "__main__":
-    parser = Parser(f"{__package__}.diffusers_loop", __doc__)
+    parser = Parser("diffusers_gm.studies.diffusers_loop", __doc__)
     parser.add_argument("data", help="a folder of images or of parquet files, or a .safetensors file of latents")
     parser.add_argument("config", help="of the network, a JSON file")
     for name in ("resolution", "batch_size", "max_train_steps"):

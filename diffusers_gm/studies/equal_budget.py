@@ -37,7 +37,7 @@ from ..files import write_json
 from .command import parse, study_parser
 from .digits import parts_of
 from .report import Report
-from .throughput import TRAINING_SCRIPT, cpu_seconds, measure
+from .throughput import CLOCKED, TRAINING_SCRIPT, cpu_seconds, measure
 
 # A way to train, and what it adds to the options that all share.
 KINDS: dict[str, list[str]] = {
@@ -82,9 +82,11 @@ OWN: dict[str, list[list[str]]] = {
 # --- Training ---
 
 
-def command(kind: str, seed: int, options: Sequence[object], folder: Path) -> list[object]:
+def command(
+    kind: str, seed: int, options: Sequence[object], folder: Path, start: Sequence[object] = ()
+) -> list[object]:
     """What trains a kind."""
-    words = [sys.executable, TRAINING_SCRIPT, *(KINDS | VARIANTS)[kind], "--seed", seed, *options]
+    words = [sys.executable, *start, TRAINING_SCRIPT, *(KINDS | VARIANTS)[kind], "--seed", seed, *options]
     return [*words, "--validation_steps", 0, "--output_dir", folder.resolve()]
 
 
@@ -95,14 +97,15 @@ def lengths(args: argparse.Namespace, shared: Sequence[object], data: str) -> di
     kept = parts_of(args.output) / f"equal-budget {data} {args.cpu_seconds} CPU seconds.json"
     steps = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     untimed = [kind for kind in args.kinds if kind not in steps]
+    short = [*shared, "--max_train_steps", TIMED_STEPS, "--checkpointing_steps", 0]
+    short += ["--validation_inference_steps", 4, "--num_validation_images", 1]
+
+    def of(kind: str) -> Callable[[Path], list[object]]:
+        return lambda clocks: command(kind, 0, short, clocks / "out", [*CLOCKED, clocks])
+
     with tempfile.TemporaryDirectory() as name:
-        short = [*shared, "--checkpointing_steps", 0, "--validation_inference_steps", 4, "--num_validation_images", 1]
-
-        def of(kind: str) -> Callable[[int], Sequence[object]]:
-            return lambda n: command(kind, 0, [*short, "--max_train_steps", n], Path(tempfile.mkdtemp(dir=name)))
-
-        for kind, of_step in measure({kind: of(kind) for kind in untimed}, TIMED_STEPS, 1, Path(name)).items():
-            steps[kind] = max(round(1000 * args.cpu_seconds / of_step[0]), 1)
+        for kind, loop in measure({kind: of(kind) for kind in untimed}, 1, Path(name)).items():
+            steps[kind] = max(round(1000 * args.cpu_seconds / loop.step[0]), 1)
     write_json(kept, steps)
     return {kind: steps[kind] for kind in args.kinds}
 
@@ -118,7 +121,7 @@ def trained(kind: str, seed: int, shared: Sequence[object], output: Path, data: 
     while not (folder / "model_index.json").is_file():
         before = json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"] if spent.is_file() else 0.0
         options = [*shared, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
-        took = cpu_seconds(command(kind, seed, options, folder), Path.cwd())
+        (took,) = cpu_seconds([command(kind, seed, options, folder)], Path.cwd())
         write_json(spent, {"cpu_seconds": before + took})
         print(f"{folder.name}: {before + took:.0f} CPU seconds", flush=True)
     return folder, json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"]

@@ -9,8 +9,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,9 +20,11 @@ from ..cli import Parser, at_least
 from ..data import LatentCache, TrainingImages, open_folder
 from ..evaluation.table import Table
 from .report import Report
-from .throughput import FIRST_STEPS, measure, write_digits
+from .throughput import Command, cpu_seconds, write_digits
 
 CHANNELS = (32, 64, 64, 64)
+# What happens once is in few batches as in many.
+FEW = 10
 
 
 def cache(folder: Path, vae: str, resolution: int, batch_size: int, num_batches: int) -> None:
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--run", nargs=2, metavar=("WHAT", "N"), help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.resolution % 8 or (args.batches + FIRST_STEPS) * args.batch_size > 1437:
+    if args.resolution % 8 or (args.batches + FEW) * args.batch_size > 1437:
         parser.error(f"--resolution {args.resolution} must be a multiple of 8, and all batches at most 1437 images")
     if args.run:
         what, number = args.run
@@ -79,16 +80,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vae = str(cwd / "vae")
         given = ["--vae", vae, "--resolution", args.resolution, "--batch_size", args.batch_size]
 
-        def command(what: str, number: int) -> list[object]:
+        def command(what: str, number: int) -> Command:
             run = ["--run", what, number, "--folder", cwd / "digits"]
             return [sys.executable, "-m", "diffusers_gm.studies.latent_caching", *given, *run]
 
-        loops: dict[str, Callable[[int], Sequence[object]]] = {
-            "the cache": partial(command, "cache"),
-            "the autoencoder alone": partial(command, "alone"),
-        }
-        found = measure(loops, args.batches, args.repeats, cwd)
-    ours, theirs = medians = [statistics.median(values) / args.batch_size for values in found.values()]
+        names = {"the cache": "cache", "the autoencoder alone": "alone"}
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(args.repeats):
+            few, many = (
+                cpu_seconds([command(run, n) for run in names.values()], cwd) for n in (FEW, FEW + args.batches)
+            )
+            for what, one, other in zip(names, few, many, strict=True):
+                each = (other - one) / (args.batches * args.batch_size)
+                found[what].append(1000 * each)
+                print(f"{what}: {1000 * each:.2f} ms", flush=True)
+    ours, theirs = medians = [statistics.median(values) for values in found.values()]
     rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in zip(found, medians, strict=True)]
     Report(
         name="latent_caching",
@@ -98,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables=[Table("", ["", "CPU ms per image, median", "images per CPU second"], rows)],
         conditions=f"Images of 3x{args.resolution}x{args.resolution}, batches of {args.batch_size}; "
         f"{args.vae or f'an untrained AutoencoderKL of widths {CHANNELS}'}; {args.batches} batches a run, medians of "
-        f"{args.repeats} runs that took turns; CPU time, of processes of one thread.",
+        f"{args.repeats} runs, whose processes, of one thread, took turns; CPU time.",
     ).write(args.output)
     return None
 

@@ -34,7 +34,12 @@ def show_rows(axis: Any, images: dict[str, Tensor], columns: int = 24) -> None:
     columns = min(columns, *(len(x) for x in images.values()))
     grid = image_grid(torch.cat([x[:columns] for x in images.values()]), columns)
     show_grid(axis, grid)
-    axis.set_yticks([grid.height * (i + 0.5) / len(images) for i in range(len(images))], list(images), fontsize=7)
+    name_rows(axis, grid, list(images), fontsize=7)
+
+
+def name_rows(axis: Any, grid: Any, names: Sequence[str], **text: Any) -> None:
+    """Names beside the rows of an `image_grid`."""
+    axis.set_yticks([grid.height * (i + 0.5) / len(names) for i in range(len(names))], names, **text)
     axis.tick_params(axis="y", length=0)
 
 
@@ -45,12 +50,15 @@ def show_grid(axis: Any, grid: Any) -> None:
     axis.spines[:].set_visible(False)
 
 
-def plot_samples(samples: Tensor, real: Tensor, title: str, path: Path, columns: int = 10) -> None:
-    """As many samples as real images `(n, 1 or 3, H, W)`, side by side, in rows."""
+def plot_samples(
+    samples: Tensor, real: Tensor, title: str, path: Path, columns: int = 10, rows: Sequence[str] = ()
+) -> None:
+    """As many samples as real images `(n, 1 or 3, H, W)`, side by side, in rows, which may have names."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.8), layout="constrained")
     for axis, images, name in zip(axes, (samples, real), (title, "held-out digits"), strict=True):
-        show_grid(axis, image_grid(images, columns))
+        show_grid(axis, grid := image_grid(images, columns))
         axis.set(title=name)
+        name_rows(axis, grid, rows)
     save_picture(figure, path)
 
 

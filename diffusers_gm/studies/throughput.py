@@ -2,24 +2,30 @@
 
 CPU seconds per step of `train_gm_sgm.py`, by every method, and of `diffusers_loop.py`: the same data, network and
 batch, in processes of one thread. The data are the digits, or a folder that is given, as PNGs, as a parquet file, and
-as latents of twice the resolution: cached by a small autoencoder for `train_gm_sgm.py`, in memory for the other. A run
-of few steps is taken from one of many, so that what happens once does not count; the runs take turns. Also the
-efficiency of several processes, each with a batch of its own: CPU seconds per image of one over those of all.
+as latents of twice the resolution: cached by a small autoencoder for `train_gm_sgm.py`, in memory for the other. The
+processes take turns of a moment, and clocks are read when the optimizer steps. Also the memory of each, the efficiency
+of several processes, each with a batch of its own (CPU seconds per image of one over those of all), and what a compiled
+network gains and costs.
 """
 
 import json
+import math
 import os
-import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -39,9 +45,15 @@ from .report import Report
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes"]
 THEIRS = "diffusers"
 TRAINING_SCRIPT = Path(__file__).parents[2] / "train_gm_sgm.py"
-# What happens once is over after this many steps.
-FIRST_STEPS = 10
+DIFFUSERS_LOOP = Path(__file__).with_name("diffusers_loop.py")
+CLOCKED = ["-m", "diffusers_gm.studies.clocked"]
 LATENT_CHANNELS = 4
+# Steps whose mean is one measurement, as some of what is done is not done at each; the first ones are none.
+WINDOW = 10
+# Seconds for which a process runs while the others stand still.
+TURN = 1.0
+
+Command = Sequence[object]
 
 
 def write_digits(folder: Path, resolution: int) -> None:
@@ -52,34 +64,122 @@ def write_digits(folder: Path, resolution: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
 
 
-def cpu_seconds(command: Sequence[object], cwd: Path) -> float:
-    """CPU seconds, of user and system, of a command and its children.
+class Run:
+    """A command, which stands still but in its turns.
+
+    Attributes:
+        cpu_seconds: of user and system, its children's too; None before it has ended.
+    """
+
+    def __init__(self, command: Command, environment: dict[str, str], cwd: Path):
+        self.command = list(map(str, command))
+        self._errors = tempfile.TemporaryFile(dir=cwd)  # noqa: SIM115 - as long as the command runs
+        self._environment, self._cwd = environment, cwd
+        self._process: psutil.Process | None = None
+        self.cpu_seconds: float | None = None
+
+    def go_on(self, seconds: float) -> None:
+        """For so long, or to its end.
+
+        Raises:
+            RuntimeError: if the command fails.
+        """
+        if self._process is None:
+            started = subprocess.Popen(
+                self.command, cwd=self._cwd, env=self._environment, stdout=subprocess.DEVNULL, stderr=self._errors
+            )
+            self._process = psutil.Process(started.pid)
+        self._each(psutil.Process.resume)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
+            pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+            if pid:
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+                if status:
+                    self._errors.seek(0)
+                    said = self._errors.read()[-2000:].decode(errors="replace")
+                    raise RuntimeError(f"{' '.join(self.command)} failed:\n{said}")
+                return
+        self._each(psutil.Process.suspend)
+
+    def _each(self, action: Callable[[psutil.Process], None]) -> None:
+        """Do something to the command, then to its children."""
+        assert self._process is not None
+        action(self._process)
+        for child in self._process.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                action(child)
+
+    def end(self) -> None:
+        """Kill it, if it has not ended."""
+        if self._process is not None and self.cpu_seconds is None:
+            self._each(psutil.Process.kill)
+            os.waitpid(self._process.pid, 0)
+        self._errors.close()
+
+
+def cpu_seconds(commands: Sequence[Command], cwd: Path) -> list[float]:
+    """CPU seconds of commands. They take turns, so that whatever else the machine does slows all of them alike.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if one fails.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cwd)}
     environment["PYTHONPATH"] = os.pathsep.join([str(TRAINING_SCRIPT.parent), environment.get("PYTHONPATH", "")])
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # A compiled network is compiled each time, by children.
+    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    runs = [Run(command, environment, cwd) for command in commands]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what stands still must be killed
+    try:
+        while going := [run for run in runs if run.cpu_seconds is None]:
+            for run in going:
+                run.go_on(TURN if len(going) > 1 else math.inf)
+        return [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
+    finally:
+        for run in runs:
+            run.end()
+        signal.signal(signal.SIGTERM, before)
 
 
-def measure(
-    commands: dict[str, Callable[[int], Sequence[object]]], steps: int, repeats: int, cwd: Path
-) -> dict[str, list[float]]:
-    """CPU milliseconds per step of each loop, `repeats` values; `commands` make a command of a number of steps."""
-    found: dict[str, list[float]] = {name: [] for name in commands}
+@dataclass(frozen=True)
+class Loop:
+    """What was measured of a loop, one value a run.
+
+    Attributes:
+        step: CPU milliseconds of a step, over all processes: the median of means over `WINDOW` steps.
+        start: CPU seconds until the first step is done, of the longest process.
+        memory: the most MiB that one of the processes had.
+    """
+
+    step: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    def note(self, processes: list[dict[str, Any]]) -> None:
+        """Take a run: what `clocked` has left."""
+        clocks = [process["seconds"] for process in processes]
+        means = [
+            [(after - before) / WINDOW for before, after in pairwise(clock[WINDOW - 1 :: WINDOW])] for clock in clocks
+        ]
+        self.step.append(1000 * sum(map(statistics.median, means)))
+        self.start.append(max(clock[0] for clock in clocks))
+        self.memory.append(max(process["memory"] for process in processes) / 2**20)
+
+
+def measure(commands: dict[str, Callable[[Path], Command]], repeats: int, cwd: Path) -> dict[str, Loop]:
+    """The cost of loops, which take turns; `commands` make a command that leaves its clocks in a folder."""
+    found = {name: Loop() for name in commands}
     for i in range(repeats):
-        for name, command in commands.items():
-            few, many = (cpu_seconds(command(n), cwd) for n in (FIRST_STEPS, FIRST_STEPS + steps))
-            found[name].append(1000 * (many - few) / steps)
-            print(f"run {i + 1} of {repeats}: {name} {found[name][-1]:.1f} ms", flush=True)
+        folders = [Path(tempfile.mkdtemp(dir=cwd)) for _ in commands]
+        cpu_seconds([of(folder) for of, folder in zip(commands.values(), folders, strict=True)], cwd)
+        for (name, loop), folder in zip(found.items(), folders, strict=True):
+            loop.note([json.loads(path.read_text()) for path in folder.glob("*.json")])
+            print(
+                f"run {i + 1} of {repeats}: {name} {loop.step[-1]:.1f} ms, {loop.memory[-1]:.0f} MiB, "
+                f"{loop.start[-1]:.1f} s to start",
+                flush=True,
+            )
     return found
 
 
@@ -123,42 +223,48 @@ def in_form(kind: str, folder: Path, images: Tensor, cwd: Path) -> Data:
     encoded = torch.cat([LatentSpace.of(vae).encode(some) for some in large.split(64)])
     save_file({"latents": ((encoded - encoded.mean()) / encoded.std()).contiguous()}, cwd / "latents.safetensors")
     options = ["--train_data_dir", folder, "--resolution", 2 * side, "--vae", cwd / "vae"]
-    return Data(kind, [*options, "--latents_cache_dir", cwd / "cache"], cwd / "latents.safetensors", LATENT_CHANNELS)
+    options += ["--latents_cache_dir", cwd / "cache"]
+    filling = ["--max_train_steps", 1, "--validation_inference_steps", 4, "--output_dir", cwd / "filling"]
+    cpu_seconds([[sys.executable, TRAINING_SCRIPT, *options, *filling]], cwd)
+    return Data(kind, options, cwd / "latents.safetensors", LATENT_CHANNELS)
 
 
 FORMS = ("png", "parquet", "latents")
 
 
-def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[str, Callable[[int], list[object]]]]:
-    """Names of loops, and how to run so many steps of them."""
+def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[str, Callable[[Path], Command]]]:
+    """Names of loops, and how to run them with clocks."""
     shape = TrainingArguments(block_out_channels=args.block_out_channels)
     with torch.device("meta"):  # no weights are needed
         unet = new_unet(shape, side, data.channels)
-    config = cwd / f"{data.kind}.json"
+    config, steps = cwd / f"{data.kind}.json", args.steps + WINDOW
     config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
 
-    def theirs(steps: int) -> list[object]:
+    def theirs(clocks: Path) -> Command:
         numbers = side, args.train_batch_size, steps
-        return [sys.executable, "-m", "diffusers_gm.studies.diffusers_loop", data.theirs, config, *numbers]
+        return [sys.executable, *CLOCKED, clocks, DIFFUSERS_LOOP, data.theirs, config, *numbers]
 
-    def of(method: str, num_processes: int = 1) -> Callable[[int], list[object]]:
+    def of(method: str, start: Command = (sys.executable,)) -> Callable[[Path], Command]:
         network = ["--block_out_channels", *unet.config["block_out_channels"]]
-        start = [sys.executable] if num_processes == 1 else [*LAUNCHER, num_processes]
 
-        def ours(steps: int) -> list[object]:
+        def ours(clocks: Path) -> Command:
             options = [*data.ours, "--method", method, *network, "--train_batch_size", args.train_batch_size,
                        "--max_train_steps", steps, "--checkpointing_steps", 0, "--validation_steps", 0,
-                       "--num_validation_images", 1, "--validation_inference_steps", 4, "--output_dir", cwd / "ours",
-                       "--overwrite_output_dir"]  # fmt: skip
-            return [*start, TRAINING_SCRIPT, *options]
+                       "--num_validation_images", 1, "--validation_inference_steps", 4,
+                       "--output_dir", clocks / "out"]  # fmt: skip
+            return [*start, *CLOCKED, clocks, TRAINING_SCRIPT, *options]
 
         return ours
 
     yield f"{data.kind}, {THEIRS}", theirs
     for method in args.methods:
         yield f"{data.kind}, {method}", of(method)
-    if args.num_processes > 1 and data.kind == args.data[0]:
-        yield together(args), of(args.methods[0], args.num_processes)
+    if data.kind == args.data[0]:
+        if args.num_processes > 1:
+            yield together(args), of(args.methods[0], [*LAUNCHER, args.num_processes])
+        if args.dynamo_backend is not None:
+            backend = ["env", f"ACCELERATE_DYNAMO_BACKEND={args.dynamo_backend}", sys.executable]
+            yield f"{data.kind}, {args.methods[0]}, {args.dynamo_backend}", of(args.methods[0], backend)
 
 
 def together(args: Any) -> str:
@@ -176,7 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--methods", choices=list(METHODS), nargs="+", default=["gm-sgm", "ncsnv2", "cld"])
     add("--data", choices=FORMS, nargs="+", default=list(FORMS), help="in which form the images are")
     add("--num_processes", type=at_least(1), default=2, help="of the first method on the first data; 1: not measured")
-    add("--steps", type=at_least(1), default=150, help="steps that are measured in a run")
+    add("--dynamo_backend", help="also the first method on the first data, compiled by it: inductor")
+    add("--steps", type=at_least(WINDOW), default=150, help="steps that are measured in a run, after the first")
     add("--repeats", type=at_least(1), default=5, help="runs of each loop")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
     args = parser.parse_args(arguments)
@@ -193,45 +300,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
             images = examine(open_folder(folder), 0, args.resolution).images
         except ValueError as error:
             parser.error(f"--train_data_dir {folder}: {error}")
-        loops: dict[str, Callable[[int], Sequence[object]]] = {}
+        found: dict[str, Loop] = {}
         for kind in args.data:
-            loops |= dict(commands_of(in_form(kind, folder, images, cwd), args, images.shape[-1], cwd))
-        found = measure(loops, args.steps, args.repeats, cwd)
+            loops = dict(commands_of(in_form(kind, folder, images, cwd), args, images.shape[-1], cwd))
+            found |= measure(loops, args.repeats, cwd)
     shape = "x".join(map(str, images.shape[1:]))
     conditions = (
         f"Images of {shape}, latents of {LATENT_CHANNELS}x{'x'.join(map(str, images.shape[2:]))}, batches of "
-        f"{args.train_batch_size}; {args.steps} steps a run, medians of {args.repeats} runs that took turns; CPU time, "
-        "of processes of one thread."
+        f"{args.train_batch_size}; {args.steps} steps a run, medians of {args.repeats} runs, whose processes, of one "
+        f"thread, took turns of {TURN:g} s; CPU time, in a run the median of means over {WINDOW} steps. The first "
+        "step: with all that is before it, and compilation."
     )
     report(found, args, conditions).write(args.output)
 
 
-def report(found: dict[str, list[float]], args: Any, conditions: str) -> Report:
+def report(found: dict[str, Loop], args: Any, conditions: str) -> Report:
     """What `measure` found, and the ratios."""
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    rows, rates, several = [], {}, together(args)
-    for name, values in found.items():
+    median = statistics.median
+    rows, rates, memory, several, verdict = [], {}, {}, together(args), ""
+    for name, loop in found.items():
+        kind, *words = name.split(", ")
         images = args.train_batch_size * (args.num_processes if name == several else 1)
-        spread = f"{min(values):.1f} to {max(values):.1f}"
-        row: list[Any] = [name, f"{medians[name]:.1f}", spread, f"{1000 * images / medians[name]:.0f}", ""]
-        if name != several:
-            rates[name] = medians[f"{name.partition(', ')[0]}, {THEIRS}"] / medians[name]
-            row[-1] = f"{rates[name]:.3f}"
-        rows.append(row)
-    ours = {name: rate for name, rate in rates.items() if not name.endswith(THEIRS)}
-    slowest = min(ours, key=lambda name: ours[name])
-    verdict = f"The rate of train_gm_sgm.py is {min(ours.values()):.2f} ({slowest}) to {max(ours.values()):.2f} times "
-    verdict += "that of diffusers' loop."
-    if several in found:
-        efficiency = args.num_processes * medians[several.rpartition(", ")[0]] / medians[several]
-        verdict += f" Efficiency of {args.num_processes} processes: {efficiency:.3f}."
+        theirs = found[f"{kind}, {THEIRS}"]
+        rate = median(other / own for other, own in zip(theirs.step, loop.step, strict=True))
+        if len(words) == 1 and words != [THEIRS]:
+            rates[name], memory[name] = rate, median(loop.memory) / median(theirs.memory)
+        if name == several:
+            efficiency = args.num_processes * median(found[f"{kind}, {words[0]}"].step) / median(loop.step)
+            verdict += f" Efficiency of {args.num_processes} processes: {efficiency:.3f}."
+        elif len(words) == 2:
+            alone = found[f"{kind}, {words[0]}"]
+            faster, longer = median(alone.step) / median(loop.step), median(loop.start) - median(alone.start)
+            verdict += (
+                f" Compiled by {words[1]}, the rate is {faster:.2f} times as high, and the start {longer:.0f} s longer."
+            )
+        rows.append(
+            [
+                name,
+                f"{median(loop.step):.1f}",
+                f"{min(loop.step):.1f} to {max(loop.step):.1f}",
+                f"{1000 * images / median(loop.step):.0f}",
+                "" if name == several else f"{rate:.3f}",
+                f"{median(loop.memory):.0f}",
+                f"{median(loop.start):.1f}",
+            ]
+        )
+    slowest, largest = min(rates, key=lambda name: rates[name]), max(memory, key=lambda name: memory[name])
+    verdict = (
+        f"The rate of train_gm_sgm.py is {rates[slowest]:.2f} ({slowest}) to {max(rates.values()):.2f} times that of "
+        f"diffusers' loop, its peak memory at most {memory[largest]:.2f} times ({largest}).{verdict}"
+    )
     header = ["data, loop", "CPU ms per step, median", "range", "images per CPU second", "rate over diffusers'"]
     return Report(
         name="throughput",
         title="Rate of training",
-        question="How many images does a CPU second train on, beside diffusers' own loop?",
+        question="How many images does a CPU second train on, beside diffusers' own loop, and in how much memory?",
         verdict=verdict,
-        tables=[Table("", header, rows)],
+        tables=[Table("", [*header, "peak MiB", "CPU s to the first step"], rows)],
         conditions=conditions,
     )
 

@@ -72,7 +72,9 @@ class TrainingArguments(MethodOptions):
     streaming: bool = data(
         False, "Read the images as they come, from the Hub or a folder of parquet or tar files, and keep none."
     )
-    num_train_samples: int | None = data(None, "With --streaming: how many images an epoch has.", at_least=2)
+    num_train_samples: int | None = data(
+        None, "With --streaming: how many images an epoch has.", at_least=2, free_on_resume=True
+    )
     shuffle_buffer_size: int = data(
         1000, "With --streaming: images that are shuffled at a time; files are shuffled, too.", at_least=1
     )

@@ -30,7 +30,7 @@ class TrainingData:
     """What a checkpoint remembers of the data. None: not known, as of version 0.1.0.
 
     Attributes:
-        num_images: size of the training set.
+        num_images: size of the training set; None for a stream, whose size is what it is said to be.
         images_per_step: of an optimizer step, over all batches and processes. How they are split among these
             decides which noise is drawn for them, not what is learned.
         brightness: means of some images that the seed chooses, so that others, or another order, are noticed.
@@ -64,7 +64,7 @@ class TrainingData:
                 f"of processes must stay {before.images_per_step}"
             )
         anew = "to train on others, start anew, from its finished pipeline with --model_name_or_path"
-        if before.num_images not in (None, self.num_images):
+        if None not in (before.num_images, self.num_images) and before.num_images != self.num_images:
             raise ValueError(
                 f"{checkpoint} was trained on {before.num_images} images and there are {self.num_images} now: {anew}"
             )
@@ -110,7 +110,7 @@ def training_data(
 ) -> TrainingData:
     """What a checkpoint is to remember of the data."""
     return TrainingData(
-        num_images=num_images,
+        num_images=None if args.streaming else num_images,
         images_per_step=images_per_step,
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
         largest_distance=plan.sigma_max
