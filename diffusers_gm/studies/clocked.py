@@ -6,6 +6,7 @@ In the folder each process leaves a JSON file: its `seconds` after every step, a
 children, such as compilers, and the most bytes of `memory`.
 """
 
+import argparse
 import json
 import os
 import runpy
@@ -18,7 +19,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if __name__ == "__main__":
-    folder, *sys.argv = sys.argv[1:]
+    # Not `..cli.Parser`, whose imports would count as memory of the script.
+    parser = argparse.ArgumentParser(prog="python -m diffusers_gm.studies.clocked", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, help="where the JSON files go; it must be there")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="and its arguments")
+    args = parser.parse_args()
+    sys.argv = args.script
     seconds: list[float] = []
 
     def note(*_: Any) -> None:
@@ -32,4 +39,4 @@ if __name__ == "__main__":
         from diffusers_gm.training.rehearsal import peak_memory  # now, as it takes memory
 
         found = {"seconds": seconds, "memory": peak_memory(torch.device("cpu"))}
-        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(found))
+        (args.folder / f"{os.getpid()}.json").write_text(json.dumps(found))
