@@ -51,6 +51,20 @@ def test_commands_in_turns_are_told_apart(tmp_path):
     assert 1.2 <= with_child < 2
 
 
+def test_none_goes_on_before_all_are_warm(tmp_path):
+    """The first is warm at once, and would be done while the second starts."""
+    script = (
+        "import pathlib, time\nwhile time.process_time() < {}: pass\npathlib.Path('{}').touch()\n"
+        "began = time.monotonic()\nwhile time.process_time() < 1.5: pass\n"
+        "pathlib.Path('{}').write_text(str(began) + ' ' + str(time.monotonic()))"
+    )
+    commands = [(*PYTHON, script.format(share, f"warm{i}", f"done{i}")) for i, share in enumerate((0.05, 1.2))]
+    throughput.cpu_seconds(commands, tmp_path, [tmp_path / "warm0", tmp_path / "warm1"])
+    ends = [float((tmp_path / f"done{i}").read_text().split()[1]) for i in range(2)]
+    warm = float((tmp_path / "done1").read_text().split()[0])
+    assert ends[0] > warm
+
+
 def test_a_command_that_fails_says_why_and_ends_the_others(tmp_path):
     waits = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     with pytest.raises(RuntimeError, match="failed:\n(?s:.*)no milk today"):
