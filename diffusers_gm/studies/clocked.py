@@ -7,6 +7,7 @@ process leaves a JSON file: its `seconds` after every step, after the first with
 compilers, and the most bytes of `memory`.
 """
 
+import argparse
 import json
 import os
 import runpy
@@ -22,7 +23,13 @@ WARM_UP = 10
 WARM = "warm"
 
 if __name__ == "__main__":
-    folder, *sys.argv = sys.argv[1:]
+    # Not `..cli.Parser`, whose imports would count as memory of the script.
+    parser = argparse.ArgumentParser(prog="python -m diffusers_gm.studies.clocked", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, help="where the JSON files go; it must be there")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="and its arguments")
+    args = parser.parse_args()
+    sys.argv = args.script
     seconds: list[float] = []
 
     def note(*_: Any) -> None:
@@ -38,4 +45,4 @@ if __name__ == "__main__":
         from diffusers_gm.training.rehearsal import peak_memory  # now, as it takes memory
 
         found = {"seconds": seconds, "memory": peak_memory(torch.device("cpu"))}
-        (Path(folder) / f"{os.getpid()}.json").write_text(json.dumps(found))
+        (args.folder / f"{os.getpid()}.json").write_text(json.dumps(found))

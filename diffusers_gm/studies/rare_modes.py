@@ -139,8 +139,8 @@ def plot(found: Found, budgets: Sequence[int], floor: float, path: Path) -> str:
     for axis, calls in zip(axes[0], budgets, strict=True):
         for i, name in enumerate(SAMPLERS):
             curve = [(f, v.mean, v.error) for f in FACTORS if (v := found[name, f, calls])]
-            if curve:
-                axis.errorbar(*zip(*curve, strict=True), label=name, capsize=2, **curve_style(i))
+            shown = zip(*curve, strict=True) if curve else ((), (), ())
+            axis.errorbar(*shown, label=name, capsize=2, **curve_style(i))
         axis.axhline(floor, color="gray", linestyle=":", label="exact draws")
         axis.set(title=f"{calls} calls", xlabel="first level / distance of the modes", xticks=FACTORS)
         plain_log(axis, "y")
