@@ -36,7 +36,7 @@ if __name__ == "__main__":
         now = os.times()
         seconds.append(time.process_time() + (0 if seconds else now.children_user + now.children_system))
         if len(seconds) == WARM_UP:
-            (Path(folder) / WARM).touch()
+            (args.folder / WARM).touch()
 
     register_optimizer_step_post_hook(note)
     try:
