@@ -95,6 +95,7 @@ def test_equal_seconds_are_steps_that_are_kept(tmp_path, capfd):
     ratio = values["ncsnv2 uncertainty"] / values["ncsnv2"]
     assert [float(text.strip("()")) for text in over.rows[0][1].split()] == pytest.approx([ratio] * 2, abs=0.02)
     assert len(every.rows) == 6
+    assert f"ncsnv2 uncertainty {'at most' if ratio <= 1 else 'above'} at all budgets" in report.verdict
     equal_budget.main([*words, *small])
     assert json.loads(path.read_text()) == steps
     assert " ms" not in capfd.readouterr().out, "timed once"

@@ -266,16 +266,19 @@ def report(
         [k, *(f"{ratios[k, n]:.2f} ({', '.join(f'{ratio:.2f}' for ratio in each[k, n])})" for n in args.calls)]
         for k in others
     ]
-    better = [k for k in others if all(ratios[k, n] <= 1 for n in args.calls)]
-    worse = [k for k in others if all(ratios[k, n] > 1 for n in args.calls)]
-    words = [f"{', '.join(who)} {what} at all budgets" for who, what in ((better, "at most"), (worse, "above")) if who]
+    found: dict[str, list[str]] = {}
+    for k in others:
+        at_most = {ratios[k, n] <= 1 for n in args.calls}
+        where = "mixed" if len(at_most) > 1 else f"{'at most' if at_most.pop() else 'above'} at all budgets"
+        found.setdefault(where, []).append(k)
+    words = [f"{', '.join(who)} {where}" for where, who in found.items()]
     baseline = "diffusers' DDPM" if first == "ddpm" else first
     length = f"{args.cpu_seconds} CPU seconds" if args.cpu_seconds else f"{args.steps} steps"
     return Report(
         f"equal-budget-{data}",
         f"Equal budget: {'our methods' if first == 'ddpm' else 'ways of training'} beside {baseline}, {data}",
         f"One network, one optimizer, {length}: which way of training gives the best samples, by its best sampler?",
-        f"{metric} over that of {baseline}: {'; '.join(words) or 'mixed, see the table'}.",
+        f"{metric} over that of {baseline}: {'; '.join(words) or 'nothing to compare'}.",
         [
             Table(
                 f"{metric} (a squared distance) over that of {baseline} (by training).",
