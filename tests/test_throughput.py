@@ -51,6 +51,20 @@ def test_commands_in_turns_are_told_apart(tmp_path):
     assert 1.2 <= with_child < 2
 
 
+def test_none_goes_on_before_all_are_warm(tmp_path):
+    """The first is warm at once, and would be done while the second starts."""
+    script = (
+        "import pathlib, time\nwhile time.process_time() < {}: pass\npathlib.Path('{}').touch()\n"
+        "began = time.monotonic()\nwhile time.process_time() < 1.5: pass\n"
+        "pathlib.Path('{}').write_text(str(began) + ' ' + str(time.monotonic()))"
+    )
+    commands = [(*PYTHON, script.format(share, f"warm{i}", f"done{i}")) for i, share in enumerate((0.05, 1.2))]
+    throughput.cpu_seconds(commands, tmp_path, [tmp_path / "warm0", tmp_path / "warm1"])
+    ends = [float((tmp_path / f"done{i}").read_text().split()[1]) for i in range(2)]
+    warm = float((tmp_path / "done1").read_text().split()[0])
+    assert ends[0] > warm
+
+
 def test_a_command_that_fails_says_why_and_ends_the_others(tmp_path):
     waits = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     with pytest.raises(RuntimeError, match="failed:\n(?s:.*)no milk today"):
@@ -76,14 +90,16 @@ def test_clocks_of_a_script(tmp_path):
     script.write_text(
         "import sys, torch\nassert sys.argv[1:] == ['--steps', '3'] and __name__ == '__main__'\n"
         "optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])\n"
-        "for _ in range(3): optimizer.step()\nraise SystemExit(3)"
+        "for _ in range(12): optimizer.step()\nraise SystemExit(3)"
     )
     command = [sys.executable, *throughput.CLOCKED, tmp_path, script, "--steps", "3"]
     assert subprocess.run(command, check=False).returncode == 3
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text())
-    first, second, third = found["seconds"]
-    assert 0.1 < first <= second <= third < first + 1
+    first, second, *_ = found["seconds"]
+    assert len(found["seconds"]) == 12
+    assert 0.1 < first <= second <= found["seconds"][-1] < first + 1
+    assert (tmp_path / "warm").is_file()
     assert 100 << 20 < found["memory"] < len(larger)
 
 

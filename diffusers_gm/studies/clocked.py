@@ -2,8 +2,9 @@
 
     python -m diffusers_gm.studies.clocked FOLDER SCRIPT [ARGUMENTS ...]
 
-In the folder each process leaves a JSON file: its `seconds` after every step, after the first with those of its
-children, such as compilers, and the most bytes of `memory`.
+In the folder is a file `warm` once there were `WARM_UP` steps, so that others can be waited for. At its end each
+process leaves a JSON file: its `seconds` after every step, after the first with those of its children, such as
+compilers, and the most bytes of `memory`.
 """
 
 import argparse
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+WARM_UP = 10
+WARM = "warm"
+
 if __name__ == "__main__":
     # Not `..cli.Parser`, whose imports would count as memory of the script.
     parser = argparse.ArgumentParser(prog="python -m diffusers_gm.studies.clocked", description=__doc__)
@@ -31,6 +35,8 @@ if __name__ == "__main__":
     def note(*_: Any) -> None:
         now = os.times()
         seconds.append(time.process_time() + (0 if seconds else now.children_user + now.children_system))
+        if len(seconds) == WARM_UP:
+            (args.folder / WARM).touch()
 
     register_optimizer_step_post_hook(note)
     try:

@@ -39,6 +39,7 @@ from ..evaluation.table import Table
 from ..training.methods import METHODS
 from ..training.network import new_unet
 from ..training.options import TrainingArguments
+from .clocked import WARM, WARM_UP
 from .report import Report
 
 # Of accelerate, and how to start some processes with it.
@@ -48,10 +49,10 @@ TRAINING_SCRIPT = Path(__file__).parents[2] / "train_gm_sgm.py"
 DIFFUSERS_LOOP = Path(__file__).with_name("diffusers_loop.py")
 CLOCKED = ["-m", "diffusers_gm.studies.clocked"]
 LATENT_CHANNELS = 4
-# Steps whose mean is one measurement, as some of what is done is not done at each; the first ones are none.
+# Steps whose mean is one measurement, as some of what is done is not done at each.
 WINDOW = 10
 # Seconds for which a process runs while the others stand still.
-TURN = 1.0
+TURN = 0.3
 
 Command = Sequence[object]
 
@@ -119,8 +120,10 @@ class Run:
         self._errors.close()
 
 
-def cpu_seconds(commands: Sequence[Command], cwd: Path) -> list[float]:
+def cpu_seconds(commands: Sequence[Command], cwd: Path, warm: Sequence[Path] = ()) -> list[float]:
     """CPU seconds of commands. They take turns, so that whatever else the machine does slows all of them alike.
+
+    `warm`: files that they write when what is measured begins; none goes on from there before all have come so far.
 
     Raises:
         RuntimeError: if one fails.
@@ -133,7 +136,8 @@ def cpu_seconds(commands: Sequence[Command], cwd: Path) -> list[float]:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what stands still must be killed
     try:
         while going := [run for run in runs if run.cpu_seconds is None]:
-            for run in going:
+            cold = [run for run, path in zip(runs, warm, strict=False) if run in going and not path.exists()]
+            for run in cold or going:
                 run.go_on(TURN if len(going) > 1 else math.inf)
         return [run.cpu_seconds for run in runs if run.cpu_seconds is not None]
     finally:
@@ -160,7 +164,7 @@ class Loop:
         """Take a run: what `clocked` has left."""
         clocks = [process["seconds"] for process in processes]
         means = [
-            [(after - before) / WINDOW for before, after in pairwise(clock[WINDOW - 1 :: WINDOW])] for clock in clocks
+            [(after - before) / WINDOW for before, after in pairwise(clock[WARM_UP - 1 :: WINDOW])] for clock in clocks
         ]
         self.step.append(1000 * sum(map(statistics.median, means)))
         self.start.append(max(clock[0] for clock in clocks))
@@ -172,7 +176,8 @@ def measure(commands: dict[str, Callable[[Path], Command]], repeats: int, cwd: P
     found = {name: Loop() for name in commands}
     for i in range(repeats):
         folders = [Path(tempfile.mkdtemp(dir=cwd)) for _ in commands]
-        cpu_seconds([of(folder) for of, folder in zip(commands.values(), folders, strict=True)], cwd)
+        runs = [of(folder) for of, folder in zip(commands.values(), folders, strict=True)]
+        cpu_seconds(runs, cwd, [folder / WARM for folder in folders])
         for (name, loop), folder in zip(found.items(), folders, strict=True):
             loop.note([json.loads(path.read_text()) for path in folder.glob("*.json")])
             print(
@@ -237,7 +242,7 @@ def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[s
     shape = TrainingArguments(block_out_channels=args.block_out_channels)
     with torch.device("meta"):  # no weights are needed
         unet = new_unet(shape, side, data.channels)
-    config, steps = cwd / f"{data.kind}.json", args.steps + WINDOW
+    config, steps = cwd / f"{data.kind}.json", args.steps + WARM_UP
     config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
 
     def theirs(clocks: Path) -> Command:
@@ -307,9 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = "x".join(map(str, images.shape[1:]))
     conditions = (
         f"Images of {shape}, latents of {LATENT_CHANNELS}x{'x'.join(map(str, images.shape[2:]))}, batches of "
-        f"{args.train_batch_size}; {args.steps} steps a run, medians of {args.repeats} runs, whose processes, of one "
-        f"thread, took turns of {TURN:g} s; CPU time, in a run the median of means over {WINDOW} steps. The first "
-        "step: with all that is before it, and compilation."
+        f"{args.train_batch_size}; {args.steps} steps a run after {WARM_UP}, medians of {args.repeats} runs, whose "
+        f"processes, of one thread, took turns of {TURN:g} s; CPU time, in a run the median of means over {WINDOW} "
+        "steps. The first step: with all that is before it, and compilation."
     )
     report(found, args, conditions).write(args.output)
 
