@@ -326,7 +326,7 @@ def plot(args: argparse.Namespace, told_rows: list[list[Any]], runs: Runs, calls
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for i, row in enumerate(told_rows):
         style = "o--" if row[0].startswith(EXACT) else "o-"
-        axes[0].loglog(FACTORS, row[1:-1], style, markersize=3, color=f"C{i % len(KINDS)}", label=row[0])
+        axes[0].semilogx(FACTORS, row[1:-1], style, markersize=3, color=f"C{i % len(KINDS)}", label=row[0])
     axes[0].set(title="one answer", xlabel="told level / true level", ylabel="squared error over K = 1 told rightly")
     axes[0].set_xticks(FACTORS, [f"{f:g}" for f in FACTORS])
     axes[0].xaxis.minorticks_off()
