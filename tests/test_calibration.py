@@ -147,9 +147,9 @@ def test_the_martingale_defect_tells_a_network_that_errs():
     assert martingale_defect(errs, start(2000), HIGH, LOW) < -0.3
 
 
-def test_noise_is_little_unless_errors_dominate_and_calls_are_enough():
+def test_noise_is_for_networks_that_err_and_for_calls_enough():
     for n in (2, 7, 8, 50):
-        assert stochasticity_for(0.1, n) == (0.4 if n >= 8 else 0.0)
+        assert stochasticity_for(0.1, n) == 0.0
         assert stochasticity_for(-0.1, n) == (0.7 if n >= 8 else 0.0)
         assert stochasticity_for(-0.5, n) == (1.0 if n >= 8 else 0.0)
 
@@ -394,7 +394,7 @@ def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     assert (tmp_path / "model" / "calibration.png").stat().st_size > 5000
     loaded = NCSNv2Pipeline.from_pretrained(tmp_path / "model")
     assert isinstance(loaded.scheduler, CalibratedMultistepScheduler)
-    assert sorted(loaded.scheduler.config.calibration) == ["5", "8", "stochasticity"]
+    assert {"5", "8"} <= set(loaded.scheduler.config.calibration)
     assert json.loads((tmp_path / "model" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     missing = subprocess.run([*command[:3], tmp_path / "none"], capture_output=True, text=True, check=False)
     assert missing.returncode == 2

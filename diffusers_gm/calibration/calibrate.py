@@ -34,12 +34,12 @@ NUM_FAST, NUM_MARTINGALE = 56, 48
 # trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
 ERRS = -0.4
 
-# Stochasticities of a run of enough calls to follow them: a little, which costs an exact denoiser nothing; more for a
-# network that was trained, as it errs; and all there is where errors dominate.
-LITTLE, MORE, ALL, ENOUGH = 0.4, 0.7, 1.0, 8
+# Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
+# some for a network that errs, as trained ones do; and all there is where errors dominate.
+SOME, ALL, ENOUGH = 0.7, 1.0, 8
 
 # Stochasticities among which real images choose.
-CANDIDATES = (0.0, LITTLE, MORE, ALL)
+CANDIDATES = (0.0, 0.4, SOME, ALL)
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
@@ -265,7 +265,7 @@ def stochasticity_for(defect: float, num_calls: int) -> float:
     calls enough to follow it."""
     if num_calls < ENOUGH:
         return 0.0
-    return ALL if defect < ERRS else MORE if defect < 0 else LITTLE
+    return ALL if defect < ERRS else SOME if defect < 0 else 0.0
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
