@@ -168,7 +168,7 @@ def test_a_training_on_digits(digits):
     card = (folder / "README.md").read_text()
     assert "Class-conditional generation of 8x8 images" in card
     assert "its 10 classes: `0`, `1`, `2`" in card
-    assert "pipeline(class_labels=['0', '0', '0', '0'], num_inference_steps=" in card
+    assert 'pipeline(class_labels=["0"] * 4, num_inference_steps=' in card
     assert "$" not in card.replace("$\\", "")
     record = json.loads((folder / "training_args.json").read_text())
     assert (record["class_conditional"], record["class_dropout"]) == (True, 0.1)

@@ -5,6 +5,7 @@
 copies the card of a trained pipeline, with its pictures, to where cards are kept without their weights.
 """
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _classes(names: list[str] | None) -> dict[str, str]:
     known = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + more
     return {
         "kind": "Class-conditional",
-        "asked": f"class_labels={names[:1] * 4}",
+        "asked": f"class_labels=[{json.dumps(names[0], ensure_ascii=False)}] * 4",
         "classes": (
             f"`class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 makes "
             "images more of their class.\n\n"
