@@ -5,12 +5,18 @@ import contextlib
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from networks import tiny_network
 from PIL import Image
 
-from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler, NCSNv2Pipeline
+from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, GMLangevinScheduler, NCSNv2Pipeline
 from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError, sample
 from diffusers_gm.pipelines.unconditional import UnconditionalPipeline
@@ -194,6 +200,20 @@ def test_edm_schedulers_of_diffusers_on_given_levels():
         assert given.sigmas[:-1].tolist() == pytest.approx(kl_optimal(20.0, 0.02, 6).tolist())
         assert by_grid["default"].sigmas[0] == pytest.approx(20.0)
         assert by_grid["default"].sigmas[1] != pytest.approx(float(given.sigmas[1]), rel=0.05)
+
+
+def test_a_calibrated_pipeline_is_read_as_the_network_that_it_has(tmp_path, generator):
+    """Not as a DDPM; and what it comes with is its calibrated scheduler."""
+    edm = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=20.0, sigma_min=0.02)
+    NCSNv2Pipeline(tiny_network(), CalibratedMultistepScheduler.from_config(edm.config)).save_pretrained(tmp_path / "m")
+    images = torch.rand(16, 1, 8, 8, generator=generator)
+    samplers = models.saved_model(str(tmp_path / "m"), images, 8, tmp_path).samplers
+    assert {"langevin", "consistent", "EDM Euler"} <= set(samplers)
+    assert "DDPM" not in samplers
+    assert isinstance(samplers["as it comes"]["default"], CalibratedMultistepScheduler)
+    UnconditionalPipeline(tiny_network(), EDMEulerScheduler()).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="has a EDMEulerScheduler: a network of DDPM, or one of ours, is needed"):
+        models.saved_model(str(tmp_path / "theirs"), images, 8, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from torch import Tensor
 from ..data import examine, open_source, split_digits
 from ..evaluation.features import fingerprint
 from ..evaluation.sampling import describe_model, image_shape, load_pipeline
-from ..schedulers import CLDSSCSScheduler
+from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
+from .demo import OF_PIPELINES
 from .digits import parts_of, pipeline_of, trained
 from .exact import ExactDenoiser, NetworkOf, exact_network
 from .sampler_benchmark_calibration import Calibrations
 from .sampler_benchmark_problems import Erring, GaussianMixture
-from .sampler_benchmark_schedulers import OWN, OWN_GRIDS, SOURCE, Samplers, compatible, own_samplers
+from .sampler_benchmark_schedulers import OWN, SOURCE, Samplers, compatible, own_samplers
 
 WIDTH = 0.1
 
@@ -162,7 +163,8 @@ def saved_model(name_or_path: str, images: Tensor, num_samples: int, output: Pat
     many as there are samples the floor is made, of the others the reference.
 
     Raises:
-        ValueError: if there are too few images, or they are not of the size that the pipeline makes.
+        ValueError: if there are too few images, they are not of the size that the pipeline makes, or its network is
+            neither one of ours nor one of DDPM.
     """
     pipeline = load_pipeline(name_or_path, torch.device("cpu"))
     if image_shape(pipeline) != tuple(images.shape[1:]):
@@ -172,10 +174,15 @@ def saved_model(name_or_path: str, images: Tensor, num_samples: int, output: Pat
     floor, reference = images[:num_samples], images[num_samples : len(images) // num_samples * num_samples]
     content, scheduler = describe_model(pipeline), pipeline.scheduler
     made = Calibrations(pipeline, parts_of(output), content)
-    if type(scheduler) in OWN_GRIDS:
-        by_name, default = own_samplers(scheduler, made), (OWN, "default")
-    else:
+    if cls := OF_PIPELINES.get(type(pipeline).__name__):  # whatever it was saved with: that may be calibrated
+        by_name, default = own_samplers(cls.from_config(scheduler.config), made), (OWN, "default")
+        by_name[OWN] = {"default": scheduler}
+    elif CalibratedMultistepScheduler.from_config(scheduler.config).noise_space.kind == "vp":
         by_name, default = compatible(scheduler.config, made), ("DDPM", "default")
+    else:
+        raise ValueError(
+            f"{name_or_path} has a {type(scheduler).__name__}: a network of DDPM, or one of ours, is needed"
+        )
     conditions = f"Reference {len(reference)} real images, floor {num_samples} others."
     title = f"the network {Path(name_or_path).name}"
     return Model(title, pipeline, by_name, reference, floor, conditions, content, default, made)
