@@ -61,6 +61,7 @@ from diffusers_gm.training.folder import (
 from diffusers_gm.training.health import DivergedError, Health
 from diffusers_gm.training.latents import given_vae, latents_of
 from diffusers_gm.training.level_losses import LevelLosses
+from diffusers_gm.training.memory import keep_freed_memory
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet
 from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
@@ -121,6 +122,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     # --- The data, and what the options come to for them ---
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     unet, vae, given = given_unet(args), given_vae(args), args
     args, of_network = levels_of_network(args, unet)

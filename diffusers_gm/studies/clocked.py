@@ -42,7 +42,7 @@ if __name__ == "__main__":
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
-        from diffusers_gm.training.rehearsal import peak_memory  # now, as it takes memory
+        from diffusers_gm.training.memory import peak_memory  # now, as it takes memory
 
         found = {"seconds": seconds, "memory": peak_memory(torch.device("cpu"))}
         (args.folder / f"{os.getpid()}.json").write_text(json.dumps(found))

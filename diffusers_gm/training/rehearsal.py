@@ -1,6 +1,5 @@
 """What a training would be and cost, from a few steps of it: `--dry_run`."""
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..launch import largest
 from ..pictures import image_grid
+from .memory import peak_memory
 
 # So many steps after the first, which is slower, or as many as there is time for.
 MOST_STEPS, MOST_SECONDS = 5, 20.0
@@ -34,23 +34,6 @@ def rehearse(take_step: Callable[[], None], num_steps: int, device: torch.device
         f"steps last {duration(first + each * (num_steps - 1))}, beside samples and checkpoints\n"
         f"memory: at most {peak_memory(device) / 2**30:.3g} GiB of the {'GPU' if device.type == 'cuda' else 'process'}"
     )
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most bytes in use so far: of the GPU, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    status = Path("/proc/self/status")
-    if status.is_file():  # of Linux, where the other figure has that of the process that started this one in it
-        return 1024 * float(status.read_text().partition("VmHWM:")[2].split()[0])
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def duration(seconds: float) -> str:
