@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .extra import extra
 from .processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from .random import Generators, randn
+from .processes.random import Generators, randn
 
 
 def flow_nll(

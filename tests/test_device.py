@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
 from diffusers_gm.losses import cld_loss, denoising_loss
 from diffusers_gm.processes.cld import CLD
-from diffusers_gm.random import Draw
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.methods.method import Batch

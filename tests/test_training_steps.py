@@ -29,7 +29,7 @@ from test_training import (
 )
 
 from diffusers_gm import data
-from diffusers_gm.random import Draw
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.training.draws import Draws, StepDraws
 from diffusers_gm.training.folder import LOG_FILE, read_log
 from diffusers_gm.training.level_losses import LevelLosses

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..autoencoders import as_learned
-from ..random import Draw
+from ..processes.random import Draw
 from ..readings import level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
 from ..samplers import Memory, Multistep, sample

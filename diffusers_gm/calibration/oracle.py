@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..random import Generators
+from ..processes.random import Generators
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler
 from ..schedulers.base import LangevinSchedulerOutput

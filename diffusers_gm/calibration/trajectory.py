@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..random import Draw
+from ..processes.random import Draw
 from ..samplers import Memory, Multistep
 
 NUM_DIRECTIONS = 128

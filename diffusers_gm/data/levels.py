@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..random import Generators, rand
+from ..processes.random import Generators, rand
 
 
 def dequantized(images: Tensor, num_levels: int, generator: Generators = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
 from ..likelihood import bits_per_dimension, flow_nll
-from ..random import randn
+from ..processes.random import randn
 from ..readings import level_range
 from ..schedulers import GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..extra import extra
 from ..processes.cld import lift
-from ..random import Generators, randn
+from ..processes.random import Generators, randn
 
 # Those of torchdiffeq that adapt their steps, but for fehlberg2, which is far off its tolerance on a Gaussian.
 ODE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..random import Draw, Generators, randn
+from ..processes.random import Draw, Generators, randn
 from ..readings import VelocityReading
 from ..samplers import Memory, TwoStep
 from ..schedulers import CalibratedMultistepScheduler

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
 from ..networks import asked, channels_of, null_class, num_class_embeds, size_of
-from ..random import Generators, check_generators, rand, randn
+from ..processes.random import Generators, check_generators, rand, randn
 from ..readings import VelocityReading
 from . import encoding
 from .guidance import Guidance, check_guidance

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN
-from ..random import Draw, Generators
+from ..processes.random import Draw, Generators
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..processes.noise_level import NoiseLevel, estimate_noise_level
-from ..random import Generators, randn
+from ..processes.random import Generators, randn
 from ..readings import VelocityReading, level_range
 from ..readings.grids import even_levels
 from ..samplers import Memory, sample

@@ -8,7 +8,7 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..random import Generators
+from ..processes.random import Generators
 from ..schedulers import CLDSSCSScheduler
 from .cld_ode import ODE_SOLVERS, network_model, solve, start_and_ends
 from .unconditional import CALLBACK_TENSORS, UnconditionalPipeline

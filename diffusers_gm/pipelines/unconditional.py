@@ -11,7 +11,7 @@ from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from ..processes.noise_level import NoiseLevel
-from ..random import Generators, check_generators
+from ..processes.random import Generators, check_generators
 from . import encoding
 from .images import ImagePipeline
 from .inpainting import Picture, begins, unit_noise

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..random import Draw, Generators
+from .random import Draw, Generators
 
 
 class GaussianMixtureNoise:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..random import Draw, Generators
+from .random import Draw, Generators
 
 # The divergence is that over a stretch of this many noise levels, over which D is as good as linear.
 STRETCH = 0.1

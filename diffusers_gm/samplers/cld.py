@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..processes.cld import CLD, Lift, cholesky, lift
-from ..random import Draw
+from ..processes.random import Draw
 from .sampler import Memory, Plan, Stepped, log_ratio, one_a_level, to_the_middle
 
 Algorithm = Literal["sscs", "euler_maruyama", "probability_flow"]

@@ -20,7 +20,7 @@ from ..processes.annealed import (
     optimal_step_size,
 )
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..random import Draw
+from ..processes.random import Draw
 from .mixture import StepPlan, TwoStep
 from .sampler import Memory, Plan, Stepped, check_calls, levels_after, one_a_level
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..random import Draw
+from ..processes.random import Draw
 from .sampler import Memory, Plan, Stepped, levels_after, log_ratio, one_a_level, to_the_middle
 
 

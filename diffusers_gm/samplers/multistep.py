@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..random import Draw
+from ..processes.random import Draw
 from .sampler import Memory, Plan, Stepped, one_a_level
 
 # How the predictor gives way to first order where a stochastic step is long: `1 / (1 + DAMPING h^4 r)`, where r >= 1 is

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..random import Draw, Generators
+from ..processes.random import Draw, Generators
 
 
 class Memory(NamedTuple):

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..random import Draw, Generators, check_generators
+from ..processes.random import Draw, Generators, check_generators
 from ..readings import ImageReading, Reading, level_range
 from ..readings.grids import calibrated_levels, check_calibration, check_num_levels, even_levels, shift_flow
 from ..samplers import Memory, Sampler

@@ -18,7 +18,7 @@ from ..evaluation.distances import frechet_distance
 from ..evaluation.sampling import describe_model
 from ..pipelines import CLDPipeline
 from ..processes.cld import CLD, lift
-from ..random import Draw
+from ..processes.random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
 from .cld_digits import results_of, train_cld

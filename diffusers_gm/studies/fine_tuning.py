@@ -18,7 +18,7 @@ from ..data import ImageStream, split_digits
 from ..evaluation.report import plain_log
 from ..evaluation.table import Table, machine
 from ..networks import asked
-from ..random import randn
+from ..processes.random import randn
 from ..training.network import fit_unet, given_unet, new_unet
 from ..training.objective import Objective, build_scheduler, levels_of_network
 from ..training.optimizer import build_optimizer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cli import at_least
 from ..evaluation.report import curve_table
-from ..random import Draw
+from ..processes.random import Draw
 from ..samplers import Langevin, Memory, Sampler
 from ..samplers.langevin import LangevinPlan
 from ..samplers.sampler import Stepped

@@ -16,7 +16,7 @@ from ..evaluation.results import Statistic
 from ..evaluation.table import Table
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.noise_level import estimate_noise_level
-from ..random import Draw
+from ..processes.random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Langevin, Memory, Sampler, TwoStep, sample
 from ..samplers.sampler import Stepped

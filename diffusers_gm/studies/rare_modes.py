@@ -19,7 +19,7 @@ from ..evaluation.sampling import NoGridError
 from ..evaluation.table import Table
 from ..pictures import curve_style
 from ..processes.mixture import GaussianMixtureNoise
-from ..random import Draw
+from ..processes.random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Ancestral, Explore, Langevin, Memory, Sampler, sample
 from ..samplers.langevin import EXPLORING_STEP, ExplorePlan, langevin_step

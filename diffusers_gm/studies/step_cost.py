@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..evaluation.table import Table, machine
-from ..random import Draw
+from ..processes.random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, GMLangevinScheduler
 from .demo import SAMPLERS

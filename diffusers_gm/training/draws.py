@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import LEVELS, STEP, generator_for
-from ..random import Draw
+from ..processes.random import Draw
 
 # Written to checkpoints. Until version 1 noise was drawn for batches; from such a checkpoint a training goes on under
 # other noise of the same law.

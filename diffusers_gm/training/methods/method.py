@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...random import Draw
+from ...processes.random import Draw
 from ..option import noise
 
 
