@@ -252,7 +252,7 @@ def test_command_line_leaves_out_the_folder():
         (cld.main, ["damping", "--calls", "5", "1"], "--calls: must be at least 2, got 1"),
         (cld.main, ["losses", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
         (gm_sgm.main, ["claim", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
-        (gm_sgm.main, ["lag", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
+        (gm_sgm.main, ["claim", "--num_samples", "361"], "--num_samples 361: there are 360 held-out digits"),
         (ncsnv2.main, ["diversity", "--num_samples", "1"], "--num_samples: must be at least 2, got 1"),
         (ncsnv2.main, ["denoise", "--calls", "2"], "--calls: must be at least 3, got 2"),
         (ncsnv2.main, ["denoise", "--seeds", "1.5"], "--seeds: invalid whole_number value: '1.5'"),

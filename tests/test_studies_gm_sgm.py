@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
+from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.data import split_digit_labels, split_digits
 from diffusers_gm.evaluation.results import Statistic
 from diffusers_gm.studies import gm_sgm, own_level, rare_modes
-from diffusers_gm.studies.exact import ExactDenoiser, exact_network
+from diffusers_gm.studies.exact import ExactDenoiser
 from diffusers_gm.studies.increments import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
 
@@ -140,28 +140,6 @@ def test_a_mixture_network_errs_less_where_it_is_told_a_wrong_level():
         assert mixed[f"known, {tau}"] == pytest.approx(one[f"known, {tau}"], rel=0.15)
 
 
-# --- lag ---
-
-
-def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
-    """Which makes another run of the same network and draws, but for its first call, before which nothing lags."""
-    config = {"noise_space": "ve", "algorithm_type": "langevin", "mixture_weights": [0.7, 0.3]}
-    config |= {"mixture_scales": [0.5, 1.6], "model_noise": "mixture"}
-    runs = []
-    for kind in (GMLangevinScheduler, gm_sgm.Unaware):
-        scheduler, draws = kind(**config), torch.Generator().manual_seed(0)
-        network = exact_network(ExactDenoiser(torch.zeros(1, 1, 2, 2), noise=scheduler.mixture), scheduler)
-        scheduler.set_timesteps(20)
-        sample, run = scheduler.initial_sample((64, 1, 2, 2), draws, torch.device("cpu"), torch.float32), []
-        for t in scheduler.timesteps:
-            output = network(scheduler.scale_model_input(sample, t), t)
-            sample = scheduler.step(output, t, sample, generator=draws).prev_sample
-            run.append(sample)
-        runs.append(run)
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert not torch.allclose(runs[0][-2], runs[1][-2])
-
-
 # --- The commands, in small ---
 
 
@@ -169,7 +147,6 @@ def test_unaware_runs_tell_the_component_at_the_level_of_the_call():
     "words",
     [
         pytest.param(["claim", "--seeds", "1", "--calls", "4"], marks=pytest.mark.slow),  # six denoisers, 150 cells
-        ["lag", "--seeds", "1", "--calls", "6"],
         ["increments"],
         ["rare_modes", "--calls", "12"],
     ],
