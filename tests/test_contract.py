@@ -339,6 +339,17 @@ def test_no_step_waits_for_the_device(cls, space, clip):
 
 
 @every_scheduler
+@pytest.mark.parametrize("sigma", [6.0, 2.0])
+def test_images_are_clipped_and_by_the_multistep_sampler_only_where_noise_hides_them(cls, sigma):
+    scheduler = cls(sigma_max=8.0, prediction_type="sample", clip_sample=True)
+    denoised = scheduler.denoise(
+        lambda x, t: torch.full_like(x, 3.0), torch.zeros(1, 1, 2, 2), None, torch.tensor(sigma)
+    )
+    kept = cls is CalibratedMultistepScheduler and sigma < 4
+    assert torch.all(denoised == (3.0 if kept else 1.0))
+
+
+@every_scheduler
 def test_learned_variances_are_left_out(cls, generator):
     scheduler = cls.from_config(DDPMScheduler(variance_type="learned_range").config)
     x, output = torch.randn(2, 2, 3, 4, 4, generator=generator)

@@ -49,9 +49,11 @@ class SamplerScheduler(Swappable):
         noise_space: the `NoiseSpace` of a network that sees a noisy image; None for one that sees a velocity.
         sampler: what a run does.
         model_mixture: the law of the noise that the network was trained with.
+        clips_above: noise level below which `clip_sample` leaves D alone.
     """
 
     order = 1
+    clips_above: float = 0.0
     model_mixture: GaussianMixtureNoise = GAUSSIAN
     reading: Reading
     sampler: Sampler
@@ -418,16 +420,16 @@ class SamplerScheduler(Swappable):
         """
         denoised = self.reading.denoised(output, state, call)
         if self.model_mixture.is_standard_gaussian or self.config.prediction_type not in ("score", "scaled_score"):
-            return self.clip(denoised), memory
+            return self.clip(denoised, call.sigma), memory
         displacement = denoised - y
         w = self.model_mixture.displacement_precision(displacement, memory.level or call.sigma)
-        return self.clip(y + displacement / w), memory._replace(precision=w)
+        return self.clip(y + displacement / w, call.sigma), memory._replace(precision=w)
 
     def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
         """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
         if not self._flow:
             raise ValueError("per_token_timesteps is for networks of flow space")
-        return labels < call.label - 1e-3, self.clip(state - labels / len(self) * output)
+        return labels < call.label - 1e-3, self.clip(state - labels / len(self) * output, call.sigma)
 
     def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The network's output without the variance that `variance_type="learned*"` networks add in the second half."""
@@ -437,13 +439,13 @@ class SamplerScheduler(Swappable):
             return model_output[:, :channels]
         return model_output
 
-    def clip(self, denoised: Tensor) -> Tensor:
-        """`thresholding` and `clip_sample` act on D."""
+    def clip(self, denoised: Tensor, sigma: float) -> Tensor:
+        """`thresholding` and, above a noise level, `clip_sample` act on D."""
         if self.config.thresholding:
             # arXiv 2205.11487, section 2.3
             bound = torch.quantile(denoised.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
             bound = bound.clamp(min=1, max=self.config.sample_max_value)[(...,) + (None,) * (denoised.ndim - 1)]
             return denoised.clamp(-bound, bound) / bound
-        if self.config.clip_sample:
+        if self.config.clip_sample and sigma > self.clips_above:
             return denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return denoised

@@ -34,7 +34,9 @@ class CalibratedMultistepScheduler(SamplerScheduler):
             the call that ends the run; and, optional, `"stochasticity"`: likewise to tau. None: not calibrated.
         grid: `calibrated`; another spacing (or None, then `timestep_spacing` and its flags) in place of these levels.
 
-    All other arguments: see `AnnealedLangevinScheduler` and, for networks of mixture noise, `GMLangevinScheduler`.
+    All other arguments: see `AnnealedLangevinScheduler` and, for networks of mixture noise, `GMLangevinScheduler`. But
+    `clip_sample` acts above noise level 4 only: there it mends a network's errors, below it makes a bias of them, which
+    the steps of a stochastic run add up.
 
     Raises:
         ValueError: for a calibration that is none, or whose levels the network was not trained at; for arguments out of
@@ -44,6 +46,7 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     algorithms = ("multistep",)
     reads_mixtures = True
     calibrates = True
+    clips_above = 4.0  # where noise hides the image; below, errors of both signs are the image's own
 
     @with_common_options
     def __init__(
