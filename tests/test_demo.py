@@ -47,11 +47,11 @@ def test_demo_leaves_its_pictures_and_the_table(digits_model, tmp_path):
     expected = {(s, n) for s in SAMPLERS[GMLangevinScheduler] for n in CALLS}
     assert {(c["scheduler"], c["calls"]) for c in cells} == expected
     assert all(("sliced W2" in c["scores"]) != bool(c["reason"]) for c in cells)
-    assert "| ode | 200 | " in (digits_model / "results.md").read_text()
+    assert "| ode | 100 | " in (digits_model / "results.md").read_text()
     comparison = (digits_model / "comparison.md").read_text()
     assert f"| {digits_model.name}: ode | " in comparison
     assert "| twin: ode | " in comparison
-    assert "| ode | 200 | " in (digits_model / "README.md").read_text()
+    assert "| ode | 100 | " in (digits_model / "README.md").read_text()
 
 
 def test_a_row_is_a_class(digits_model, monkeypatch):

@@ -33,7 +33,7 @@ from ..readings import VelocityReading
 from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .pictures import plot_forward_cld, plot_forward_noise, plot_samples, plot_trajectories
 
-CALLS = (10, 20, 50, 200)
+CALLS = (10, 20, 50, 100)
 FEW = 10  # calls that a picture has room for
 GRID = 10
 
