@@ -68,6 +68,7 @@ EVALUATION_gpu := --num_samples 2000
 CALLS_cpu := 10 20 50
 EVALUATION_cpu := --num_samples 250 --num_reference 2000
 
+MULTISTEP := --scheduler CalibratedMultistepScheduler stochasticity=1
 SAMPLERS_gm-sgm := --scheduler GMLangevinScheduler --scheduler GMLangevinScheduler algorithm_type=ode \
 	--scheduler GMLangevinScheduler algorithm_type=langevin network_level=chain
 SAMPLERS_ncsnv2 := --scheduler AnnealedLangevinScheduler --scheduler AnnealedLangevinScheduler network_level=chain \
@@ -84,7 +85,7 @@ cifar10: $(STAMP)
 	$(TRAIN) --config cifar10-$(SCALE) $(DATA_IN) --method $(METHOD) $(LENGTH) \
 		--max_train_minutes $(MINUTES) --resume_from_checkpoint latest --output_dir $(OUTPUT)
 	test ! -f $(OUTPUT)/model_index.json || $(BIN)/python -m diffusers_gm.evaluation $(OUTPUT) $(DATA_IN) \
-		--calls $(CALLS) $(EVALUATION) $(SAMPLERS) --output_dir $(OUTPUT)
+		--calls $(CALLS) $(EVALUATION) $(MULTISTEP) $(SAMPLERS) --output_dir $(OUTPUT)
 
 docs: $(STAMP)
 	$(BIN)/python -m diffusers_gm.docs.build --output outputs/docs

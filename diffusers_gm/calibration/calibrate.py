@@ -34,8 +34,8 @@ NUM_FAST, NUM_MARTINGALE = 56, 48
 # trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
 ERRS = -0.4
 
-# Stochasticities of a run of enough calls to follow them; shorter ones have half: none where D is exact, which
-# noise has nothing to correct in; some for a network that errs, as trained ones do; and all where errors dominate.
+# Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
+# some for a network that errs, as trained ones do; and all there is where errors dominate, half of it in shorter runs.
 SOME, ALL, ENOUGH = 0.7, 1.0, 6
 
 # Stochasticities among which real images choose.
@@ -263,8 +263,9 @@ def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
 def stochasticity_for(defect: float, num_calls: int) -> float:
     """tau for a network by its martingale defect: noise makes a run forget the errors of the levels before, if it has
     calls enough to follow it."""
-    tau = ALL if defect < ERRS else SOME if defect < 0 else 0.0
-    return tau if num_calls >= ENOUGH else tau / 2
+    if defect < ERRS:
+        return ALL if num_calls >= ENOUGH else ALL / 2
+    return SOME if defect < 0 and num_calls >= ENOUGH else 0.0
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
