@@ -149,9 +149,10 @@ def test_the_martingale_defect_tells_a_network_that_errs():
 
 def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
     for n in (2, 5, 6, 50):
-        assert stochasticity_for(0.1, n) == 0.0
-        assert stochasticity_for(-0.1, n) == (0.7 if n >= 6 else 0.0)
-        assert stochasticity_for(-0.5, n) == (1.0 if n >= 6 else 0.5)
+        assert stochasticity_for(-0.01, n, 64) == 0.0
+        assert stochasticity_for(-0.1, n, 64) == (0.7 if n >= 6 else 0.0)
+        assert stochasticity_for(-0.1, n, 4) == 0.0  # by chance
+        assert stochasticity_for(-0.5, n, 4) == (1.0 if n >= 6 else 0.5)
 
 
 # --- Pipelines ---
