@@ -264,8 +264,8 @@ def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
 
 
 def stochasticity_for(defect: float, num_calls: int, num_images: int) -> float:
-    """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of the
-    levels before, if it has calls enough to follow it."""
+    """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
+    the levels before, if it has calls enough to follow it."""
     if defect < ERRS:
         return ALL if num_calls >= ENOUGH else ALL / 2
     return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
