@@ -85,7 +85,7 @@ cifar10: $(STAMP)
 	$(TRAIN) --config cifar10-$(SCALE) $(DATA_IN) --method $(METHOD) $(LENGTH) \
 		--max_train_minutes $(MINUTES) --resume_from_checkpoint latest --output_dir $(OUTPUT)
 	test ! -f $(OUTPUT)/model_index.json || $(BIN)/python -m diffusers_gm.evaluation $(OUTPUT) $(DATA_IN) \
-		--calls $(CALLS) $(EVALUATION) $(MULTISTEP) $(SAMPLERS) --output_dir $(OUTPUT)
+		--calls $(CALLS) $(EVALUATION) $(SAMPLERS) $(MULTISTEP) --output_dir $(OUTPUT)
 
 docs: $(STAMP)
 	$(BIN)/python -m diffusers_gm.docs.build --output outputs/docs
