@@ -368,3 +368,15 @@ def test_squared_distances_on_the_digits(tmp_path):
     assert [len(table.rows) for table in report.tables[-2:]] == [len(cld_squared.SAMPLERS)] * 2
     assert "variance 4" in report.verdict
     assert (tmp_path / report.pictures[0]).is_file()
+
+
+def test_the_study_of_likelihood_takes_up_what_it_has_measured(tmp_path):
+    words = ["likelihood", "--steps", "1", "--batch", "4", "--num_samples", "4", "--solver_steps", "2"]
+    reports = []
+    for _ in range(2):
+        cld.main([*words, "--output", str(tmp_path)])
+        reports.append(Report.read(tmp_path / "cld_likelihood.json"))
+    assert reports[0] == reports[1]
+    assert [row[0] for row in reports[0].tables[0].rows][: len(cld_likelihood.TRAININGS)] == list(
+        cld_likelihood.TRAININGS
+    )
