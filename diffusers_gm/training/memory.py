@@ -30,5 +30,5 @@ def keep_freed_memory() -> None:
     """Keep what a step frees for the next one, up to 64 MiB.
 
     glibc gives free memory back above twice the largest mapped block that was freed so far, and the next step has its
-    pages made again: 5% of the CPU time of small networks. So the largest block that counts is freed here."""
+    pages made again, which takes small networks long. So the largest block that counts is freed here."""
     torch.empty(LARGEST_MAPPING, dtype=torch.uint8)
