@@ -150,7 +150,7 @@ def calibrate_in_full(
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
         if result.errs:
-            found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+            found: Found = {n: (scheduler.call_grid.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
@@ -220,7 +220,7 @@ def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> F
     )
     found: Found = {}
     for n in budgets:
-        levels = scheduler.calibrated_or_even_levels(n)
+        levels = scheduler.call_grid.calibrated_or_even_levels(n)
         if n <= len(sigmas) // 2:  # else the run is too coarse to judge steps by
             levels = sigmas[defects.best(n, last_place(sigmas, scheduler, n))]
         found[n] = levels.tolist(), None
@@ -259,7 +259,7 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
 def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
     """The place on a ladder of the last level of the fixed grid, which stays: the mean square would have it higher, and
     blur what is below it."""
-    last = float(scheduler.calibrated_or_even_levels(num_calls)[-1])
+    last = float(scheduler.call_grid.calibrated_or_even_levels(num_calls)[-1])
     return int((sigmas.log() - math.log(last)).abs().argmin())
 
 

@@ -6,16 +6,16 @@ noise level, and which y, to call the network at next. The asker works in a thre
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..processes.random import Generators
-from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler
 from ..schedulers.base import LangevinSchedulerOutput
+from ..schedulers.calls import Levels
 
 # Steps that the pipeline is told of; it is stopped before.
 MANY = 20_000
@@ -32,11 +32,11 @@ class AskedScheduler(CalibratedMultistepScheduler):
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
+        timesteps: Levels | None = None,
+        sigmas: Levels | None = None,
         mu: float | None = None,
     ) -> None:
-        self.shift_of_run = self._flow_shift(mu)
+        self.shift_of_run = self.call_grid.shift(mu)
         given = next((x for x in (timesteps, sigmas) if x is not None), None)
         count = int(num_inference_steps) if given is None else len(given)  # type: ignore[arg-type]
         top = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
@@ -64,9 +64,9 @@ class AskedScheduler(CalibratedMultistepScheduler):
                 f"the pipeline called its network at timestep {told:g}, not at {call.label:g}: it takes its timesteps "
                 "from elsewhere than the scheduler, and cannot be calibrated"
             )
-        output, state = self.without_variance(model_output, sample).float(), sample.float()
+        state = sample.float()
         y, companion = self.reading.coordinates(state, call)
-        denoised, _ = self._denoised(output, state, y, call, Memory())
+        denoised = self.denoised(model_output.float(), state, y, call)
         sigma, y = self.exchange(denoised, y)
         self._taken += 1
         label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))

@@ -40,6 +40,7 @@ def encode(
     reading = reader.reading
     scheduler.set_timesteps(num_steps, device=images.device)
     labels = scheduler.timesteps.cpu().double().unique()
+    timesteps = reader.call_grid.as_timesteps(labels).to(images.device)
     sigmas = reading.sigma(labels)
     calls = reading.calls(labels, sigmas)
     companion = None
@@ -48,9 +49,8 @@ def encode(
 
     def denoised(y: Tensor, i: int) -> Tensor:
         sample = reading.visible(y, companion, calls[i])
-        label = reader._as_timesteps(labels)[i].to(images.device)
-        output = guidance.output(network, reading.model_input(sample, label, calls[i]), label)
-        return reader._denoised(reader.without_variance(output, sample), sample, y, calls[i], Memory())[0]
+        output = guidance.output(network, reading.model_input(sample, timesteps[i], calls[i]), timesteps[i])
+        return reader.denoised(output, sample, y, calls[i])
 
     sampler, memory, draw = TwoStep(denoise=False), Memory(), Draw.like(images)
     y = 2 * images - denoised(images, 0)

@@ -11,7 +11,7 @@ from ..processes.noise_level import NoiseLevel, estimate_noise_level
 from ..processes.random import Generators, randn
 from ..readings import VelocityReading, level_range
 from ..readings.grids import even_levels
-from ..samplers import Memory, sample
+from ..samplers import sample
 from .guidance import Guidance, Network
 
 # `(y, sigma) -> D`, a level for each image.
@@ -65,7 +65,7 @@ class OwnLevel:
             inputs = [self.reading.model_input(one, call.label, call) for one, call in zip(samples, calls, strict=True)]
             output = self.guidance.copied(copies).output(self.network, torch.cat(inputs), labels.float().to(y.device))
             return torch.cat([
-                self.scheduler._denoised(self.scheduler.without_variance(out, one), one, noisy, call, Memory())[0]
+                self.scheduler.denoised(out, one, noisy, call)
                 for out, one, noisy, call in zip(output.split(1), samples, y.split(1), calls, strict=True)
             ])  # fmt: skip
 

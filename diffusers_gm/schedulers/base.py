@@ -4,7 +4,6 @@ A scheduler says how its network sees noise (`readings`) and which sampler it ru
 rest, and everything that changes during a run is in a `Run`.
 """
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from torch import Tensor
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import ImageReading, Reading, level_range
-from ..readings.grids import calibrated_levels, check_calibration, check_num_levels, even_levels, shift_flow
+from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
+from .calls import CallGrid, Levels
 from .run import TURN, Run
 from .swap import SPACING_FLAGS, Swappable, betas_from_config, reading_from_config
 
@@ -87,8 +87,9 @@ class SamplerScheduler(Swappable):
         if "_use_default_values" in self.config:
             unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
             self.register_to_config(_use_default_values=sorted(unsaid))
-        labels = self._training_labels()
-        self._timesteps, self.sigmas = self._as_timesteps(labels), self._visible_sigmas(labels)
+        labels = self.call_grid.trained()
+        self._timesteps = self.call_grid.as_timesteps(labels)
+        self.sigmas = self.call_grid.visible_sigmas(labels, self.reading.sigma(labels))
         self.num_inference_steps: int | None = None
         self._run: Run | None = None
         self._prepared: dict[int, Run] = {}  # by thread: its last run
@@ -98,33 +99,18 @@ class SamplerScheduler(Swappable):
         return self.config.num_train_timesteps
 
     @property
-    def _flow(self) -> bool:
-        return self.noise_space is not None and self.noise_space.kind == "flow"
+    def call_grid(self) -> CallGrid:
+        """Which labels and noise levels calls have; made anew, as pipelines of diffusers change configs."""
+        return CallGrid(self.config, self.reading)
 
-    def _training_labels(self) -> Tensor:
-        """What training scripts draw from before any run: labels that the network was trained at, `(N,)` float64.
-
-        As schedulers of diffusers hold them: in `flow` space shifted, unless by the image's size; in `edm` space those
-        of EDM's own grid.
-        """
-        n = self.config.num_train_timesteps
-        if self.noise_space is not None and self.noise_space.kind == "edm":
-            return self.reading.grid(n, "karras")
-        first, last = self.reading.timestep_range
-        labels = torch.linspace(last, first, n, dtype=torch.float64)
-        labels = labels.round() if self.reading.counts_levels else labels
-        if not self._flow or self.config.use_dynamic_shifting:
-            return labels
-        return n * shift_flow(labels / n, self._flow_shift(None))
-
-    # --- The grid of calls ---
+    # --- The calls of a run ---
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
+        timesteps: Levels | None = None,
+        sigmas: Levels | None = None,
         mu: float | None = None,
     ) -> None:
         """Prepare a run of `num_inference_steps` network calls; `timesteps` then lives on `device`.
@@ -142,7 +128,15 @@ class SamplerScheduler(Swappable):
         Raises:
             ValueError: see the class.
         """
-        labels, levels = self._labels_and_levels(num_inference_steps, timesteps, sigmas, mu)
+        if (num_inference_steps is not None) + (timesteps is not None or sigmas is not None) != 1:
+            raise ValueError("give exactly one of num_inference_steps and custom timesteps or sigmas")
+        grid = self.call_grid
+        if num_inference_steps is None:
+            labels, levels = grid.of_levels(timesteps, sigmas, mu)
+        else:
+            counts = self.sampler.spend(num_inference_steps)
+            labels = grid.of_number(len(counts), mu).repeat_interleave(torch.tensor(counts))
+            levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)
         self._prepare(labels, levels, device)
 
@@ -153,8 +147,8 @@ class SamplerScheduler(Swappable):
         if moved.any():  # a sampler that tells the network other levels than those of the grid
             labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
         calls = self.reading.calls(labels, plan.sigmas)
-        run = Run(calls, plan, self._as_timesteps(labels).to(device))
-        visible_sigmas = self._visible_sigmas(labels, plan.sigmas)
+        run = Run(calls, plan, self.call_grid.as_timesteps(labels).to(device))
+        visible_sigmas = self.call_grid.visible_sigmas(labels, plan.sigmas)
         with TURN:
             waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
             self._prepared = {**waiting, threading.get_ident(): run}
@@ -175,102 +169,6 @@ class SamplerScheduler(Swappable):
     def timesteps(self, timesteps: Tensor) -> None:
         self._prepared.pop(threading.get_ident(), None)
         self._timesteps = timesteps
-
-    def _labels_and_levels(
-        self,
-        num_calls: int | None,
-        timesteps: Sequence[float] | Tensor | None,
-        sigmas: Sequence[float] | Tensor | None,
-        mu: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Label and noise level of every network call of a run, `(n,)` float64."""
-        if (num_calls is not None) + (timesteps is not None or sigmas is not None) != 1:
-            raise ValueError("give exactly one of num_inference_steps and custom timesteps or sigmas")
-        shift = self._flow_shift(mu)
-        if num_calls is not None:
-            counts = self.sampler.spend(num_calls)
-            labels = self._grid(len(counts), shift).repeat_interleave(torch.tensor(counts))
-            return labels, self.reading.sigma(labels)
-        given = None if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64, device="cpu").flatten()
-        if sigmas is None:
-            assert given is not None
-            self._check_descending("timesteps", given)
-            return given, self.reading.sigma(given)
-        own = self._labels_of_sigmas(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"), shift)
-        self._check_descending("sigmas", own)
-        if given is not None and len(given) != len(own):
-            raise ValueError(f"timesteps and sigmas must be as many, got {len(given)} and {len(own)}")
-        return own if given is None else given, self.reading.sigma(own)
-
-    def _check_descending(self, name: str, labels: Tensor) -> None:
-        first, last = self.reading.timestep_range
-        first = 1e-6 if self._flow else first
-        inside = (first - 1e-6 <= labels) & (labels <= last + 1e-6)
-        if len(labels) < 1 or not inside.all() or (labels.diff() > 0).any():
-            raise ValueError(
-                f"custom {name} (here, as timesteps, {labels.tolist()}) must be at least one, none above the one "
-                f"before, in [{first:g}, {last:g}]"
-            )
-
-    def _flow_shift(self, mu: float | None) -> float:
-        """The factor on sigma of the resolution shift (`flow`), 1 in the other spaces."""
-        config = self.config
-        if not self._flow:
-            return 1.0
-        if not config.use_dynamic_shifting:
-            return 1.0 if config.shift is None else config.shift
-        if mu is None:
-            raise ValueError("use_dynamic_shifting=True needs mu in set_timesteps (pipelines compute it from the size)")
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
-
-    def _grid(self, num_levels: int, shift: float) -> Tensor:
-        config = self.config
-        if config.grid == "calibrated":
-            return self._calibrated_grid(num_levels, shift)
-        flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
-        spacing = flags[0] if flags else config.grid or config.timestep_spacing
-        return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
-
-    def _calibrated_grid(self, num_levels: int, shift: float) -> Tensor:
-        """The labels of `calibrated_or_even_levels`, the first one at the end of what the network was trained at."""
-        if self.noise_space is not None:
-            check_num_levels(self.noise_space, num_levels)
-        last = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
-        return torch.cat([last, self.reading.timestep(self.calibrated_or_even_levels(num_levels, shift))[1:]])
-
-    def calibrated_or_even_levels(self, num_levels: int, shift: float = 1.0) -> Tensor:
-        """The noise levels of the config's calibration, or without one `even_levels`: `(num_levels,)` float64, between
-        the ends of what the network was trained at. `flow`: moved by the shift of the resolution."""
-        low, high = level_range(self.reading)
-        calibration = self.config.calibration
-        if calibration is None:
-            levels = even_levels(high, low, num_levels) * shift
-        else:
-            levels = calibrated_levels(calibration, num_levels) * (shift / calibration.get("shift", 1.0))
-        return levels.clamp(low, high)
-
-    def _labels_of_sigmas(self, sigmas: Tensor, shift: float) -> Tensor:
-        """Labels of custom noise levels, without a final 0; in `flow` space they are s before the shift."""
-        sigmas = sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas
-        if self._flow:
-            return len(self) * shift_flow(sigmas, shift, self.config.shift_terminal)
-        low, high = level_range(self.reading)
-        # Published schedules are rounded.
-        if not ((0.99 * low <= sigmas) & (sigmas <= 1.01 * high)).all():
-            raise ValueError(f"custom sigmas {sigmas.tolist()} must be in [{low:.4g}, {high:.4g}]")
-        return self.reading.timestep(sigmas.clamp(low, high))
-
-    def _visible_sigmas(self, labels: Tensor, levels: Tensor | None = None) -> Tensor:
-        """What pipelines and training scripts read as `sigmas`: on the CPU, ending at 0; s in `flow` space."""
-        levels = self.reading.sigma(labels) if levels is None else levels
-        if self._flow:
-            levels = torch.where(labels == len(self), 1.0, levels / (1 + levels))
-        return torch.cat([levels, torch.zeros(1)]).float()
-
-    def _as_timesteps(self, labels: Tensor) -> Tensor:
-        """Labels as networks take them: integers where levels are counted and all are, else float32."""
-        integral = self.reading.counts_levels and bool((labels == labels.round()).all())
-        return labels.to(torch.int64 if integral else torch.float32)
 
     # --- Where a run is ---
 
@@ -409,8 +307,11 @@ class SamplerScheduler(Swappable):
         call = reading.calls(reading.timestep(level), level)[0]
         sample = reading.visible(y, companion, call)
         label = torch.tensor(call.label, device=y.device, dtype=torch.float32)
-        output = self.without_variance(network(reading.model_input(sample, label, call), label).to(y), sample)
-        return self._denoised(output, sample, y, call, Memory())[0]
+        return self.denoised(network(reading.model_input(sample, label, call), label).to(y), sample, y, call)
+
+    def denoised(self, model_output: Tensor, sample: Tensor, y: Tensor, call: Any) -> Tensor:
+        """D, clipped, of a network's output for `sample`, both `(B, ...)`, at a call of the reading; y is in it."""
+        return self._denoised(self.without_variance(model_output, sample), sample, y, call, Memory())[0]
 
     def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> Stepped:
         """D at a call, clipped, and what the sampler is to know of it besides.
@@ -427,7 +328,7 @@ class SamplerScheduler(Swappable):
 
     def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
         """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
-        if not self._flow:
+        if not self.call_grid.is_flow:
             raise ValueError("per_token_timesteps is for networks of flow space")
         return labels < call.label - 1e-3, self.clip(state - labels / len(self) * output, call.sigma)
 

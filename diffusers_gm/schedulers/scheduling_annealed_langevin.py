@@ -104,7 +104,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         num_calls, mu = self._given
         if num_calls is None:  # levels of the user's own
             return
-        labels = self._grid(num_calls, self._flow_shift(mu))
+        labels = self.call_grid.of_number(num_calls, mu)
         labels = labels if run.timesteps.is_floating_point() else labels.round()
         rest = labels[begin_index:]
         down = torch.linspace(0, len(rest) - 1, min(len(rest), DESCENT)).round().long()
@@ -112,7 +112,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         levels = self.reading.sigma(labels)
         run.calls, run.plan = self.reading.calls(labels, levels), self.sampler.plan(levels)
         run.timesteps.copy_(labels)
-        self.sigmas = self._visible_sigmas(labels, levels)
+        self.sigmas = self.call_grid.visible_sigmas(labels, levels)
 
 
 def check_network_level(value: str) -> None:

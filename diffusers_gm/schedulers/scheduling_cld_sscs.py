@@ -2,18 +2,14 @@
 
 from typing import Literal
 
-import torch
-
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
-from torch import Tensor
 
 from ..processes.cld import CLD
-from ..readings import VelocityReading
-from ..readings.grids import TIME_SPACINGS, time_grid
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
 from ..samplers import CriticallyDamped
 from .base import SamplerScheduler
+from .calls import CallGrid, TimeGrid
 from .options import with_common_options
 
 
@@ -96,12 +92,7 @@ class CLDSSCSScheduler(SamplerScheduler):
         )
         self._setup(sampler)
 
-    def _grid(self, num_levels: int, shift: float) -> Tensor:
+    @property
+    def call_grid(self) -> CallGrid:
         """The spacings in time are those of the sampler's own diffusion, where the network has none."""
-        spacing = self.config.grid or self.config.timestep_spacing
-        if spacing not in TIME_SPACINGS or isinstance(self.reading, VelocityReading):
-            return super()._grid(num_levels, shift)
-        ends = torch.tensor(self.reading.timestep_range[::-1], dtype=torch.float64)
-        high, low = self.process.time(self.process.clock_of_sigma(self.reading.sigma(ends))).tolist()
-        times = time_grid(high, low, num_levels, spacing)
-        return self.reading.timestep(self.process.sigma(self.process.clock(times)))
+        return TimeGrid(self.config, self.reading, self.process)
