@@ -247,10 +247,11 @@ def test_trackio_has_losses_images_and_options(tmp_path):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other rules")
-@pytest.mark.parametrize("kept", [True, False])
-def test_steps_reuse_the_memory_that_they_free(kept):
+def test_steps_reuse_the_memory_that_they_free():
     """40 MB in blocks: without it, each step has ten thousand pages made."""
-    program = f"""
+
+    def pages_made(kept):
+        program = f"""
 import resource, torch
 from diffusers_gm.training.memory import keep_freed_memory
 if {kept}:
@@ -262,5 +263,9 @@ for _ in range(10):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[2])
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert (int(found.stdout) < 100) is kept
+        command = [sys.executable, "-c", program]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+    if pages_made(kept=False) < 1000:
+        pytest.skip("this build of torch keeps what is freed by itself")
+    assert pages_made(kept=True) < 100
