@@ -20,8 +20,10 @@ from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
 from .calls import CallGrid, Levels
+from .network import betas_from_config, reading_from_config
+from .options import SPACING_FLAGS
 from .run import TURN, Run
-from .swap import SPACING_FLAGS, Swappable, betas_from_config, reading_from_config
+from .swap import Swappable
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..processes.cld import CLD
 from ..readings import ImageReading, Reading, VelocityReading, level_range
 from ..readings.grids import TIME_SPACINGS, calibrated_levels, check_num_levels, even_levels, shift_flow, time_grid
-from .swap import SPACING_FLAGS
+from .options import SPACING_FLAGS
 
 # Noise levels or labels, as users give them.
 Levels = Sequence[float] | Tensor

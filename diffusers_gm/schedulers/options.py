@@ -7,6 +7,14 @@ from typing import Any, Literal
 
 from diffusers.configuration_utils import register_to_config
 
+# Flags of diffusers' schedulers that replace their timestep_spacing, and the spacing that we call it.
+SPACING_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "log_snr",
+    "use_lu_lambdas": "log_snr",
+    "use_beta_sigmas": "beta",
+}
+
 
 def common(
     num_train_timesteps: int = 1000,

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..readings.grids import calibrated_value
 from ..samplers import Multistep
 from .base import SamplerScheduler
+from .network import network_noise
 from .options import with_common_options
-from .swap import network_noise
 
 
 class CalibratedMultistepScheduler(SamplerScheduler):

@@ -8,9 +8,9 @@ from diffusers import SchedulerMixin  # noqa: F401
 from ..processes.mixture import GAUSSIAN
 from ..samplers import Ancestral, Langevin, Sampler, TwoStep
 from .base import SamplerScheduler
+from .network import network_noise
 from .options import with_common_options
 from .scheduling_annealed_langevin import check_network_level
-from .swap import network_noise
 
 
 class GMLangevinScheduler(SamplerScheduler):

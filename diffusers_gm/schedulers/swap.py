@@ -1,18 +1,13 @@
-"""Configs: what ours say of a network, what those of diffusers do, and what either may read of the other's."""
+"""Swaps: what schedulers of diffusers and ours may read of the other's configs."""
 
 from typing import Any, ClassVar
 
-from diffusers import CogVideoXDDIMScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from torch import Tensor
 
-from ..processes.cld import CLD
-from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..readings import CompanionReading, ImageReading, NoiseSpace, Reading, VelocityReading
-from ..readings.companion import COMPANION_PREDICTION_TYPE
-from ..readings.noise_space import PREDICTION_TYPES
-from ..readings.velocity import VELOCITY_PREDICTION_TYPES
+from ..readings import NoiseSpace
+from .options import SPACING_FLAGS
 
 # Values of `algorithm_type` of diffusers' schedulers, whose configs may come from ours and go back to them.
 SOLVERS = (
@@ -25,93 +20,8 @@ SOLVERS = (
     "noise_prediction",
 )
 
-# Flags of diffusers' schedulers that replace their timestep_spacing, and the spacing that we call it.
-SPACING_FLAGS = {
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "log_snr",
-    "use_lu_lambdas": "log_snr",
-    "use_beta_sigmas": "beta",
-}
-
 # Where a saved config keeps what diffusers would misread under its own name.
 OWN = "diffusers_gm"
-
-
-# --- From configs to networks ---
-
-
-def reading_from_config(config: Any) -> Reading:
-    """How the network that a config of ours describes sees noise.
-
-    A velocity prediction type, or `cld_edm`, means a network of CLD. Else `noise_space=None` is inferred: a beta
-    schedule means `vp`, a flow config (`shift` or `flow_prediction`) means `flow`, `sigma_data` means `edm`, anything
-    else `ve`.
-
-    Raises:
-        ValueError: for an unknown noise space or prediction type.
-    """
-    n, prediction_type = config.num_train_timesteps, config.prediction_type
-    if prediction_type in (*VELOCITY_PREDICTION_TYPES, COMPANION_PREDICTION_TYPE):
-        process = CLD(config.beta_0, config.beta_1, config.mass, config.gamma)
-        if prediction_type in VELOCITY_PREDICTION_TYPES:
-            return VelocityReading(process, prediction_type, n)
-        space = NoiseSpace.edm(config.sigma_min, config.sigma_max, n, config.sigma_data or 1.0)
-        return CompanionReading(process, prediction_type, n, space)
-    kind = config.noise_space
-    if kind is None:
-        if config.trained_betas is not None or config.beta_schedule is not None:
-            kind = "vp"
-        elif config.shift is not None or config.prediction_type == "flow_prediction":
-            kind = "flow"
-        else:
-            kind = "ve" if config.sigma_data is None else "edm"
-    if kind == "vp":
-        space = NoiseSpace.vp(betas_from_config(config)[1])
-    elif kind == "ve":
-        space = NoiseSpace.ve(config.sigma_min, config.sigma_max, n, config.scale_input)
-    elif kind == "flow":
-        space = NoiseSpace.flow(n)
-    elif kind == "edm":
-        space = NoiseSpace.edm(config.sigma_min, config.sigma_max, n, config.sigma_data or 1.0)
-        if config.sigma_data is not None and prediction_type == "epsilon":
-            prediction_type = "edm"  # as diffusers' EDM schedulers call it
-    else:
-        raise ValueError(f"unknown noise_space {kind!r}: use {', '.join(map(repr, PREDICTION_TYPES))} or None")
-    return ImageReading(space, prediction_type)
-
-
-def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
-    """`betas` and their `alphas_cumprod` of a `vp` config, `(N,)` float32 each: diffusers knows its own schedules."""
-    arguments = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "beta_schedule": config.beta_schedule or "linear",
-        "trained_betas": config.trained_betas,
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
-    }
-    source: Any
-    if config.snr_shift_scale is None:
-        source = DDPMScheduler(**arguments)
-    else:
-        source = CogVideoXDDIMScheduler(**arguments, snr_shift_scale=config.snr_shift_scale)
-    return source.betas, source.alphas_cumprod
-
-
-def network_noise(config: Any) -> tuple[GaussianMixtureNoise, GaussianMixtureNoise]:
-    """The mixture that a config describes, and the law of the noise that its network was trained with.
-
-    Raises:
-        ValueError: for a mixture that is none.
-    """
-    if config.model_noise not in ("gaussian", "mixture"):
-        raise ValueError(f"unknown model_noise {config.model_noise!r}: use 'gaussian' or 'mixture'")
-    if (config.mixture_weights is None) != (config.mixture_scales is None):
-        raise ValueError("mixture_weights and mixture_scales go together: give both or none")
-    mixture = GaussianMixtureNoise(
-        config.mixture_weights or [1.0], config.mixture_scales or [1.0], config.mixture_per_element
-    )
-    return mixture, mixture if config.model_noise == "mixture" else GAUSSIAN
 
 
 # --- From other schedulers to ours ---
