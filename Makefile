@@ -160,8 +160,8 @@ else
 		--calls 5 10 20 50 200 1000 --steps $(STEPS) --output $(RESULTS)
 endif
 	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark_settings --output $(RESULTS)
+	$(BIN)/python -m diffusers_gm.studies.step_cost --output $(RESULTS)
 	$(BIN)/python -m diffusers_gm.studies.page --reports $(RESULTS) --output $(RESULTS)/results.md
-	$(BIN)/python -m diffusers_gm.studies.step_cost
 
 clean-env:
 	rm -rf $(VENV) $(OLDEST) $(LOWEST) $(addprefix $(VENV)-,$(PYTHONS))

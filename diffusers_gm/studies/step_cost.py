@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, UniPCMulti
 from torch import Tensor
 
 from ..cli import Parser, at_least
-from ..evaluation.table import Table, machine
+from ..evaluation.table import Table
 from ..processes.random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, GMLangevinScheduler
 from .demo import SAMPLERS
+from .report import Report
 
 SHAPES = ((1, 4, 64, 64), (1, 4, 128, 128), (64, 3, 32, 32), (256, 3, 32, 32))
 # What suits a DDPM network; the mixture is for the samplers that jump.
@@ -32,6 +34,11 @@ SWAPPED = {
     GMLangevinScheduler: {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62], "timestep_spacing": "log_snr"}
 }
 PEERS = {"Euler ancestral": EulerAncestralDiscreteScheduler, "UniPC": UniPCMultistepScheduler}
+# Algorithms that draw two noises a step, or components besides.
+DRAW_MORE = ("sscs", "euler_maruyama", "jump", "exponential")
+# Of a tensor of each shape, by scheduler.
+Shape = tuple[int, int, int, int]
+Costs = dict[Shape, dict[str, float]]
 WARM_UP = 3
 # Of a run: the samplers with jumps have no stable step in much fewer. Not all are taken.
 FEWEST_STEPS = 100
@@ -54,7 +61,7 @@ def all_schedulers() -> dict[str, Any]:
 class Run:
     """A run of a scheduler on one tensor, whose steps are timed one by one."""
 
-    def __init__(self, scheduler: Any, shape: Sequence[int], num_steps: int):
+    def __init__(self, scheduler: Any, shape: Shape, num_steps: int):
         scheduler.set_timesteps(max(num_steps, FEWEST_STEPS))
         self.scheduler, self.timesteps, self.milliseconds = scheduler, iter(scheduler.timesteps), list[float]()
         generator = torch.Generator().manual_seed(0)
@@ -76,7 +83,7 @@ class Run:
 
 
 @torch.no_grad()
-def costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
+def costs(shape: Shape, num_steps: int) -> dict[str, float]:
     """Median CPU milliseconds of a step, by scheduler; all take their steps in turn."""
     runs = {name: Run(scheduler, shape, num_steps + WARM_UP + 1) for name, scheduler in all_schedulers().items()}
     for _ in range(num_steps + WARM_UP):  # not the last step, which adds no noise
@@ -96,7 +103,7 @@ class Drawn(Draw):
 
 
 @torch.no_grad()
-def compiled_costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
+def compiled_costs(shape: Shape, num_steps: int) -> dict[str, float]:
     """CPU time of the compiled step of each sampler that draws no components, over a fused read-and-write."""
     generator = torch.Generator().manual_seed(0)
     y, denoised, other = torch.randn((3, *shape), generator=generator)
@@ -132,27 +139,55 @@ def compiled_costs(shape: Sequence[int], num_steps: int) -> dict[str, float]:
     return found
 
 
+def over(found: Costs, peer: str) -> list[list[Any]]:
+    """Rows of a table: by scheduler, what it costs in units of what a peer does."""
+    return [[name, *(f"{of[name] / of[peer]:.2f}" for of in found.values())] for name in found[SHAPES[0]]]
+
+
+def report(found: Costs, compiled: Costs | None, num_steps: int) -> Report:
+    header = ["scheduler", *(str(shape) for shape in SHAPES)]
+    names = list(found[SHAPES[0]])
+    tables = [
+        Table(f"CPU time of `step` over that of {peer}, medians of {num_steps}.", header, over(found, peer))
+        for peer in PEERS
+    ]
+    milliseconds = [[name, *(f"{of[name]:.3f}" for of in found.values())] for name in names]
+    tables.append(Table("CPU milliseconds.", header, milliseconds))
+    if compiled:
+        rows = [[name, *(f"{of[name]:.2f}" for of in compiled.values())] for name in compiled[SHAPES[0]]]
+        tables.append(Table("Compiled, over one fused read-and-write.", header, rows))
+
+    def dearest(peer: str, counts: Callable[[str], bool]) -> str:
+        ratio, name = max((of[name] / of[peer], name) for of in found.values() for name in names if counts(name))
+        return f"at most {ratio:.2f} times {peer} ({name})"
+
+    def draws_more(name: str) -> bool:
+        return any(algorithm in name for algorithm in DRAW_MORE)
+
+    alone = dearest("Euler ancestral", lambda name: name not in PEERS and not draws_more(name))
+    more = dearest("Euler ancestral", draws_more)
+    multistep = dearest("UniPC", lambda name: name.startswith(CalibratedMultistepScheduler.__name__))
+    return Report(
+        "step_cost",
+        "What a step costs",
+        "How much CPU time does a scheduler's `step` take, beside those of diffusers on the same tensors?",
+        f"Schedulers that draw one noise or none: {alone}; those that draw more: {more}. Multistep: {multistep}.",
+        tables,
+        conditions=f"{torch.get_num_threads()} thread(s); all take their steps in turn.",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.step_cost", __doc__)
     parser.add_argument("--steps", type=at_least(1), default=60, help="steps of each scheduler on each shape")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of torch")
     parser.add_argument("--compiled", action="store_true", help="the compiled steps too; needs a C++ compiler")
+    parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     found = {shape: costs(shape, args.steps) for shape in SHAPES}
-    header = ["scheduler", *(str(shape) for shape in SHAPES)]
-    print(machine())
-    for peer in PEERS:
-        rows = [[name, *(f"{of[name] / of[peer]:.2f}" for of in found.values())] for name in found[SHAPES[0]]]
-        print(
-            "\n" + Table(f"CPU time of `step` over that of {peer}, medians of {args.steps}.", header, rows).markdown()
-        )
-    rows = [[name, *(f"{of[name]:.3f}" for of in found.values())] for name in found[SHAPES[0]]]
-    print("\n" + Table("CPU milliseconds.", header, rows).markdown())
-    if args.compiled:
-        ratios = {shape: compiled_costs(shape, args.steps) for shape in SHAPES}
-        rows = [[name, *(f"{of[name]:.2f}" for of in ratios.values())] for name in ratios[SHAPES[0]]]
-        print("\n" + Table("Compiled, over one fused read-and-write.", header, rows).markdown())
+    compiled = {shape: compiled_costs(shape, args.steps) for shape in SHAPES} if args.compiled else None
+    report(found, compiled, args.steps).write(args.output)
 
 
 if __name__ == "__main__":
