@@ -241,6 +241,12 @@ def test_command_line_leaves_out_the_folder():
     assert command_line(words).endswith(" terminal --steps 3")
 
 
+def test_a_command_says_nothing_about_the_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "/home/me/cifar10/train", "--model", str(tmp_path / "outputs" / "a"), "--name", "a/b", "-x", "/"]
+    assert command_line(words).endswith(" --data cifar10/train --model outputs/a --name a/b -x .")
+
+
 # --- The command line ---
 
 
