@@ -285,11 +285,12 @@ def report(
     baseline = "diffusers' DDPM" if first == "ddpm" else first
     length = f"{args.cpu_seconds} CPU seconds" if args.cpu_seconds else f"{args.steps} steps"
     columns = [f"{n} calls" for n in args.calls]
+    verdict = far_from_trained(found, floor, metric) + comparison(ratios, metric, baseline)
     return Report(
         f"equal-budget-{data}",
         f"Equal budget: {'our methods' if first == 'ddpm' else 'ways of training'} beside {baseline}, {data}",
         f"One network, one optimizer, {length}: which way of training gives the best samples, by its best sampler?",
-        f"{comparison(ratios, metric, baseline)}{far_from_trained(found, floor, metric)}",
+        verdict[0].upper() + verdict[1:],
         [
             Table(f"{metric} (a squared distance) over that of {baseline} (by training).", ["", *columns], over),
             Table(
@@ -322,21 +323,19 @@ def comparison(ratios: Mapping[str, Sequence[float]], metric: str, baseline: str
         where = "lower at some numbers of calls only" if len(lower) > 1 else "lower" if lower.pop() else "not lower"
         span = dict.fromkeys(f"{ratio:.2f}" for ratio in (min(of_calls), max(of_calls)))
         found.setdefault(where, []).append(f"{kind} ({' to '.join(span)} times)")
-    if not found:
-        return "There is nothing to compare."
     words = "; ".join(f"{where} for {', '.join(kinds)}" for where, kinds in found.items())
-    return f"Each by its best sampler, {metric} beside that of {baseline} is {words}."
+    return f"each by its best sampler, {metric} beside that of {baseline} is {words or 'compared with no other'}."
 
 
 def far_from_trained(found: Sequence[Mapping[str, float]], floor: Mapping[str, float], metric: str) -> str:
-    """A sentence where even the best of the scores is far above the floor."""
+    """What is to be said first where even the best of the scores is far above the floor."""
     best = min(found, key=lambda scores: scores[metric])
     over = best[metric] / floor[metric]
     if over < UNTRAINED:
         return ""
     return (
-        f" All are far from trained: the lowest {metric} is {over:.1f} times the floor, at a recall of "
-        f"{best['recall']:.2f} where real images have {floor['recall']:.2f}; more steps may change the order."
+        f"all are far from trained, the lowest {metric} {over:.1f} times the floor (recall {best['recall']:.2f} where "
+        f"real images have {floor['recall']:.2f}), and more steps may change the order: "
     )
 
 
