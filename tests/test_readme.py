@@ -1,12 +1,15 @@
 """What the README and the pages beside the code tell people to type, typed; and the picture of the README."""
 
 import argparse
+import ast
+import io
 import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import tokenize
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,9 +66,27 @@ def test_the_readme_is_short():
 @every_page
 def test_no_measured_figure_is_typed(page):
     """Figures stand on the results page. Code, links, arXiv's numbers and versions are none."""
-    none = r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)|\b\d{4}\.\d{5}\b|\b(?:diffusers|Python) \d+\.\d+|\b\d+\.\d+\.\d+\b"
+    code, versions = (
+        r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)",
+        r"\b(?:diffusers |Python |Apache-)\d+\.\d+|\d+(?:\.\d+){2,}",
+    )
+    none = rf"{code}|\b\d{{4}}\.\d{{5}}\b|{versions}"
     text = re.sub(none, "", page.read_text(), flags=re.DOTALL)
-    assert not re.findall(r"\d*\.\d\d+|\d ?(?:times|%)", text)
+    assert not re.findall(r"\d*\.\d+|\d ?(?:times|%)", text)
+
+
+def prose(source):
+    """The comments and docstrings of Python."""
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    described = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, described)]
+    return "\n".join([*comments, *(ast.get_docstring(node) or "" for node in nodes)])
+
+
+def test_no_measured_figure_is_typed_in_the_source():
+    """Told by how one is written in passing, `.3`: constants have their zero."""
+    for path in (ROOT / "diffusers_gm").rglob("*.py"):
+        assert not re.findall(r"(?<![\w.)\]`])-?\.\d+", prose(path.read_text())), path
 
 
 def anchors(page):
