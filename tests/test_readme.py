@@ -50,6 +50,15 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+def snippets(page):
+    """The Python of a page; of one that is a notebook too, the code cells of the notebook."""
+    notebook = page.with_suffix(".ipynb")
+    if not notebook.is_file():
+        return blocks(page, "python")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
 def commands(page):
     """The lines of the shell blocks of a page, continued ones in one, as words."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
@@ -337,7 +346,7 @@ def test_python_snippets_run_in_order(page, digits_model, tmp_path, monkeypatch,
     tiny_autoencoder().save_pretrained(tmp_path / "path" / "to" / "vae")
     scope = {"__name__": "snippets"}
     with torch.random.fork_rng():  # not all pass a generator
-        for i, snippet in enumerate(blocks(page, "python")):
+        for i, snippet in enumerate(snippets(page)):
             quick = re.sub(r"calibrate\(pipe(?!.*effort)", 'calibrate(pipe, effort="fast", progress=False', snippet)
             quick = quick.replace(
                 'prompt="a lighthouse", guidance', 'prompt="a lighthouse", height=16, width=16, guidance'
@@ -350,6 +359,10 @@ def test_python_snippets_run_in_order(page, digits_model, tmp_path, monkeypatch,
     assert all(isinstance(pipe.scheduler, SamplerScheduler) for pipe in stand_ins.swapped)
     if page.parent.name == "hub":
         assert stand_ins.pushed == ["me/copy"]
+    if page.with_suffix(".ipynb").is_file():
+        said = capsys.readouterr().out
+        assert float(re.search(r"two-step: (\S+) times the floor", said)[1]) < 2
+        assert scope["image"].size == (8, 8)
 
 
 # --- The picture of the README ---
