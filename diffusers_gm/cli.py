@@ -21,6 +21,11 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
+def _many(action: argparse.Action) -> bool:
+    """Whether the choices of an option, which `nargs` shows twice, are longer than a line."""
+    return len(",".join(map(str, action.choices or []))) * (2 if action.nargs else 1) > 100
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """An option by its first name alone, its default in brackets where the help does not speak of one."""
 
@@ -36,6 +41,13 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return METAVARS.get(getattr(action.type, "__name__", ""), "VALUE")
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        return (lambda n: ("NAME",) * n) if _many(action) else super()._metavar_formatter(action, default_metavar)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        """Names that are too many for a line stand here, where they are wrapped."""
+        return super()._expand_help(action) + (f"; of {', '.join(action.choices or [])}" if _many(action) else "")
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default

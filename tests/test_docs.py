@@ -55,7 +55,7 @@ def test_formulas_are_found_and_code_is_left_alone():
 
 
 def test_the_notebook_is_that_of_the_tour():
-    """Whose snippets run with those of the other pages."""
+    """Its cells run with the snippets of the other pages."""
     path = notebook.PAGE.with_suffix(".ipynb")
     assert path.read_text() == notebook.notebook(notebook.PAGE.read_text()), "python -m diffusers_gm.docs.notebook"
     cells = json.loads(path.read_text())["cells"]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -28,9 +29,11 @@ from diffusers_gm.studies.digits import (
     parts_of,
     quality,
 )
-from diffusers_gm.studies.page import page
+from diffusers_gm.studies.page import GLOSSARY, answer, page
 from diffusers_gm.studies.report import Report
 from diffusers_gm.training.options import TrainingArguments
+
+ROOT = Path(__file__).parents[1]
 
 # --- Trainings and measurements ---
 
@@ -218,12 +221,54 @@ def test_the_page_holds_every_report_and_links_to_its_pictures(tmp_path):
         page(tmp_path / "nothing", tmp_path / "page.md")
 
 
+def test_the_page_begins_with_the_answers_in_the_order_of_what_matters(tmp_path):
+    names = [
+        "cld_damping",
+        "equal-budget-CIFAR-10",
+        "my evaluation",
+        "throughput",
+        "samplers_exact",
+        "equal-budget-digits",
+    ]
+    for name in names:
+        replace(
+            report(name), title=name, verdict=f"Yes. It is 1.5 times **{name}**, which is a lot and much of it. More."
+        ).write(tmp_path)
+    text = page(tmp_path, tmp_path / "results.md")
+    in_order = [
+        "equal-budget-digits",
+        "equal-budget-CIFAR-10",
+        "samplers_exact",
+        "cld_damping",
+        "throughput",
+        "my evaluation",
+    ]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["In short", "Words", *in_order]
+    short = text[: text.index("## Words")]
+    assert re.findall(r"^- \[(.*?)\]", short, re.MULTILINE) == in_order
+    assert "*Yes. It is 1.5 times throughput, which is a lot and much of it.*" in short
+    assert short.count("Is it?") == 1, "asked once"
+
+
+def test_a_long_answer_is_cut_between_words():
+    assert answer("a" * 30 + ". " + "word " * 100).endswith("word ...")
+    assert len(answer("word " * 200)) <= 400
+
+
+def test_the_words_that_are_explained_are_those_of_the_results():
+    _, words, sections = (ROOT / "model_cards" / "results.md").read_text().partition(GLOSSARY)
+    assert words, "python -m diffusers_gm.studies.page"
+    explained = {word.lower() for word in re.findall(r"\*\*(.+?)\*\*", words)}
+    assert {"floor", "ladder", "chain", "prop3", "tau", "martingale defect", "ays", "nor input scaled"} <= explained
+    assert [word for word in explained if word not in sections.lower()] == []
+
+
 def test_every_link_of_the_page_leads_to_a_heading_of_its_own(tmp_path):
     for name in ("one", "two"):
         replace(report(name), title="Samplers", pictures=[]).write(tmp_path)
     text = page(tmp_path, tmp_path / "results.md")
     assert re.findall(r"\(#(.*)\)", text) == ["samplers-one", "samplers-two"]
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["Samplers (one)", "Samplers (two)"]
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[2:] == ["Samplers (one)", "Samplers (two)"]
 
 
 def test_page_command(tmp_path):
@@ -239,6 +284,12 @@ def test_page_command(tmp_path):
 def test_command_line_leaves_out_the_folder():
     words = ["terminal", "--output", "a/b", "--steps", "3"]
     assert command_line(words).endswith(" terminal --steps 3")
+
+
+def test_a_command_says_nothing_about_the_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "/home/me/cifar10/train", "--model", str(tmp_path / "outputs" / "a"), "--name", "a/b", "-x", "/"]
+    assert command_line(words).endswith(" --data cifar10/train --model outputs/a --name a/b -x .")
 
 
 # --- The command line ---

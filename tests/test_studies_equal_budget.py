@@ -1,6 +1,8 @@
 """The study that trains all methods at an equal budget, and the data that it can use."""
 
+import argparse
 import gzip
+import itertools
 import json
 import re
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_gm.evaluation.results import Results
+from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.studies import equal_budget, fashion_mnist
 from diffusers_gm.studies.report import Report
 
@@ -49,6 +51,46 @@ def test_what_cannot_be_compared_is_an_error(tmp_path, capsys):
 
 def test_every_kind_has_as_many_samplers():
     assert {len(equal_budget.samplers_of(kind)) for kind in equal_budget.KINDS} == {7}
+
+
+def test_the_verdict_says_where_a_kind_is_ahead():
+    ratios = {"a": [0.8, 0.9], "b": [0.5, 0.5], "c": [0.99, 1.01], "d": [1.0, 2.0]}
+    assert equal_budget.comparison(ratios, "FD", "diffusers' DDPM") == (
+        "each by its best sampler, FD beside that of diffusers' DDPM is lower for a (0.80 to 0.90 times), b (0.50 "
+        "times); lower at some numbers of calls only for c (0.99 to 1.01 times); not lower for d (1.00 to 2.00 times)."
+    )
+
+
+def test_what_is_far_from_trained_is_said():
+    floor = {"FD": 2.0, "recall": 0.8}
+    good, bad = ({"FD": fd, "recall": 0.01} for fd in (9.0, 30.0))
+    assert equal_budget.far_from_trained([good, bad], floor, "FD") == ""
+    said = equal_budget.far_from_trained([{"FD": 40.0, "recall": 0.5}, bad], floor, "FD")
+    assert "lowest FD 15.0 times the floor (recall 0.01 where real images have 0.80)" in said
+
+
+@pytest.mark.parametrize("kinds", [["ncsnv2", "cld"], ["ddpm", "cld"]])
+def test_a_report_of_finished_cells(kinds, tmp_path):
+    """Equal networks are said to be; the sampler is chosen on the first draw, and judged on the second."""
+    args = argparse.Namespace(kinds=kinds, calls=[4, 8], draws=2, seeds=2, samplers="multistep", steps=9)
+    vars(args).update(cpu_seconds=None, num_samples=5, training=["--resolution", "12"])
+    results = Results(tmp_path / "cells.json", {})
+    results.floor = [{"num_nan": 0, "FD-Lite0": 1.0, "recall": 0.9}]
+    for (i, kind), seed, n, drawn in itertools.product(enumerate(kinds), range(2), args.calls, range(2)):
+        for tau in ("0", "0.4", "1"):
+            scores = {"FD-Lite0": 4.0 + i + seed if drawn else 1.0 + (tau != "0.4"), "recall": 0.5}
+            results.cells.append(
+                Cell(f"{kind} {seed}: CalibratedMultistepScheduler stochasticity={tau}", n, drawn, scores)
+            )
+    seconds = {(kind, seed): 7.0 for kind in kinds for seed in range(2)}
+    found = equal_budget.report(args, "it", results, seconds, dict.fromkeys(kinds, 9))
+    assert found.tables[0].rows == [["cld", "1.22 (1.25, 1.20)", "1.22 (1.25, 1.20)"]]
+    assert found.tables[1].rows[0] == [
+        kinds[0], 4, "CalibratedMultistepScheduler stochasticity=0.4", "4.5 ± 0.707", "0.5 ± 0"
+    ]  # fmt: skip
+    assert ("the very network" in found.conditions) == ("ncsnv2" in kinds)
+    assert found.verdict.startswith("Each by its best sampler")
+    assert "not lower for cld (1.22 times)" in found.verdict
 
 
 @pytest.mark.slow
@@ -95,7 +137,7 @@ def test_equal_seconds_are_steps_that_are_kept(tmp_path, capfd):
     ratio = values["ncsnv2 uncertainty"] / values["ncsnv2"]
     assert [float(text.strip("()")) for text in over.rows[0][1].split()] == pytest.approx([ratio] * 2, abs=0.02)
     assert len(every.rows) == 6
-    assert f"ncsnv2 uncertainty {'at most' if ratio <= 1 else 'above'} at all budgets" in report.verdict
+    assert f"is {'lower' if ratio < 1 else 'not lower'} for ncsnv2 uncertainty (" in report.verdict
     equal_budget.main([*words, *small])
     assert json.loads(path.read_text()) == steps
     assert " ms" not in capfd.readouterr().out, "timed once"

@@ -31,10 +31,10 @@ MAX_RUNS, MAX_CALLS = 40, 240
 NUM_FAST, NUM_MARTINGALE = 56, 48
 
 # The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
-# trained as EDM says -.05 to -.1, and those for epsilon, as long, -.5.
+# trained as EDM says a little less, and those for epsilon, trained as long, clearly less.
 ERRS = -0.4
 
-# How far it is off, of one image: trained networks have .1 to .3. Of four images its sign says nothing.
+# How far it is off, of one image, with trained networks. Of four images its sign says nothing.
 SPREAD = 0.3
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
@@ -103,7 +103,7 @@ def calibrate(
             the network and the number of calls, see `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
             or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
-            = 0, .4, .7 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
+            = 0, 0.4, 0.7 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
             Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
@@ -274,8 +274,8 @@ def stochasticity_for(defect: float, num_calls: int, num_images: int) -> float:
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
     """`rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2` along a run of the reverse diffusion.
 
-    For an exact denoiser D is a martingale there, and rho about 0 (+.1 with 48 levels); errors of a network that vary
-    from level to level make it negative. Levels from sigma 40 to .05, where the network has them.
+    For an exact denoiser D is a martingale there, and rho about 0, or a little above; errors of a network that vary
+    from level to level make it negative. Levels from sigma 40 to 0.05, where the network has them.
     """
     sigmas = torch.logspace(
         math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64

@@ -41,7 +41,8 @@ def machine() -> str:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command of this process, `python -m module options`, without the folder of the results."""
+    """The command of this process, `python -m module options`, without the folder of the results; of a path outside the
+    working folder, which is nobody else's, the last two names."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     words = list(sys.argv[1:] if arguments is None else arguments)
     for option in ("--output", "--output_dir"):
@@ -49,4 +50,12 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
             at = words.index(option)
             del words[at : at + 2]
     module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", module, *words])
+    return shlex.join(["python", "-m", module, *map(_neutral, words)])
+
+
+def _neutral(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    inside = path.is_relative_to(Path.cwd())
+    return (path.relative_to(Path.cwd()) if inside else Path(*path.parts[1:][-2:])).as_posix()

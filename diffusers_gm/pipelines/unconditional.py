@@ -90,7 +90,7 @@ class UnconditionalPipeline(ImagePipeline):
                 which means the same for every scheduler and number of calls.
             image: what to start from: a PIL image, an array or a tensor in [0, 1], or a list of `batch_size`.
             strength: how much noise the image is given: the share of the run that is made, in (0, 1]. Of
-                `num_inference_steps` calls only that share is made. By default .8; 1 with a mask.
+                `num_inference_steps` calls only that share is made. By default 0.8; 1 with a mask.
             mask_image: which pixels of `image` are new (white, 1) and which stay (black, 0): these are put back at
                 their own noise level before every call. With `vae`, latents stay all whose pixels do.
             num_resamples: how often the finished image is given noise again and is denoised again, from ever lower

@@ -259,7 +259,7 @@ def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
 # Levels of a run that explores: enough for the probability flow.
 DESCENT = 12
 
-# The dimensionless step: long ones bias (rare modes of .05 get .07 at .6), short ones go nowhere.
+# The dimensionless step: long ones bias (rare modes get too much), short ones go nowhere.
 EXPLORING_STEP = 0.25
 
 

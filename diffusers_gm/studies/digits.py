@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from ..data import Examination, ImageStream, split_digits
 from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN, Reference, score
-from ..files import write_text
+from ..files import fresh_folder, publish_folder, write_text
 from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
@@ -95,10 +94,9 @@ def kept_unet(folder: Path, train: Callable[[], Any], options: Mapping[str, Any]
         network, unfinished = train(), folder.with_name(f"{folder.name}.part{os.getpid()}")
         # Another study may have trained the same network meanwhile.
         if not folder.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-            network.save_pretrained(unfinished)
+            network.save_pretrained(fresh_folder(unfinished))
             write_text(unfinished / kept.name, json.dumps(described, indent=1) + "\n")
-            unfinished.rename(folder)
+            publish_folder(unfinished, folder)
     if kept.is_file():
         then = json.loads(kept.read_text(encoding="utf-8"))
         changed = [

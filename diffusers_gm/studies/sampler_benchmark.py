@@ -209,7 +209,7 @@ def against_peers(
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=["exact"])
+    add("--models", nargs="+", choices=MODELS, default=["exact"], help="networks")
     add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
     add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")

@@ -24,7 +24,7 @@ class GaussianMixture(ExactDenoiser):
 
     @classmethod
     def drawn(cls, shape: tuple[int, int, int], seed: int, num_components: int = 12) -> "GaussianMixture":
-        """A mixture that a seed decides: centres of deviation .35, deviations from .02 to .3 in random order."""
+        """A mixture that a seed decides: centres of deviation 0.35, deviations from 0.02 to 0.3 in random order."""
         generator = torch.Generator().manual_seed(seed)
         size = math.prod(shape)
         points = (0.35 * torch.randn(num_components, *shape, generator=generator)).clamp(-0.7, 0.7)
