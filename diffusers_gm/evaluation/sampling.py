@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,11 @@ def _noise_of(scheduler: Any) -> str:
 
 class NoGridError(ValueError):
     """A scheduler cannot do with so many network calls."""
+
+
+def in_short(reason: str) -> str:
+    """The first clause of a message: what is wrong, without the figures and what to do about it."""
+    return re.split(r"[:;.] ", reason, maxsplit=1)[0]
 
 
 def num_steps_for(scheduler: Any, num_calls: int) -> int:
