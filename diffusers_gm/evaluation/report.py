@@ -24,6 +24,8 @@ EXPLAINED = {
     **dict.fromkeys(("KID-Lite0", "KID"), "the kernel distance of features, unbiased, so that its floor is chance"),
     SLICED_WASSERSTEIN: "the sliced 2-Wasserstein distance of pixels",
 }
+# The line of the floor in a picture.
+FLOOR = {"color": "gray", "linestyle": ":", "linewidth": 0.9, "label": "floor: as many other real images"}
 BELOW = " (0."  # how a ratio below 1 begins
 
 # Quality by number of calls; None where there is none.
@@ -228,12 +230,15 @@ def _figure(results: Results) -> Any:
             plot_rows(axis, {who: values[who] for who in order}, level, scale)
         else:
             plot_curves(axis, found, level, scale=scale)
-        axis.set_title(name)
+        axis.set_title(f"{name}, lower is better" if name in DISTANCES else name)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
     at = f" at {budgets.pop()} network calls" if single else ""
-    figure.suptitle(f"{conditions['model']}{at}: {conditions['num_samples']} samples against {conditions['data']}")
+    figure.suptitle(
+        f"{conditions['model']}{at}: {conditions['num_samples']} samples against {conditions['num_reference']} real "
+        f"images of {conditions['data']}"
+    )
     return figure
 
 
@@ -247,7 +252,7 @@ def plot_rows(
         else:
             axis.text(0.5, row, "none", va="center", ha="center", fontsize=8, transform=axis.get_yaxis_transform())
     if floor is not None:
-        axis.axvline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
+        axis.axvline(floor, **FLOOR)
     axis.set_yticks(range(len(values)), list(values))
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(axis="x", linewidth=0.3)
@@ -274,10 +279,12 @@ def plot_curves(
     for i, (name, curve) in enumerate(curves.items()):
         kept = [(n, value.mean, value.spread or 0.0) for n, value in curve.items() if value]
         x, y, spread = zip(*kept, strict=True) if kept else ((), (), ())
-        style = {**curve_style(i), "markersize": 4, "capsize": 2, **(styles or {}).get(name, {})}
-        axis.errorbar(x, y, spread, label=name, **style)
+        style = {**curve_style(i), "markersize": 4, **(styles or {}).get(name, {})}
+        axis.plot(x, y, label=name, **style)
+        if any(spread):
+            axis.errorbar(x, y, spread, fmt="none", ecolor=style["color"], capsize=2)
     if floor is not None:
-        axis.axhline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
+        axis.axhline(floor, **FLOOR)
     ticks = sorted({n for curve in curves.values() for n in curve})
     axis.set(xscale="log", xlabel="network calls")
     axis.set_xticks(ticks, [str(n) for n in ticks])
