@@ -120,8 +120,8 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
     trained, taken = _noise_of(own), _noise_of(scheduler)
     if trained != taken and (trained, taken) != ("ve", "vp"):  # which `diffusers_config` makes of it
         raise ValueError(
-            f"--scheduler {name} does not suit this network, which was trained with {trained} noise: it would take it "
-            f"for one of {taken}, and make noise of it. Use {SUITABLE.get(trained, type(own).__name__)}"
+            f"--scheduler {name} does not suit this network: it reads those of {taken} noise, and this one was trained "
+            f"with {trained} noise. Use {SUITABLE.get(trained, type(own).__name__)}"
         )
     if hasattr(scheduler, "noise_sampler"):
         raise ValueError(
