@@ -100,7 +100,7 @@ def test_a_card_is_kept_without_its_model(measured, tmp_path):
     card = ModelCard.load(tmp_path / "kept.md")
     assert "# model\n\n![samples](kept-samples.png)" in card.text
     assert 'from_pretrained("trained/here")' in card.text
-    assert "Train the model first, with the command below. Not this." in card.text
+    assert "Train the model first, into `trained/here`, with the command below. Not this." in card.text
     assert card.data.model_name == "kept"
     for name in ("samples", "results"):
         assert f"(kept-{name}.png)" in card.text

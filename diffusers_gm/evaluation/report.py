@@ -124,11 +124,11 @@ def _caption(results: Results, shown: str) -> str:
     features = f" Features: {conditions['features']}." if conditions["features"] else ""
     distances = [f"{name}, {EXPLAINED[name]}" for name in results.floor[0] if name in EXPLAINED]
     legend = [f"Distances, lower is better: {'; '.join(distances)}."] if distances else []
-    legend.append("Floor: as many real images that are not among the others; in brackets, over it.")
+    legend.append("Floor: of as many real images that are not among the others; in brackets, multiples of it.")
     if BELOW in shown:
         legend.append(
-            "Below 1.00x, samples are nearer to these images than other real ones are: as copies would be, or images "
-            "without what is rare."
+            "Below 1.00x, samples are nearer to these images than other real ones are: images without what is rare can "
+            "be, and copies."
         )
     if "±" in shown:
         legend.append("Mean ± standard deviation over seeds (for the floor, over draws).")

@@ -180,7 +180,7 @@ def keep_card(folder: Path, path: Path) -> None:
     trained_into = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))["output_dir"]
     name, text = path.stem, card.text
     text = text.replace(HERE, f'from_pretrained("{trained_into}")')
-    text = text.replace(HERE_NOTE, "Train the model first, with the command below. ")
+    text = text.replace(HERE_NOTE, f"Train the model first, into `{trained_into}`, with the command below. ")
     for picture in ("samples.png", "results.png"):
         if f"({picture})" in text:
             shutil.copyfile(folder / picture, path.with_name(f"{name}-{picture}"))
