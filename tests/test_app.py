@@ -22,7 +22,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.app import cells
 from diffusers_gm.app.compare import calibrate, code_of, config_of, distance
-from diffusers_gm.app.models import CALIBRATED, SAVED, Model
+from diffusers_gm.app.models import CALIBRATED, SAVED, Model, why_left_out
 from diffusers_gm.app.runs import Run, Settings, advance, parse_calls
 from diffusers_gm.data import split_digits
 from diffusers_gm.evaluation import sliced_wasserstein
@@ -78,6 +78,30 @@ def test_the_menu_is_what_suits_the_network(folders):
         assert SAVED in menu.samplers
         assert "Euler, flow" in menu.left_out
     assert {name: menu.classes for name, menu in menus.items() if menu.classes} == {"classes": ["one", "two", "many"]}
+
+
+def test_it_is_said_why_samplers_are_left_out(folders):
+    lines = why_left_out(Model.load(folders["gm-sgm"])).splitlines()
+    assert len(lines) == 2, "one for all that lack the same"
+    assert lines[0].startswith("Left out: annealed Langevin; annealed Langevin, chain; ")
+    assert lines[0].endswith(
+        "CLD, probability flow: the network was trained with mixture noise, which it would take for Gaussian."
+    )
+    assert lines[1].endswith(
+        "Euler, EDM: no scheduler of diffusers reads a network that was trained with mixture noise."
+    )
+    assert why_left_out(Model.load(folders["ncsnv2"])).startswith(
+        "Left out: Euler, flow: it reads those of flow noise, "
+    )
+    nothing = Model.load(folders["ddpm"])
+    nothing.left_out = {}
+    assert why_left_out(nothing) == ""
+
+
+def test_what_is_saved_is_named(folders):
+    model = Model.load(folders["cld"])
+    assert [model.samplers[name].title for name in (SAVED, "CLD, sscs")] == ["as saved, CLDSSCSScheduler", "CLD, sscs"]
+    assert "<h3>as saved, CLDSSCSScheduler</h3>" in cells.table([Run(model.sampler(SAVED), 4)])
 
 
 def test_models_that_are_none_are_refused_in_words(tmp_path):
@@ -235,6 +259,18 @@ def test_no_distance_without_data(folders, tmp_path):
     assert distance(model, torch.zeros(4, 1, 8, 8)) is None
 
 
+def test_it_is_said_why_there_is_no_distance(folders):
+    page = pytest.importorskip("diffusers_gm.app.page", reason="the page needs gradio")
+    model = Model.load(folders["classes"])
+
+    def said(*chosen):
+        return "".join(answer.get("message", "") for answer in page.compare(model, ["UniPC"], "4", *chosen))
+
+    assert said(0, 3, page.ALL, 1) == ""
+    assert "all classes, and one class was chosen" in said(0, 3, "two", 1)
+    assert "fewer than two" in said(0, 1, page.ALL, 1)
+
+
 # --- Calibration and code ---
 
 
@@ -303,10 +339,12 @@ def test_a_table_shows_what_there_is(model):
     assert html.count("waiting</div>") == 1
     assert html.count("gm-finished") == 1
     assert "1.23 x floor (± 0.05)" in html
+    assert html.count("x floor: the sliced Wasserstein distance") == 1
+    assert "x floor" not in cells.table(runs[:1]), "nothing is explained that is not there"
     assert "denoised at call 1</span>" in html
     assert [picture["alt"] for picture in page.pictures] == [
         "first 32 of 40 samples of GM, ode, 12 calls",
-        "first image, denoised at call 1, 3, 4, 6, 7, 9, 10, 12",
+        "first image, denoised at 8 of 12 calls: 1, 3, 4, 6, 7, 9, 10, 12",
         "first 32 of 40 denoised images of UniPC, 4 calls",
         "first image, denoised at call 1",
     ]

@@ -1,6 +1,7 @@
 """Model cards: what an evaluation adds to them, how they are kept, and the same figures on the results page."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
@@ -9,7 +10,7 @@ from PIL import Image
 from diffusers_gm import AnnealedLangevinScheduler, NCSNv2Pipeline
 from diffusers_gm.evaluation import command
 from diffusers_gm.evaluation.card import add_quality
-from diffusers_gm.evaluation.report import verdict
+from diffusers_gm.evaluation.report import best, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.hub import cards
 from diffusers_gm.studies.page import page
@@ -28,6 +29,9 @@ pipeline = NCSNv2Pipeline.from_pretrained(".")
 
 Run it in the folder of this file. Not this.
 
+<!-- best -->
+<!-- end of best -->
+
 <!-- quality -->
 Not measured.
 <!-- end of quality -->
@@ -42,12 +46,17 @@ def measured(tiny_unet, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "model"
     NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(noise_space="ve", sigma_max=9.0)).save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
+    (folder / "training_args.json").write_text(json.dumps({"output_dir": "trained/here"}))
     Image.new("L", (8, 8)).save(folder / "samples.png")
     monkeypatch.chdir(tmp_path)
     words = "runs/model --dataset_name digits --metrics sw --num_samples 20 --num_reference 60 --calls 3 6"
     schedulers = "--scheduler AnnealedLangevinScheduler --scheduler DDIMScheduler"
     command.main([*words.split(), *schedulers.split(), "--output_dir", "runs/model", "--features_cache", "cache"])
     return folder
+
+
+def by_calls(record):
+    return [(n, [cell for cell in record["cells"] if cell["calls"] == n]) for n in (3, 6)]
 
 
 def test_an_evaluation_stands_in_the_card_of_its_model(measured):
@@ -62,6 +71,15 @@ def test_an_evaluation_stands_in_the_card_of_its_model(measured):
         assert results.pop(name) == round(value, 4)
         assert f"| {cell['scheduler']} | {cell['calls']} | {value:.4g} ({value / floor:.2f}x) |" in card.text
     assert not results
+    best = {calls: min(measured, key=lambda cell: cell["scores"]["sliced W2"]) for calls, measured in by_calls(record)}
+    said = re.search("<!-- best -->\n(.*)\n<!-- end of best -->", card.text).group(1)
+    assert "nearest to real images by sliced W2 ([table](#quality-against-network-calls))" in said
+    for calls, cell in best.items():
+        assert re.search(rf"`{cell['scheduler']}` at [^`]*\b{calls}\b", said)
+    assert "against 60 real images of digits, the training set, 1x8x8.\n" in card.text
+    assert "Distances, lower is better: sliced W2, the sliced" in card.text
+    for absent in ("kernel distance", "Mean ±", "NaN", "Features"):
+        assert absent not in card.text
     assert "Not measured" not in card.text
     assert "![quality against network calls](results.png)" in card.text
     assert card.text.rstrip().endswith("Mine.")
@@ -81,14 +99,19 @@ def test_a_card_is_kept_without_its_model(measured, tmp_path):
     cards.main(["runs/model", str(tmp_path / "kept.md")])
     card = ModelCard.load(tmp_path / "kept.md")
     assert "# model\n\n![samples](kept-samples.png)" in card.text
-    assert 'from_pretrained("runs/model")' in card.text
-    assert "Train it first, with the command below. Not this." in card.text
+    assert 'from_pretrained("trained/here")' in card.text
+    assert "Train the model first, into `trained/here`, with the command below. Not this." in card.text
     assert card.data.model_name == "kept"
     for name in ("samples", "results"):
         assert f"(kept-{name}.png)" in card.text
         assert (tmp_path / f"kept-{name}.png").read_bytes() == (measured / f"{name}.png").read_bytes()
     assert add_quality(tmp_path) is None
-    for folder, path, message in [("nowhere", "a.md", "no card in nowhere"), ("runs/model", "a.txt", "ending in .md")]:
+    (measured / "training_args.json").unlink()
+    for folder, path, message in [
+        ("nowhere", "a.md", "no card of a training in nowhere: it has no README.md"),
+        ("runs/model", "a.txt", "ending in .md"),
+        ("runs/model", "a.md", "it has no training_args.json"),
+    ]:
         with pytest.raises(ValueError, match=message):
             cards.keep_card(tmp_path.relative_to(tmp_path) / folder, tmp_path / path)
 
@@ -108,12 +131,48 @@ def test_an_evaluation_stands_on_the_results_page(measured, tmp_path):
         page(folder, tmp_path / "results.md")
 
 
+BELOW = "Below the floor of real images, less is not better."
+
+
+def test_a_table_explains_what_stands_in_it_and_no_more(tmp_path):
+    conditions = {
+        "model": "m",
+        "data": "mine",
+        "num_samples": 5,
+        "num_reference": 9,
+        "shape": [1, 8, 8],
+        "features": "f",
+    }
+    results = Results(tmp_path / "none.json", conditions)
+    results.floor = [{"num_nan": 0, "FD-Lite0": 2.0, "KID-Lite0": 0.0}]
+    good = {"num_nan": 0, "FD-Lite0": 4.0, "KID-Lite0": 0.1}
+    results.cells = [
+        Cell("A", 10, 0, good, 10),
+        *(Cell("B", n, 0, reason=f"no way: {n} is too few. Use more; or less") for n in (2, 4, 5)),
+        Cell("B", 10, 0, reason="another"),
+    ]
+    text = table(results).markdown()
+    assert "- B, 10 calls: another\n- B, 2, 4 and 5 calls: no way\n" in text
+    assert "against 9 real images of mine, 1x8x8. Features: f.\n" in text
+    assert "KID-Lite0, the kernel distance of features, unbiased" in text
+    assert not re.search("NaN|training set|sliced|±|Below 1", text)
+    results.cells += [Cell("A", 10, 1, {**good, "FD-Lite0": 1.0}, 10), Cell("C", 10, 0, {**good, "FD-Lite0": 1.0}, 10)]
+    text = table(results).markdown()
+    assert "Below 1.00x, samples are nearer" in text
+    assert "Mean ± standard deviation" in text
+
+
 def test_the_verdict_names_the_best_at_every_number_of_calls(tmp_path):
     results = Results(tmp_path / "none.json", {})
     results.floor = [{"num_nan": 0, "FD-Lite0": 2.0, "KID-Lite0": 0.0}]
     for scheduler, calls, value in [("A", 10, 8.0), ("B", 10, 6.0), ("A", 20, 3.0), ("B", 20, 5.0)]:
         results.cells.append(Cell(scheduler, calls, 0, {"num_nan": 0, "FD-Lite0": value}, calls))
     assert verdict(results).endswith("the best scheduler: 3.00 at 10 (B), 1.50 at 20 (A).")
+    assert best(results).endswith("): `B` at 10, `A` at 20 network calls.")
+    results.cells += [Cell("B", 50, 0, {"num_nan": 0, "FD-Lite0": 1.0}, 50), Cell("A", 50, 0, {"num_nan": 1}, 50)]
+    assert best(results).endswith("`B` at 10 and 50, `A` at 20 network calls. " + BELOW)
+    results.cells = [cell for cell in results.cells if cell.scheduler == "A"]
+    assert best(results) == "", "nothing was compared"
     results.floor = [{"num_nan": 0, "KID-Lite0": 0.0}]
     assert verdict(results) == "No distance was measured."
     given = Results(tmp_path / "none.json", {})

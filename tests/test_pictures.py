@@ -45,16 +45,18 @@ def test_curves_are_told_apart_in_grey():
     with matplotlib.rc_context(style()):
         axis = Figure().subplots()
         lines = [axis.plot([0, 1])[0] for _ in COLORS]
-        report.plot_curves(axis, {name: {5: Statistic(1.0, None), 9: Statistic(2.0, None)} for name in "abc"})
+        spreads = {"a": 0.5, "b": None, "c": None}
+        report.plot_curves(axis, {k: {5: Statistic(1.0, s), 9: Statistic(2.0, s)} for k, s in spreads.items()})
     assert len({line.get_linestyle() + str(getattr(line, "_dash_pattern", "")) for line in lines}) == len(COLORS)
-    assert len({container.lines[0].get_marker() for container in axis.containers}) == 3
+    assert len({line.get_marker() for line in axis.get_legend_handles_labels()[0]}) == 3, "and no bars"
+    assert len(axis.containers) == 1, "bars where there is a spread"
     greys = [ImageColor.getcolor(color, "L") for color in COLORS]
     assert min(abs(a - b) for a, b in pairwise(greys)) > 25, "neighbours"
     assert max(greys) < 190, "against white"
 
 
 def test_one_budget_is_a_row_a_scheduler(tmp_path):
-    results = Results(tmp_path / "results.json", {"model": "m", "num_samples": 4, "data": "d"})
+    results = Results(tmp_path / "results.json", {"model": "m", "num_samples": 4, "num_reference": 9, "data": "d"})
     results.floor = [{"FD-Lite0": 2.0, "sliced W2": 0.1}]
     scores = {"a": (30.0, 0.2), "b": (3.0, 0.4), "c": None}
     for name, values in scores.items():

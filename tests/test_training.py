@@ -226,11 +226,18 @@ def test_the_model_card_says_what_was_done(trained):
     assert f"Final loss {sum(entry['loss'] for entry in log) / len(log):.4g}" in card.text
 
 
-def test_the_snippet_of_the_model_card_runs(trained, tmp_path, monkeypatch):
-    snippet = re.search(r"```python\n(.*?)```", (trained[0] / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_snippets_of_the_model_card_run(trained, tmp_path, monkeypatch):
+    """One after another, as they stand."""
+    snippets = re.findall(r"```python\n(.*?)```", (trained[0] / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 3, "how to draw, to calibrate, and to change the scheduler"
     shutil.copytree(trained[0], tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*", "logs"))
     monkeypatch.chdir(tmp_path / "model")
-    exec(snippet, {})
+    scope, quick = {}, snippets[1].replace("calls=(5, 10, 20)", "calls=(4,)")
+    with torch.random.fork_rng():  # the later ones leave their noise to chance
+        exec("\n".join((snippets[0], quick, snippets[2])), scope)
+    assert type(scope["pipeline"].scheduler).__name__ == "GMLangevinScheduler"
+    assert scope["pipeline"].scheduler.config.algorithm_type == "ancestral"
+    assert len(scope["images"]) == 4
     assert Image.open("grid.png").size == (132, 132), "2 x 2 images, enlarged 8 times, a gap of 4"
 
 

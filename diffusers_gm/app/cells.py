@@ -19,13 +19,14 @@ MAX_WAY = 8
 
 def table(runs: Sequence[Run]) -> str:
     """All runs of a comparison, as far as they have come."""
-    samplers = dict.fromkeys(run.sampler.name for run in runs)
-    return "".join(
-        f'<section class="gm-sampler"><h3>{escape(name)}</h3><div class="gm-cells">'
+    titles = {run.sampler.name: run.sampler.title for run in runs}
+    rows = "".join(
+        f'<section class="gm-sampler"><h3>{escape(title)}</h3><div class="gm-cells">'
         + "".join(cell(run) for run in runs if run.sampler.name == name)
         + "</div></section>"
-        for name in samplers
+        for name, title in titles.items()
     )
+    return rows + note(DISTANCE if any(run.distance for run in runs) else "")
 
 
 def cell(run: Run) -> str:
@@ -40,7 +41,7 @@ def cell(run: Run) -> str:
         facts = [f"{run.seconds:.2f} s"]
         facts += [f"{run.network_calls} made"] if run.network_calls != run.calls else []
         if run.distance is not None:
-            facts.append(f'<span title="{DISTANCE}">{run.distance[0]:.2f} x floor (± {run.distance[1]:.2f})</span>')
+            facts.append(f"{run.distance[0]:.2f} x floor (± {run.distance[1]:.2f})")
     else:
         facts = [f"denoised at call {run.network_calls}"]
     caption = "".join(f"<span>{fact}</span>" for fact in facts)
@@ -54,8 +55,8 @@ def cell(run: Run) -> str:
 
 
 DISTANCE = (
-    "sliced Wasserstein distance to the training images, over that of as many other real images; in brackets the "
-    "spread of the latter"
+    "x floor: the sliced Wasserstein distance of the samples to the training images, over that of as many other real "
+    "images; in brackets the spread of the latter. 1 is as near as real images are."
 )
 
 
@@ -65,7 +66,9 @@ def way(run: Run) -> str:
     if last < 0:
         return ""
     at = sorted({round(i * last / (MAX_WAY - 1)) for i in range(MAX_WAY)}) if last >= MAX_WAY else range(last + 1)
-    text = "first image, denoised at call " + ", ".join(str(i + 1) for i in at)
+    calls = ", ".join(str(i + 1) for i in at)
+    chosen = len(at) < len(run.looks)
+    text = "first image, denoised at " + (f"{len(at)} of {len(run.looks)} calls: " if chosen else "call ") + calls
     frames = torch.cat([run.looks[i].denoised[:1] for i in at])
     strip = f'<div style="width: {len(at) / MAX_WAY:.1%}">{picture(frames, len(at), text)}</div>'
     return f'<div class="gm-way"><span>{text}</span>{strip}</div>'

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..evaluation.sampling import OUR_SCHEDULERS, build_scheduler, load_pipeline, options_in
+from ..evaluation.sampling import OUR_SCHEDULERS, build_scheduler, in_short, load_pipeline, options_in
 from ..pipelines.unconditional import UnconditionalPipeline
 
 # Classes of schedulers, and what is to differ from the config of the network, by name. Those that do not suit a network
@@ -56,6 +56,11 @@ class Sampler:
     name: str
     scheduler: Any
     code: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its name, and of the model's own what it is."""
+        return f"{self.name}, {type(self.scheduler).__name__}" if self.name == SAVED else self.name
 
 
 @dataclass
@@ -118,6 +123,15 @@ class Model:
         if name in self.left_out:
             raise ValueError(self.left_out[name])
         return _sampler(self.pipe.scheduler, name, name)
+
+
+def why_left_out(model: Model) -> str:
+    """Why samplers are not in the menu of a model, a line for all that lack the same; empty where none is left out."""
+    names: dict[str, list[str]] = {}
+    for entry, message in model.left_out.items():
+        reason = message.replace(MENU[entry].split()[0], "it").removeprefix("it does not suit this network: ")
+        names.setdefault(in_short(reason), []).append(entry)
+    return "\n".join(f"Left out: {'; '.join(entries)}: {reason}." for reason, entries in names.items())
 
 
 def _sampler(own: Any, name: str, words: str) -> Sampler:

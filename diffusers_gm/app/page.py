@@ -12,12 +12,15 @@ import gradio as gr
 
 from . import cells
 from .compare import calibrate, code_of, config_of, distance
-from .models import CALIBRATED, FIRST, Model
+from .models import CALIBRATED, FIRST, Model, why_left_out
 from .runs import MAX_IMAGES, Run, Settings, advance, parse_calls
 
 logger = logging.getLogger(__name__)
 
 ALL = "all"
+# Why there is no distance.
+ONE_CLASS = "it is to the training images of all classes, and one class was chosen"
+NO_DATA = "the training images are not at hand, or the samples are fewer than two or not finite"
 # Between two pictures of a run.
 SECONDS = 0.1
 # One thing at a time has the network.
@@ -46,8 +49,10 @@ def load(name: str) -> dict[str, Any]:
         return {"model": None, "status": in_words(error), "samplers": empty, "conditional": gr.update(visible=False)}
     first = [entry for entry in FIRST if entry in model.samplers]
     parameters = sum(weight.numel() for weight in model.pipe.unet.parameters())
-    words = f"{type(model.pipe).__name__}, {parameters / 1e6:.2g} million parameters, on {model.pipe.device}."
-    words += f" Not for this network: {'; '.join(model.left_out)}." if model.left_out else ""
+    words = (
+        f"{type(model.pipe).__name__}, {parameters / 1e6:.2g} million parameters, on {model.pipe.device}; saved with "
+    )
+    words += f"{type(model.pipe.scheduler).__name__}.\n{why_left_out(model)}"
     return {
         "model": model,
         "status": cells.note(words),
@@ -81,10 +86,13 @@ def compare(model: Model | None, names: list[str], calls: str, *chosen: Any) -> 
                 if run.finished or run.error or time.monotonic() - shown > SECONDS:
                     yield {"result": cells.table(runs)}
                     shown = time.monotonic()
-        for run in runs if settings.class_label is None else []:  # takes longer than to sample
+        one_class = settings.class_label is not None
+        for run in runs if not one_class else []:  # takes longer than to sample
             if run.finished and run.images is not None:
                 run.distance = distance(model, run.images)
                 yield {"result": cells.table(runs)}
+        if any(run.finished for run in runs) and not any(run.distance for run in runs):
+            yield {"message": cells.note(f"No distance to real images: {ONE_CLASS if one_class else NO_DATA}.")}
     except Exception as error:
         yield {"message": in_words(error)}
     done = {f"{run.sampler.name}, {run.calls} calls": (model, run, settings) for run in runs if run.finished}

@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from ..files import write_text
-from ..pipelines.repository import QUALITY, QUALITY_FILES
-from .report import WITH_RATIO, curve_table, curves, ratios, statistic, table
+from ..pipelines.repository import BEST, QUALITY, QUALITY_FILES
+from .report import WITH_RATIO, best, curve_table, curves, ratios, statistic, table
 from .results import Cell, Results
 from .scoring import SLICED_WASSERSTEIN
 
@@ -26,18 +26,36 @@ def add_quality(folder: Path) -> None:
     """
     if not (folder / "README.md").is_file():
         return
-    found = [measured for measured in (_demo_quality(folder), _evaluation_quality(folder)) if measured]
+    results = _results_of(folder)
+    of_results = _evaluation_quality(folder, results) if results else None
+    found = [measured for measured in (_demo_quality(folder), of_results) if measured]
     if not found:
         return
     card = ModelCard.load(folder / "README.md")
-    text = card.text
-    if QUALITY[0] in text and QUALITY[1] in text:
-        before, _, rest = text.partition(QUALITY[0])
-        words = "\n\n".join(words.strip() for words, _ in found)
-        card.text = "\n".join((before + QUALITY[0], words, QUALITY[1] + rest.partition(QUALITY[1])[2]))
+    card.text = _between(QUALITY, card.text, "\n\n".join(words.strip() for words, _ in found))
+    if results:
+        card.text = _between(BEST, card.text, best(results))
     card.data.model_name = folder.resolve().name
     card.data.eval_results = [result for _, results in found for result in results]
     write_text(folder / "README.md", str(card))
+
+
+def _between(marks: tuple[str, str], text: str, words: str) -> str:
+    """A text with other words between two marks, if it has them."""
+    first, last = marks
+    if first not in text or last not in text:
+        return text
+    before, _, rest = text.partition(first)
+    return "\n".join((before + first, words, last + rest.partition(last)[2]))
+
+
+def _results_of(folder: Path) -> Results | None:
+    """What `diffusers_gm.evaluation` has measured of the model in `folder`."""
+    path = folder / "results.json"
+    # Results of another model, that somebody has put here, are not this model's.
+    if not path.is_file() or (results := Results.read(path)).conditions["model"] != folder.resolve().name:
+        return None
+    return results
 
 
 def forget_quality(folder: Path) -> None:
@@ -78,11 +96,7 @@ def _demo_quality(folder: Path) -> tuple[str, list[EvalResult]] | None:
     ]
 
 
-def _evaluation_quality(folder: Path) -> tuple[str, list[EvalResult]] | None:
-    path = folder / "results.json"
-    # Results of another model, that somebody has put here, are not this model's.
-    if not path.is_file() or (results := Results.read(path)).conditions["model"] != folder.resolve().name:
-        return None
+def _evaluation_quality(folder: Path, results: Results) -> tuple[str, list[EvalResult]]:
     conditions, data = results.conditions, results.conditions["data"]
     entries = []
     for metric in WITH_RATIO:

@@ -9,6 +9,7 @@ from typing import Any
 from ..extra import extra
 from ..pictures import curve_style, style
 from .results import Cell, Results, Statistic
+from .sampling import in_short
 from .scoring import SLICED_WASSERSTEIN
 from .table import Table
 
@@ -16,6 +17,16 @@ from .table import Table
 DISTANCES = ("FD-Lite0", "FID", "KID-Lite0", "KID", SLICED_WASSERSTEIN)
 WITH_RATIO = ("FD-Lite0", "FID", SLICED_WASSERSTEIN)
 SCALES = dict.fromkeys(DISTANCES, "symlog") | dict.fromkeys(WITH_RATIO, "log")
+
+# What the distances are, in a table.
+EXPLAINED = {
+    **dict.fromkeys(("FD-Lite0", "FID"), "the Fréchet distance of features, which is a square"),
+    **dict.fromkeys(("KID-Lite0", "KID"), "the kernel distance of features, unbiased, so that its floor is chance"),
+    SLICED_WASSERSTEIN: "the sliced 2-Wasserstein distance of pixels",
+}
+# The line of the floor in a picture.
+FLOOR = {"color": "gray", "linestyle": ":", "linewidth": 0.9, "label": "floor: as many other real images"}
+BELOW = " (0."  # how a ratio below 1 begins
 
 # Quality by number of calls; None where there is none.
 Curve = Mapping[int, Statistic | None]
@@ -67,8 +78,9 @@ def ratios(results: Results, metric: str = SLICED_WASSERSTEIN) -> dict[str, dict
 
 
 def table(results: Results) -> Table:
-    """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why in the caption."""
-    conditions, metrics = results.conditions, [name for name in results.floor[0] if name != "num_nan"]
+    """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why in the caption.
+    How many images have NaN is a column where some have."""
+    num_samples, metrics = results.conditions["num_samples"], [name for name in results.floor[0] if name != "num_nan"]
     floor = {name: statistic(results.floor, name) for name in metrics}
 
     def words(scores: list[dict[str, float]]) -> list[str]:
@@ -83,53 +95,110 @@ def table(results: Results) -> Table:
             row.append(f"{value}{ratio}" if value else "-")
         return row
 
-    rows = [["**real images (floor)**", "", *words(results.floor), "", "", ""]]
-    notes = []
+    any_nan = any(cell.scores.get("num_nan") for cell in results.cells)
+    rows = [["**real images (floor)**", "", *words(results.floor), *[""] * any_nan, "", ""]]
     for (scheduler, calls), cells in groups(results).items():
         made = {cell.network_calls for cell in cells if cell.network_calls is not None}
         bad = sum(int(cell.scores.get("num_nan", 0)) for cell in cells)
+        nan = f"{bad} of {num_samples * len(cells)}" if made or calls is None else "-"
         rows.append(
             [
                 scheduler,
                 " ".join(map(str, sorted(made))) or str(calls or ""),
                 *words([cell.scores for cell in cells]),
-                f"{bad} of {conditions['num_samples'] * len(cells)}" if made or calls is None else "-",
+                *[nan] * any_nan,
                 f"{mean(cell.sampling_seconds for cell in cells):.1f}" if made else "-",
                 f"{mean(cell.scoring_seconds for cell in cells):.1f}",
             ]
         )
-        notes += [f"- {scheduler}, {calls} calls: {reason}" for reason in {c.reason for c in cells} if reason]
-    caption = (
+    header = ["scheduler", "network calls", *metrics, *["images with NaN"] * any_nan, "sampling s", "scoring s"]
+    return Table(_caption(results, "".join(map(str, rows))), header, rows)
+
+
+def _caption(results: Results, shown: str) -> str:
+    """What a table is of, and what the words and signs that are shown in it mean."""
+    conditions = results.conditions
+    data = f"{conditions['data']}{', the training set' * (conditions['data'] == 'digits')}"
+    size = "x".join(map(str, conditions["shape"]))
+    of_classes = f", of the classes {', '.join(conditions['classes'])}" if "classes" in conditions else ""
+    features = f" Features: {conditions['features']}." if conditions["features"] else ""
+    distances = [f"{name}, {EXPLAINED[name]}" for name in results.floor[0] if name in EXPLAINED]
+    legend = [f"Distances, lower is better: {'; '.join(distances)}."] if distances else []
+    legend.append("Floor: of as many real images that are not among the others; in brackets, multiples of it.")
+    if BELOW in shown:
+        legend.append(
+            "Below 1.00x, samples are nearer to these images than other real ones are: images without what is rare can "
+            "be, and copies."
+        )
+    if "±" in shown:
+        legend.append("Mean ± standard deviation over seeds (for the floor, over draws).")
+    parts = [
         f"{conditions['num_samples']} samples of {conditions['model']}, against {conditions['num_reference']} real "
-        f"images of {conditions['data']}, {'x'.join(map(str, conditions['shape']))}"
-        f"{', of the classes ' * ('classes' in conditions)}{', '.join(conditions.get('classes', []))}. "
-        f"Features: {conditions['features'] or 'none'}.\n\n"
-        "Floor: as many real images that are not among the others. Mean ± standard deviation over seeds (for the "
-        "floor, over draws); in brackets, over the floor. The kernel distance is unbiased: its floor is chance."
-        + ("\n\nWithout a value:\n\n" + "\n".join(sorted(notes)) if notes else "")
-    )
-    header = ["scheduler", "network calls", *metrics, "images with NaN", "sampling s", "scoring s"]
-    return Table(caption, header, rows)
+        f"images of {data}, {size}{of_classes}.{features}",
+        " ".join(legend),
+    ]
+    notes = _reasons(results)
+    return "\n\n".join(parts + (["Without a value:", "\n".join(notes)] if notes else []))
+
+
+def _reasons(results: Results) -> list[str]:
+    """Why there are no values, a line for all budgets of a scheduler, as items of Markdown."""
+    found: dict[tuple[str, str], list[int | None]] = {}
+    for (scheduler, calls), cells in groups(results).items():
+        for reason in dict.fromkeys(in_short(cell.reason) for cell in cells if cell.reason):
+            found.setdefault((scheduler, reason), []).append(calls)
+    return sorted(f"- {scheduler}, {_listed(calls)} calls: {reason}" for (scheduler, reason), calls in found.items())
+
+
+def _listed(words: Sequence[Any]) -> str:
+    """`1, 2 and 3`."""
+    *others, last = map(str, words)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _leaders(results: Results) -> tuple[str, dict[int | None, tuple[float, str]]]:
+    """The first distance that has a floor, and its smallest value at every number of calls, over the floor, with the
+    scheduler whose it is. An empty name where there is none, and no values either where the floor is 0."""
+    name = next((name for name in WITH_RATIO if name in results.floor[0]), "")
+    floor = statistic(results.floor, name)
+    found: dict[int | None, tuple[float, str]] = {}
+    for (scheduler, calls), cells in groups(results).items() if floor and floor.mean else ():
+        value = statistic([cell.scores for cell in cells], name)
+        if value and floor:
+            found[calls] = min(found.get(calls, (math.inf, "")), (value.mean / floor.mean, scheduler))
+    return name if floor else "", dict(sorted(found.items(), key=lambda item: item[0] or 0))
 
 
 def verdict(results: Results) -> str:
     """The best scheduler at every number of calls by the first distance that has a floor, in words."""
-    name = next((name for name in WITH_RATIO if name in results.floor[0]), None)
-    floor = statistic(results.floor, name) if name else None
-    if name is None or floor is None:
+    name, leaders = _leaders(results)
+    if not name:
         return "No distance was measured."
-    if not floor.mean:
+    if not any(scores.get(name) for scores in results.floor):
         return f"{name} of real images is 0: nothing is a multiple of it."
-    best: dict[int | None, tuple[float, str]] = {}
-    for (scheduler, calls), cells in groups(results).items():
-        value = statistic([cell.scores for cell in cells], name)
-        if value:
-            best[calls] = min(best.get(calls, (math.inf, "")), (value.mean / floor.mean, scheduler))
-    if None in best:  # samples that someone else made
-        return f"{name} over that of real images: {best[None][0]:.2f}."
-    several = len({scheduler for scheduler, _ in groups(results)}) > 1
-    words = [f"{ratio:.2f} at {calls}" + (f" ({who})" if several else "") for calls, (ratio, who) in best.items()]
+    if not leaders:
+        return f"{name} of no samples has a value."
+    if None in leaders:  # samples that someone else made
+        return f"{name} over that of real images: {leaders[None][0]:.2f}."
+    several = len({cell.scheduler for cell in results.cells}) > 1
+    words = [f"{ratio:.2f} at {calls}" + (f" ({who})" if several else "") for calls, (ratio, who) in leaders.items()]
     return f"{name} over that of real images, by network calls{', the best scheduler' * several}: {', '.join(words)}."
+
+
+def best(results: Results) -> str:
+    """What a card says of the schedulers that were compared, by number of calls; empty where there was one alone."""
+    name, leaders = _leaders(results)
+    if not leaders or len({cell.scheduler for cell in results.cells}) < 2:
+        return ""
+    calls_of: dict[str, list[int | None]] = {}
+    for calls, (_, who) in leaders.items():
+        calls_of.setdefault(who, []).append(calls)
+    words = [f"`{who}` at {_listed(calls)}" for who, calls in calls_of.items()]
+    below = " Below the floor of real images, less is not better." * any(ratio < 1 for ratio, _ in leaders.values())
+    return (
+        f"Measured on this model, the nearest to real images by {name} "
+        f"([table](#quality-against-network-calls)): {', '.join(words)} network calls.{below}"
+    )
 
 
 def plot(results: Results, path: Path) -> None:
@@ -161,12 +230,15 @@ def _figure(results: Results) -> Any:
             plot_rows(axis, {who: values[who] for who in order}, level, scale)
         else:
             plot_curves(axis, found, level, scale=scale)
-        axis.set_title(name)
+        axis.set_title(f"{name}, lower is better" if name in DISTANCES else name)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
     at = f" at {budgets.pop()} network calls" if single else ""
-    figure.suptitle(f"{conditions['model']}{at}: {conditions['num_samples']} samples against {conditions['data']}")
+    figure.suptitle(
+        f"{conditions['model']}{at}: {conditions['num_samples']} samples against {conditions['num_reference']} real "
+        f"images of {conditions['data']}"
+    )
     return figure
 
 
@@ -180,7 +252,7 @@ def plot_rows(
         else:
             axis.text(0.5, row, "none", va="center", ha="center", fontsize=8, transform=axis.get_yaxis_transform())
     if floor is not None:
-        axis.axvline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
+        axis.axvline(floor, **FLOOR)
     axis.set_yticks(range(len(values)), list(values))
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.grid(axis="x", linewidth=0.3)
@@ -207,10 +279,12 @@ def plot_curves(
     for i, (name, curve) in enumerate(curves.items()):
         kept = [(n, value.mean, value.spread or 0.0) for n, value in curve.items() if value]
         x, y, spread = zip(*kept, strict=True) if kept else ((), (), ())
-        style = {**curve_style(i), "markersize": 4, "capsize": 2, **(styles or {}).get(name, {})}
-        axis.errorbar(x, y, spread, label=name, **style)
+        style = {**curve_style(i), "markersize": 4, **(styles or {}).get(name, {})}
+        axis.plot(x, y, label=name, **style)
+        if any(spread):
+            axis.errorbar(x, y, spread, fmt="none", ecolor=style["color"], capsize=2)
     if floor is not None:
-        axis.axhline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
+        axis.axhline(floor, **FLOOR)
     ticks = sorted({n for curve in curves.values() for n in curve})
     axis.set(xscale="log", xlabel="network calls")
     axis.set_xticks(ticks, [str(n) for n in ticks])

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
     trained, taken = _noise_of(own), _noise_of(scheduler)
     if trained != taken and (trained, taken) != ("ve", "vp"):  # which `diffusers_config` makes of it
         raise ValueError(
-            f"--scheduler {name} does not suit this network, which was trained with {trained} noise: it would take it "
-            f"for one of {taken}, and make noise of it. Use {SUITABLE.get(trained, type(own).__name__)}"
+            f"--scheduler {name} does not suit this network: it reads those of {taken} noise, and this one was trained "
+            f"with {trained} noise. Use {SUITABLE.get(trained, type(own).__name__)}"
         )
     if hasattr(scheduler, "noise_sampler"):
         raise ValueError(
@@ -164,6 +165,11 @@ def _noise_of(scheduler: Any) -> str:
 
 class NoGridError(ValueError):
     """A scheduler cannot do with so many network calls."""
+
+
+def in_short(reason: str) -> str:
+    """The first clause of a message: what is wrong, without the figures and what to do about it."""
+    return re.split(r"[:;.] ", reason, maxsplit=1)[0]
 
 
 def num_steps_for(scheduler: Any, num_calls: int) -> int:

@@ -21,11 +21,14 @@ from ..cli import Parser
 from ..data import sides
 from ..evaluation.table import Table
 from ..files import write_text
-from ..pipelines.repository import HERE, HERE_NOTE, QUALITY, model_card
+from ..pipelines.repository import BEST, HERE, HERE_NOTE, QUALITY, model_card
+from ..training.folder import ARGS_FILE
 from ..training.methods import METHODS
 from ..training.rehearsal import duration
 
 NOT_MEASURED = "Not measured."
+# Network calls that a calibrated scheduler is for.
+FEW_CALLS = 20
 LATENT = """
 
 This is a latent model: what is called an image here is the latents of one, which the autoencoder in the folder `vae`
@@ -89,6 +92,7 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     from_hub = options["train_data_dir"] is None and options["dataset_name"] != "digits"
     entries = result.final_entries
     method = METHODS[options["method"]]
+    calibrated = bool(options["calibrate"])
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     height, width = sides(options["resolution"])
     size = f"{height}x{width}" if height != width else f"{width}x{width}"
@@ -96,15 +100,19 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         [method.name],
         [options["dataset_name"]] if from_hub else None,
         files(__package__).joinpath("templates/model_card.md"),
-        title=f"{method.name.upper()}: {_data(options)}, {size}",
+        title=f"{method.short_title}: {_data(options)}, {size}",
         size=size,
-        calibrated=bool(options["calibrate"]),
+        calibrated=calibrated,
+        few_calls=FEW_CALLS,
+        extras=_extras(options),
         **_classes(result.class_names),
         method_name=method.title,
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
-        num_inference_steps=options["validation_inference_steps"],
+        num_inference_steps=FEW_CALLS if calibrated else options["validation_inference_steps"],
+        advice=method.advice,
+        best="\n".join(BEST),
         method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
         quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
         data=f"{_data(options)}, {result.num_images} images",
@@ -143,27 +151,36 @@ def _classes(names: list[str] | None) -> dict[str, str]:
         "asked": f"class_labels=[{json.dumps(names[0], ensure_ascii=False)}] * 4",
         "classes": (
             f"`class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 makes "
-            "images more of their class.\n\n"
+            "images more of their class."
         ),
         "choice": "no prompt, and no other class",
     }
 
 
+def _extras(options: dict[str, Any]) -> str:
+    """Those of the package that the commands of a card need, as pip is told them."""
+    needed = {"evaluation": options["dataset_name"] == "digits", "trackers": options["report_to"] == "tensorboard"}
+    names = ",".join(name for name, is_needed in needed.items() if is_needed)
+    return f"[{names}]" if names else ""
+
+
 def keep_card(folder: Path, path: Path) -> None:
     """Copy the card of the pipeline in `folder`, with its pictures, to `path`, `NAME.md`: there it says that the model
-    has to be trained first.
+    has to be trained first, and loads it from where its command puts it.
 
     Raises:
-        ValueError: if there is no card in `folder`, or `path` is not that of a Markdown file.
+        ValueError: if there is no card of a training in `folder`, or `path` is not that of a Markdown file.
     """
     if path.suffix != ".md":
         raise ValueError(f"{path} must be the card's new name, ending in .md")
-    if not (folder / "README.md").is_file():
-        raise ValueError(f"there is no card in {folder}: it has no README.md")
+    for file in ("README.md", ARGS_FILE):
+        if not (folder / file).is_file():
+            raise ValueError(f"there is no card of a training in {folder}: it has no {file}")
     card = ModelCard.load(folder / "README.md")
+    trained_into = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))["output_dir"]
     name, text = path.stem, card.text
-    text = text.replace(HERE, f'from_pretrained("{folder.as_posix()}")')
-    text = text.replace(HERE_NOTE, "Train it first, with the command below. ")
+    text = text.replace(HERE, f'from_pretrained("{trained_into}")')
+    text = text.replace(HERE_NOTE, f"Train the model first, into `{trained_into}`, with the command below. ")
     for picture in ("samples.png", "results.png"):
         if f"({picture})" in text:
             shutil.copyfile(folder / picture, path.with_name(f"{name}-{picture}"))

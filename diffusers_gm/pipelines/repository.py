@@ -24,6 +24,8 @@ HERE = 'from_pretrained(".")'
 HERE_NOTE = "Run it in the folder of this file. "
 # Between these, the card says how good the samples are, once that is measured.
 QUALITY = ("<!-- quality -->", "<!-- end of quality -->")
+# And between these, which sampler was the best.
+BEST = ("<!-- best -->", "<!-- end of best -->")
 
 
 def model_card(tags: list[str], datasets: list[str] | None, template: Traversable, **values: Any) -> ModelCard:

@@ -147,10 +147,12 @@ def optimal_step_size(
         high = log_a.gather(-1, (best + 1).clamp(max=len(unit) - 1))
     a = log_a.gather(-1, best).exp()
     if not torch.isfinite(chain_variance(a, ratio, steps, fourth_moment)).all():
+        most = float(steps.max())
+        other = "step_size_criterion='fixed_point' " * (criterion != "fixed_point")
         raise ValueError(
-            f"Technique 4 ({criterion}) has no solution: with {float(steps.max()):g} Langevin steps of at most "
+            f"Technique 4 ({criterion}) has no solution: with {most:g} Langevin step{'s' * (most != 1)} of at most "
             f"{max_step:.3g} a level, the chain falls behind levels {float(ratio.max()):.3g} apart. Use more network "
-            "calls, smaller mixture_scales, step_size_criterion='fixed_point' or another algorithm_type."
+            f"calls, smaller mixture_scales, {other}or another algorithm_type."
         )
     return a[..., 0]
 

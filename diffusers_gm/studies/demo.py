@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..app.models import Model, Sampler
+from ..app.models import CALIBRATED, Model, Sampler
 from ..app.runs import Run, Settings, advance
 from ..cli import Parser, at_least
 from ..data import split_digit_labels, split_digits
@@ -28,8 +28,8 @@ from ..evaluation.results import Results
 from ..evaluation.sampling import load_pipeline
 from ..evaluation.subject import Subject
 from ..files import write_text
+from ..hub.cards import FEW_CALLS
 from ..processes.mixture import GaussianMixtureNoise
-from ..readings import VelocityReading
 from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .pictures import plot_forward_cld, plot_forward_noise, plot_samples, plot_trajectories
 
@@ -79,7 +79,7 @@ def samplers(pipeline: Any) -> dict[str, Any]:
     calibrated = isinstance(scheduler, CalibratedMultistepScheduler)
     cls = OF_PIPELINES[type(pipeline).__name__] if calibrated else type(scheduler)
     found = {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
-    return found | ({"calibrated": scheduler} if calibrated else {})
+    return found | ({CALIBRATED: scheduler} if calibrated else {})
 
 
 def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
@@ -103,19 +103,23 @@ def draw_pictures(folder: Path, seed: int) -> None:
     if labels:
         digits = split_digit_labels()[1]
         shown = torch.cat([held_out[digits == digit][:GRID] for digit in range(10)])
-    images = pipeline(GRID * GRID, generator=generator, output_type="pt", class_labels=labels).images * 2 - 1
-    scheduler, calls = pipeline.scheduler, pipeline.default_num_inference_steps
-    title = f"{type(pipeline).__name__}, {scheduler.config.algorithm_type}, {calls} network calls"
+    found = samplers(pipeline)
+    name, calls = pipeline.scheduler.config.algorithm_type, pipeline.default_num_inference_steps
+    if CALIBRATED in found:
+        name, calls = CALIBRATED, FEW_CALLS
+    images = pipeline(GRID * GRID, calls, generator, output_type="pt", class_labels=labels).images * 2 - 1
+    title = f"{type(pipeline).__name__}, {name}, {calls} network calls"
     plot_samples(images, shown, title, folder / "digits.png", GRID, pipeline.class_names or ())
-    if isinstance(scheduler.reading, VelocityReading):
-        plot_forward_cld(held_out[0], scheduler.reading.process, folder / "forward_noise.png")
+    of_method = next(iter(found.values()))
+    if isinstance(of_method, CLDSSCSScheduler):
+        plot_forward_cld(held_out[0], of_method.process, folder / "forward_noise.png")
     else:
-        mixture = getattr(scheduler, "mixture", GaussianMixtureNoise([1.0], [1.0]))
+        mixture = getattr(of_method, "mixture", GaussianMixtureNoise([1.0], [1.0]))
         plot_forward_noise(held_out[0], mixture, 0.5, folder / "forward_noise.png")
     model, runs = Model.of(str(folder), pipeline), []
-    for name, sampler in samplers(pipeline).items():
-        *_, run = advance(model, Run(Sampler(name, sampler), FEW), Settings(seed, 1))
-        runs += [run] if run.finished else []  # some need more calls
+    for name, scheduler in found.items():
+        *_, run = advance(model, Run(Sampler(name, scheduler), FEW), Settings(seed, 1))
+        runs.append(run)
     plot_trajectories(runs, folder / "trajectories.png")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..app.runs import Run
+from ..evaluation.sampling import in_short
 from ..pictures import COLORS, image_grid, style
 from ..processes.cld import CLD, transform
 from ..processes.mixture import GaussianMixtureNoise
@@ -43,6 +44,14 @@ def name_rows(axis: Any, grid: Any, names: Sequence[str], **text: Any) -> None:
     axis.tick_params(axis="y", length=0)
 
 
+def number_columns(axis: Any, count: int) -> None:
+    """Numbers from 1 on above the columns of the `image_grid` on an axis."""
+    left, right = axis.get_xlim()
+    places = [left + (right - left) * (i + 0.5) / count for i in range(count)]
+    axis.set_xticks(places, [str(i + 1) for i in range(count)], fontsize=7)
+    axis.tick_params(axis="x", length=0, pad=1, labeltop=True, labelbottom=False)
+
+
 def show_grid(axis: Any, grid: Any) -> None:
     """Draw an `image_grid`, without a frame."""
     axis.imshow(grid, vmin=0, vmax=255)
@@ -63,16 +72,24 @@ def plot_samples(
 
 
 def plot_trajectories(runs: Sequence[Run], path: Path) -> None:
-    """The way of one image through each run: what the network saw, and the denoised image, at every call."""
-    calls = max(len(run.looks) for run in runs)
+    """The way of one image through each run: what the network saw, and the denoised image, at every call. Runs that
+    could not be done are named, with their reason."""
+    shown, failed = [run for run in runs if run.finished], [run for run in runs if not run.finished]
+    calls = max(len(run.looks) for run in shown)
+    height = 0.8 + 1.6 * len(shown) + 0.2 * len(failed)
     figure, axes = plt.subplots(
-        len(runs), 1, figsize=(0.4 + 0.65 * calls, 0.5 + 1.6 * len(runs)), layout="constrained", squeeze=False
+        len(shown), 1, figsize=(0.4 + 0.65 * calls, height), layout="constrained", squeeze=False
     )
-    for axis, run in zip(axes[:, 0], runs, strict=True):
+    for axis, run in zip(axes[:, 0], shown, strict=True):
         seen, denoised = (torch.cat([getattr(look, of)[:1] for look in run.looks]) for of in ("seen", "denoised"))
         show_rows(axis, {"y": seen, "D": denoised}, calls)
-        axis.set_title(run.sampler.name, fontsize=9, loc="left", pad=3)
-    figure.suptitle(f"one image in {calls} network calls: y as the network sees it, D denoised", fontsize=10)
+        number_columns(axis, len(run.looks))
+        axis.set_ylabel(run.sampler.name, fontsize=9)
+    left_out = "".join(f"\nnot shown: {run.sampler.name}: {in_short(run.error)}" for run in failed)
+    figure.suptitle(
+        f"one image in {calls} network calls, numbered above: y as the network sees it, D denoised{left_out}",
+        fontsize=10,
+    )
     save_picture(figure, path)
 
 
@@ -115,8 +132,9 @@ def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: floa
                 axis.spines[:].set(color=jump, linewidth=3)
         row[0].set_ylabel(name, fontsize=9)
     top.suptitle(
-        f"one digit, noise of equal variance (sigma = {sigma:g}) and scale c: equal shares of the draws, ascending; "
-        "framed: the jumps, one of each"
+        f"One digit and c * sigma * Gaussian noise, sigma = {sigma:g}: a row is a law of the scale c, E[c^2] = 1, a "
+        "column one draw of it.\nThe scales are ascending, in equal shares of the draws; framed: the rare ones, one of "
+        "each."
     )
     for axis, (name, law) in zip(bottom.subplots(1, len(laws)), laws.items(), strict=True):
         increments = law.sample((2000, 2), generator)
@@ -125,8 +143,9 @@ def plot_forward_noise(image: Tensor, mixture: GaussianMixtureNoise, sigma: floa
         for i in (increments.norm(dim=1) > 5).nonzero().flatten().tolist():
             axis.plot(*walk[i : i + 2].T, color=jump, linestyle="-", linewidth=1.5)
         axis.set_title(name.replace("\n", " "), fontsize=10)
+        axis.set(xlabel="one pixel / sigma", ylabel="another / sigma")
         axis.set_aspect("equal", "datalim")
-    bottom.suptitle("2000 steps of a random walk, increments of equal variance; thick: steps of more than 5")
+    bottom.suptitle("The same noise added up: a walk of two pixels in 2000 steps; thick: steps of more than 5 sigma")
     save_picture(figure, path)
 
 

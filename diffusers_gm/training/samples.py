@@ -56,5 +56,6 @@ def hardware(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         name = torch.cuda.get_device_name(accelerator.device)
     else:
-        name = f"{accelerator.device.type.upper()} ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name = f"{accelerator.device.type.upper()} ({threads} thread{'s' * (threads != 1)})"
     return f"{accelerator.num_processes} x {name}"

@@ -16,7 +16,7 @@ from ..option import noise as option
 from ..option import number_or_auto, sampler, trained
 from . import ladder, levels
 from .levels import LevelOptions
-from .method import Batch, LargestDistance, Method, Noise
+from .method import Advice, Batch, LargestDistance, Method, Noise
 
 # The published training is on times from here to 1.
 FIRST_TIME = 1e-5
@@ -195,7 +195,8 @@ sample, `latents` and callbacks included, is `cat([x, v], 1)`, of twice the chan
 SEES_IMAGE = """\
 A state (x, v) amounts to a noisy image y and an independent unit noise c, which says nothing about the image. The
 network is fed y alone, and answers for the image in the preconditioned form of EDM; the sample is y, and the scheduler
-holds c."""
+holds c. It is the very network that `--method ncsnv2` trains by the same options and seed: the two methods differ in
+their samplers, and a calibrated scheduler draws the same images from both."""
 
 IN_LEVELS = """ It was
 trained at $levels of y, and sampling starts from the largest of them."""
@@ -203,6 +204,7 @@ trained at $levels of y, and sampling starts from the largest of them."""
 
 METHOD = Method(
     name="cld",
+    short_title="CLD",
     title="critically-damped Langevin diffusion (CLD)",
     pipeline=CLDPipeline,
     options=(CLDOptions,),
@@ -222,8 +224,18 @@ The velocity v of a pixel is drawn at time 0 from `N(0, gamma M)`, and has the p
 `N(0, 1)` of the pixel x itself; here the mass M is $mass and gamma $gamma, so variances $initial and $mass. $network
 At the end x is the image, and v, which is noise, is dropped.
 
-Samplers are values of the scheduler's `algorithm_type`: `sscs`, `euler_maruyama` and `probability_flow`.""",
+Samplers, values of the `algorithm_type` of `CLDSSCSScheduler`:
+
+- `sscs`: symmetric splitting, exact half-steps of the diffusion around a step along the score; of order 1
+  (`splitting_order=1`), as published, or 2 (`sscs, order 2`).
+- `euler_maruyama`: plain steps of the reverse diffusion.
+- `probability_flow`: its ODE, without noise after the start.""",
     card_values=on_card,
+    advice=Advice(
+        "CLDSSCSScheduler",
+        'algorithm_type="sscs", splitting_order=1',
+        '`algorithm_type="probability_flow"` serves up to 20 calls.',
+    ),
     citation="""\
 ```bibtex
 @inproceedings{dockhorn2022score,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...pipelines import UnconditionalPipeline
 from ..option import noise as option
 from ..option import number_or_auto
-from .method import Batch, LargestDistance, Method, Noise, TimeOptions
+from .method import Advice, Batch, LargestDistance, Method, Noise, TimeOptions
 
 
 @dataclass
@@ -52,6 +52,7 @@ def in_words(args: DDPMOptions, noise: Noise) -> str:
 
 METHOD = Method(
     name="ddpm",
+    short_title="DDPM",
     title="a denoising diffusion probabilistic model (DDPM)",
     pipeline=UnconditionalPipeline,
     options=(DDPMOptions,),
@@ -66,6 +67,11 @@ A network of $parameters parameters was trained to predict the noise of $steps s
 $betas betas, for images in [-1, 1]: diffusers' own DDPM. Its network and scheduler are plain ones of diffusers, in the
 folders `unet` and `scheduler`; every scheduler of diffusers or of diffusers_gm samples it.""",
     card_values=lambda record: {"steps": record["num_train_timesteps"], "betas": record["ddpm_beta_schedule"]},
+    advice=Advice(
+        "CalibratedMultistepScheduler",
+        "calibration=None, stochasticity=1.0",
+        "It serves few calls, too, and so do schedulers of diffusers: of `pipeline.scheduler.config`.",
+    ),
     citation="""\
 ```bibtex
 @inproceedings{ho2020denoising,

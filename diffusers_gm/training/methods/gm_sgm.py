@@ -11,7 +11,7 @@ from ...schedulers import GMLangevinScheduler
 from ..option import noise as option
 from . import ladder
 from .ladder import LadderOptions
-from .method import Batch, Method, Noise
+from .method import Advice, Batch, Method, Noise
 
 EXPLICIT, STABLE, POWER = ("mixture_weights", "mixture_scales"), ("stable_alpha",), ("power_alpha", "power_base")
 COUNT = ("num_components",)
@@ -101,6 +101,7 @@ def on_card(record: dict[str, Any]) -> dict[str, Any]:
 
 METHOD = Method(
     name="gm-sgm",
+    short_title="GM-SGM",
     title="a Gaussian-mixture score-based model (GM-SGM)",
     pipeline=GMSGMPipeline,
     options=(GMSGMOptions,),
@@ -116,9 +117,22 @@ A network of $parameters parameters was trained to undo Gaussian-mixture noise, 
 noise (one component per $per: $components); it learns $learns. It was trained at $levels, for
 images in [-1, 1]. The network $told.
 
-The scheduler knows the mixture. Samplers are values of its `algorithm_type`: `langevin`, `jump`, `exponential`,
-`ancestral` and `ode`.""",
+Images are drawn down a ladder of descending noise levels. Samplers, values of the `algorithm_type` of
+`GMLangevinScheduler`, which knows the mixture:
+
+- `langevin`: annealed Langevin dynamics. The network is told the level where the chain of steps really is; as
+  `langevin, ladder` (`network_level="ladder"`) that of the ladder, as published.
+- `jump`: the same with steps of random size, mostly small, now and then large, as the mixture is; it has no stable step
+  at few calls.
+- `exponential`: the same random sizes in steps that are exact for a fixed denoised image, and stable for any size.
+- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step.
+- `ode`: its probability flow, without noise after the start.""",
     card_values=on_card,
+    advice=Advice(
+        "GMLangevinScheduler",
+        'algorithm_type="ancestral"',
+        '`algorithm_type="ode"` serves up to 10 calls, `"ancestral"` from 20 on.',
+    ),
     citation="""\
 ```bibtex
 @misc{gmsgm,

@@ -57,11 +57,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """Which scheduler a card advises, beside a calibrated one, by the measurements of `model_cards/results.md`.
+
+    Attributes:
+        scheduler: the name of a class of this package.
+        options: its options for more calls than a calibrated scheduler is for, as arguments in Python.
+        few: what else serves, in sentences.
+    """
+
+    scheduler: str
+    options: str
+    few: str
+
+
+@dataclass(frozen=True)
 class Method:
     """All that tells one method of training from another. `args` are all options of a training, its own among them.
 
     Attributes:
         name: value of `--method`.
+        short_title: its name in headings.
         title: its name in sentences.
         pipeline: the class that draws images from what was trained.
         options: dataclasses of the options that say something about it, beside those for all methods.
@@ -75,6 +91,7 @@ class Method:
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
+        advice: which scheduler the model card advises.
         citation: BibTeX.
         choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
         formerly: what version 0.1.0, whose records say nothing of them, had for some of those that `choose` names.
@@ -82,6 +99,7 @@ class Method:
     """
 
     name: str
+    short_title: str
     title: str
     pipeline: Any
     options: tuple[type, ...]
@@ -93,6 +111,7 @@ class Method:
     noise_in_words: Callable[[Any, Noise], str]
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]
+    advice: Advice
     citation: str
     choose: Callable[[Any], dict[str, Any]] = lambda args: {}
     formerly: dict[str, Any] = field(default_factory=dict)

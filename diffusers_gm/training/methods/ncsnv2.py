@@ -9,7 +9,7 @@ from ...processes.mixture import GAUSSIAN
 from ...schedulers import AnnealedLangevinScheduler
 from . import ladder
 from .ladder import LadderOptions
-from .method import Batch, Method, Noise
+from .method import Advice, Batch, Method, Noise
 
 
 def scheduler(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> AnnealedLangevinScheduler:
@@ -22,6 +22,7 @@ def loss(args: LadderOptions, noise: Noise, scheduler: Any, batch: Batch) -> Ten
 
 METHOD = Method(
     name="ncsnv2",
+    short_title="NCSNv2",
     title="NCSNv2",
     pipeline=NCSNv2Pipeline,
     options=(LadderOptions,),
@@ -36,9 +37,20 @@ METHOD = Method(
 A network of $parameters parameters was trained to undo Gaussian noise; it learns $learns. It was
 trained at $levels, for images in [-1, 1]. The network $told.
 
-Images are drawn by annealed Langevin dynamics: `algorithm_type="langevin"`, with step sizes by Technique 4, or
-`"consistent"`, which keeps the variance of every level exact.""",
+Images are drawn down a ladder of descending noise levels. Samplers, values of the `algorithm_type` of
+`AnnealedLangevinScheduler`:
+
+- `langevin`: annealed Langevin dynamics, `num_langevin_steps` steps a level (T), their size by Technique 4. The network
+  is told the level where the chain of steps really is; as `langevin, ladder` (`network_level="ladder"`) that of the
+  ladder, as published. `langevin, T = 3` makes three steps a level.
+- `consistent`: consistent annealed sampling, which keeps the variance of every level exact.""",
     card_values=ladder.on_card,
+    advice=Advice(
+        "AnnealedLangevinScheduler",
+        'algorithm_type="consistent"',
+        "It serves few calls, too. Where the network allows it, so do schedulers of diffusers: of "
+        "`pipeline.scheduler.diffusers_config()`.",
+    ),
     citation=ladder.CITATION,
     formerly=ladder.FORMERLY,
 )
