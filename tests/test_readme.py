@@ -227,8 +227,9 @@ def train(words, folder, *more):
 
 @pytest.fixture(scope="module")
 def digits_model(tmp_path_factory):
+    """By the recipe of `make demo`: of classes, and calibrated."""
     folder = tmp_path_factory.mktemp("readme") / "demo"
-    train(ON_DIGITS, folder, "--num_validation_images", "2")
+    train(ON_DIGITS, folder, "--config", "digits", "--num_validation_images", "2")
     return folder
 
 
