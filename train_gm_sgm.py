@@ -1,16 +1,17 @@
 """Train a score-based generative model and save it as a diffusers pipeline.
 
-Gaussian-mixture noise on the digits that come with scikit-learn, a few minutes on a CPU:
+`diffusers-gm-train` is this script, installed. Gaussian-mixture noise on the digits that come with scikit-learn, a few
+minutes on a CPU:
 
-    accelerate launch --num_cpu_threads_per_process 2 train_gm_sgm.py --output_dir outputs/digits
+    diffusers-gm-train --output_dir outputs/digits
 
 NCSNv2 on the same, without noise conditioning:
 
-    accelerate launch train_gm_sgm.py --method ncsnv2 --conditioning none --output_dir outputs/digits-ncsnv2
+    diffusers-gm-train --method ncsnv2 --conditioning none --output_dir outputs/digits-ncsnv2
 
 Critically-damped Langevin diffusion:
 
-    accelerate launch train_gm_sgm.py --method cld --output_dir outputs/digits-cld
+    diffusers-gm-train --method cld --output_dir outputs/digits-cld
 
 A folder of images (or of parquet files, or `--dataset_name` of the Hub) on two GPUs:
 
@@ -21,8 +22,7 @@ Several processes on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gp
 What a training would do, without doing it: add `--dry_run`. After an interruption, add
 `--resume_from_checkpoint latest`: it ends with the same weights as if nothing had happened. With
 `--max_train_minutes 9` beside it, the same command, again and again, trains in slices of nine minutes. Options can be
-kept in a YAML file, and some come with the package: `--config cifar10-cpu --method cld`. All options:
-`python train_gm_sgm.py --help`.
+kept in a YAML file, and some come with the package: `--config cifar10-cpu --method cld`. All options: `--help`.
 """
 
 import sys

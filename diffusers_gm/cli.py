@@ -27,7 +27,7 @@ def _many(action: argparse.Action) -> bool:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """An option by its first name alone, its default in brackets where the help does not speak of one."""
+    """An option by its first name alone, its default in brackets, which a help may end with in words."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=34, width=120)
@@ -51,7 +51,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if not action.option_strings or default in (None, False, argparse.SUPPRESS) or "default" in text:
+        if not action.option_strings or default in (None, False, [], argparse.SUPPRESS) or text.endswith("]"):
             return text
         return f"{text} [{' '.join(map(str, default)) if isinstance(default, list) else default}]".replace("%", "%%")
 

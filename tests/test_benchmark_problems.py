@@ -273,6 +273,7 @@ def test_the_calibrated_sampler_in_small(tmp_path, capsys):
     ("words", "message"),
     [
         (["--grids", "Karas"], "--grids ['Karas']: there are default, "),
+        (["--models", "cifar10"], "--models cifar10 needs --cifar10, the folder of its parquet files"),
         (["--models", "cifar10", "--cifar10", "nowhere"], "--cifar10 nowhere: no such folder"),
     ],
 )

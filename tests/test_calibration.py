@@ -335,6 +335,18 @@ def test_bad_arguments_are_named_before_any_work(arguments, message, tiny_unet):
         calibrate(pipe, progress=False, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, 16), ({"batch_size": 3}, 3), ({"generator": [torch.Generator().manual_seed(0)]}, 1)],
+)
+def test_how_many_images_a_pipeline_of_diffusers_makes(tiny_unet, given, size):
+    sizes = set()
+    tiny_unet.register_forward_pre_hook(lambda module, args: sizes.add(len(args[0])))
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    calibrate(pipe, (4,), effort="fast", progress=False, output_type="np", **given)
+    assert sizes == {size}
+
+
 def test_pipelines_that_cannot_be_calibrated_are_named(tiny_unet):
     class Bare:
         pass

@@ -199,12 +199,46 @@ def test_labels_follow_the_proportions_of_the_data():
     network = tiny_network(num_class_embeds=4)
     pipeline = GMSGMPipeline(network, SCHEDULERS["gm-sgm"](), class_shares=[0.5, 0.0, 0.5])
     assert pipeline.class_names is None
-    labels = pipeline.draw_labels(seeded(*range(2000)))
+    labels = pipeline.draw_labels(2000, seeded(*range(2000)))
     counts = np.bincount(labels, minlength=3) / 2000
     assert counts[1] == 0
     assert abs(counts[0] - 0.5) < 5 * 0.5 / 2000**0.5
-    assert pipeline.draw_labels(seeded(*range(1000, 2000))) == labels[1000:]
-    assert GMSGMPipeline(tiny_network(), SCHEDULERS["gm-sgm"]()).draw_labels(seeded(0)) is None
+    assert pipeline.draw_labels(1000, seeded(*range(1000, 2000))) == labels[1000:]
+    assert GMSGMPipeline(tiny_network(), SCHEDULERS["gm-sgm"]()).draw_labels(1, seeded(0)) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}])
+def test_without_labels_classes_are_drawn(pipeline, monkeypatch, options):
+    """The generator decides them, before anything else: the images are those of the labels that it draws."""
+    image_by_image(pipeline, monkeypatch)
+    seeds = range(4)
+    generators = seeded(*seeds)
+    labels = pipeline.draw_labels(4, generators)
+    assert len(set(labels)) > 1
+    expected = pipeline(4, 8, generators, class_labels=labels, output_type="pt", **options).images
+    assert torch.equal(images(pipeline, seeds, None, **options), expected)
+    halves = [images(pipeline, half, None, **options) for half in ((0, 1), (2, 3))]
+    assert torch.equal(torch.cat(halves), expected)
+    one, again, other = (
+        pipeline(4, 8, torch.Generator().manual_seed(seed), output_type="pt", **options).images for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_a_given_image_is_of_no_class_unless_told(pipeline):
+    given = torch.rand(1, 1, 8, 8, generator=seeded(0)[0])
+    none = pipeline.null_class
+    assert torch.equal(*(images(pipeline, (0,), label, image=given) for label in (None, none)))
+    assert torch.equal(*(
+        pipeline.denoise(given, generator=seeded(1), class_labels=label, output_type="pt").images
+        for label in (None, none)
+    ))  # fmt: skip
+    pipeline.unet.forward = None  # any network call would fail differently
+    with pytest.raises(ValueError, match=r"give class_labels, of 3 classes, such as \['cat', 'cow', 'dog'\]"):
+        pipeline(1, 4, image=given, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="give class_labels, of 3 classes"):
+        pipeline.encode(given, 4)
 
 
 def test_calibration_of_a_class_and_of_all(monkeypatch):
@@ -244,20 +278,22 @@ def test_calibration_from_an_image(tiny_unet):
 
 def test_the_adaptive_solver_takes_classes():
     pipeline = conditional("cld")
-    solved = [images(pipeline, (0, 1), [0, 2], None, ode_solver="dopri5", rtol=1e-2, atol=1e-2, **options)
+    solver = {"ode_solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}
+    solved = [images(pipeline, (0, 1), [0, 2], None, **solver, **options)
               for options in ({}, {"guidance_scale": 1.0}, {"guidance_scale": 2.0})]  # fmt: skip
     assert torch.equal(solved[0], solved[1])
     assert not torch.equal(solved[0], solved[2])
     with pytest.raises(ValueError, match=r"\['image'\] do not go with ode_solver='dopri5'"):
         pipeline(1, class_labels=0, ode_solver="dopri5", image=torch.zeros(1, 1, 8, 8))
-    with pytest.raises(ValueError, match="give class_labels"):
-        pipeline(1, ode_solver="dopri5")
+    generators = seeded(0, 1)
+    labels = pipeline.draw_labels(2, generators)
+    told = pipeline(2, generator=generators, class_labels=labels, output_type="pt", **solver).images
+    assert torch.equal(images(pipeline, (0, 1), None, None, **solver), told)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": None}, r"give class_labels, of 3 classes, such as \['cat', 'cow', 'dog'\]"),
         ({"class_labels": 4}, r"class_labels \[4\] are out of range: this network has the classes 0 to 3"),
         ({"class_labels": [0, -1]}, r"class_labels \[-1\] are out of range"),
         ({"class_labels": "dgo"}, r"class_labels 'dgo' is no class of this model; the nearest are \['dog'"),

@@ -1,5 +1,6 @@
 """Every `python -m diffusers_gm....` says what it is called and what it does."""
 
+import argparse
 import itertools
 import re
 import runpy
@@ -50,14 +51,23 @@ def test_help(module, help_of):
 
 @pytest.mark.parametrize("module", commands())
 def test_help_is_readable(module, help_of):
-    """120 columns; no option beside its opposite; nothing is said of a default twice."""
+    """120 columns; no option beside its opposite."""
     lines = help_of(module).splitlines()
     assert module == "diffusers_gm.studies" or max(map(len, lines)) <= 120  # it lists the studies in one line each
     at = [i for i, line in enumerate(lines) if re.match(r"  --\w", line)] + [len(lines)]
     for begin, end in itertools.pairwise(at):
         entry = " ".join(line.strip() for line in lines[begin:end])
         assert not re.search(r"--no_|, --", entry.partition("  ")[0]), entry
-        assert not re.search(r"default.*\[\S+\]$", entry), entry
+
+
+@pytest.mark.parametrize("module", commands())
+def test_all_options_say_what_they_are_and_defaults_stand_in_brackets(module, help_of, monkeypatch):
+    parsers, show = [], argparse.ArgumentParser.print_help
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: (parsers.append(self), show(self)))
+    assert "[]" not in help_of(module)
+    for action in parsers[0]._actions:
+        assert action.help, action
+        assert "default" not in action.help, action
 
 
 def test_the_studies_are_listed(help_of):
@@ -67,6 +77,7 @@ def test_the_studies_are_listed(help_of):
     for name in listed:
         (line,) = (line for line in said if line.split()[:1] == [name])
         assert len(line.split()) > 4
+        assert line.endswith("."), line
 
 
 def test_an_error_is_one_line(tmp_path):

@@ -276,8 +276,7 @@ def test_conditional_models_are_measured_with_guidance(evaluate, tmp_path):
     # The images are those of the pipeline, the interval counts, and what was measured before stays.
     pipeline = load_pipeline(folder, CPU)
     generators = [generator_for(0, SAMPLES, i) for i in range(20)]
-    labels = pipeline.draw_labels(generators)
-    images = pipeline(20, 3, generators, class_labels=labels, guidance_scale=3.0, output_type="pt").images * 2 - 1
+    images = pipeline(20, 3, generators, guidance_scale=3.0, output_type="pt").images * 2 - 1
     distance = sliced_wasserstein(images, split_digits()[0][reference_order(60)])
     assert guided["scores"]["sliced W2"] == pytest.approx(distance, rel=1e-4)
     more, _ = evaluate(*words, "--guidance_interval", 0.01, 2)

@@ -164,8 +164,7 @@ def test_help_has_groups_and_says_everything_once(capsys):
     assert "--no_" not in flat
     assert max(map(len, printed.splitlines())) <= 120
     assert "--num_epochs" not in flat
-    for f in fields(TrainingArguments):
-        assert f.metadata["help"].endswith(".")
+    assert "default" not in flat.lower()
 
 
 @pytest.mark.parametrize(

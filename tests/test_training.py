@@ -626,7 +626,7 @@ def test_every_option_has_a_help_text(train, capsys):
     printed = capsys.readouterr().out
     for field in fields(TrainingArguments):
         assert f"--{field.name}" in printed
-        assert field.metadata["help"].endswith(".")
+        assert re.search(r"\.( \[[^]]+\])?$", field.metadata["help"])
 
 
 @pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2"])

@@ -15,9 +15,9 @@ from ..extra import extra
 def build_parser() -> Parser:
     parser = Parser("diffusers_gm.app", __doc__)
     add = parser.add_argument
-    add("--model", default="outputs/demo", help="folder of a pipeline, or its name on the Hub; default outputs/demo")
+    add("--model", default="outputs/demo", help="folder of a pipeline, or its name on the Hub")
     add("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: to everybody on the network")
-    add("--port", type=int, default=None, help="default: the first that is free, from 7860 on")
+    add("--port", type=int, default=None, help="of the page [the first that is free, from 7860 on]")
     add("--browser", action="store_true", help="open a browser")
     return parser
 

@@ -107,9 +107,7 @@ def code_of(model: Model, run: Run, settings: Settings) -> str:
     lines = [f"from {module} import {', '.join(names)}" for module, names in sorted(imports.items())]
     lines += ["", f"pipe = {load.format(f'{source}.from_pretrained({as_python(model.name)})')}"]
     lines += [f"pipe.scheduler = {own}"] if own else []
-    given = {name: as_python(value) for name, value in settings.of_classes(model).items()}
-    labels = {"class_labels": "pipe.draw_labels(generators)"} if model.classes else {}
-    arguments = "".join(f", {name}={value}" for name, value in (labels | given).items())
+    arguments = "".join(f", {name}={as_python(value)}" for name, value in settings.of_classes(model).items())
     lines += [
         f"seeds = range({settings.seed}, {settings.seed + settings.num_images})",
         "generators = [torch.Generator().manual_seed(seed) for seed in seeds]",

@@ -143,7 +143,7 @@ def controls(given: str) -> dict[str, Any]:
     parts: dict[str, Any] = {"model": gr.State(None)}
     parts["name"] = gr.Dropdown(models_at_hand(given), value=given, label="Model", info="a folder, or a name on the Hub", allow_custom_value=True, elem_id="model")  # fmt: skip # noqa: E501
     parts["status"] = gr.HTML(elem_id="status", padding=False)
-    parts["samplers"] = gr.Dropdown([], multiselect=True, label="Samplers", info="or any other, such as DEISMultistepScheduler solver_order=3", allow_custom_value=True, elem_id="samplers")  # fmt: skip # noqa: E501
+    parts["samplers"] = gr.Dropdown([], multiselect=True, label="Samplers", info="chain: the network is told the noise level that the Langevin run has come to; or any other sampler, such as DEISMultistepScheduler solver_order=3", allow_custom_value=True, elem_id="samplers")  # fmt: skip # noqa: E501
     with gr.Row():
         parts["calls"] = gr.Textbox("5 10 20", label="Network calls", min_width=120, elem_id="calls")
         parts["seed"] = gr.Number(0, label="Seed", precision=0, min_width=80, elem_id="seed")

@@ -60,9 +60,7 @@ class Settings:
 
     def arguments(self, model: Model) -> dict[str, Any]:
         """Of the pipeline, all that decides the images but for the number of steps."""
-        generators = self.generators()
-        labels = {"class_labels": model.pipe.draw_labels(generators)} if model.classes else {}
-        return {"generator": generators, **labels, **self.of_classes(model)}
+        return {"generator": self.generators(), **self.of_classes(model)}
 
 
 def parse_calls(text: str) -> list[int]:

@@ -23,12 +23,12 @@ def build_parser() -> Parser:
     parser = Parser("diffusers_gm.calibrate", __doc__)
     parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
-    parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: one run of 56 calls")
+    parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: levels from a single run")
     parser.add_argument(
-        "--stochasticity", type=float, default=None, help="tau of the sampler; default by the network's errors"
+        "--stochasticity", type=float, default=None, help="tau of the sampler [by the network's errors]"
     )
-    parser.add_argument("--batch_size", type=int, default=None, help="images; default 64")
-    parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes; default the folder")
+    parser.add_argument("--batch_size", type=int, default=None, help="images [64, fewer if they are large]")
+    parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes [the folder]")
     return parser
 
 

@@ -44,6 +44,10 @@ SOME, ALL, ENOUGH = 0.7, 1.0, 6
 # Stochasticities among which real images choose.
 CANDIDATES = (0.0, 0.4, SOME, ALL)
 
+# Images of a pipeline that makes a single one unless told, and what else tells it how many.
+NUM_IMAGES = 16
+TELLS_HOW_MANY = ("batch_size", "num_images_per_prompt", "prompt", "image", "latents", "class_labels")
+
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
 
@@ -97,8 +101,7 @@ def calibrate(
     Args:
         pipe: a pipeline with a network and a scheduler; its scheduler is put back at the end.
         calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
-        effort: `full`; or `fast`: one run of 56 calls, from whose denoised images the local errors of all steps are
-            estimated.
+        effort: `full`; or `fast`: one run, from whose denoised images the local errors of all steps are estimated.
         stochasticity: tau of the sampler; 0 is the probability flow, deterministic. None: by the martingale defect of
             the network and the number of calls, see `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
@@ -106,8 +109,9 @@ def calibrate(
             = 0, 0.4, 0.7 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
             Wasserstein distance.
         progress: show a bar.
-        arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64
-            and all classes, unless told; others need as many images as fit: 4 will do.
+        arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64,
+            fewer where images are large, and all classes, unless told; others that have a `batch_size`, as
+            `DDPMPipeline`, take 16. Those that have none need as many images as fit: 4 will do.
 
     Returns:
         a `CalibratedMultistepScheduler` for the network; `save_pretrained` and `push_to_hub` carry its levels.
@@ -347,6 +351,10 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
         arguments["generator"] = torch.Generator().manual_seed(0)
     if hasattr(pipe, "calibration_arguments"):
         given = given | pipe.calibration_arguments(given)
+    elif "batch_size" in parameters and not (
+        isinstance(given.get("generator"), list | tuple) or any(name in given for name in TELLS_HOW_MANY)
+    ):
+        arguments["batch_size"] = NUM_IMAGES
     return arguments | given
 
 

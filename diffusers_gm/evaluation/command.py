@@ -6,8 +6,8 @@ r"""Measure a pipeline, or images that someone else made, against real data.
     python -m diffusers_gm.evaluation --samples my/images --train_data_dir path/to/real/images
 
 Writes results.json, results.md and results.png to --output_dir, and into the card of the model if that is its folder.
-An interrupted run goes on where it was. Several processes share the work: `accelerate launch -m diffusers_gm.evaluation
-...` (on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m ...`).
+An interrupted run goes on where it was. Several processes share the work: `accelerate launch --num_processes 2 -m
+diffusers_gm.evaluation ...` (on CPUs: `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ...`).
 """
 
 import argparse

@@ -17,7 +17,7 @@ def build_parser(description: str) -> Parser:
     add = parser.add_argument_group("What is measured").add_argument
     add("model", nargs="?", help="a pipeline, its folder or its name on the Hub")
     add("--samples", type=Path, help="in place of a model: a folder of images, a .npy or a .safetensors file")
-    add("--scheduler", nargs="+", action="append", metavar=("CLASS", "OPTION=VALUE"), help="of diffusers or ours, made of the config of the pipeline's own; may be given several times; default: its own")  # fmt: skip # noqa: E501
+    add("--scheduler", nargs="+", action="append", metavar=("CLASS", "OPTION=VALUE"), help="of diffusers or ours, made of the config of the pipeline's own; may be given several times [its own]")  # fmt: skip # noqa: E501
     add("--calls", type=at_least(1), nargs="+", default=[10, 20, 50], help="network calls")
     add(
         "--seeds",
@@ -29,24 +29,24 @@ def build_parser(description: str) -> Parser:
     add(
         "--num_samples",
         type=at_least(1),
-        help="default 1000, or as many as the floor has images; with --samples: all",
+        help="images that are measured [1000, or as many as the floor has; with --samples all]",
     )
     add("--batch_size", type=at_least(1), default=64, help="images sampled at once, by each process")
 
     add = parser.add_argument_group("Classes, where the network knows any").add_argument
-    add("--class_labels", nargs="+", metavar="CLASS", help="names or indices: samples and real images are of these; default: of all, as often as in the training data")  # fmt: skip # noqa: E501
+    add("--class_labels", nargs="+", metavar="CLASS", help="names or indices: samples and real images are of these [all, as often as in the training data]")  # fmt: skip # noqa: E501
     add("--guidance_scale", type=float, nargs="+", default=[1.0], help="classifier-free guidance, 1 for none; every scale is measured; a call with guidance is of twice the batch")  # fmt: skip # noqa: E501
-    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance; default: all")  # fmt: skip # noqa: E501
+    add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance [all]")  # fmt: skip # noqa: E501
 
     add = parser.add_argument_group("Real images").add_argument
     add("--dataset_name", help="'digits' or a data set of the Hub")
     add("--dataset_config_name", help="configuration of the Hub data set")
     add("--train_data_dir", metavar="PATH", help="a folder of images or of parquet files")
-    add("--image_column", help="column with the images; default 'image' or 'img'")
-    add("--label_column", help="column with the classes, for --class_labels; default 'label'")
+    add("--image_column", help="column with the images [image or img]")
+    add("--label_column", help="column with the classes, for --class_labels [label]")
     add("--background", default="white", help="colour seen through transparent pixels")
     add("--cache_dir", metavar="PATH", help="where downloaded data sets are kept")
-    add("--resolution", type=at_least(1), nargs="+", help="side, or height and width, to which they are resized and cropped; default: their own")  # fmt: skip # noqa: E501
+    add("--resolution", type=at_least(1), nargs="+", help="side, or height and width, to which they are resized and cropped [their own]")  # fmt: skip # noqa: E501
     add("--num_reference", type=at_least(1), default=NUM_REFERENCE, help="as many to compare with, at most")
 
     add = parser.add_argument_group("How it is measured, and where that goes").add_argument

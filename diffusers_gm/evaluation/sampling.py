@@ -208,14 +208,14 @@ def _images(
 ) -> Tensor:
     """`(n, C, H, W)` float32 in [-1, 1] on the CPU; of all classes, or those `among`, in the proportions of the
     training data."""
-    labels = pipeline.draw_labels(generators, among) if isinstance(pipeline, UnconditionalPipeline) else None
+    labels = {} if among is None else {"class_labels": pipeline.draw_labels(num_images, generators, among)}
     images = pipeline(
         batch_size=num_images,
         num_inference_steps=num_steps,
         generator=generators,
         output_type="np",
         **arguments,
-        **({} if labels is None else {"class_labels": labels}),
+        **labels,
     ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous() * 2 - 1
 

@@ -91,13 +91,13 @@ class ImagePipeline(HubPipeline):
         return self.num_classes is not None and not (nameless and null_class(self.unet) is not None)
 
     def draw_labels(
-        self, generators: Sequence[torch.Generator], among: Sequence[int] | None = None
+        self, num_images: int, generator: Generators = None, among: Sequence[int] | None = None
     ) -> list[int] | None:
-        """A class for each generator, of all or of those `among`, in the proportions of the training data; None, and
-        nothing drawn, for a network without."""
+        """A class for each image, of all or of those `among`, in the proportions of the training data; None, and
+        nothing drawn, for a network without. What a call does that is given no `class_labels`."""
         if not (self._needs_labels or among):
             return None
-        return self._labels_at(rand((len(generators),), list(generators), "cpu", torch.float32), among)
+        return self._labels_at(rand((num_images,), generator, "cpu", torch.float32), among)
 
     def _labels_at(self, quantiles: Tensor, among: Sequence[int] | None = None) -> list[int] | None:
         """The classes at quantiles of their law in the training data, `(n,)` in [0, 1)."""

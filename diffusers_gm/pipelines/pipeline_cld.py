@@ -66,7 +66,8 @@ class CLDPipeline(UnconditionalPipeline):
         With `ode_solver` the probability flow is solved to a tolerance, and the solver chooses its steps; the
         scheduler then only describes the model, and its `algorithm_type` and grid have no say. One grid of steps
         serves the whole batch, that of its most difficult image: a batch of 4 agrees with two of 2 within the
-        tolerance, not to the bit, and costs as many calls as the worse of them. The generator decides the start only.
+        tolerance, not to the bit, and costs as many calls as the worse of them. The generator decides the start, and
+        classes that are not given.
 
         Args:
             batch_size, num_inference_steps, generator, latents, output_type, return_dict, callback_on_step_end,
@@ -108,6 +109,8 @@ class CLDPipeline(UnconditionalPipeline):
         size = {name: arguments.pop(name, None) for name in ("height", "width")}
         shape = self._checked_shape(batch_size, generator, latents, output_type, **size)
         classes = {name: arguments.pop(name, default) for name, default in CLASSES.items()}
+        if classes["class_labels"] is None:
+            classes["class_labels"] = self.draw_labels(batch_size, generator)
         guidance = self._guidance(batch_size, *classes.values())
         if arguments:
             raise ValueError(f"{sorted(arguments)} do not go with ode_solver={ode_solver!r}: leave them out")

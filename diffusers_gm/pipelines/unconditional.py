@@ -74,7 +74,7 @@ class UnconditionalPipeline(ImagePipeline):
         Args:
             batch_size: number of images; None: as many as there are `class_labels`, or `latents`; else 1.
             num_inference_steps: network calls, all included; None: `default_num_inference_steps` of the class.
-            generator: decides the images; a list of `batch_size` generators decides them one by one.
+            generator: decides the images, and their classes; a list of `batch_size` generators decides them one by one.
             latents: what to start from, `(B, C, H, W)`, in place of `scheduler.initial_sample`.
             output_type: `pil`, `np` (`(B, H, W, C)` in [0, 1]), `pt` (`(B, C, H, W)` in [0, 1]), or `latent`: what the
                 network takes for images, `(B, C, h, w)`, with `vae` not decoded.
@@ -83,7 +83,8 @@ class UnconditionalPipeline(ImagePipeline):
                 the `latents` of the dict it returns replace the sample.
             callback_on_step_end_tensor_inputs: names of the tensors given to the callback; only `latents`.
             class_labels: of a class-conditional network: a class for all images, or one for each; an index or one of
-                `class_names`. The network's last class, which stands for none, has an index too.
+                `class_names`. The network's last class, which stands for none, has an index too. None: drawn as often
+                as in the training data; from an `image`, which has a class of its own, that which stands for none.
             guidance_scale: how much the class counts, see `pipelines.guidance`: 1 as the network learned it, 0 not at
                 all. Every call for which it is not 1 is of twice the batch.
             guidance_interval: the noise levels (low, high) in which there is guidance: sigma of `y = x0 + sigma noise`,
@@ -107,6 +108,10 @@ class UnconditionalPipeline(ImagePipeline):
         num_steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         batch_size = self._batch_size(batch_size, class_labels, latents)
         shape = self._checked_shape(batch_size, generator, latents, output_type, height, width)
+        if class_labels is None and image is None:
+            class_labels = self.draw_labels(batch_size, generator)
+        elif class_labels is None and guidance_scale == 1:
+            class_labels = self.null_class
         guidance = self._guidance(batch_size, class_labels, guidance_scale, guidance_interval)
         picture = self._picture(shape, num_steps, latents, image, strength, mask_image, num_resamples)
 
@@ -164,7 +169,8 @@ class UnconditionalPipeline(ImagePipeline):
             image: as in the call; all in the list are encoded, in their own size.
             num_inference_steps: network calls, all included, on the noise levels of the scheduler.
             generator: draws the companion noise of a network that sees velocities; nothing else is drawn.
-            class_labels, guidance_scale, guidance_interval: as in the call.
+            class_labels, guidance_scale, guidance_interval: as in the call that is to make the images again; nothing is
+                drawn, a network with classes has to be told.
 
         Returns:
             `(B, C, H, W)`, with velocities `(B, 2C, H, W)`.
@@ -195,7 +201,7 @@ class UnconditionalPipeline(ImagePipeline):
         Args:
             image: as in the call, but values may lie outside [0, 1].
             generator: draws the probe; a list decides one image each.
-            class_labels: as in the call.
+            class_labels: as in the call; None: that which stands for none.
             num_looks: levels that are tried. Networks of mixture noise find theirs in three.
 
         Raises:
@@ -225,7 +231,8 @@ class UnconditionalPipeline(ImagePipeline):
             num_inference_steps: 1: the mean of all images that may be behind the noise, which has the smallest squared
                 error. More: a run of the scheduler's sampler, all of it from the image's own level down, to one of
                 these images: sharper, with a larger error. Where levels are measured, each image has its own run.
-            generator, output_type, return_dict, class_labels: as in the call.
+            generator, output_type, return_dict: as in the call.
+            class_labels: as in `estimate_noise_level`.
 
         Raises:
             ValueError: for any argument out of range, before the first network call.
@@ -260,6 +267,7 @@ class UnconditionalPipeline(ImagePipeline):
         noisy = as_images(image, "image", (None, channels, None, None), noisy=True)
         self._image_shape(*noisy.shape[2:])
         check_generators(generator, len(noisy))
+        class_labels = self.null_class if class_labels is None else class_labels
         guidance = self._guidance(len(noisy), class_labels, 1.0, None)
         own = OwnLevel(encoding.ours(self.scheduler), self._network, guidance, generator)
         return own, (2 * noisy - 1).to(self._execution_device)

@@ -29,7 +29,7 @@ def study_parser(
     parser = Parser(f"{__package__}.{module}", description)
     add, names = parser.add_argument, list(studies)
     if len(names) > 1:
-        add("study", choices=names)
+        add("study", choices=names, help="what is measured")
     else:
         parser.set_defaults(study=names[0])
     add("--steps", type=at_least(1), default=steps, help="optimizer steps of each training")

@@ -141,7 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.demo", (__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, help="a model trained by train_gm_sgm.py --dataset_name digits")
-    add("--compare", type=Path, help="a second model, for a table of both (K = 1, say)")
+    add(
+        "--compare",
+        type=Path,
+        help="a second model, for a table of both: the same trained on Gaussian noise, as `make compare` does",
+    )
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
     add("--num_samples", type=int, default=256, help=f"images per cell of the table, at most {held_out}")
     add("--seed", type=int, default=0, help="decides the samples of the grid")

@@ -108,5 +108,5 @@ if __name__ == "__main__":
     parser.add_argument("data", help="a folder of images or of parquet files, or a .safetensors file of latents")
     parser.add_argument("config", help="of the network, a JSON file")
     for name in ("resolution", "batch_size", "max_train_steps"):
-        parser.add_argument(name, type=int)
+        parser.add_argument(name, type=int, help="as of diffusers' example")
     train(**vars(parser.parse_args()))

@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--cpu_seconds", type=at_least(1), help="length of the steps of a training, in place of --steps")
     add("--samplers", choices=["all", "multistep"], default="all",
         help="multistep: one at three stochasticities, enough to compare trainings with each other")  # fmt: skip
-    add("--train_data_dir", type=Path, help="training images, a folder; default: the digits")
+    add("--train_data_dir", type=Path, help="training images, a folder [the digits]")
     add("--test_data_dir", type=Path, help="images that are kept from the training, a folder; needed beside the former")
     add("--name", help="of the data")
     add("--num_reference", type=at_least(2), default=10_000, help="images to compare with, at most")

@@ -1,5 +1,7 @@
-"""Fashion-MNIST as PNGs, `OUTPUT/train/CLASS` and `OUTPUT/test/CLASS`, of the idx files of Debian's package
-`dataset-fashion-mnist` or of any folder: `python -m diffusers_gm.studies.fashion_mnist OUTPUT`."""
+"""Fashion-MNIST as PNGs, `OUTPUT/train/CLASS` and `OUTPUT/test/CLASS`.
+
+They are made of the idx files of Debian's package `dataset-fashion-mnist`, or of any folder.
+"""
 
 import gzip
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.fashion_mnist", __doc__)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, help="folder of the PNGs")
     parser.add_argument("--source", type=Path, default=DEBIAN, help="folder of the idx files")
     args = parser.parse_args(arguments)
     for split, prefix in (("train", "train"), ("test", "t10k")):

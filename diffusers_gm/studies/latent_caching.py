@@ -53,7 +53,7 @@ def alone(vae: str, resolution: int, batch_size: int, num_batches: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.latent_caching", (__doc__ or "").split("\n", maxsplit=1)[0])
     add = parser.add_argument
-    add("--vae", help=f"an AutoencoderKL, a folder or on the Hub; default: one of widths {CHANNELS}, untrained")
+    add("--vae", help=f"an AutoencoderKL, a folder or on the Hub [one of widths {CHANNELS}, untrained]")
     add("--resolution", type=at_least(8), default=64, help="side of the images, a multiple of 8")
     add("--batch_size", type=at_least(1), default=8, help="images that are encoded at once")
     add("--batches", type=at_least(1), default=60, help="batches that are measured in a run")

@@ -209,19 +209,19 @@ def against_peers(
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=["exact"], help="networks")
+    add("--models", nargs="+", choices=MODELS, default=["exact"], help="what is sampled, see above")
     add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
     add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
     add("--steps", type=at_least(1), default=1200, help="optimizer steps of the trained networks")
-    add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
-    add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table; default all")
+    add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
+    add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
     add("--train_data_dir", help="exact: a folder of images or of parquet files; --pipeline: what it is compared with")
-    add("--resolution", type=at_least(1), help="side to which these images are resized; default: their own")
-    add("--num_images", type=at_least(2), help="of these at most; default 2000, of the digits and with --pipeline all")
-    add("--cifar10", type=Path, default=Path("../shared/data/cifar10"), help="folder of its parquet files")
+    add("--resolution", type=at_least(1), help="side to which these images are resized [their own]")
+    add("--num_images", type=at_least(2), help="of these at most [2000, of the digits and with --pipeline all]")
+    add("--cifar10", type=Path, help="cifar10: folder of its parquet files")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     return parser
 
@@ -235,6 +235,8 @@ def check_options(args: argparse.Namespace) -> None:
     held_out = len(split_digits()[1])
     if {*args.models} & {*TRAINED} and args.num_samples > held_out:
         raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
+    if "cifar10" in args.models and args.cifar10 is None:
+        raise ValueError("--models cifar10 needs --cifar10, the folder of its parquet files")
     of_exact = ("dataset_name", "train_data_dir", "resolution", "num_images")
     given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
     if given and "exact" not in args.models:

@@ -280,11 +280,11 @@ def together(args: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.throughput", (__doc__ or "").split("\n", maxsplit=1)[0])
     add = parser.add_argument
-    add("--train_data_dir", type=Path, help="a folder of images; default: the digits, as PNGs in a temporary folder")
-    add("--resolution", type=int, help="side of the images; default that of the data, which for the digits is 8")
-    add("--block_out_channels", type=at_least(1), nargs="+", help="of the network; default as for train_gm_sgm.py")
-    add("--train_batch_size", type=at_least(1), default=128)
-    add("--methods", choices=list(METHODS), nargs="+", default=["gm-sgm", "ncsnv2", "cld"])
+    add("--train_data_dir", type=Path, help="a folder of images [the digits, as PNGs in a temporary folder]")
+    add("--resolution", type=int, help="side of the images [that of the data, which for the digits is 8]")
+    add("--block_out_channels", type=at_least(1), nargs="+", help="of the network [as for train_gm_sgm.py]")
+    add("--train_batch_size", type=at_least(1), default=128, help="images per step and process")
+    add("--methods", choices=list(METHODS), nargs="+", default=["gm-sgm", "ncsnv2", "cld"], help="what is trained")
     add("--data", choices=FORMS, nargs="+", default=list(FORMS), help="in which form the images are")
     add("--num_processes", type=at_least(1), default=2, help="of the first method on the first data; 1: not measured")
     add("--dynamo_backend", help="also the first method on the first data, compiled by it: inductor")

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
     add("--seed", type=int, default=0, help="decides the noise that every cell starts from")
     add("--effort", choices=get_args(Effort), default="full", help="of the calibration")
-    add("--output", type=Path, default=None, help="the picture; default tour.png in the folder")
+    add("--output", type=Path, default=None, help="the picture [tour.png in the folder]")
     args = parser.parse_args(arguments)
     if not (args.folder / "model_index.json").is_file():
         parser.error(f"{args.folder} holds no trained pipeline: run make demo METHOD=ncsnv2")

@@ -36,7 +36,7 @@ class TrainingArguments(MethodOptions):
     # Data
     dataset_name: str | None = data(
         None,
-        "'digits' (8x8, comes with scikit-learn; the default) or a data set of the Hub.",
+        "'digits' (8x8, comes with scikit-learn) or a data set of the Hub. [digits]",
         in_place_of=("train_data_dir",),
         path=True,
     )
@@ -47,19 +47,19 @@ class TrainingArguments(MethodOptions):
         in_place_of=("dataset_name", "dataset_config_name"),
         path=True,
     )
-    image_column: str | None = data(None, "Column with the images; default 'image' or 'img'.")
-    background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb; default white.")
+    image_column: str | None = data(None, "Column with the images. [image or img]")
+    background: str | None = data(None, "Colour seen through transparent pixels, a name or #rrggbb. [white]")
     class_conditional: bool = data(
         False,
         "Learn each class of images: 'label' of the data set, the folders of a folder of images, what digits are.",
     )
-    label_column: str | None = data(None, "Column with the classes; default 'label'.")
+    label_column: str | None = data(None, "Column with the classes. [label]")
     class_dropout: float = data(
         0.1, "How often the class is dropped, so that samples can be guided; 0 for never.", below_one=True
     )
     cache_dir: str | None = data(None, "Where downloaded data sets and models are kept.", private=True)
     resolution: list[int] | int | None = data(
-        None, "Side of the training images, or height and width; default that of the data."
+        None, "Side of the training images, or height and width. [that of the data]"
     )
     center_crop: bool = data(False, "Crop images that are not square at the centre rather than at random.")
     random_flip: bool = data(False, "Flip images horizontally at random.")
@@ -84,7 +84,7 @@ class TrainingArguments(MethodOptions):
         path=True,
     )
     latents_cache_dir: str | None = data(
-        None, "Where latents are kept, for other trainings too; default 'latents' in --output_dir.", private=True
+        None, "Where latents are kept, for other trainings too. ['latents' in --output_dir]", private=True
     )
     dataloader_num_workers: int = data(
         0, "Processes that load the data; 0 loads them in the main process.", at_least=0, free_on_resume=True
@@ -108,16 +108,14 @@ class TrainingArguments(MethodOptions):
     variant: str | None = network(None, "Variant of their weights, such as fp16.")
     keep_noise_levels: bool = network(
         True,
-        "gm-sgm and ncsnv2: fine-tune a network of a pipeline at the noise levels, labels and prediction type that "
+        "(gm-sgm, ncsnv2) Fine-tune a network of a pipeline at the noise levels, labels and prediction type that "
         "the pipeline's scheduler says it has.",
         free_on_resume=True,  # the levels are not
     )
-    block_out_channels: list[int] | None = shape(None, "Channels of each level; default chosen by --resolution.")
-    layers_per_block: int | None = shape(
-        None, "Residual layers of each level; default 1 up to 16 pixels, else 2.", at_least=1
-    )
+    block_out_channels: list[int] | None = shape(None, "Channels of each level. [chosen by --resolution]")
+    layers_per_block: int | None = shape(None, "Residual layers of each level. [1 up to 16 pixels, else 2]", at_least=1)
     attention_resolutions: list[int] | None = shape(
-        None, "Image sides at which levels have attention; default 8 to 16, none for images of at most 16 pixels."
+        None, "Image sides at which levels have attention. [8 to 16, none for images of at most 16 pixels]"
     )
     dropout: float = shape(0.0, "Dropout of the residual layers.", below_one=True)
     gradient_checkpointing: bool = network(False, "Save memory by computing activations twice.", free_on_resume=True)
@@ -129,24 +127,22 @@ class TrainingArguments(MethodOptions):
     calibrate: Literal["fast", "full"] | None = sampler(
         None, "At the end, make the sampler for the network, see diffusers_gm.calibrate; by this effort."
     )
-    algorithm_type: str | None = sampler(None, "Sampler of the saved scheduler; default that of its class.")
-    timestep_spacing: str | None = sampler(
-        None, "Grid of its network calls; default that of its class, for cld 'quadratic'."
-    )
+    algorithm_type: str | None = sampler(None, "Sampler of the saved scheduler. [that of its class]")
+    timestep_spacing: str | None = sampler(None, "Grid of its network calls. [that of its class, for cld quadratic]")
 
     # Optimisation
     train_batch_size: int = optimisation(128, "Images per step and process.", at_least=1, free_on_resume=True)
     gradient_accumulation_steps: int = optimisation(1, "Batches per optimizer step.", at_least=1, free_on_resume=True)
     num_train_epochs: int | None = optimisation(
         None,
-        "Length of the training in passes over the data (100).",
+        "Length of the training in passes over the data. [100]",
         at_least=1,
         aliases=("num_epochs",),
         in_place_of=("max_train_steps",),
         free_on_resume=True,
     )
     max_train_steps: int | None = optimisation(
-        None, "Length in optimizer steps, which goes first; 1500 for digits.", at_least=1
+        None, "Length in optimizer steps, which goes first. [of digits 1500]", at_least=1
     )
     max_train_minutes: float | None = optimisation(
         None,
@@ -155,13 +151,13 @@ class TrainingArguments(MethodOptions):
         free_on_resume=True,
     )
     learning_rate: float | None = optimisation(
-        None, "Peak learning rate; default 2e-3 up to 16 pixels, else 2e-4.", positive=True
+        None, "Peak learning rate. [2e-3 up to 16 pixels, else 2e-4]", positive=True
     )
     lr_scheduler: Literal[
         "one_cycle", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = optimisation("one_cycle", "Learning-rate schedule.")
     lr_warmup_steps: int | None = optimisation(
-        None, "Steps until the peak; default 30%% of one_cycle, 10%% but at most 500 of the others.", at_least=0
+        None, "Steps until the peak. [30%% of one_cycle, 10%% but at most 500 of the others]", at_least=0
     )
     adam_beta1: float = optimisation(0.9, "First moment decay of AdamW.", below_one=True)
     adam_beta2: float = optimisation(0.999, "Second moment decay of AdamW.", below_one=True)
@@ -169,7 +165,7 @@ class TrainingArguments(MethodOptions):
     adam_epsilon: float = optimisation(1e-8, "Epsilon of AdamW.", at_least=0)
     max_grad_norm: float = optimisation(1.0, "Gradients are clipped to this norm.", positive=True)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = optimisation(
-        None, "Default: as accelerate is configured.", free_on_resume=True
+        None, "Precision of the network's arithmetic. [as accelerate is configured]", free_on_resume=True
     )
     allow_tf32: bool = optimisation(
         False, "Multiply float32 matrices in TF32 on GPUs that can, faster and less exact.", free_on_resume=True
@@ -201,7 +197,7 @@ class TrainingArguments(MethodOptions):
     )
     validation_inference_steps: int | None = output(
         None,
-        "Network calls per image; default that of the pipeline.",
+        "Network calls per image. [that of the pipeline]",
         at_least=1,
         aliases=("ddpm_num_inference_steps",),
     )
@@ -223,7 +219,7 @@ class TrainingArguments(MethodOptions):
     hub_strategy: Literal["end", "every_save"] = hub(
         "end", "When to upload: once, or also the pipeline as it is at every checkpoint."
     )
-    hub_token: str | None = hub(None, "Access token, never saved; default the one of `hf auth login`.", private=True)
+    hub_token: str | None = hub(None, "Access token, never saved. [the one of `hf auth login`]", private=True)
 
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""

@@ -43,7 +43,7 @@ class CLDOptions(LevelOptions):
     mass: float = option(0.25, "Mass M; the damping is critical, Gamma = 2 sqrt(M).")
     gamma: float = option(0.04, "Variance of the initial velocity in units of M.")
     splitting_order: int | None = sampler(
-        None, "2 for the second-order splitting, 1 for the published one; default that of the class."
+        None, "2 for the second-order splitting, 1 for the published one. [that of the class]"
     )
 
 

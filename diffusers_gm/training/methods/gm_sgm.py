@@ -29,13 +29,13 @@ class MixtureOptions:
         None, "Use the quantised alpha-stable law of this index instead.", in_place_of=EXPLICIT + POWER
     )
     power_alpha: float | None = option(
-        None, "Tail index of the power-law mixture, the default kind (1.5).", in_place_of=EXPLICIT + STABLE
+        None, "Tail index of the power-law mixture, the kind of noise unless told. [1.5]", in_place_of=EXPLICIT + STABLE
     )
     power_base: float | None = option(
-        None, "Ratio of neighbouring scales of the power-law mixture (2).", in_place_of=EXPLICIT + STABLE
+        None, "Ratio of neighbouring scales of the power-law mixture. [2]", in_place_of=EXPLICIT + STABLE
     )
     num_components: int | None = option(
-        None, "Components of the stable or power-law mixture (2).", at_least=1, in_place_of=EXPLICIT
+        None, "Components of the stable or power-law mixture. [2]", at_least=1, in_place_of=EXPLICIT
     )
     mixture_per_element: bool = option(False, "Draw the component per element instead of per image.")
 

@@ -21,7 +21,7 @@ class LadderOptions(LevelOptions):
     prediction_type: Literal["edm", "epsilon", "v_prediction", "sample"] | None = trained(
         None,
         "What the denoiser answers: the image and the noise in the proportion that suits the level, preconditioned as "
-        "in EDM (the default), the noise, the velocity, whose errors no noise level magnifies either, or the image.",
+        "in EDM, the noise, the velocity, whose errors no noise level magnifies either, or the image. [edm]",
     )
     conditioning: Literal["sigma", "none"] = trained(
         "sigma", "Whether the network is told the noise level; 'none' is Technique 3 of NCSNv2."
@@ -31,9 +31,9 @@ class LadderOptions(LevelOptions):
         "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2).",
     )
     num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1)
-    step_size: float | None = sampler(None, "Langevin step size (the paper's eps); default Technique 4 of NCSNv2.")
+    step_size: float | None = sampler(None, "Langevin step size (the paper's eps). [by Technique 4 of NCSNv2]")
     step_size_criterion: Literal["fixed_point", "prop3"] = sampler(
-        "fixed_point", "What Technique 4 looks at: the whole chain, or one level as in the paper."
+        "fixed_point", "What Technique 4 looks at: the whole Langevin run, or one level as in the paper."
     )
 
 

@@ -23,8 +23,8 @@ class LevelOptions(TimeOptions):
 
     objective: Literal["denoiser", "score"] | None = trained(
         None,
-        "What the network learns: the clean image in some form, the default; or the score of the noisy one: under "
-        "mixture noise another function, for cld the score of the velocity as published.",
+        "What the network learns: the clean image in some form, or the score of the noisy one: under mixture noise "
+        "another function, for cld the score of the velocity as published. [denoiser]",
     )
     sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
     sigma_max: str = noise(
@@ -33,19 +33,20 @@ class LevelOptions(TimeOptions):
     )
     sigma_data: float | None = noise(
         None,
-        "Deviation of a pixel that an edm network is preconditioned for; default measured, about its mean over images.",
+        "Deviation of a pixel that an edm network is preconditioned for. [measured, about its mean over images]",
         positive=True,
     )
     timestep_sampling: Literal["uniform", "log_uniform", "log_normal"] | None = noise(
         None,
-        "Noise levels of the training: uniform on the ladder (for cld with --objective score in time), log_uniform, or "
-        "log_normal with --p_mean and --p_std; default log_normal of preconditioned networks, else uniform.",
+        "How the noise levels of the training are drawn: uniform among the --num_train_timesteps (for cld with "
+        "--objective score in time), log_uniform, or log_normal with --p_mean and --p_std. [log_normal of "
+        "preconditioned networks, else uniform]",
     )
-    p_mean: float | None = noise(None, f"log_normal: mean of ln sigma ({P_MEAN}).")
-    p_std: float | None = noise(None, f"log_normal: deviation of ln sigma ({P_STD}).", positive=True)
+    p_mean: float | None = noise(None, f"log_normal: mean of ln sigma. [{P_MEAN}]")
+    p_std: float | None = noise(None, f"log_normal: deviation of ln sigma. [{P_STD}]", positive=True)
     snr_gamma: float | None = noise(
         None,
-        "Weights min(SNR, gamma) of the error of the image (arXiv 2303.09556); default 1 of what the network answers.",
+        "Weights min(SNR, gamma) of the error of the image (arXiv 2303.09556). [1 of what the network answers]",
         positive=True,
     )
 

@@ -16,7 +16,7 @@ class TimeOptions:
 
     num_train_timesteps: str = noise(
         "1000",
-        "Noise levels of the ladder, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
+        "Number of noise levels, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
         aliases=("ddpm_num_steps",),
     )
     uncertainty_weighting: bool = noise(
