@@ -207,7 +207,7 @@ def plot_curves(
     for i, (name, curve) in enumerate(curves.items()):
         kept = [(n, value.mean, value.spread or 0.0) for n, value in curve.items() if value]
         x, y, spread = zip(*kept, strict=True) if kept else ((), (), ())
-        style = {**curve_style(i), "markersize": 4, "capsize": 2, **(styles or {}).get(name, {})}
+        style = {**curve_style(i), "capsize": 2, **(styles or {}).get(name, {})}
         axis.errorbar(x, y, spread, label=name, **style)
     if floor is not None:
         axis.axhline(floor, color="gray", linestyle=":", linewidth=0.9, label="floor: real images")
