@@ -1,4 +1,5 @@
 import os
+import sys
 
 # One thread per test process: the suite runs in parallel on few cores, and tiny tensors gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,26 @@ def global_rng_untouched():
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "the global random state was used"
+
+
+@pytest.fixture(autouse=True)
+def lines_told_apart(monkeypatch):
+    """No figure that a test saves has two named lines in an axis that look alike in grey."""
+    if "matplotlib.figure" not in sys.modules:
+        return
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def checked(figure, *args, **kwargs):
+        for axis in figure.axes:
+            handles, labels = axis.get_legend_handles_labels()
+            lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
+            looks = [(str(x.get_marker()), str(x._dash_pattern), x.get_linewidth()) for x in lines]
+            assert len(set(looks)) == len(looks), f"alike in grey: {dict(zip(labels, looks, strict=True))}"
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", checked)
 
 
 @pytest.fixture

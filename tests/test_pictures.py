@@ -39,9 +39,9 @@ def test_grids_of_tensors_are_not_smoothed():
 
 
 def test_curves_are_told_apart_in_grey():
-    styles = [curve_style(i) for i in range(3 * len(COLORS))]
-    assert len({(s["marker"], str(s["linestyle"])) for s in styles}) == len(styles)
-    assert len({(s["marker"], s["color"]) for s in styles}) == len(styles)
+    styles = [curve_style(i) for i in range(len(COLORS) ** 2)]
+    for pair in (("marker", "linestyle"), ("marker", "color"), ("color", "linestyle")):
+        assert len({tuple(str(s[key]) for key in pair) for s in styles}) == len(styles), pair
     with matplotlib.rc_context(style()):
         axis = Figure().subplots()
         lines = [axis.plot([0, 1])[0] for _ in COLORS]
@@ -51,6 +51,19 @@ def test_curves_are_told_apart_in_grey():
     greys = [ImageColor.getcolor(color, "L") for color in COLORS]
     assert min(abs(a - b) for a, b in pairwise(greys)) > 25, "neighbours"
     assert max(greys) < 190, "against white"
+
+
+def test_figures_whose_lines_are_alike_in_grey_are_found(tmp_path):
+    """In all tests, whatever draws the figure."""
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([0, 1], "o-", color=COLORS[0], label="a")
+    axis.plot([1, 0], "o--", color=COLORS[0], label="b")
+    axis.plot([1, 1], "o-", color=COLORS[0])
+    figure.savefig(tmp_path / "it.png")
+    axis.errorbar([0, 1], [1, 2], [1, 1], fmt="o-", color=COLORS[1], label="c")
+    with pytest.raises(AssertionError, match=r"alike in grey: .*'a'.*'c'"):
+        figure.savefig(tmp_path / "it.png")
 
 
 def test_one_budget_is_a_row_a_scheduler(tmp_path):
