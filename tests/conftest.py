@@ -33,6 +33,7 @@ def lines_told_apart(monkeypatch):
     if "matplotlib.figure" not in sys.modules:
         return
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     save = Figure.savefig
 
@@ -40,8 +41,12 @@ def lines_told_apart(monkeypatch):
         for axis in figure.axes:
             handles, labels = axis.get_legend_handles_labels()
             lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
-            looks = [(str(x.get_marker()), str(x._dash_pattern), x.get_linewidth()) for x in lines]
-            assert len(set(looks)) == len(looks), f"alike in grey: {dict(zip(labels, looks, strict=True))}"
+            looks = {
+                label: (str(line.get_marker()), str(line._dash_pattern), line.get_linewidth())
+                for label, line in zip(labels, lines, strict=True)
+                if isinstance(line, Line2D)
+            }
+            assert len(set(looks.values())) == len(looks), f"alike in grey: {looks}"
         return save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", checked)

@@ -9,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
+from diffusers_gm.calibration import picture
+from diffusers_gm.calibration.calibrate import Calibration
 from diffusers_gm.evaluation import report
 from diffusers_gm.evaluation.results import Cell, Results, Statistic
 from diffusers_gm.pictures import COLORS, curve_style, image_grid, style
@@ -88,6 +90,19 @@ def test_one_budget_is_a_row_a_scheduler(tmp_path):
         report.plot(results, tmp_path / "two.png")
         with Image.open(tmp_path / "two.png") as two:
             assert one.size != two.size
+
+
+@pytest.mark.parametrize("errors", [{}, {3: (0.04, 0.01), 4: (0.01, 0.01)}], ids=["fast", "full"])
+def test_a_calibration_is_shown_before_and_after(errors):
+    before, after = {3: [9.0, 3.0, 0.1], 4: [9.0, 5.0, 1.0, 0.1]}, {3: [9.0, 2.0, 0.1], 4: [9.0, 4.0, 1.0, 0.1]}
+    found = Calibration(None, levels=after, fixed=before, errors=errors, stochasticity={3: 0.0, 4: 0.7})
+    figure = picture._figure(found)
+    left, *right = figure.axes
+    assert [list(line.get_xdata()) for line in left.lines] == [before[3] + before[4], after[3] + after[4]]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["3, tau 0", "4, tau 0.7"]
+    distances = [list(line.get_ydata()) for axis in right for line in axis.lines]
+    assert distances == ([[0.2, 0.1], [0.1, 0.1]] if errors else [])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fixed grid", "calibrated"]
 
 
 def test_every_jump_of_a_law_is_shown():
