@@ -325,7 +325,7 @@ def verdict(
 
 
 def plot(args: argparse.Namespace, told_rows: list[list[Any]], runs: Runs, calls: int) -> str:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 6.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 5.8), layout="constrained")
     for i, (name, *values) in enumerate(told_rows):
         axes[0].semilogx(FACTORS, values[: len(FACTORS)], label=name, **curve_style(i))
     axes[0].set(title="one answer", xlabel="told level / true level", ylabel="squared error over K = 1 told rightly")
@@ -341,5 +341,5 @@ def plot(args: argparse.Namespace, told_rows: list[list[Any]], runs: Runs, calls
         axis.tick_params(axis="x", labelrotation=20, labelsize=7)
         plain_log(axis, "y")
     for axis in axes:
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return save_picture(figure, args.output / "gm_sgm_claim.png")
