@@ -12,7 +12,7 @@ from torch import Tensor
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 # In grey, lines differ by their dashes and points by their markers.
 LINESTYLES = ("-", "--", "-.", ":", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "os^DvPX<>*pd"
+MARKERS = "os^DvPX<>d*"
 
 
 def style() -> Any:
@@ -23,15 +23,16 @@ def style() -> Any:
         "axes.prop_cycle": cycler(color=COLORS) + cycler(linestyle=LINESTYLES),
         "image.cmap": "gray",
         "image.interpolation": "nearest",
-        "lines.markersize": 4,
+        "legend.handlelength": 3.5,  # that of the dashes
+        "lines.markersize": 5,
     }
 
 
 def curve_style(index: int) -> dict[str, Any]:
-    """How to draw the points of a curve among others: colour and marker, and dashes where there are many."""
-    turn, at = divmod(index, len(MARKERS))
-    color, dashes = COLORS[index % len(COLORS)], LINESTYLES[turn % len(LINESTYLES)]
-    return {"color": color, "marker": MARKERS[at], "linestyle": dashes}
+    """How to draw the points of a curve among others: no two of 49 share two of colour, marker and dashes."""
+    turn, at = divmod(index, len(COLORS))
+    dashes = LINESTYLES[(at + turn) % len(LINESTYLES)]
+    return {"color": COLORS[at], "marker": MARKERS[index % len(MARKERS)], "linestyle": dashes}
 
 
 def as_images(images: Tensor) -> list[Image.Image]:

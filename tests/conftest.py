@@ -1,4 +1,5 @@
 import os
+import sys
 
 # One thread per test process: the suite runs in parallel on few cores, and tiny tensors gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,31 @@ def global_rng_untouched():
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "the global random state was used"
+
+
+@pytest.fixture(autouse=True)
+def lines_told_apart(monkeypatch):
+    """No figure that a test saves has two named lines in an axis that look alike in grey."""
+    if "matplotlib.figure" not in sys.modules:
+        return
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    save = Figure.savefig
+
+    def checked(figure, *args, **kwargs):
+        for axis in figure.axes:
+            handles, labels = axis.get_legend_handles_labels()
+            lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
+            looks = {
+                label: (str(line.get_marker()), str(line._dash_pattern), line.get_linewidth())
+                for label, line in zip(labels, lines, strict=True)
+                if isinstance(line, Line2D)
+            }
+            assert len(set(looks.values())) == len(looks), f"alike in grey: {looks}"
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", checked)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
+from diffusers_gm.calibration import picture
+from diffusers_gm.calibration.calibrate import Calibration
 from diffusers_gm.evaluation import report
 from diffusers_gm.evaluation.results import Cell, Results, Statistic
 from diffusers_gm.pictures import COLORS, curve_style, image_grid, style
@@ -39,9 +41,9 @@ def test_grids_of_tensors_are_not_smoothed():
 
 
 def test_curves_are_told_apart_in_grey():
-    styles = [curve_style(i) for i in range(3 * len(COLORS))]
-    assert len({(s["marker"], str(s["linestyle"])) for s in styles}) == len(styles)
-    assert len({(s["marker"], s["color"]) for s in styles}) == len(styles)
+    styles = [curve_style(i) for i in range(len(COLORS) ** 2)]
+    for pair in (("marker", "linestyle"), ("marker", "color"), ("color", "linestyle")):
+        assert len({tuple(str(s[key]) for key in pair) for s in styles}) == len(styles), pair
     with matplotlib.rc_context(style()):
         axis = Figure().subplots()
         lines = [axis.plot([0, 1])[0] for _ in COLORS]
@@ -53,6 +55,19 @@ def test_curves_are_told_apart_in_grey():
     greys = [ImageColor.getcolor(color, "L") for color in COLORS]
     assert min(abs(a - b) for a, b in pairwise(greys)) > 25, "neighbours"
     assert max(greys) < 190, "against white"
+
+
+def test_figures_whose_lines_are_alike_in_grey_are_found(tmp_path):
+    """In all tests, whatever draws the figure."""
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([0, 1], "o-", color=COLORS[0], label="a")
+    axis.plot([1, 0], "o--", color=COLORS[0], label="b")
+    axis.plot([1, 1], "o-", color=COLORS[0])
+    figure.savefig(tmp_path / "it.png")
+    axis.errorbar([0, 1], [1, 2], [1, 1], fmt="o-", color=COLORS[1], label="c")
+    with pytest.raises(AssertionError, match=r"alike in grey: .*'a'.*'c'"):
+        figure.savefig(tmp_path / "it.png")
 
 
 def test_one_budget_is_a_row_a_scheduler(tmp_path):
@@ -77,6 +92,19 @@ def test_one_budget_is_a_row_a_scheduler(tmp_path):
         report.plot(results, tmp_path / "two.png")
         with Image.open(tmp_path / "two.png") as two:
             assert one.size != two.size
+
+
+@pytest.mark.parametrize("errors", [{}, {3: (0.04, 0.01), 4: (0.01, 0.01)}], ids=["fast", "full"])
+def test_a_calibration_is_shown_before_and_after(errors):
+    before, after = {3: [9.0, 3.0, 0.1], 4: [9.0, 5.0, 1.0, 0.1]}, {3: [9.0, 2.0, 0.1], 4: [9.0, 4.0, 1.0, 0.1]}
+    found = Calibration(None, levels=after, fixed=before, errors=errors, stochasticity={3: 0.0, 4: 0.7})
+    figure = picture._figure(found)
+    left, *right = figure.axes
+    assert [list(line.get_xdata()) for line in left.lines] == [before[3] + before[4], after[3] + after[4]]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["3, tau 0", "4, tau 0.7"]
+    distances = [list(line.get_ydata()) for axis in right for line in axis.lines]
+    assert distances == ([[0.2, 0.1], [0.1, 0.1]] if errors else [])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fixed grid", "calibrated"]
 
 
 def test_every_jump_of_a_law_is_shown():

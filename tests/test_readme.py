@@ -395,8 +395,14 @@ def test_the_tour_shows_a_row_a_sampler_and_a_cell_a_budget(tmp_path, capsys):
     rows, left_out = tour.sample_all(pipe, (4, 6), seed=0, effort="fast")
     assert not left_out
     assert pipe.scheduler is own
-    assert {"GM, ode", "CLD, sscs", "calibrated"} < set(rows)
-    assert all(len(cells) == 2 and cells[0].tobytes() != cells[1].tobytes() for cells in rows.values())
+    assert list(rows) == list(tour.SAMPLERS)
+    assert all(len({cell.image.tobytes() for cell in cells}) == 2 for cells in rows.values())
+    assert all([len(cell.levels) for cell in cells] == [4, 6] for cells in rows.values())
+    assert all(sorted(cell.levels, reverse=True) == cell.levels for cells in rows.values() for cell in cells)
+    before, after = rows["ours,\nnot calibrated"][0], rows["ours,\ncalibrated"][0]
+    assert before.levels[0] == after.levels[0] == pytest.approx(10.0)
+    assert before.levels != after.levels
+    assert (before.stochasticity, rows["diffusers:\nUniPC"][0].stochasticity) == (0.0, None)
     tour.main([str(tmp_path / "model"), "--calls", "4", "6", "--effort", "fast"])
     with Image.open(tmp_path / "model" / "tour.png") as picture:
         assert picture.height > 50 * len(rows)
@@ -408,7 +414,7 @@ def test_the_tour_says_what_it_leaves_out(digits_model, tmp_path, capsys):
     output = tmp_path / "tour.png"
     tour.main([str(digits_model), "--calls", "4", "--effort", "fast", "--output", str(output)])
     assert (
-        "left out: DDPM (diffusers): DDPMScheduler does not suit this network: no scheduler" in capsys.readouterr().out
+        "left out: diffusers: DDPM: DDPMScheduler does not suit this network: no scheduler" in capsys.readouterr().out
     )
     assert output.is_file()
     with pytest.raises(SystemExit):

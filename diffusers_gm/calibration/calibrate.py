@@ -58,7 +58,7 @@ class Calibration:
 
     Attributes:
         scheduler: the result.
-        levels: of each budget.
+        levels: of each budget; `fixed`: of the grid that it would have without.
         errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's, from a start
             that the levels were not chosen on: of the fixed grid, and of what was found. None with `effort="fast"`, nor
             where errors dominate.
@@ -70,6 +70,7 @@ class Calibration:
 
     scheduler: CalibratedMultistepScheduler
     levels: dict[int, list[float]] = field(default_factory=dict)
+    fixed: dict[int, list[float]] = field(default_factory=dict)
     errors: dict[int, tuple[float, float]] = field(default_factory=dict)
     martingale_defect: float | None = None
     stochasticity: dict[int, float] = field(default_factory=dict)
@@ -153,8 +154,9 @@ def calibrate_in_full(
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
+        result.fixed = {n: scheduler.call_grid.calibrated_or_even_levels(n).tolist() for n in budgets}
         if result.errs:
-            found: Found = {n: (scheduler.call_grid.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+            found: Found = {n: (levels, None) for n, levels in result.fixed.items()}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():

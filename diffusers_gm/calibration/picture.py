@@ -8,7 +8,7 @@ from .calibrate import Calibration
 
 
 def plot(calibration: Calibration, path: Path | BinaryIO) -> None:
-    """The levels of each budget, and its errors before and after."""
+    """The levels of each budget before and after, with tau, and its errors, where they were measured."""
     from matplotlib import rc_context
 
     with rc_context(style()):
@@ -19,18 +19,21 @@ def _figure(calibration: Calibration) -> Any:
     from matplotlib.figure import Figure
 
     columns = 2 if calibration.errors else 1
-    figure = Figure(figsize=(5.5 * columns, 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns, max(4.4, 1.5 + 0.5 * len(calibration.levels))), layout="constrained")
     left, *others = figure.subplots(1, columns, squeeze=False)[0]
     budgets = list(calibration.levels)
-    for row, n in enumerate(budgets):
-        left.plot(
-            calibration.levels[n], [row] * n, marker="|", markersize=12, linewidth=0.5, color="black", linestyle="-"
-        )
-    left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels")
+    names = ("fixed grid", "calibrated")
+    for at, (name, levels) in enumerate(zip(names, (calibration.fixed, calibration.levels), strict=True)):
+        rows = [row + 0.3 * at for row, n in enumerate(budgets) for _ in range(n)]
+        points = [sigma for n in budgets for sigma in levels[n]]
+        left.plot(points, rows, label=name, **{**curve_style(at), "linestyle": "none"})
+    left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels before and after")
     left.invert_xaxis()
-    left.set_yticks(range(len(budgets)), [str(n) for n in budgets])
+    labels = [f"{n}, tau {calibration.stochasticity[n]:g}" for n in budgets]
+    left.set_yticks([row + 0.15 for row in range(len(budgets))], labels)
+    left.invert_yaxis()
     for right in others:
-        for at, name in enumerate(("fixed grid", "calibrated")):
+        for at, name in enumerate(names):
             values = [calibration.errors[n][at] ** 0.5 for n in budgets]
             right.plot(budgets, values, label=name, **curve_style(at))
         right.set(
@@ -38,6 +41,6 @@ def _figure(calibration: Calibration) -> Any:
             title="distance to very many calls from the same starts",
         )  # fmt: skip
         right.set_xticks(budgets, [str(n) for n in budgets])
-        right.minorticks_off()
-        right.legend()
+        right.xaxis.minorticks_off()
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

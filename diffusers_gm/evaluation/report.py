@@ -279,7 +279,7 @@ def plot_curves(
     for i, (name, curve) in enumerate(curves.items()):
         kept = [(n, value.mean, value.spread or 0.0) for n, value in curve.items() if value]
         x, y, spread = zip(*kept, strict=True) if kept else ((), (), ())
-        style = {**curve_style(i), "markersize": 4, **(styles or {}).get(name, {})}
+        style = {**curve_style(i), **(styles or {}).get(name, {})}
         axis.plot(x, y, label=name, **style)
         if any(spread):
             axis.errorbar(x, y, spread, fmt="none", ecolor=style["color"], capsize=2)

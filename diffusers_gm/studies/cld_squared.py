@@ -5,26 +5,31 @@ FID is squared: a factor of 2.6 there is one of 1.6 in the distance. On Gaussian
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from ..data import split_digits
 from ..evaluation.distances import frechet_distance
+from ..evaluation.report import Curve, plot_curves
 from ..evaluation.sampling import describe_model
+from ..pictures import curve_style
 from ..pipelines import CLDPipeline
 from ..processes.cld import CLD, lift
 from ..processes.random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
 from .cld_digits import results_of, train_cld
-from .curves import as_curves, draw_curves, table_of
+from .curves import as_curves, plot_behind, table_of
 from .digits import images_of
 from .exact import ExactDenoiser, Network, NetworkOf
+from .pictures import save_picture
 from .report import Report
 
 # Euler-Maruyama's FID over that of SSCS, CIFAR-10 (arXiv 2112.07068, table 2), by network calls.
@@ -39,6 +44,7 @@ SPECTRA = {
     "deviations 1 / k": [1 / k**2 for k in (1, 2, 4, 8, 16, 32)],
 }
 
+GRIDS, MULTISTEP = ("uniform", "quadratic", "log_snr"), "multistep with corrector"
 EM, SSCS = "euler_maruyama, quadratic", "sscs, quadratic"
 OF_CLD: dict[str, dict[str, Any]] = {
     "euler_maruyama": {"algorithm_type": "euler_maruyama"},
@@ -51,10 +57,10 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     **{
         f"{name}, {grid}": (CLDSSCSScheduler, {"algorithm_type": "sscs", "timestep_spacing": grid} | options)
         for name, options in OF_CLD.items()
-        for grid in ("uniform", "quadratic", "log_snr")
+        for grid in GRIDS
     },
-    "multistep with corrector, log_snr": (CalibratedMultistepScheduler, {"grid": None, "timestep_spacing": "log_snr"}),
-    "multistep with corrector": (CalibratedMultistepScheduler, {}),
+    f"{MULTISTEP}, log_snr": (CalibratedMultistepScheduler, {"grid": None, "timestep_spacing": "log_snr"}),
+    MULTISTEP: (CalibratedMultistepScheduler, {}),
 }
 
 
@@ -160,6 +166,29 @@ def on_digits(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def plot(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> str:
+    """A row of panels for each of these, one a sampler: its grids, among the thin lines of all others; the name of the
+    file."""
+    families = [*OF_CLD, MULTISTEP]
+    size = (2.7 * len(families), 0.8 + 3 * len(panels))
+    figure, axes = plt.subplots(len(panels), len(families), figsize=size, layout="constrained", sharey="row")
+    for row, (title, curves) in zip(axes, panels.items(), strict=True):
+        for axis, family in zip(row, families, strict=True):
+            named = {grid: curves[name] for grid in GRIDS if (name := f"{family}, {grid}") in curves}
+            named |= {"even": curves[family]} if family in curves else {}
+            plot_behind(axis, [curve for curve in curves.values() if curve not in named.values()])
+            plot_curves(axis, named, styles={grid: curve_style([*GRIDS, "even"].index(grid)) for grid in named})
+            axis.label_outer()
+        row[0].set_ylabel(title)
+    for axis, family in zip(axes[0], families, strict=True):
+        axis.set_title(family, fontsize=10)
+    shown = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), title="levels of the calls"
+    )
+    return save_picture(figure, path)
+
+
 def squared(args: argparse.Namespace) -> Report:
     """Euler-Maruyama over SSCS, squared and not, on Gaussians and on the digits."""
     described = CLDSSCSScheduler(prediction_type="velocity_score")
@@ -212,7 +241,7 @@ def squared(args: argparse.Namespace) -> Report:
                 for model, by in digits.items()
             ),
         ],
-        pictures=[draw_curves(args.output / "cld_squared.png", curves, "squared distance")],
+        pictures=[plot(curves, args.output / "cld_squared.png")],
         conditions=f"Gaussians: exact, no sampling. Digits, 8 x 8: a training of {args.steps} steps of {args.batch} "
         f"images, seed 0; one seed of {max(args.num_samples, FEWEST)} samples. The multistep sampler on a velocity "
         "network follows the probability flow of the noisy image alone, which the velocity does not enter, with a "

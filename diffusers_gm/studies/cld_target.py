@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data import split_digits
 from ..evaluation.table import Table
 from ..losses import cld_loss
+from ..pictures import curve_style
 from ..processes.cld import CLD, lift, perturb
 from ..training.methods.cld import FIRST_TIME
 from ..training.options import TrainingArguments
@@ -101,11 +102,11 @@ def target(args: argparse.Namespace) -> Report:
     for column, (label, at_cld, at_vp) in enumerate((("t", 0, 0), ("noise level of the equivalent image", 1, 2))):
         for row, (quantity, of_cld, of_vp) in enumerate((("loss", 3, 5), ("Jacobian norm of the network", 7, 8))):
             axis = axes[row][column]
-            axis.plot(columns[at_cld], columns[of_cld], "-o", label="CLD")
-            axis.plot(columns[at_vp], columns[of_vp], "--s", label="VP")
+            curves = {"CLD": (at_cld, of_cld), "VP": (at_vp, of_vp)}
             if quantity == "loss":
-                axis.plot(columns[at_cld], columns[4], ":", color="C0", label="CLD, least possible")
-                axis.plot(columns[at_vp], columns[6], ":", color="C1", label="VP, least possible")
+                curves |= {"CLD, least possible": (at_cld, 4), "VP, least possible": (at_vp, 6)}
+            for i, (name, (x, y)) in enumerate(curves.items()):
+                axis.plot(columns[x], columns[y], label=name, **curve_style(i))
             axis.set(xlabel=label, ylabel=quantity, yscale="log", xscale="log" if column else "linear")
             if quantity == "loss":
                 axis.set_ylim(1e-5, 2)  # the least possible loss goes on down: the digits are points

@@ -50,19 +50,26 @@ def table_of(caption: str, found: Mapping[str, Sequence[Any]], calls: Sequence[i
     return Table(caption, ["", *by_calls(calls)], [[name, *values] for name, values in found.items()])
 
 
+def plot_behind(axis: Any, curves: Iterable[Curve], label: str = "", **line: Any) -> None:
+    """Draw lines without points, thin and grey unless told, that other curves stand out against; `label` names all."""
+    style = {"color": "0.7", "linestyle": "-", "linewidth": 0.7, "zorder": 1, **line}
+    for i, curve in enumerate(curves):
+        shown = {n: value.mean for n, value in curve.items() if value}
+        axis.plot(list(shown), list(shown.values()), label=label if i == 0 else "", **style)
+
+
 def draw_curves(
     path: Path,
     panels: Mapping[str, Mapping[str, Curve]],
     ylabel: str,
     floor: float | None = None,
-    styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """A picture of curves, side by side by their titles, with one legend for all; the name of the file."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.5 + 5 * len(panels), 5.5), layout="constrained", squeeze=False
     )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        plot_curves(axis, curves, floor, styles)
+        plot_curves(axis, curves, floor)
         axis.set(title=title, ylabel=ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return save_picture(figure, path)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..cli import at_least
 from ..data import split_digits
 from ..evaluation.table import Table
+from ..pictures import COLORS, curve_style
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
 from .command import parse, study_parser
@@ -103,11 +104,11 @@ def diversity(args: argparse.Namespace) -> Report:
     for column, (axis, name) in enumerate(
         zip(bottom.subplots(1, 2), ("mean pairwise distance", "mode coverage"), strict=True)
     ):
-        for start in starts:
-            axis.semilogx([f * technique_1 for f in factors], [table[f, start][column] for f in factors], "-o",
-                          label=f"from {start}")  # fmt: skip
+        for i, start in enumerate(starts):
+            values = [table[f, start][column] for f in factors]
+            axis.semilogx([f * technique_1 for f in factors], values, label=f"from {start}", **curve_style(i))
         axis.axhline(of_data[column], color="gray", linestyle=":", label="exact draws")
-        axis.axvline(technique_1, color="C3", linewidth=0.8, label="Technique 1")
+        axis.axvline(technique_1, color=COLORS[3], linewidth=0.8, label="Technique 1")
         axis.set(xlabel="largest noise level sigma_1", ylabel=name, ylim=(0, None))
         axis.legend(fontsize=8)
     picture = save_picture(figure, args.output / "ncsnv2_diversity.png")

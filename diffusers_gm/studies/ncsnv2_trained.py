@@ -2,8 +2,9 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import matplotlib.pyplot as plt
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
-from ..evaluation.report import plot_curves
+from ..evaluation.report import Curve, plot_rows
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
+from ..pictures import COLORS, curve_style
 from ..processes.annealed import PRESETS, chain_variance, ladder_length, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
 from .curves import by_calls, over_seeds
@@ -96,13 +98,12 @@ def denoise(args: argparse.Namespace) -> Report:
     axes = bottom.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
     for axis, calls in zip(axes, budgets, strict=True):
         for place, when in enumerate(("before", "after")):
-            axis.semilogx(
-                levels, [distances[calls, level][place] for level in levels], "-o", label=f"{when} the last call"
-            )
+            values = [distances[calls, level][place] for level in levels]
+            axis.semilogx(levels, values, label=f"{when} the last call", **curve_style(place))
         axis.set(title=f"{calls} calls", xlabel="last noise level", ylabel="sliced W2 over the floor")
         axis.set_xticks(levels, [f"{level:g}" for level in levels])
         axis.xaxis.minorticks_off()
-        axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="upper left")
     best = {c: min((distances[c, level][1], level) for level in levels) for c in budgets}
     picture = save_picture(figure, args.output / "ncsnv2_denoise.png")
     gains = {key: before / after for key, (before, after) in distances.items()}
@@ -184,6 +185,22 @@ def verdict_of(ratios: Sequence[float], spreads: Sequence[float], least: float) 
     return "worse" if all(worse) else "better" if not any(worse) else "mixed"
 
 
+def plot_techniques(curves: Mapping[str, Curve], shown: dict[str, Tensor], path: Path) -> str:
+    """A row a technique and a panel a number of calls, above rows of images; the name of the file."""
+    budgets = list(curves[BASE])
+    figure = plt.figure(figsize=(13, 7.5), layout="constrained")
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.4, 1)))
+    axes = top.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
+    for axis, calls in zip(axes, budgets, strict=True):
+        plot_rows(axis, {name: curve[calls] for name, curve in curves.items()}, 1)
+        if base := curves[BASE][calls]:
+            axis.axvline(base.mean, color=COLORS[0], linestyle="--", linewidth=0.9, label=BASE)
+        axis.set(title=f"{calls} calls", xlabel="sliced W2 over the floor")
+    top.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    show_rows(bottom.subplots(), shown)
+    return save_picture(figure, path)
+
+
 def techniques(args: argparse.Namespace) -> Report:
     budgets = [args.calls] if args.calls else [10, 20, 50, 200]
     rows_of = technique_rows()
@@ -220,20 +237,11 @@ def techniques(args: argparse.Namespace) -> Report:
             at = ", ".join(f"{ratio.mean:.2f} at {c}" for c, ratio in ratios.items())
             words.append(f"{name}: {word}" + (f" ({at})" if at else ""))
 
-    figure = plt.figure(figsize=(11, 8), layout="constrained")
-    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1.5, 1)))
-    axis = top.subplots()
-    styles = {name: {"linestyle": ("--", ":", "-.")[i // 10]} for i, name in enumerate(rows_of)}
-    plot_curves(axis, curves, 1, styles | {BASE: {"linewidth": 3}})
-    axis.set_ylabel("sliced W2 over the floor")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     shown = {}
     for name, (options, _) in rows_of.items():
         if name == BASE or options:
             images, _ = images_of(pipeline(name, budgets[-1], 0), budgets[-1], 24)
             shown[name.replace(": ", ":\n")] = images
-    show_rows(bottom.subplots(), shown)
-    picture = save_picture(figure, args.output / "ncsnv2_techniques.png")
     return Report(
         "ncsnv2_techniques",
         "NCSNv2: Techniques 1 to 5, one at a time",
@@ -242,7 +250,7 @@ def techniques(args: argparse.Namespace) -> Report:
         + ", ".join(f"{Statistic.of(base[c]):.2f} at {c}" for c in budgets) + " calls.",
         [Table("Sliced W2 over the floor of held-out digits; `-` where there is no stable step.",
                ["", *by_calls(budgets), "against the defaults"], rows)],
-        [picture],
+        [plot_techniques(curves, shown, args.output / "ncsnv2_techniques.png")],
         conditions(args) + " The defaults are Techniques 1, 4 (for the whole chain) and 5, one Langevin step a level, "
         "and a network that is told the level (Technique 3 is not on). A difference counts from "
         f"{least:.0%}, the spread of sampling, and from the standard deviation of the ratio over the seeds.",

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..data import split_digits
+from ..evaluation.report import plain_log
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
+from ..pictures import curve_style
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.noise_level import estimate_noise_level
 from ..processes.random import Draw
@@ -323,19 +325,21 @@ def verdict(
 
 
 def plot(args: argparse.Namespace, told_rows: list[list[Any]], runs: Runs, calls: int) -> str:
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for i, row in enumerate(told_rows):
-        style = "o--" if row[0].startswith(EXACT) else "o-"
-        axes[0].semilogx(FACTORS, row[1:-1], style, markersize=3, color=f"C{i % len(KINDS)}", label=row[0])
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 5.8), layout="constrained")
+    for i, (name, *values) in enumerate(told_rows):
+        axes[0].semilogx(FACTORS, values[: len(FACTORS)], label=name, **curve_style(i))
     axes[0].set(title="one answer", xlabel="told level / true level", ylabel="squared error over K = 1 told rightly")
     axes[0].set_xticks(FACTORS, [f"{f:g}" for f in FACTORS])
     axes[0].xaxis.minorticks_off()
-    axes[0].legend(fontsize=7)
+    ways = list(dict.fromkeys((kind, way) for kind, _, way in COLUMNS))
     for axis, sampler in zip(axes[1:], ("ode", "langevin"), strict=True):
-        for i, (kind, of, way) in enumerate(column for column in COLUMNS if column[1] == sampler):
-            values = [v.mean if (v := runs[TRAINED, (kind, of, way), calls, run]) else float("nan") for run in RUNS]
-            axis.plot(list(RUNS), values, "o-", markersize=3, color=f"C{i}", label=f"{kind}, {way}")
+        for column in (column for column in COLUMNS if column[1] == sampler):
+            kind, _, way = column
+            values = [v.mean if (v := runs[TRAINED, column, calls, run]) else math.nan for run in RUNS]
+            axis.plot(list(RUNS), values, label=f"{kind}, {way}", **curve_style(ways.index((kind, way))))
         axis.set(title=f"{sampler}, trained networks, {calls} calls", ylabel="sliced W2 over the floor")
         axis.tick_params(axis="x", labelrotation=20, labelsize=7)
-        axis.legend(fontsize=7)
+        plain_log(axis, "y")
+    for axis in axes:
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return save_picture(figure, args.output / "gm_sgm_claim.png")

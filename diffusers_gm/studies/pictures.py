@@ -22,10 +22,10 @@ matplotlib.rcParams.update(style())
 RARE = 0.05
 
 
-def save_picture(figure: Any, path: Path) -> str:
+def save_picture(figure: Any, path: Path, dpi: int = 90) -> str:
     """Write a matplotlib figure and close it; the name of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return path.name
 

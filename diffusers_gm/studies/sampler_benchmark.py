@@ -21,7 +21,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,12 @@ from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import examine, open_source, split_digits
-from ..evaluation.report import plot_curves
+from ..evaluation.report import Curve, plot_curves
 from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
+from .curves import plot_behind
 from .digits import kept_results
 from .pictures import save_picture
 from .report import Report
@@ -50,7 +51,7 @@ from .sampler_benchmark_models import (
     own_model,
     saved_model,
 )
-from .sampler_benchmark_schedulers import PEERS, STOCHASTIC, Samplers
+from .sampler_benchmark_schedulers import MULTISTEP, PEERS, STOCHASTIC, Samplers
 from .sampler_benchmark_scores import Scores
 
 TRAINED = ("ddpm", "ncsnv2", "gm-sgm", "cld")
@@ -160,16 +161,7 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
     verdict = f"Best of all: {', '.join(answers)}."
     if "CLD, sscs" in ours and {"DDPM", "Euler ancestral"} <= set(peers):
         verdict += " " + " ".join(against_peers(bests, calls, ours, winner) for calls in args.calls)
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    curves = {
-        sampler: {
-            calls: b.ratio if (b := bests[sampler, calls]) and b.ratio.mean < 30 else None for calls in args.calls
-        }
-        for sampler in model.samplers
-    }
-    plot_curves(axis, curves, 1, {sampler: {"linestyle": ":"} for sampler in peers})
-    axis.set(ylabel="sliced W2 over the floor", title=model.title)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    curves = {s: {c: b.ratio if (b := bests[s, c]) else None for c in args.calls} for s in model.samplers}
     # A comparison of some is no replacement for one of all.
     stem = f"samplers_{name}_n{args.num_samples}{'_selected' if args.samplers or args.grids else ''}"
     return Report(
@@ -179,10 +171,32 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
         "best of its grids?",
         verdict,
         tables,
-        [save_picture(figure, args.output / f"{stem}.png")],
+        [plot(curves, model.title, args.output / f"{stem}.png")],
         f"{model.conditions} n = {args.num_samples}, {args.seeds} seed(s), the same for all. The best grid is picked "
         f"on the same samples; above {ALL_GRIDS_UP_TO} calls only the grid that was best before is run.",
     )
+
+
+# What is so many times the floor is not drawn.
+WORST = 30
+
+
+def plot(curves: Mapping[str, Curve], title: str, path: Path) -> str:
+    """Ours, by name, among thin lines of those of diffusers, of which the best one is drawn at each number of calls;
+    the name of the file."""
+    shown = {s: {n: v if v and v.mean < WORST else None for n, v in curve.items()} for s, curve in curves.items()}
+    ours = {s: shown[s] for s in sorted(shown, key=lambda s: s != MULTISTEP) if s not in PEERS}
+    peers = {s: shown[s] for s in shown if s in PEERS}
+    figure, axis = plt.subplots(figsize=(10, 6.5), layout="constrained")
+    if ours and peers:
+        plot_behind(axis, peers.values(), "diffusers, each of them")
+        values = {n: [v for curve in peers.values() if (v := curve[n])] for n in next(iter(peers.values()))}
+        best = {n: min(of, key=lambda v: v.mean, default=None) for n, of in values.items()}
+        plot_behind(axis, [best], "diffusers, the best one", color="black", linewidth=2)
+    plot_curves(axis, ours or peers, 1)
+    axis.set(ylabel="sliced W2 over the floor", title=title)
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return save_picture(figure, path)
 
 
 def against_peers(
