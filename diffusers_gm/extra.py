@@ -1,13 +1,27 @@
 """What to say where a package of an extra is missing."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def how_to_install(name: str) -> str:
+    """The command that installs an extra, as a shell takes it."""
+    return f'pip install "diffusers-gm[{name}]" (in a clone: pip install -e ".[{name}]")'
+
+
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Inside, an import that fails names the extra that brings the package: `pip install diffusers-gm[name]`."""
+    """Inside, an import that fails names the extra that brings the package."""
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"{error.name} is not installed: pip install diffusers-gm[{name}]") from error
+        package = str(error.name).partition(".")[0]
+        raise ImportError(f"{package} is not installed: {how_to_install(name)}") from error
+
+
+def check_extra(name: str, *packages: str) -> None:
+    """Raise an ImportError that names the extra unless its `packages` are installed: for before any work."""
+    with extra(name):
+        for package in packages:
+            importlib.import_module(package)

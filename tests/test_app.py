@@ -371,4 +371,5 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("diffusers_gm.app", run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: gradio is not installed: pip install diffusers-gm[app]\n"
+    said = 'error: gradio is not installed: pip install "diffusers-gm[app]" (in a clone: pip install -e ".[app]")\n'
+    assert capsys.readouterr().err == said

@@ -165,7 +165,7 @@ def test_needs_a_scheduler_that_knows_the_diffusion(tiny_unet):
 
 def test_says_what_to_install(pipeline, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ImportError, match=r"pip install diffusers-gm\[ode\]"):
+    with pytest.raises(ImportError, match=r'pip install "diffusers-gm\[ode\]"'):
         images(pipeline)
 
 

@@ -90,6 +90,29 @@ def test_an_error_is_one_line(tmp_path):
     assert said[0].startswith(f"error: {tmp_path} holds no trained model")
 
 
+@pytest.mark.parametrize(
+    ("words", "package", "name"),
+    [
+        ("evaluation nowhere --dataset_name digits", "matplotlib", "evaluation"),
+        ("evaluation.likelihood nowhere", "torchdiffeq", "ode"),
+        ("studies.demo nowhere", "matplotlib", "evaluation"),
+        ("docs.build --output nowhere", "latex2mathml", "docs"),
+    ],
+)
+def test_without_a_package_its_extra_is_named_before_any_work(words, package, name, tmp_path):
+    module, *arguments = words.split()
+    run = f"sys.argv = {[module, *arguments]!r}; runpy.run_module('diffusers_gm.{module}', run_name='__main__')"
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; {run}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    said = ended.stderr.splitlines()[-1]
+    assert ended.returncode
+    assert (
+        f'{package} is not installed: pip install "diffusers-gm[{name}]" (in a clone: pip install -e ".[{name}]")'
+        in said
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_mathematics_of_the_likelihood_name_their_command():
     command = [sys.executable, "-m", "diffusers_gm.likelihood", "outputs/digits-cld"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

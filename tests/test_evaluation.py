@@ -271,5 +271,5 @@ def test_packages_of_the_extra_are_imported_late_and_named_when_missing(monkeypa
         ("efficientnet_lite_pytorch", lite0),
     ]:
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=r"pip install diffusers-gm\[evaluation\]"):
+        with pytest.raises(ImportError, match=r'pip install "diffusers-gm\[evaluation\]"'):
             call()

@@ -2,7 +2,7 @@
 
     python -m diffusers_gm.app --model outputs/demo
 
-Needs the `app` extra: pip install diffusers-gm[app]. The page is served on this machine alone unless told.
+Needs the `app` extra: pip install "diffusers-gm[app]". The page is served on this machine alone unless told.
 """
 
 import logging

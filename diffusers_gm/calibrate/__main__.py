@@ -17,6 +17,7 @@ from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full
 from ..calibration.picture import plot
 from ..cli import Parser
 from ..evaluation.sampling import load_pipeline
+from ..extra import how_to_install
 from ..files import write_json, write_text
 
 
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plot(calibration, folder / "calibration.png")
         wrote.append(folder / "calibration.png")
     except ImportError:
-        print("no picture: pip install diffusers-gm[evaluation]")
+        print(f"no picture: {how_to_install('evaluation')}")
     print("wrote", *wrote)
 
 

@@ -48,7 +48,8 @@ LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)")
 
 def with_mathml(text: str) -> str:
     """A page with the formulas between `$`, which GitHub reads, as MathML, which browsers read."""
-    from latex2mathml.converter import convert
+    with extra("docs"):
+        from latex2mathml.converter import convert
 
     def converted(match: re.Match[str]) -> str:
         block = match["block"] is not None

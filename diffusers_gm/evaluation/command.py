@@ -19,6 +19,7 @@ from pathlib import Path
 import diffusers
 from torch import Tensor
 
+from ..extra import check_extra
 from ..files import write_text
 from ..launch import check_processes, from_main, process_state
 from ..version import __version__
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> Results:
     """Measure what is not measured yet."""
     check_options(args)
+    if args.samples is None:
+        check_extra("evaluation", "matplotlib")  # draws the results at the end
     state = process_state()
     check_processes(state)
     return measure(Subject.open(args, state.device), args)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
+from ..extra import check_extra
 from ..likelihood import bits_per_dimension, flow_nll
 from ..processes.random import randn
 from ..readings import level_range
@@ -101,7 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     try:
+        check_extra("ode", "torchdiffeq")
+        check_extra("evaluation", "sklearn")
         pipeline = load_model(args.folder)
+    except ImportError as error:
+        parser.exit(2, f"error: {error}\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}; make one with {HOW_TO_TRAIN}\n")
     for name, images in zip(("training", "held-out"), split_digits(), strict=True):

@@ -10,6 +10,7 @@ from accelerate.tracking import get_available_trackers
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
+from ..extra import how_to_install
 from .methods import METHODS, MethodOptions, options_of_others
 from .option import check_bounds, data, hub, network, optimisation, output, sampler, trained
 
@@ -244,10 +245,9 @@ class TrainingArguments(MethodOptions):
         self._choose()
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
-            package = "diffusers-gm[trackers]" if self.report_to == "tensorboard" else self.report_to
+            command = how_to_install("trackers") if self.report_to == "tensorboard" else f"pip install {self.report_to}"
             raise ValueError(
-                f"--report_to {self.report_to}: the package is not installed; pip install {package}, "
-                "or leave the option out"
+                f"--report_to {self.report_to}: the package is not installed; {command}, or leave the option out"
             )
         check_streaming(self)
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
