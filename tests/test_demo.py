@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import tiny_network
 from PIL import Image
 
-from diffusers_gm import GMLangevinScheduler
+from diffusers_gm import CalibratedMultistepScheduler, CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm.app.models import Sampler
+from diffusers_gm.app.runs import Run
 from diffusers_gm.data import split_digit_labels, split_digits
-from diffusers_gm.studies import demo
+from diffusers_gm.studies import demo, pictures
 from diffusers_gm.studies.demo import CALLS, SAMPLERS
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +72,31 @@ def test_a_row_is_a_class(digits_model, monkeypatch):
     labels = [digit for digit in range(10) for _ in range(columns)]
     again = pipe(100, generator=torch.Generator().manual_seed(0), output_type="pt", class_labels=labels).images
     assert samples.equal(2 * again - 1)
+
+
+def test_of_a_calibrated_model_the_noise_of_its_method_is_drawn(monkeypatch, tmp_path):
+    """And its samples at a number of calls that it is for, under one name everywhere."""
+    config = CLDSSCSScheduler(noise_space="ve", sigma_max=9.0, mass=0.5).config
+    CLDPipeline(tiny_network(), CalibratedMultistepScheduler.from_config(config)).save_pretrained(tmp_path)
+    drawn = {}
+    for name in ("samples", "forward_cld", "trajectories"):
+        monkeypatch.setattr(demo, f"plot_{name}", lambda *arguments, name=name: drawn.update({name: arguments}))
+    monkeypatch.setattr(demo, "FEW", 2)
+    demo.draw_pictures(tmp_path, seed=0)
+    assert drawn["samples"][2] == "CLDPipeline, calibrated, 20 network calls"
+    assert drawn["forward_cld"][1].mass == 0.5
+    runs = drawn["trajectories"][0]
+    assert [run.sampler.name for run in runs] == [*SAMPLERS[CLDSSCSScheduler], "calibrated"]
+
+    # Calls have numbers, and what could not be done is named with its reason.
+    figures = []
+    monkeypatch.setattr(pictures, "save_picture", lambda figure, path: figures.append(figure))
+    pictures.plot_trajectories([*runs, Run(Sampler("jump", None), 2, error="no way: 2 is too few. Use more")], tmp_path)
+    (figure,) = figures
+    assert figure.get_suptitle().endswith("\nnot shown: jump: no way")
+    assert len(figure.axes) == len(runs)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "2"]
+    pictures.plt.close(figure)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -150,8 +150,8 @@ def _classes(names: list[str] | None) -> dict[str, str]:
         "kind": "Class-conditional",
         "asked": f"class_labels=[{json.dumps(names[0], ensure_ascii=False)}] * 4",
         "classes": (
-            f"`class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 makes "
-            "images more of their class."
+            f" `class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 "
+            "makes images more of their class."
         ),
         "choice": "no prompt, and no other class",
     }
