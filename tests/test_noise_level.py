@@ -201,6 +201,10 @@ def test_class_conditional_networks_are_told_the_class():
     ]
     assert (of[0][0] == of[1][0]).all()
     assert (of[0][1] != of[1][1]).any()
+    # Nobody says the class: the one that stands for none.
+    found = [pipe.estimate_noise_level(y, seeded(0, 1), labels).sigma for labels in (None, 3)]
+    assert torch.equal(*found)
+    pipe.register_to_config(class_names=["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="class-conditional"):
         pipe.estimate_noise_level(y)
 
