@@ -58,18 +58,13 @@ def plot_behind(axis: Any, curves: Iterable[Curve], label: str = "", **line: Any
         axis.plot(list(shown), list(shown.values()), label=label if i == 0 else "", **style)
 
 
-def draw_curves(
-    path: Path,
-    panels: Mapping[str, Mapping[str, Curve]],
-    ylabel: str,
-    floor: float | None = None,
-) -> str:
+def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], ylabel: str) -> str:
     """A picture of curves, side by side by their titles, with one legend for all; the name of the file."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1.5 + 5 * len(panels), 5.5), layout="constrained", squeeze=False
     )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        plot_curves(axis, curves, floor)
+        plot_curves(axis, curves, None)
         axis.set(title=title, ylabel=ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return save_picture(figure, path)

@@ -52,9 +52,11 @@ def defaults(args: argparse.Namespace) -> Report:
         ),
         "a network of NCSNv2": lambda: own_model("ncsnv2", args.num_samples, args.steps, args.output),
     }
-    tables, over = [], {}
+    tables, panels = [], {}
+    over: dict[str, list[float]] = {}
     for title, make in models.items():
         model, cells = make(), {}
+        ratios: dict[str, list[float]] = {}
         results = kept_results(f"defaults {title}", args.num_samples, args.output, floor=False, content=model.content)
         score = Scores(model.reference)
         results.floor = [score(model.floor[: args.num_samples])]
@@ -66,11 +68,11 @@ def defaults(args: argparse.Namespace) -> Report:
                 for calls in args.calls
             ]
             pairs = [(own.ratio.mean if own else math.inf, best) for own, best in found if best]
-            over[f"{name}, {title}"] = [own / best.ratio.mean for own, best in pairs]
+            over[f"{name}, {title}"] = ratios[name] = [own / best.ratio.mean for own, best in pairs]
             cells[name] = [f"{own / best.ratio.mean:.2f} ({own:.2f}; {best.grid})" for own, best in pairs]
         caption = f"{title}: the default over the best of its options (over the floor; the best of them)."
         tables.append(table_of(caption, cells, args.calls))
-    panel = {"": as_curves(over, args.calls)}
+        panels[title] = as_curves(ratios, args.calls)
     worst = max(over, key=lambda name: max(over[name]))
     most = max(over[worst])
     return Report(
@@ -80,7 +82,7 @@ def defaults(args: argparse.Namespace) -> Report:
         f"At most {most:.2f} times ({worst}, {args.calls[over[worst].index(most)]} calls); in the geometric mean "
         f"{math.exp(statistics.mean(math.log(r) for ratios in over.values() for r in ratios)):.2f} times.",
         tables,
-        [draw_curves(args.output / "defaults.png", panel, "sliced W2 of the default over the best option", 1)],
+        [draw_curves(args.output / "defaults.png", panels, "sliced W2 of the default over the best option")],
         f"n = {args.num_samples}, {args.seeds} seed(s), a training of {args.steps} steps. The best option is picked on "
         "the same samples.",
     )

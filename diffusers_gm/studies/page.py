@@ -73,7 +73,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "GM-SGM": ("gm_sgm_claim", "gm_sgm"),
     "NCSNv2": ("ncsnv2_techniques", "ncsnv2"),
     "CLD": ("cld_squared", "cld"),
-    "Costs": ("throughput", "latent_caching", "fine_tuning"),
+    "Costs": ("step_cost", "throughput", "latent_caching", "fine_tuning"),
     "More": ("",),
 }
 # Letters of an answer in the summary: sentences until there are so many, and at most.
