@@ -64,7 +64,7 @@ def draw_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], ylabel: s
         1, len(panels), figsize=(1.5 + 5 * len(panels), 5.5), layout="constrained", squeeze=False
     )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
-        plot_curves(axis, curves, None)
+        plot_curves(axis, curves)
         axis.set(title=title, ylabel=ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return save_picture(figure, path)
