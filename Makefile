@@ -104,7 +104,7 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST_PATH) $(BIN)/python -m pytest -n 2 --dist worksteal $(OLDEST_TESTS)
 
 # The lowest versions of all dependencies that pyproject.toml names, in two steps: resolved at once, the resolver gives
-# some of them up. torch is that of PyPI, as below.
+# some of them up.
 LOWEST_TESTS ?= $(PYTHON_TESTS) $(addprefix tests/test_,app.py app_page.py docs.py evaluation.py hub.py likelihood.py \
 	pictures.py swap_pipelines.py training_steps.py)
 

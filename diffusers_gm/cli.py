@@ -51,7 +51,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if not action.option_strings or default in (None, False, [], argparse.SUPPRESS) or text.endswith("]"):
+        none = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if none or not action.option_strings or text.endswith("]"):
             return text
         return f"{text} [{' '.join(map(str, default)) if isinstance(default, list) else default}]".replace("%", "%%")
 

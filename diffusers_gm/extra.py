@@ -12,10 +12,10 @@ def how_to_install(name: str) -> str:
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Inside, an import that fails names the extra that brings the package."""
+    """Inside, the import of a package that is not there names the extra that brings it."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise ImportError(f"{package} is not installed: {how_to_install(name)}") from error
 

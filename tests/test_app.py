@@ -19,6 +19,7 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
     NCSNv2Pipeline,
+    UnconditionalPipeline,
 )
 from diffusers_gm.app import cells
 from diffusers_gm.app.compare import calibrate, code_of, config_of, distance
@@ -38,6 +39,7 @@ PIPELINES = {
         tiny_network(num_class_embeds=4), AnnealedLangevinScheduler(sigma_max=10.0), class_names=["one", "two", "many"]
     ),
     "ddpm": lambda: DDPMPipeline(tiny_network(), DDPMScheduler(clip_sample=False)),
+    "unconditional": lambda: UnconditionalPipeline(tiny_network(), DDPMScheduler(clip_sample=False)),
 }
 
 
@@ -291,7 +293,13 @@ def test_calibrating_adds_a_sampler_whose_levels_are_shown(folders):
     ("name", "sampler"),
     [
         *(("ncsnv2", SAVED), ("ncsnv2", "UniPC"), ("ncsnv2", "annealed Langevin, chain"), ("ncsnv2", CALIBRATED)),
-        *(("cld", "CLD, probability flow"), ("ddpm", "UniPC"), ("ddpm", "CLD, sscs"), ("classes", "UniPC")),
+        *(
+            ("cld", "CLD, probability flow"),
+            ("ddpm", "UniPC"),
+            ("ddpm", "CLD, sscs"),
+            ("classes", "UniPC"),
+            ("unconditional", "UniPC"),
+        ),
     ],
 )
 def test_the_code_gives_the_same_images(folders, name, sampler, capsys):

@@ -319,6 +319,22 @@ def test_the_fixed_grid_is_shifted_once():
     torch.testing.assert_close(result.scheduler.timesteps, fixed.timesteps, rtol=1e-5, atol=0)  # of six digits
 
 
+def test_the_levels_before_are_those_of_the_pipeline():
+    """With the shift of a flow network, as the levels after it."""
+    from test_swap_pipelines import embeddings, sd3
+
+    pipe = sd3(StableDiffusion3Pipeline)
+    arguments = {"height": 16, "width": 16, "output_type": "latent", "guidance_scale": 1.0} | embeddings(
+        (8, 4, 8), (8, 8)
+    )
+    result = calibrate_in_full(pipe, (10,), effort="fast", progress=False, **arguments)
+    assert not result.errs
+    fixed = CalibratedMultistepScheduler.from_config(pipe.scheduler.config)
+    fixed.set_timesteps(10)
+    levels = fixed.reading.sigma(fixed.timesteps.double())[1:].tolist()  # the first is where s is 1
+    assert result.fixed[10][1:] == pytest.approx(levels, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -345,6 +361,16 @@ def test_how_many_images_a_pipeline_of_diffusers_makes(tiny_unet, given, size):
     pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
     calibrate(pipe, (4,), effort="fast", progress=False, output_type="np", **given)
     assert sizes == {size}
+
+
+def test_of_large_images_fewer_are_made(tiny_unet):
+    def stop(module, arguments):
+        raise InterruptedError(f"{tuple(arguments[0].shape)}")
+
+    tiny_unet.register_to_config(sample_size=256)
+    tiny_unet.register_forward_pre_hook(stop)
+    with pytest.raises(InterruptedError, match=r"\(4, 1, 256, 256\)"):
+        calibrate(DDPMPipeline(tiny_unet, DDPMScheduler()), (4,), progress=False)
 
 
 def test_pipelines_that_cannot_be_calibrated_are_named(tiny_unet):

@@ -311,6 +311,19 @@ def test_bad_classes_are_refused_before_the_first_network_call(pipeline, argumen
         pipeline(2, 4, **{"class_labels": 0} | arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"guidance_scale": -1}, {"guidance_interval": (3, 1)}, {"strength": 2.0}, {"mask_image": torch.ones(1, 1, 8, 8)}],
+    ids=str,
+)
+def test_a_refused_call_draws_no_class(pipeline, arguments):
+    (generator,) = seeded(0)
+    before = generator.get_state()
+    with pytest.raises(ValueError):
+        pipeline(1, 4, generator, **arguments)
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_what_an_unconditional_network_does_not_have(tiny_unet):
     pipeline = GMSGMPipeline(tiny_unet, SCHEDULERS["gm-sgm"]())
     pipeline.unet.forward = None

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import re
 import runpy
 import subprocess
@@ -68,6 +69,9 @@ def test_all_options_say_what_they_are_and_defaults_stand_in_brackets(module, he
     for action in parsers[0]._actions:
         assert action.help, action
         assert "default" not in action.help, action
+        none = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        if action.option_strings and not none:
+            assert parsers[0]._get_formatter()._expand_help(action).count("]") == 1, action
 
 
 def test_the_studies_are_listed(help_of):
@@ -100,17 +104,22 @@ def test_an_error_is_one_line(tmp_path):
     ],
 )
 def test_without_a_package_its_extra_is_named_before_any_work(words, package, name, tmp_path):
+    stub = tmp_path / "stubs" / f"{package}.py"
+    stub.parent.mkdir()
+    stub.write_text(f"raise ModuleNotFoundError('not there', name={package!r})")
     module, *arguments = words.split()
-    run = f"sys.argv = {[module, *arguments]!r}; runpy.run_module('diffusers_gm.{module}', run_name='__main__')"
-    code = f"import runpy, sys; sys.modules[{package!r}] = None; {run}"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
-    said = ended.stderr.splitlines()[-1]
-    assert ended.returncode
-    assert (
-        f'{package} is not installed: pip install "diffusers-gm[{name}]" (in a clone: pip install -e ".[{name}]")'
-        in said
+    path = os.pathsep.join([str(stub.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", f"diffusers_gm.{module}", *arguments]
+    work = tmp_path / "work"
+    work.mkdir()
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=work, env={**os.environ, "PYTHONPATH": path}, check=False
     )
-    assert not list(tmp_path.iterdir())
+    assert ended.returncode
+    (said,) = (line for line in ended.stderr.splitlines() if "transformers" not in line)
+    install = f'pip install "diffusers-gm[{name}]" (in a clone: pip install -e ".[{name}]")'
+    assert said.endswith(f"{package} is not installed: {install}")
+    assert not list(work.iterdir())
 
 
 def test_the_mathematics_of_the_likelihood_name_their_command():

@@ -10,10 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from networks import tiny_network
 from PIL import Image
 
-from diffusers_gm import CalibratedMultistepScheduler, CLDPipeline, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
+    CLDPipeline,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+    UnconditionalPipeline,
+)
 from diffusers_gm.app.models import Sampler
 from diffusers_gm.app.runs import Run
 from diffusers_gm.data import split_digit_labels, split_digits
@@ -101,6 +109,13 @@ def test_of_a_calibrated_model_the_noise_of_its_method_is_drawn(monkeypatch, tmp
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.slow  # six real processes
+def test_a_ddpm_has_samplers_too():
+    pipe = UnconditionalPipeline(tiny_network(), DDPMScheduler(clip_sample=False))
+    assert [*demo.samplers(pipe)] == [*SAMPLERS[AnnealedLangevinScheduler], "DDPMScheduler"]
+    pipe.scheduler = CalibratedMultistepScheduler.from_config(pipe.scheduler.config)
+    assert [*demo.samplers(pipe)] == [*SAMPLERS[AnnealedLangevinScheduler], "calibrated"]
+
+
 def test_make_demo_goes_on_where_it_was(tmp_path):
     """Neither a complete training nor a measured cell is done again; an interrupted one goes on at its checkpoint."""
     installed, folder = f"{sys.prefix}/.installed", tmp_path / "demo"

@@ -101,7 +101,7 @@ def prose(source):
     return "\n".join([*comments, *(ast.get_docstring(node) or "" for node in nodes)])
 
 
-def test_no_measured_figure_is_typed_in_the_source():
+def test_no_figure_is_typed_in_passing_in_the_source():
     """Told by how one is written in passing, `.3`: constants have their zero."""
     for path in (ROOT / "diffusers_gm").rglob("*.py"):
         assert not re.findall(r"(?<![\w.)\]`])-?\.\d+", prose(path.read_text())), path

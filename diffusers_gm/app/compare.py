@@ -94,13 +94,14 @@ def calibrate(model: Model, calls: Sequence[int], effort: str, settings: Setting
 
 def code_of(model: Model, run: Run, settings: Settings) -> str:
     """Python that gives the images of a finished run."""
-    own, cls = run.sampler.code, type(model.pipe).__name__
-    # What stands in for pipelines of diffusers, whose loop suits few samplers.
-    if cls == UnconditionalPipeline.__name__:
-        source = diffusers.DiffusionPipeline.load_config(model.name)["_class_name"]
-        imports, load = {"diffusers": [source], "diffusers_gm": ["GMSGMPipeline"]}, "GMSGMPipeline(**{}.components)"
-    else:
-        source, imports, load = cls, {"diffusers_gm": [cls]}, "{}"
+    own, source = run.sampler.code, type(model.pipe).__name__
+    imports, load = {"diffusers_gm": [source]}, "{}"
+    if source == UnconditionalPipeline.__name__:
+        saved = diffusers.DiffusionPipeline.load_config(model.name)["_class_name"]
+        # What stands in for pipelines of diffusers, whose loop suits few samplers.
+        if isinstance(saved, str) and hasattr(diffusers, saved):
+            source, load = saved, "GMSGMPipeline(**{}.components)"
+            imports = {"diffusers": [source], "diffusers_gm": ["GMSGMPipeline"]}
     if own:
         name = own.partition("(")[0].partition(".")[0]
         imports.setdefault("diffusers" if hasattr(diffusers, name) else "diffusers_gm", []).append(name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..autoencoders import as_learned
+from ..networks import channels_of, size_of
 from ..processes.random import Draw
 from ..readings import level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
@@ -154,9 +155,8 @@ def calibrate_in_full(
         timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
-        result.fixed = {n: scheduler.call_grid.calibrated_or_even_levels(n).tolist() for n in budgets}
         if result.errs:
-            found: Found = {n: (levels, None) for n, levels in result.fixed.items()}
+            found: Found = {n: (scheduler.call_grid.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
@@ -172,10 +172,12 @@ def calibrate_in_full(
 
     with bar, _quiet(pipe):
         _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
+    shift = 1.0 if result.errs else shift  # the fixed grid is one before the shift
+    result.fixed = {n: scheduler.call_grid.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
     calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
     if any(result.stochasticity.values()):
         calibration["stochasticity"] = {str(n): tau for n, tau in result.stochasticity.items()}
-    if shift != 1.0 and not result.errs:  # the fixed grid is one before the shift
+    if shift != 1.0:
         calibration["shift"] = shift
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
     result.seconds = (clock.total() - clock.network, clock.network)
@@ -356,8 +358,14 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     elif "batch_size" in parameters and not (
         isinstance(given.get("generator"), list | tuple) or any(name in given for name in TELLS_HOW_MANY)
     ):
-        arguments["batch_size"] = NUM_IMAGES
+        arguments["batch_size"] = _num_images(pipe.components.get("unet"))
     return arguments | given
+
+
+def _num_images(unet: Any) -> int:
+    """As many as `NUM_IMAGES` of a small network, of a large one fewer."""
+    size = None if unet is None else size_of(unet)
+    return NUM_IMAGES if size is None else min(NUM_IMAGES, max(4, 2**18 // (channels_of(unet)[0] * math.prod(size))))
 
 
 class _quiet:

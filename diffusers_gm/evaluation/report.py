@@ -118,7 +118,8 @@ def table(results: Results) -> Table:
 def _caption(results: Results, shown: str) -> str:
     """What a table is of, and what the words and signs that are shown in it mean."""
     conditions = results.conditions
-    data = f"{conditions['data']}{', the training set' * (conditions['data'] == 'digits')}"
+    of_digits = (conditions["data"], list(conditions["shape"])) == ("digits", [1, 8, 8])
+    data = f"{conditions['data']}{', the training set' * of_digits}"
     size = "x".join(map(str, conditions["shape"]))
     of_classes = f", of the classes {', '.join(conditions['classes'])}" if "classes" in conditions else ""
     features = f" Features: {conditions['features']}." if conditions["features"] else ""

@@ -177,7 +177,10 @@ def keep_card(folder: Path, path: Path) -> None:
         if not (folder / file).is_file():
             raise ValueError(f"there is no card of a training in {folder}: it has no {file}")
     card = ModelCard.load(folder / "README.md")
-    trained_into = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))["output_dir"]
+    trained_into = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8")).get("output_dir")
+    if trained_into is None:
+        raise ValueError(f"{folder / ARGS_FILE} does not say where the training went: it has no output_dir")
+    trained_into = Path(trained_into).as_posix()
     name, text = path.stem, card.text
     text = text.replace(HERE, f'from_pretrained("{trained_into}")')
     text = text.replace(HERE_NOTE, f"Train the model first, into `{trained_into}`, with the command below. ")

@@ -1,6 +1,6 @@
 """What a pipeline of images knows of itself: its network, classes, sizes and latents, and what may be asked of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,8 +87,16 @@ class ImagePipeline(HubPipeline):
     @property
     def _needs_labels(self) -> bool:
         """Whether it knows classes; but a network that has them by its nature may have been trained without."""
-        nameless = (self.config.get("class_names"), self.config.get("class_shares")) == (None, None)
-        return self.num_classes is not None and not (nameless and null_class(self.unet) is not None)
+        return self.num_classes is not None and (self._classes_are_known or null_class(self.unet) is None)
+
+    @property
+    def _classes_are_known(self) -> bool:
+        return (self.config.get("class_names"), self.config.get("class_shares")) != (None, None)
+
+    @property
+    def _no_class(self) -> int | None:
+        """`null_class` of a network whose classes are known: the last one of others may be a class like all."""
+        return self.null_class if self._classes_are_known else None
 
     def draw_labels(
         self, num_images: int, generator: Generators = None, among: Sequence[int] | None = None
@@ -234,9 +242,15 @@ class ImagePipeline(HubPipeline):
         return shape
 
     def _guidance(
-        self, batch_size: int, class_labels: ClassLabels | None, scale: float, interval: tuple[float, float] | None
+        self,
+        batch_size: int,
+        class_labels: ClassLabels | None,
+        scale: float,
+        interval: tuple[float, float] | None,
+        draw: Callable[[], list[int] | None] | None = None,
     ) -> Guidance:
-        """What the arguments ask of the network; a ValueError for what it does not have."""
+        """What the arguments ask of the network; a ValueError for what it does not have. Labels that are not given are
+        those of `draw`, when all else was checked."""
         embeds, null = self._num_class_embeds, self.null_class
         if self.unet.config.get("class_embed_type") is not None:
             raise ValueError(
@@ -248,6 +262,8 @@ class ImagePipeline(HubPipeline):
             if class_labels is not None:
                 raise ValueError(f"class_labels={class_labels!r}: this network has no classes, leave them out")
             return Guidance()
+        if class_labels is None and draw is not None:
+            class_labels = draw()
         if class_labels is None and scale == 1 and not self._needs_labels:
             return Guidance()
         if class_labels is None:

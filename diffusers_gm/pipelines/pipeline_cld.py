@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,12 +109,11 @@ class CLDPipeline(UnconditionalPipeline):
         batch_size = self._batch_size(batch_size, arguments.get("class_labels"), latents)
         size = {name: arguments.pop(name, None) for name in ("height", "width")}
         shape = self._checked_shape(batch_size, generator, latents, output_type, **size)
-        classes = {name: arguments.pop(name, default) for name, default in CLASSES.items()}
-        if classes["class_labels"] is None:
-            classes["class_labels"] = self.draw_labels(batch_size, generator)
-        guidance = self._guidance(batch_size, *classes.values())
+        labels, scale, interval = (arguments.pop(name, default) for name, default in CLASSES.items())
         if arguments:
             raise ValueError(f"{sorted(arguments)} do not go with ode_solver={ode_solver!r}: leave them out")
+        draw = partial(self.draw_labels, batch_size, generator)
+        guidance = self._guidance(batch_size, labels, scale, interval, draw)
 
         num_network_calls = 0
 

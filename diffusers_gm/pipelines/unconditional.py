@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,12 +109,13 @@ class UnconditionalPipeline(ImagePipeline):
         num_steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         batch_size = self._batch_size(batch_size, class_labels, latents)
         shape = self._checked_shape(batch_size, generator, latents, output_type, height, width)
-        if class_labels is None and image is None:
-            class_labels = self.draw_labels(batch_size, generator)
-        elif class_labels is None and guidance_scale == 1:
-            class_labels = self.null_class
-        guidance = self._guidance(batch_size, class_labels, guidance_scale, guidance_interval)
         picture = self._picture(shape, num_steps, latents, image, strength, mask_image, num_resamples)
+        draw = None
+        if image is None:
+            draw = partial(self.draw_labels, batch_size, generator)
+        elif class_labels is None and guidance_scale == 1:
+            class_labels = self._no_class
+        guidance = self._guidance(batch_size, class_labels, guidance_scale, guidance_interval, draw)
 
         device, scheduler = self._execution_device, self.scheduler
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -267,7 +269,7 @@ class UnconditionalPipeline(ImagePipeline):
         noisy = as_images(image, "image", (None, channels, None, None), noisy=True)
         self._image_shape(*noisy.shape[2:])
         check_generators(generator, len(noisy))
-        class_labels = self.null_class if class_labels is None else class_labels
+        class_labels = self._no_class if class_labels is None else class_labels
         guidance = self._guidance(len(noisy), class_labels, 1.0, None)
         own = OwnLevel(encoding.ours(self.scheduler), self._network, guidance, generator)
         return own, (2 * noisy - 1).to(self._execution_device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
-from ..readings import ImageReading, Reading, level_range
+from ..readings import Reading, level_range
 from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
@@ -79,7 +79,7 @@ class SamplerScheduler(Swappable):
             raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
         check_calibration(config.calibration)
         self.reading = reading_from_config(config)
-        self.noise_space = self.reading.space if isinstance(self.reading, ImageReading) else None
+        self.noise_space = self.call_grid.space
         self.sampler = sampler
         if self.noise_space is not None:
             if self.noise_space.kind == "vp":

@@ -65,21 +65,28 @@ SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
 }
 
 
-# Whose samplers are measured on a network whose own scheduler is calibrated.
+# Whose samplers are measured on a network whose own scheduler is calibrated, or one of diffusers.
 OF_PIPELINES = {
     "GMSGMPipeline": GMLangevinScheduler,
     "NCSNv2Pipeline": AnnealedLangevinScheduler,
     "CLDPipeline": CLDSSCSScheduler,
+    "UnconditionalPipeline": AnnealedLangevinScheduler,  # of a DDPM
 }
 
 
 def samplers(pipeline: Any) -> dict[str, Any]:
-    """Every sampler for the network of a pipeline, each with its default step size; `calibrated`, if its own is."""
-    scheduler = pipeline.scheduler
-    calibrated = isinstance(scheduler, CalibratedMultistepScheduler)
-    cls = OF_PIPELINES[type(pipeline).__name__] if calibrated else type(scheduler)
+    """Every sampler for the network of a pipeline, each with its default step size, and its own if it is another."""
+    scheduler, own = pipeline.scheduler, type(pipeline.scheduler)
+    cls = own if own in SAMPLERS else OF_PIPELINES[type(pipeline).__name__]
     found = {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
-    return found | ({CALIBRATED: scheduler} if calibrated else {})
+    return found if cls is own else found | {name_of(scheduler): scheduler}
+
+
+def name_of(scheduler: Any) -> str:
+    """What a scheduler is called that is the pipeline's own."""
+    if isinstance(scheduler, CalibratedMultistepScheduler):
+        return CALIBRATED
+    return scheduler.config.get("algorithm_type") or type(scheduler).__name__
 
 
 def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
@@ -104,9 +111,8 @@ def draw_pictures(folder: Path, seed: int) -> None:
         digits = split_digit_labels()[1]
         shown = torch.cat([held_out[digits == digit][:GRID] for digit in range(10)])
     found = samplers(pipeline)
-    name, calls = pipeline.scheduler.config.algorithm_type, pipeline.default_num_inference_steps
-    if CALIBRATED in found:
-        name, calls = CALIBRATED, FEW_CALLS
+    name = name_of(pipeline.scheduler)
+    calls = FEW_CALLS if name == CALIBRATED else pipeline.default_num_inference_steps
     images = pipeline(GRID * GRID, calls, generator, output_type="pt", class_labels=labels).images * 2 - 1
     title = f"{type(pipeline).__name__}, {name}, {calls} network calls"
     plot_samples(images, shown, title, folder / "digits.png", GRID, pipeline.class_names or ())
