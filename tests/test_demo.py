@@ -107,8 +107,6 @@ def test_of_a_calibrated_model_the_noise_of_its_method_is_drawn(monkeypatch, tmp
     pictures.plt.close(figure)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.slow  # six real processes
 def test_a_ddpm_has_samplers_too():
     pipe = UnconditionalPipeline(tiny_network(), DDPMScheduler(clip_sample=False))
     assert [*demo.samplers(pipe)] == [*SAMPLERS[AnnealedLangevinScheduler], "DDPMScheduler"]
@@ -116,6 +114,8 @@ def test_a_ddpm_has_samplers_too():
     assert [*demo.samplers(pipe)] == [*SAMPLERS[AnnealedLangevinScheduler], "calibrated"]
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.slow  # six real processes
 def test_make_demo_goes_on_where_it_was(tmp_path):
     """Neither a complete training nor a measured cell is done again; an interrupted one goes on at its checkpoint."""
     installed, folder = f"{sys.prefix}/.installed", tmp_path / "demo"
