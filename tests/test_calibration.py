@@ -13,6 +13,7 @@ from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DModel,
@@ -24,6 +25,7 @@ from diffusers_gm import (
     CLDPipeline,
     CLDSSCSScheduler,
     NCSNv2Pipeline,
+    UnconditionalPipeline,
     calibrate,
 )
 from diffusers_gm.calibration.calibrate import (
@@ -167,7 +169,8 @@ class PointsNetwork(UNet2DModel):
         y = sample / float(space.alpha(torch.tensor(sigma)))
         denoised = points(y, sigma)
         self.count += 1
-        return type("Output", (), {"sample": space.output(denoised, (y - denoised) / sigma, sigma, "epsilon")})()
+        answer = "flow_prediction" if space.kind == "flow" else "epsilon"
+        return type("Output", (), {"sample": space.output(denoised, (y - denoised) / sigma, sigma, answer)})()
 
 
 def network(space):
@@ -321,15 +324,12 @@ def test_the_fixed_grid_is_shifted_once():
 
 def test_the_levels_before_are_those_of_the_pipeline():
     """With the shift of a flow network, as the levels after it."""
-    from test_swap_pipelines import embeddings, sd3
-
-    pipe = sd3(StableDiffusion3Pipeline)
-    arguments = {"height": 16, "width": 16, "output_type": "latent", "guidance_scale": 1.0} | embeddings(
-        (8, 4, 8), (8, 8)
-    )
-    result = calibrate_in_full(pipe, (10,), effort="fast", progress=False, **arguments)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    fixed = CalibratedMultistepScheduler.from_config(flow.config)
+    pipe = UnconditionalPipeline(network(fixed.noise_space), flow)
+    result = calibrate_in_full(pipe, (10,), effort="fast", progress=False)
     assert not result.errs
-    fixed = CalibratedMultistepScheduler.from_config(pipe.scheduler.config)
+    assert result.scheduler.config.calibration["shift"] == 3.0
     fixed.set_timesteps(10)
     levels = fixed.reading.sigma(fixed.timesteps.double())[1:].tolist()  # the first is where s is 1
     assert result.fixed[10][1:] == pytest.approx(levels, rel=1e-4)

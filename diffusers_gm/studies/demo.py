@@ -65,19 +65,19 @@ SAMPLERS: dict[Any, dict[str, dict[str, Any]]] = {
 }
 
 
-# Whose samplers are measured on a network whose own scheduler is calibrated, or one of diffusers.
+# Whose samplers are measured on a network whose own scheduler is calibrated.
 OF_PIPELINES = {
     "GMSGMPipeline": GMLangevinScheduler,
     "NCSNv2Pipeline": AnnealedLangevinScheduler,
     "CLDPipeline": CLDSSCSScheduler,
-    "UnconditionalPipeline": AnnealedLangevinScheduler,  # of a DDPM
 }
 
 
 def samplers(pipeline: Any) -> dict[str, Any]:
-    """Every sampler for the network of a pipeline, each with its default step size, and its own if it is another."""
+    """Every sampler for the network of a pipeline (of a DDPM those of `AnnealedLangevinScheduler`), each with its
+    default step size, and its own, if it is another."""
     scheduler, own = pipeline.scheduler, type(pipeline.scheduler)
-    cls = own if own in SAMPLERS else OF_PIPELINES[type(pipeline).__name__]
+    cls = own if own in SAMPLERS else OF_PIPELINES.get(type(pipeline).__name__, AnnealedLangevinScheduler)
     found = {name: cls.from_config(scheduler.config, **changes) for name, changes in SAMPLERS[cls].items()}
     return found if cls is own else found | {name_of(scheduler): scheduler}
 
