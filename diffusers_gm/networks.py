@@ -70,6 +70,11 @@ def size_of(unet: Any) -> tuple[int, int] | None:
     return height, width
 
 
+def images_at_once(most: int, channels: int, height: int, width: int) -> int:
+    """How many images a network is given at once to measure it: `most` small ones, of large ones fewer, at least 4."""
+    return min(most, max(4, 2**18 // (channels * height * width)))
+
+
 def without_variance(output: Tensor, channels: int) -> Tensor:
     """The first half of an output `(B, 2C, ...)` of a network that answers a variance too; of C channels, all."""
     return output[:, :channels] if output.shape[1] == 2 * channels else output

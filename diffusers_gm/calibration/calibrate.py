@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..autoencoders import as_learned
-from ..networks import channels_of, size_of
+from ..networks import channels_of, images_at_once, size_of
 from ..processes.random import Draw
 from ..readings import level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
@@ -365,7 +365,7 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
 def _num_images(unet: Any) -> int:
     """As many as `NUM_IMAGES` of a small network, of a large one fewer."""
     size = None if unet is None else size_of(unet)
-    return NUM_IMAGES if size is None else min(NUM_IMAGES, max(4, 2**18 // (channels_of(unet)[0] * math.prod(size))))
+    return NUM_IMAGES if size is None else images_at_once(NUM_IMAGES, channels_of(unet)[0], *size)
 
 
 class _quiet:

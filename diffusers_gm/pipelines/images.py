@@ -9,7 +9,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
-from ..networks import asked, channels_of, null_class, num_class_embeds, size_of
+from ..networks import asked, channels_of, images_at_once, null_class, num_class_embeds, size_of
 from ..processes.random import Generators, check_generators, rand, randn
 from ..readings import VelocityReading
 from . import encoding
@@ -162,7 +162,7 @@ class ImagePipeline(HubPipeline):
         """What `diffusers_gm.calibrate` runs this pipeline with, which was `given` these arguments: many images, where
         they are small, and unless told of all classes, in the proportions of the training data."""
         channels, height, width = self._image_shape(given.get("height"), given.get("width"))
-        most = given.get("batch_size") or min(64, max(4, 2**18 // (channels * height * width)))
+        most = given.get("batch_size") or images_at_once(64, channels, height, width)
         labels = given.get("class_labels", self._labels_at((torch.arange(most) + 0.5) / most))
         if labels is None:
             return {"batch_size": most}

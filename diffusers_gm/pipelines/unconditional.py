@@ -85,7 +85,8 @@ class UnconditionalPipeline(ImagePipeline):
             callback_on_step_end_tensor_inputs: names of the tensors given to the callback; only `latents`.
             class_labels: of a class-conditional network: a class for all images, or one for each; an index or one of
                 `class_names`. The network's last class, which stands for none, has an index too. None: drawn as often
-                as in the training data; from an `image`, which has a class of its own, that which stands for none.
+                as in the training data; from an `image`, which has a class of its own, that which stands for none, if
+                the pipeline knows names or shares of classes.
             guidance_scale: how much the class counts, see `pipelines.guidance`: 1 as the network learned it, 0 not at
                 all. Every call for which it is not 1 is of twice the batch.
             guidance_interval: the noise levels (low, high) in which there is guidance: sigma of `y = x0 + sigma noise`,
