@@ -60,6 +60,16 @@ def test_levels_and_labels_are_those_of_diffusers(cls, source):
 
 
 @every_spaced_scheduler
+def test_a_continuous_config_without_a_range_has_that_of_its_betas(cls):
+    source = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True)
+    ours = cls.from_config(source.config)
+    ours.set_timesteps(calls_of(cls, 10))
+    source.set_timesteps(10)
+    torch.testing.assert_close(ours.sigmas[:10], source.sigmas[:10], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.timesteps[:10], source.timesteps.float(), rtol=1e-5, atol=1e-5)
+
+
+@every_spaced_scheduler
 @every_source
 def test_one_network_is_read_alike(cls, source, generator):
     """Input and denoised image of the same network output: `precondition_inputs` and `precondition_outputs`."""

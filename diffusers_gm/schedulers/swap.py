@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from diffusers import SchedulerMixin
+from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
@@ -74,6 +74,9 @@ def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
         grid = "log_snr" if config.get("sigma_schedule") == "exponential" else "karras"
         return {**config, "noise_space": "edm", "grid": grid}
     if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        if config.get("sigma_min") is None or config.get("sigma_max") is None:  # then the ends of its betas
+            levels = EulerDiscreteScheduler.from_config(config).sigmas
+            config |= {"sigma_min": float(levels[-2]), "sigma_max": float(levels[0])}
         return {**config, "noise_space": "edm", **({} if flagged else {"grid": "karras"})}
     if config.get("timestep_spacing") in ("leading", "linspace") and not flagged:
         config["grid"] = "even"
