@@ -18,7 +18,7 @@ from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_b
 from diffusers_gm import CalibratedMultistepScheduler, CLDPipeline, CLDSSCSScheduler, data
 from diffusers_gm.pictures import image_grid
 from diffusers_gm.processes.cld import CLD
-from diffusers_gm.studies import cld, cld_digits, cld_likelihood, cld_squared, cld_target, cld_training, demo
+from diffusers_gm.studies import cld, cld_likelihood, cld_squared, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.network import native_shape, new_unet
@@ -319,9 +319,9 @@ def test_a_study_that_was_interrupted_goes_on(tmp_path, capsys):
 
 def test_verdicts_follow_the_figures():
     errors = {"a": [1.0, 2.0, 1.0], "b": [2.0, 1.0, 1.1]}
-    said = cld_digits.against("a", "b", errors, [5, 10, 20])
+    said = cld_training.against("a", "b", errors, [5, 10, 20])
     assert said == "b over a: 2.00 at 5, 0.50 at 10, 1.10 at 20; a is better at 5 calls and worse at 10 calls."
-    assert "no difference" in cld_digits.against("a", "a", errors, [5, 10, 20])
+    assert "no difference" in cld_training.against("a", "a", errors, [5, 10, 20])
     ratios = torch.full((1, 3, 3), 1.5)
     assert "does not matter" in cld_training.verdict_on_robustness(ratios, [10])
     ratios[0, 2, 0] = 3.0

@@ -13,7 +13,7 @@ from ..data import split_digits
 from ..evaluation.likelihood import bits_of_images
 from ..evaluation.results import Statistic
 from ..evaluation.table import Table
-from .cld_digits import results_of
+from .cld_training import results_of
 from .digits import TIE, images_of, over_floor, pipeline_of, trained
 from .pictures import save_picture
 from .report import Report

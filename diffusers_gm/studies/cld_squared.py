@@ -25,12 +25,11 @@ from ..processes.cld import CLD, lift
 from ..processes.random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
-from .cld_digits import results_of, train_cld
-from .curves import as_curves, plot_behind, table_of
+from .cld_training import results_of, train_cld
 from .digits import images_of
 from .exact import ExactDenoiser, Network, NetworkOf
-from .pictures import save_picture
-from .report import Report
+from .pictures import as_curves, plot_behind, save_picture
+from .report import Report, table_of
 
 # Euler-Maruyama's FID over that of SSCS, CIFAR-10 (arXiv 2112.07068, table 2), by network calls.
 PUBLISHED = {50: 2.6, 150: 2.3, 275: 1.4}

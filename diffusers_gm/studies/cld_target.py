@@ -15,7 +15,7 @@ from ..pictures import curve_style
 from ..processes.cld import CLD, lift, perturb
 from ..training.methods.cld import FIRST_TIME
 from ..training.options import TrainingArguments
-from .cld_digits import TIMES, as_network, train_cld
+from .cld_training import TIMES, as_network, train_cld
 from .digits import TIE, kept_unet, parts_of, train_on_digits
 from .exact import ExactDenoiser
 from .pictures import save_picture

@@ -1,4 +1,4 @@
-"""Trained CLD models: which masses and initial velocities, which loss."""
+"""Trained CLD models: which masses and initial velocities, which loss. And how the studies of `.cld` train them."""
 
 import argparse
 import math
@@ -8,19 +8,56 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data import split_digits
 from ..evaluation.report import Curve, curve_table, plot_curves
+from ..evaluation.results import Results
 from ..evaluation.table import Table
 from ..losses import cld_loss
 from ..pictures import curve_style
 from ..schedulers import CLDSSCSScheduler
-from .cld_digits import TIMES, against, as_network, digits_conditions, ratios_to_floor, results_of, train_cld
-from .curves import as_curves, by_calls
-from .digits import TIE
-from .pictures import save_picture
-from .report import Report
+from .digits import TIE, kept_results, pipeline_of, quality, trained
+from .exact import Network
+from .pictures import as_curves, save_picture
+from .report import Report, by_calls
+
+# Where losses are measured.
+TIMES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+
+def train_cld(args: argparse.Namespace, **options: Any) -> tuple[UNet2DModel, CLDSSCSScheduler]:
+    """A network of the digits as published, of the score of the velocity, and the scheduler that describes it; kept
+    beside the reports."""
+    return trained(
+        args.output, method="cld", objective="score", max_train_steps=args.steps, train_batch_size=args.batch, **options
+    )
+
+
+def as_network(unet: UNet2DModel) -> Network:
+    return lambda model_input, timestep: unet(model_input, timestep).sample
+
+
+def results_of(args: argparse.Namespace, name: str, **settings: Any) -> Results:
+    """What the study has measured already of networks of `train_cld`."""
+    return kept_results(name, args.num_samples, args.output, steps=args.steps, batch=args.batch, **settings)
+
+
+def ratios_to_floor(results: Results, name: str, network: Any, scheduler: Any, calls: Sequence[int]) -> list[float]:
+    """Sliced W2 of samples over the floor at every number of calls; nan where they are not finite."""
+    return [(quality(results, name, n, 1, lambda _: pipeline_of(network, scheduler)) or [math.nan])[0] for n in calls]
+
+
+def digits_conditions(args: argparse.Namespace) -> str:
+    """How networks were trained and samples measured, in words."""
+    return (
+        f"Digits, 8 x 8; trainings of {args.steps} steps of {args.batch} images, seed 0. Sliced W2 of "
+        f"{args.num_samples} samples (seed 0) to the training digits over "
+        f"that of {args.num_samples} held-out digits: 1 is as good as real ones. One training and one seed; ratios "
+        f"within {TIE:.0%}, the spread of sampling, are called equal; trainings may differ by more."
+    )
+
 
 # --- Robustness ---
 
@@ -34,24 +71,20 @@ def robustness(args: argparse.Namespace) -> Report:
     Mass and beta act through beta / sqrt(M) alone (the rest is the unit of velocity): a light mass gets further towards
     equilibrium by t = 1, a heavy one less far.
     """
-    settings = [(gamma, mass) for gamma in GAMMAS for mass in MASSES]
-    results, rows = results_of(args, "cld_robustness"), []
-    for gamma, mass in settings:
-        name, trained = f"gamma {gamma:g}, mass {mass:g}", train_cld(args, gamma=gamma, mass=mass)
-        rows.append(ratios_to_floor(results, name, *trained, args.calls))
-    ratios = torch.tensor(rows).T.reshape(len(args.calls), len(GAMMAS), len(MASSES))
+    results = results_of(args, "cld_robustness")
+    rows = [
+        [f"{gamma:g}", f"{mass:g}", *ratios_to_floor(
+            results, f"gamma {gamma:g}, mass {mass:g}", *train_cld(args, gamma=gamma, mass=mass), args.calls)]
+        for gamma in GAMMAS
+        for mass in MASSES
+    ]  # fmt: skip
+    ratios = torch.tensor([row[2:] for row in rows]).T.reshape(len(args.calls), len(GAMMAS), len(MASSES))
     return Report(
         name="cld_robustness",
         title="CLD: masses and initial velocities",
         question="Does sample quality depend on the mass M and on gamma, the variance of the initial velocity?",
         verdict=verdict_on_robustness(ratios, args.calls),
-        tables=[
-            Table(
-                "Sliced W2 over the floor.",
-                ["gamma", "mass", *by_calls(args.calls)],
-                [[f"{gamma:g}", f"{mass:g}", *row] for (gamma, mass), row in zip(settings, rows, strict=True)],
-            )
-        ],
+        tables=[Table("Sliced W2 over the floor.", ["gamma", "mass", *by_calls(args.calls)], rows)],
         pictures=[plot_robustness(ratios, args.calls, args.output / "cld_robustness.png")],
         conditions=digits_conditions(args) + " HSM, mixed score, beta = 4, sscs on the quadratic grid.",
     )
@@ -100,19 +133,16 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
+@torch.no_grad()
 def score_errors(unet: Any, scheduler: CLDSSCSScheduler, num_images: int, hybrid: bool) -> list[float]:
     """The mean loss of a network on held-out digits at every time; of hybrid or denoising score matching."""
     images, generator = split_digits()[1][:num_images], torch.Generator().manual_seed(1)
-    process = scheduler.process
+    process, kind = scheduler.process, scheduler.config["prediction_type"]
     noise = torch.randn((len(images), 3, 8, 8), generator=generator)
     velocity = None if hybrid else noise[:, 2:] * (process.gamma * process.mass) ** 0.5
-    kind, errors = scheduler.config["prediction_type"], []
-    for t in TIMES:
-        times = torch.full((len(images),), t, dtype=torch.float64)
-        with torch.no_grad():
-            loss = cld_loss(as_network(unet), images, times, noise[:, :2], process, kind, velocity)
-        errors.append(float(loss.mean()))
-    return errors
+    times = [torch.full((len(images),), t, dtype=torch.float64) for t in TIMES]
+    losses = [cld_loss(as_network(unet), images, of, noise[:, :2], process, kind, velocity) for of in times]
+    return [float(loss.mean()) for loss in losses]
 
 
 def losses(args: argparse.Namespace) -> Report:
@@ -156,6 +186,16 @@ def plot_losses(curves: Mapping[str, Curve], errors: Mapping[str, Sequence[float
     right.set(xlabel="t", ylabel="HSM loss, held-out digits", title="error of the score")
     left.legend(fontsize=8)
     return save_picture(figure, path)
+
+
+def against(ours: str, theirs: str, errors: Mapping[str, Sequence[float]], calls: Sequence[int]) -> str:
+    """A sentence on the error of `theirs` over that of `ours` at every number of calls, and on who is better where."""
+    gains = {n: b / a for n, a, b in zip(calls, errors[ours], errors[theirs], strict=True)}
+    figures = ", ".join(f"{gain:.2f} at {n}" for n, gain in gains.items())
+    better = [str(n) for n, gain in gains.items() if gain > 1 + TIE]
+    worse = [str(n) for n, gain in gains.items() if gain < 1 / (1 + TIE)]
+    words = [f"{kind} at {', '.join(where)} calls" for kind, where in (("better", better), ("worse", worse)) if where]
+    return f"{theirs} over {ours}: {figures}; " + (f"{ours} is {' and '.join(words)}." if words else "no difference.")
 
 
 def by_time(caption: str, losses: dict[str, list[float]]) -> Table:

@@ -4,14 +4,8 @@ import argparse
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
-
 from ..cli import Parser, at_least
 from ..data import split_digits
-from ..pictures import style
-
-matplotlib.use("Agg")  # pictures go to files
-matplotlib.rcParams.update(style())
 
 
 def study_parser(
@@ -41,10 +35,8 @@ def study_parser(
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None, over_floor: Collection[str]) -> argparse.Namespace:
-    """The options of a command, `args.study` among them; studies `over_floor` need a held-out digit for every sample.
-
-    Whatever is wrong with them ends the program, status 2, as argparse does.
-    """
+    """The options of a command, `args.study` among them; studies `over_floor` need a held-out digit for every sample,
+    or end the program as argparse does."""
     args = parser.parse_args(arguments)
     held_out = len(split_digits()[1])
     if args.study in over_floor and args.num_samples > held_out:

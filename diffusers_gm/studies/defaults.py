@@ -9,20 +9,24 @@ import argparse
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+
+from ..cli import at_least
 from ..data import split_digits
+from ..evaluation.report import Curve, plot_curves
 from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
-from .command import at_least, parse, study_parser
-from .curves import as_curves, draw_curves, table_of
+from .command import parse, study_parser
 from .digits import kept_results
-from .report import Report
+from .pictures import as_curves, save_picture
+from .report import Report, table_of
 from .sampler_benchmark import best_of
-from .sampler_benchmark_models import exact_model as exact
-from .sampler_benchmark_models import own_model
-from .sampler_benchmark_scores import Scores
+from .sampler_benchmark_models import Model, exact_model, own_model
 
 GRIDS = ("even", "log_snr", "karras", "trailing")
 LANGEVIN = [{"algorithm_type": "langevin", "network_level": level} for level in ("chain", "ladder")]
@@ -46,25 +50,23 @@ def settings_of(cls: Any, config: Any) -> dict[str, Any]:
 
 
 def defaults(args: argparse.Namespace) -> Report:
-    models = {
-        "exact digits, as a DDPM network": lambda: exact(
-            split_digits()[0], "the digits", args.num_samples, args.output
-        ),
-        "a network of NCSNv2": lambda: own_model("ncsnv2", args.num_samples, args.steps, args.output),
+    n = args.num_samples
+    models: dict[str, Callable[[], Model]] = {
+        "exact digits, as a DDPM network": partial(exact_model, split_digits()[0], "the digits", n, args.output),
+        "a network of NCSNv2": partial(own_model, "ncsnv2", n, args.steps, args.output),
     }
     tables, panels = [], {}
     over: dict[str, list[float]] = {}
     for title, make in models.items():
         model, cells = make(), {}
         ratios: dict[str, list[float]] = {}
-        results = kept_results(f"defaults {title}", args.num_samples, args.output, floor=False, content=model.content)
-        score = Scores(model.reference)
-        results.floor = [score(model.floor[: args.num_samples])]
-        settings = {cls.__name__: settings_of(cls, model.pipeline.scheduler.config) for cls in OPTIONS}
-        model = replace(model, samplers=settings)
-        for name in settings:
+        config = model.pipeline.scheduler.config
+        model = replace(model, samplers={cls.__name__: settings_of(cls, config) for cls in OPTIONS})
+        results = kept_results(f"defaults {title}", n, args.output, content=model.content)
+        results.floor = [model.score(model.floor[:n])]
+        for name in model.samplers:
             found = [
-                [best_of(model, name, calls, args.seeds, results, only, score) for only in ("default", None)]
+                [best_of(model, name, calls, args.seeds, results, only) for only in (["default"], None)]
                 for calls in args.calls
             ]
             pairs = [(own.ratio.mean if own else math.inf, best) for own, best in found if best]
@@ -82,10 +84,21 @@ def defaults(args: argparse.Namespace) -> Report:
         f"At most {most:.2f} times ({worst}, {args.calls[over[worst].index(most)]} calls); in the geometric mean "
         f"{math.exp(statistics.mean(math.log(r) for ratios in over.values() for r in ratios)):.2f} times.",
         tables,
-        [draw_curves(args.output / "defaults.png", panels, "sliced W2 of the default over the best option")],
-        f"n = {args.num_samples}, {args.seeds} seed(s), a training of {args.steps} steps. The best option is picked on "
+        [plot(panels, args.output / "defaults.png")],
+        f"n = {n}, {args.seeds} seed(s), a training of {args.steps} steps. The best option is picked on "
         "the same samples.",
     )
+
+
+def plot(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> str:
+    """Curves side by side by their titles, with one legend for all; the name of the file."""
+    size = (1.5 + 5 * len(panels), 5.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        plot_curves(axis, curves)
+        axis.set(title=title, ylabel="sliced W2 of the default over the best option")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    return save_picture(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

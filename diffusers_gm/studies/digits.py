@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -99,11 +99,7 @@ def kept_unet(folder: Path, train: Callable[[], Any], options: Mapping[str, Any]
             publish_folder(unfinished, folder)
     if kept.is_file():
         then = json.loads(kept.read_text(encoding="utf-8"))
-        changed = [
-            f"{name} = {then[name]}, now {described[name]}"
-            for name in described
-            if then.get(name, described[name]) != described[name]
-        ]
+        changed = [f"{k} = {then[k]}, now {v}" for k, v in described.items() if then.get(k, v) != v]
         if changed:
             raise ValueError(
                 f"{folder} was made with other settings ({'; '.join(changed)}): remove it, or take another name"
@@ -122,9 +118,8 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
     It is kept beside the reports in `output`, in a folder named after the options.
     """
     args = TrainingArguments(**options)
-    plan = plan_for_digits(args)
+    plan, name = plan_for_digits(args), name_of(args)
     scheduler = build_scheduler(args, plan)
-    name = name_of(args)
     objective = Objective(args, plan, scheduler)
     return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
 
@@ -181,42 +176,26 @@ def images_of(pipeline: Any, num_calls: int, num_samples: int, seed: int = 0) ->
     return sample(pipeline, scheduler, num_steps_for(scheduler, num_calls), num_samples, seed, num_samples)
 
 
-def kept_results(name: str, num_samples: int, output: Path, floor: bool = True, **settings: Any) -> Results:
-    """The measurements of a study, kept beside its report; the settings are all that they depend on besides.
+def kept_results(name: str, num_samples: int, output: Path, **settings: Any) -> Results:
+    """The measurements of a study, `num_samples` images a cell, kept beside its report in `output`.
 
-    Args:
-        name: of the study.
-        num_samples: images of a cell.
-        output: folder of the reports.
-        floor: whether cells are compared with held-out digits.
-        settings: of the study; where one of them is not what it was, the file is refused.
+    `settings` are all that they depend on besides; where one of them is not what it was, the file is refused.
     """
     words = [f"{key}={value}" for key, value in settings.items() if isinstance(value, int)]
     path = parts_of(output) / f"{' '.join([name, f'n={num_samples}', *words])}.json"
-    results = Results(path, {"study": name, "num_samples": num_samples, **settings})
-    if floor:
-        results.floor = [floor_of_digits(num_samples)]
-    return results
+    return Results(path, {"study": name, "num_samples": num_samples, **settings})
 
 
 def quality(
     results: Results, name: str, calls: int, num_seeds: int, pipeline: Callable[[int], Any]
 ) -> list[float] | None:
-    """Sliced W2 over the floor, one value a seed, measured where it is not there.
-
-    Args:
-        results: where it is kept.
-        name: of the network and its sampler.
-        calls: network calls.
-        num_seeds: of seeds from 0 on.
-        pipeline: of a seed, with the scheduler to sample with.
-
-    Returns:
-        The values; None where a sampler has no stable step, or its samples are not finite.
-    """
+    """Sliced W2 over the floor for seeds from 0 on, of the network and sampler `name` in `pipeline(seed)`; what is kept
+    in `results` is not measured again. None where a sampler has no stable step, or its samples are not finite."""
+    num_samples = results.conditions["num_samples"]
+    results.floor = [floor_of_digits(num_samples)]
 
     def draw(seed: int) -> tuple[Tensor, int]:
-        return images_of(pipeline(seed), calls, results.conditions["num_samples"], seed)
+        return images_of(pipeline(seed), calls, num_samples, seed)
 
     cells = [results.measure(name, calls, seed, partial(draw, seed), scores_of) for seed in range(num_seeds)]
     if any(SLICED_WASSERSTEIN not in cell.scores for cell in cells):
@@ -224,6 +203,9 @@ def quality(
     return [cell.scores[SLICED_WASSERSTEIN] / results.floor[0][SLICED_WASSERSTEIN] for cell in cells]
 
 
-def statistic_of(values: Sequence[float] | None) -> Statistic | None:
-    """Mean and spread over seeds, where there are values."""
-    return Statistic.of(values) if values else None
+def over_seeds(
+    results: Results, name: str, calls: int | None, num_seeds: int, make: Callable[[int], dict[str, float]]
+) -> dict[str, Statistic]:
+    """What `make(seed)` scores, by the names of the scores, over seeds; empty where one of them has no scores."""
+    scores = results.of_seeds(name, calls, num_seeds, make) or []
+    return {key: Statistic.of([one[key] for one in scores]) for key in (scores[0] if scores else ())}

@@ -18,8 +18,33 @@ Network = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 256
 
 
+class Denoiser:
+    """`D(y, sigma)` of `y = x0 + sigma * eta`, `(B, C, H, W)`, and its score by Tweedie, as of Gaussian noise."""
+
+    def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
+        """`grad log p(y)`, `(B, C, H, W)`."""
+        return (self(y, sigma) - y) / sigma**2
+
+    def network_output(self, sample: Tensor, timestep: Tensor, space: NoiseSpace, prediction_type: str) -> Tensor:
+        """What a perfect network answers to its input `alpha * y` at a label, or one for each image, in any prediction
+        type."""
+        labels = torch.as_tensor(timestep).reshape(-1)
+        levels = space.sigma(labels)
+        sigma, alpha = (t.to(sample).reshape(-1, *[1] * (sample.ndim - 1)) for t in (levels, space.alpha(levels)))
+        y, level = sample / alpha, levels.to(sample).expand(len(sample)) if len(labels) > 1 else float(levels)
+        if prediction_type == "score":
+            return self.score(y, level)
+        if prediction_type == "scaled_score":
+            return -sigma * self.score(y, level)
+        denoised = self(y, level)
+        return space.output(denoised, (y - denoised) / sigma, sigma, prediction_type)
+
+
 @dataclass(eq=False)
-class ExactDenoiser:
+class ExactDenoiser(Denoiser):
     """`E[x0 | y]` and the score for data that are a mixture of equal Gaussians `N(points_i, width^2 I)`.
 
     Attributes:
@@ -40,23 +65,19 @@ class ExactDenoiser:
         self.log_weights = torch.zeros(len(self.points)) if weights is None else weights.log()
 
     def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """`E[x0 | y]` for `y = x0 + sigma * eta`, `(B, C, H, W)`."""
         # Under component k, x0 is on the way from y to the centre by 1 - width^2 / v_k.
         return y + self._towards_centres(y, sigma, lambda variances: 1 - self.width**2 / variances)
 
     def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """`grad log p(y)`, `(B, C, H, W)`."""
         return self._towards_centres(y, sigma, lambda variances: 1 / variances)
 
-    def _variances(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """`v_k = width^2 + (c_k sigma)^2`, `(B, K)`."""
-        levels = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
-        return self.width**2 + (levels[:, None] * self.noise.scales.to(y)) ** 2
-
     def _towards_centres(self, y: Tensor, sigma: float | Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """`E[gain(v_k) (centre - y) | y]`, over centres and components: the shape of y."""
+        """`E[gain(v_k) (centre - y) | y]`, over centres and components, `v_k = width^2 + (c_k sigma)^2`: the shape of
+        y."""
+        levels = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
+        variances_of = self.width**2 + (levels[:, None] * self.noise.scales.to(y)) ** 2
         of_part, chunk = (self._by_element, CHUNK // 8) if self.noise.per_element else (self._by_image, CHUNK)
-        parts = zip(y.flatten(1).split(chunk), self._variances(y, sigma).split(chunk), strict=True)
+        parts = zip(y.flatten(1).split(chunk), variances_of.split(chunk), strict=True)
         return torch.cat([of_part(part, variances, gain) for part, variances in parts]).view(y.shape)
 
     def _by_image(self, y: Tensor, variances: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
@@ -84,22 +105,8 @@ class ExactDenoiser:
         pull = (torch.softmax(log_joint, -1) * gain(variances)).sum(-1)
         return (torch.softmax(log_centres, 1)[..., None] * pull * offsets).sum(1)
 
-    def network_output(self, sample: Tensor, timestep: Tensor, space: NoiseSpace, prediction_type: str) -> Tensor:
-        """What a perfect network answers to its input `alpha * y` at a label, or one for each image, in any prediction
-        type."""
-        labels = torch.as_tensor(timestep).reshape(-1)
-        levels = space.sigma(labels)
-        sigma, alpha = (t.to(sample).reshape(-1, *[1] * (sample.ndim - 1)) for t in (levels, space.alpha(levels)))
-        y, level = sample / alpha, levels.to(sample).expand(len(sample)) if len(labels) > 1 else float(levels)
-        if prediction_type == "score":
-            return self.score(y, level)
-        if prediction_type == "scaled_score":
-            return -sigma * self.score(y, level)
-        denoised = self(y, level)
-        return space.output(denoised, (y - denoised) / sigma, sigma, prediction_type)
 
-
-def exact_network(denoiser: ExactDenoiser, scheduler: Any) -> Network:
+def exact_network(denoiser: Denoiser, scheduler: Any) -> Network:
     """What a perfect network for these data answers to the scheduler's inputs."""
     space, prediction_type = scheduler.noise_space, scheduler.reading.prediction_type
     return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)

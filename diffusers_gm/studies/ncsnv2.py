@@ -10,6 +10,7 @@ ended.
 """
 
 import argparse
+import itertools
 import math
 from functools import partial
 from typing import Any, cast
@@ -27,8 +28,7 @@ from ..pictures import COLORS, curve_style
 from ..processes.annealed import PRESETS, ladder_length, ladder_ratio, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
 from .command import parse, study_parser
-from .curves import over_seeds
-from .digits import kept_results
+from .digits import kept_results, over_seeds
 from .exact import ExactDenoiser, exact_network, run
 from .ncsnv2_trained import SIGMA_MIN, TOO_SMALL, denoise, techniques
 from .pictures import save_picture, show_rows
@@ -56,6 +56,7 @@ def diversity(args: argparse.Namespace) -> Report:
     train, _ = split_digits()
     width, calls, n = 0.1, args.calls or 200, args.num_samples
     technique_1 = max_pairwise_distance(train)
+    too_small = TOO_SMALL * technique_1
     denoiser = ExactDenoiser(train, width)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand((n, *train.shape[1:]), generator=generator) * 2 - 1
@@ -75,19 +76,16 @@ def diversity(args: argparse.Namespace) -> Report:
 
     real = train[torch.randint(len(train), (n,), generator=generator)]
     real = real + width * torch.randn(real.shape, generator=generator)
-    results = kept_results("diversity", n, args.output, floor=False)
+    results = kept_results("diversity", n, args.output)
     factors = [TOO_SMALL, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
     table: dict[tuple[float, str], tuple[float, float]] = {}
-    for factor in factors:
-        for start in starts:
-            name = f"{factor:g} x Technique 1, from {start}"
-            found = over_seeds(results, name, calls, args.seeds, partial(measure, factor, start))
-            table[factor, start] = found["distance"].mean, found["coverage"].mean
+    rows: list[list[Any]] = []
+    for factor, start in itertools.product(factors, starts):
+        name = f"{factor:g} x Technique 1, from {start}"
+        found = over_seeds(results, name, calls, args.seeds, partial(measure, factor, start))
+        table[factor, start] = found["distance"].mean, found["coverage"].mean
+        rows.append([f"{factor * technique_1:.3g}", f"{factor:g}", start, *table[factor, start]])
     of_data = [mean_pairwise_distance(real), coverage(real, train)]
-
-    rows: list[list[Any]] = [
-        [f"{factor * technique_1:.3g}", f"{factor:g}", start, *table[factor, start]] for factor, start in table
-    ]
     rows.append(["exact draws", "", "", *of_data])
 
     figure = plt.figure(figsize=(11, 6), layout="constrained")
@@ -96,14 +94,13 @@ def diversity(args: argparse.Namespace) -> Report:
         top.subplots(),
         {
             "exact draws": real,
-            f"sigma_1 = {TOO_SMALL * technique_1:.2f}, one start": samples(TOO_SMALL * technique_1, "one point", 0),
-            f"sigma_1 = {TOO_SMALL * technique_1:.2f}, noise": samples(TOO_SMALL * technique_1, "noise", 0),
+            f"sigma_1 = {too_small:.2f}, one start": samples(too_small, "one point", 0),
+            f"sigma_1 = {too_small:.2f}, noise": samples(too_small, "noise", 0),
             f"sigma_1 = {technique_1:.2f}, one start": samples(technique_1, "one point", 0),
         },
     )
-    for column, (axis, name) in enumerate(
-        zip(bottom.subplots(1, 2), ("mean pairwise distance", "mode coverage"), strict=True)
-    ):
+    names = ("mean pairwise distance", "mode coverage")
+    for column, (axis, name) in enumerate(zip(bottom.subplots(1, 2), names, strict=True)):
         for i, start in enumerate(starts):
             values = [table[f, start][column] for f in factors]
             axis.semilogx([f * technique_1 for f in factors], values, label=f"from {start}", **curve_style(i))
@@ -133,9 +130,9 @@ def diversity(args: argparse.Namespace) -> Report:
                ["sigma_1", "over Technique 1", "start", "mean pairwise distance", "mode coverage"], rows)],
         [picture],
         f"Data: the {len(train)} training digits in [-1, 1], each a Gaussian of width {width:g}. Technique 1 gives "
-        f"{technique_1:.3g} (CIFAR-10 in [0, 1]: 50); NCSN's 1 is {TOO_SMALL:g} of that, here "
-        f"{TOO_SMALL * technique_1:.3g}. Starts are uniform in the pixel range. Both ladders have the same number of "
-        "levels and calls; the final denoising is on.",
+        f"{technique_1:.3g} (CIFAR-10 in [0, 1]: 50); NCSN's 1 is {TOO_SMALL:g} of that, here {too_small:.3g}. Starts "
+        "are uniform in the pixel range. Both ladders have the same number of levels and calls; the final denoising is "
+        "on.",
     )  # fmt: skip
 
 
@@ -191,9 +188,8 @@ def noise_scales(args: argparse.Namespace) -> Report:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     left.loglog(sides, list(lengths.values()), "-o", label=f"Technique 2, sigma_1 ~ side^{slope:.2f}")
-    left.loglog(
-        sides, [ladder_length(50, SIGMA_MIN, 3 * s**2) for s in sides], "--s", label="Technique 2, sigma_1 = 50"
-    )
+    of_fifty = [ladder_length(50, SIGMA_MIN, 3 * side**2) for side in sides]
+    left.loglog(sides, of_fifty, "--s", label="Technique 2, sigma_1 = 50")
     left.loglog([s for _, s in PUBLISHED.values()], [r[3] for r in rows], "kx", markersize=9, label="published L")
     left.axhline(PRESETS["ncsn"].num_levels, color="gray", linestyle=":", label="NCSN: L = 10")
     left.set(xlabel="side of the image", ylabel="noise levels L", title="levels against resolution (colour images)")
@@ -207,7 +203,7 @@ def noise_scales(args: argparse.Namespace) -> Report:
     right.set(xlabel="published eps", ylabel="eps of Technique 4", title="step size", xlim=(ends[0], 2 * ends[1]))
     picture = save_picture(figure, args.output / "ncsnv2_noise_scales.png")
 
-    errors = [abs(row[8] / row[7] - 1) for row in rows]
+    error = max(abs(row[8] / row[7] - 1) for row in rows)
     short = [row[4] / row[3] for row in rows]
     overlaps = [row[5] for row in rows]
     exponent = math.log(lengths[256] / lengths[32]) / math.log(8)
@@ -215,8 +211,8 @@ def noise_scales(args: argparse.Namespace) -> Report:
         "ncsnv2_noise_scales",
         "NCSNv2, Techniques 1, 2 and 4: the published noise scales and step sizes",
         "Do the formulas of the paper give the settings that it published, and how do they grow with the resolution?",
-        f"Step sizes: {'confirmed' if max(errors) < 0.02 else 'not confirmed'}, Technique 4 is within "
-        f"{max(errors):.1%} of every published eps, which has two digits. Levels: not to the letter. An overlap of 0.5 "
+        f"Step sizes: {'confirmed' if error < 0.02 else 'not confirmed'}, Technique 4 is within "
+        f"{error:.1%} of every published eps, which has two digits. Levels: not to the letter. An overlap of 0.5 "
         f"gives {min(short):.1%} to {max(short):.1%} of the published L; the published ladders overlap by "
         f"{min(overlaps):.3f} to {max(overlaps):.3f}, all alike. L grows as side^{exponent:.2f} between 32 and 256 "
         "pixels: the logarithm of sigma_1 grows slowly, and neighbouring levels must be closer as 1 / sqrt(d). sigma_1 "

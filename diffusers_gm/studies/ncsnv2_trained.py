@@ -1,6 +1,7 @@
 """What NCSNv2's techniques do to trained networks: the studies `denoise` and `techniques` of `.ncsnv2`."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,11 +19,10 @@ from ..evaluation.table import Table
 from ..pictures import COLORS, curve_style
 from ..processes.annealed import PRESETS, chain_variance, ladder_length, max_pairwise_distance, optimal_step_size
 from ..schedulers import AnnealedLangevinScheduler
-from .curves import by_calls, over_seeds
-from .digits import images_of, kept_results, over_floor, pipeline_of, quality, statistic_of, tie, trained
+from .digits import images_of, kept_results, over_floor, over_seeds, pipeline_of, quality, tie, trained
 from .exact import run
 from .pictures import save_picture, show_rows
-from .report import Report
+from .report import Report, by_calls
 
 SIGMA_MIN = 0.01
 # The largest noise level of NCSN over that of Technique 1, both for CIFAR-10: 1 / 50.
@@ -72,25 +72,26 @@ def denoise(args: argparse.Namespace) -> Report:
     results = kept_results("denoise", args.num_samples, args.output, steps=args.steps)
     rows: list[list[Any]] = []
     distances: dict[tuple[int, float], tuple[float, float]] = {}
-    shown: dict[str, Tensor] = {}
 
     def measure(calls: int, level: float, seed: int) -> dict[str, float]:
         before, after = last_call(*train_ncsnv2(args, seed), level, calls, args.num_samples, seed)
         removed = float((before - after).square().mean().sqrt())
         return {"before": over_floor(before), "after": over_floor(after), "removed": removed}
 
-    for calls in budgets:
-        for level in levels:
-            found = over_seeds(results, f"to {level:g}", calls, args.seeds, partial(measure, calls, level))
-            before, after, removed = (found[name] for name in ("before", "after", "removed"))
-            ratio = torch.tensor([(technique_1() / level) ** (1 / (calls - 2))], dtype=torch.float64)
-            predicted = level * float(chain_variance(optimal_step_size(ratio, 1), ratio, 1)) ** 0.5
-            rows.append([calls, level, f"{before:.2f}", f"{after:.2f}", removed.mean, predicted])
-            distances[calls, level] = before.mean, after.mean
-    unet, scheduler = train_ncsnv2(args, 0)
-    for level in (levels[0], levels[-1]):
-        pictures = last_call(unet, scheduler, level, budgets[-1], 24, 0)
-        shown |= {f"to {level:g}, {when}": x for when, x in zip(("before", "after"), pictures, strict=True)}
+    for calls, level in itertools.product(budgets, levels):
+        found = over_seeds(results, f"to {level:g}", calls, args.seeds, partial(measure, calls, level))
+        before, after, removed = (found[name] for name in ("before", "after", "removed"))
+        ratio = torch.tensor([(technique_1() / level) ** (1 / (calls - 2))], dtype=torch.float64)
+        predicted = level * float(chain_variance(optimal_step_size(ratio, 1), ratio, 1)) ** 0.5
+        rows.append([calls, level, f"{before:.2f}", f"{after:.2f}", removed.mean, predicted])
+        distances[calls, level] = before.mean, after.mean
+    shown = {
+        f"to {level:g}, {when}": images
+        for level in (levels[0], levels[-1])
+        for when, images in zip(
+            ("before", "after"), last_call(*train_ncsnv2(args, 0), level, budgets[-1], 24, 0), strict=True
+        )
+    }
 
     figure = plt.figure(figsize=(11, 5.4), layout="constrained")
     top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=(1, 1.4)))
@@ -137,6 +138,7 @@ BASE = "the library's defaults"
 def technique_rows() -> dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]]:
     """Every row: what changes in the training, and in the sampler for a number of calls."""
     sigma_max = technique_1()
+    too_small = TOO_SMALL * sigma_max
     length = ladder_length(sigma_max, SIGMA_MIN, 64)
 
     def same(_: int) -> dict[str, Any]:
@@ -154,10 +156,7 @@ def technique_rows() -> dict[str, tuple[dict[str, Any], Callable[[int], dict[str
 
     return {
         BASE: ({}, same),
-        f"Technique 1 off: sigma_1 = {TOO_SMALL * sigma_max:.2f}": (
-            {"sigma_max": f"{TOO_SMALL * sigma_max:.4f}"},
-            same,
-        ),
+        f"Technique 1 off: sigma_1 = {too_small:.2f}": ({"sigma_max": f"{too_small:.4f}"}, same),
         f"Technique 2: its L = {length} levels": ({}, levels(length)),
         "Technique 2 off: 10 levels": ({}, levels(10)),
         "Technique 2 off: 5 levels": ({}, levels(5)),
@@ -216,23 +215,26 @@ def techniques(args: argparse.Namespace) -> Report:
         name: {c: quality(results, name, c, args.seeds, partial(pipeline, name, c)) for c in budgets}
         for name in rows_of
     }
-    curves = {name: {c: statistic_of(values) for c, values in of_name.items()} for name, of_name in found.items()}
+    curves = {
+        name: {c: Statistic.of(values) if values else None for c, values in of_name.items()}
+        for name, of_name in found.items()
+    }
 
     least = tie(args.seeds)
     base = {calls: found[BASE][calls] or [math.nan] * args.seeds for calls in budgets}
     rows, words = [], []
-    for name in rows_of:
+    for name, of_name in found.items():
         # By number of calls, the ratios to the defaults, of the seeds.
         ratios = {
             c: Statistic.of([v / b for v, b in zip(values, base[c], strict=True)])
-            for c, values in found[name].items()
+            for c, values in of_name.items()
             if values
         }
         word = "no stable step"
         if ratios:
             word = verdict_of([r.mean for r in ratios.values()], [r.spread or 0.0 for r in ratios.values()], least)
-        values = [f"{value:.2f}" if value else "-" for value in curves[name].values()]
-        rows.append([name, *values, "" if name == BASE else word])
+        shown_values = [f"{value:.2f}" if value else "-" for value in curves[name].values()]
+        rows.append([name, *shown_values, "" if name == BASE else word])
         if name != BASE:
             at = ", ".join(f"{ratio.mean:.2f} at {c}" for c, ratio in ratios.items())
             words.append(f"{name}: {word}" + (f" ({at})" if at else ""))
@@ -240,8 +242,7 @@ def techniques(args: argparse.Namespace) -> Report:
     shown = {}
     for name, (options, _) in rows_of.items():
         if name == BASE or options:
-            images, _ = images_of(pipeline(name, budgets[-1], 0), budgets[-1], 24)
-            shown[name.replace(": ", ":\n")] = images
+            shown[name.replace(": ", ":\n")], _ = images_of(pipeline(name, budgets[-1], 0), budgets[-1], 24)
     return Report(
         "ncsnv2_techniques",
         "NCSNv2: Techniques 1 to 5, one at a time",

@@ -22,8 +22,7 @@ from ..processes.random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Langevin, Memory, Sampler, TwoStep, sample
 from ..samplers.sampler import Stepped
-from .curves import over_seeds
-from .digits import kept_results, over_floor, tie, trained
+from .digits import kept_results, over_floor, over_seeds, tie, trained
 from .exact import ExactDenoiser
 from .pictures import save_picture
 from .report import Report

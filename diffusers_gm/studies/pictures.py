@@ -1,6 +1,6 @@
 """The pictures of the demo and the studies, but for curves of quality. Needs the `evaluation` extra."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..app.runs import Run
+from ..evaluation.report import Curve
+from ..evaluation.results import Statistic
 from ..evaluation.sampling import in_short
 from ..pictures import COLORS, image_grid, style
 from ..processes.cld import CLD, transform
 from ..processes.mixture import GaussianMixtureNoise
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # pictures go to files
 matplotlib.rcParams.update(style())
 
 # A component of noise is a jump where it is drawn for fewer images than this.
@@ -28,6 +30,19 @@ def save_picture(figure: Any, path: Path, dpi: int = 90) -> str:
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return path.name
+
+
+def as_curves(found: Mapping[str, Sequence[float]], calls: Sequence[int]) -> dict[str, Curve]:
+    """Values of one seed each, at these numbers of calls, as curves."""
+    return {name: {n: Statistic(v, None) for n, v in zip(calls, of, strict=True)} for name, of in found.items()}
+
+
+def plot_behind(axis: Any, curves: Iterable[Curve], label: str = "", **line: Any) -> None:
+    """Draw lines without points, thin and grey unless told, that other curves stand out against; `label` names all."""
+    look = {"color": "0.7", "linestyle": "-", "linewidth": 0.7, "zorder": 1, **line}
+    for i, curve in enumerate(curves):
+        shown = {n: value.mean for n, value in curve.items() if value}
+        axis.plot(list(shown), list(shown.values()), label=label if i == 0 else "", **look)
 
 
 def show_rows(axis: Any, images: dict[str, Tensor], columns: int = 24) -> None:

@@ -24,12 +24,11 @@ from ..readings.grids import sigma_grid
 from ..samplers import Ancestral, Explore, Langevin, Memory, Sampler, sample
 from ..samplers.langevin import EXPLORING_STEP, ExplorePlan, langevin_step
 from ..samplers.sampler import Stepped
-from .curves import by_calls, over_seeds
-from .digits import kept_results
+from .digits import kept_results, over_seeds
 from .exact import ExactDenoiser
 from .ncsnv2_trained import train_ncsnv2
 from .pictures import save_picture
-from .report import Report
+from .report import Report, by_calls
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 3)
 WEIGHTS = (0.5, 0.2, 0.15, 0.1, 0.04, 0.01)
@@ -157,7 +156,6 @@ def rare_modes(args: argparse.Namespace) -> Report:
         "rare_modes",
         count,
         args.output,
-        floor=False,
         steps=args.steps,
         modes=[WEIGHTS, DISTANCE, WIDTH, SIGMA_MIN],
         mixture=[MIXTURE.weights.tolist(), MIXTURE.scales.tolist()],

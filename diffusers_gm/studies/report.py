@@ -1,12 +1,24 @@
 """What a study leaves behind: its tables, pictures and verdict as one JSON file, a section of the results page."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.table import Table, command_line, machine
 from ..files import write_text
+
+
+def by_calls(calls: Iterable[int]) -> list[str]:
+    """The columns of a table of numbers of network calls."""
+    return [f"{n} calls" for n in calls]
+
+
+def table_of(caption: str, found: Mapping[str, Sequence[Any]], calls: Sequence[int]) -> Table:
+    """Values, a row a name and a column a number of calls."""
+    return Table(caption, ["", *by_calls(calls)], [[name, *values] for name, values in found.items()])
 
 
 @dataclass

@@ -21,7 +21,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,22 +37,11 @@ from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
-from .curves import plot_behind
 from .digits import kept_results
-from .pictures import save_picture
-from .report import Report
-from .sampler_benchmark_models import (
-    SHAPES,
-    Model,
-    cifar10_model,
-    ddpm_model,
-    exact_model,
-    mixture_model,
-    own_model,
-    saved_model,
-)
-from .sampler_benchmark_schedulers import MULTISTEP, PEERS, STOCHASTIC, Samplers
-from .sampler_benchmark_scores import Scores
+from .pictures import plot_behind, save_picture
+from .report import Report, by_calls
+from .sampler_benchmark_models import SHAPES, Model, ddpm_model, exact_model, mixture_model, own_model, saved_model
+from .sampler_benchmark_schedulers import MULTISTEP, OWN, PEERS, STOCHASTIC, Samplers
 
 TRAINED = ("ddpm", "ncsnv2", "gm-sgm", "cld")
 MODELS = ("exact", "erring", "erring-much", *(f"mixture-{dimension}" for dimension in SHAPES), "cifar10", *TRAINED)
@@ -62,8 +51,6 @@ ERRORS = {"erring": 0.2, "erring-much": 0.4}
 
 # Above this number of calls only the grid that was best at the number below is run.
 ALL_GRIDS_UP_TO = 20
-
-# --- The benchmark ---
 
 
 def budget(scheduler: Any, num_calls: int) -> int:
@@ -90,19 +77,15 @@ class Best:
         return f"{self.ratio:.2f} {self.grid}"
 
 
+# By sampler and number of calls; None where there is no run.
+Bests = dict[tuple[str, int], Best | None]
+
+
 def best_of(
-    model: Model,
-    sampler: str,
-    calls: int,
-    seeds: int,
-    results: Results,
-    only: Collection[str] | None,
-    score: Callable[[Tensor], dict[str, float]] | None = None,
+    model: Model, sampler: str, calls: int, seeds: int, results: Results, only: Collection[str] | None = None
 ) -> Best | None:
-    """The best grid of a sampler, measured where it is not there; `only` of these, if given. `score`: `Scores` of the
-    reference, where they are there already."""
+    """The best grid of a sampler, measured where it is not there; `only` of these, if given."""
     n, found = results.conditions["num_samples"], []
-    score = score or Scores(model.reference)
     floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
 
     def draw(scheduler: Any, seed: int) -> tuple[Tensor, int]:
@@ -114,7 +97,8 @@ def best_of(
             if callable(given) and any(results.find(setting, calls, seed) is None for seed in range(seeds)):
                 scheduler = given()
             cells = [
-                results.measure(setting, calls, seed, partial(draw, scheduler, seed), score) for seed in range(seeds)
+                results.measure(setting, calls, seed, partial(draw, scheduler, seed), model.score)
+                for seed in range(seeds)
             ]
             if all(SLICED_WASSERSTEIN in cell.scores for cell in cells):  # neither without a grid nor with NaN
                 ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
@@ -123,44 +107,44 @@ def best_of(
 
 
 def benchmark(name: str, model: Model, args: argparse.Namespace, results: Results) -> Report:
-    score = Scores(model.reference)
     if not results.floor:
-        results.floor = [score(draw) for draw in model.floor.split(args.num_samples)]
-    bests: dict[tuple[str, int], Best | None] = {}
+        results.floor = [model.score(draw) for draw in model.floor.split(args.num_samples)]
+    bests: Bests = {}
     for i, calls in enumerate(args.calls):
         for sampler in model.samplers:
             below = bests.get((sampler, args.calls[i - 1])) if i else None
             # The calibrated levels are always among them: they are what is judged.
             only = {below.grid, "calibrated"} if below and calls > ALL_GRIDS_UP_TO else None
-            best = best_of(model, sampler, calls, args.seeds, results, only, score)
+            best = best_of(model, sampler, calls, args.seeds, results, only)
             if best is None and only:  # that grid has no run of so many calls
-                best = best_of(model, sampler, calls, args.seeds, results, None, score)
+                best = best_of(model, sampler, calls, args.seeds, results)
             bests[sampler, calls] = best
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
-    def row(sampler: str, show: Callable[[Best], str]) -> list[str]:
-        shown = [show(best) if (best := bests[sampler, calls]) else "-" for calls in args.calls]
-        return [f"**{sampler}**" if sampler in ours and peers else sampler, *shown]
+    def table(caption: str, show: Callable[[Best], str]) -> Table:
+        rows = [
+            [
+                f"**{sampler}**" if sampler in ours and peers else sampler,
+                *(show(best) if (best := bests[sampler, calls]) else "-" for calls in args.calls),
+            ]
+            for sampler in model.samplers
+        ]
+        return Table(caption, ["sampler", *by_calls(args.calls)], rows)
 
-    header = ["sampler", *(f"{calls} calls" for calls in args.calls)]
     spread = f"mean of {args.seeds} seeds ± standard deviation, " if args.seeds > 1 else ""
     tables = [
-        Table(f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls.",
-              header, [row(s, str) for s in model.samplers]),
-        Table(f"Seconds for {args.num_samples} samples (mean, on a machine that may have been busy).",
-              header, [row(s, lambda b: f"{b.seconds:.2f}") for s in model.samplers]),
+        table(f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls.",
+              str),
+        table(f"Seconds for {args.num_samples} samples (mean, on a machine that may have been busy).",
+              lambda best: f"{best.seconds:.2f}"),
     ]  # fmt: skip
     if model.made is not None and (calibrations := model.made.table()):
         tables.append(calibrations)
-
-    def winner(samplers: Sequence[str], calls: int) -> tuple[float, str]:
-        return min(((b.ratio.mean, s) for s in samplers if (b := bests[s, calls])), default=(math.inf, "none"))
-
-    answers = [f"{calls} calls: {winner(list(model.samplers), calls)[1]}" for calls in args.calls]
+    answers = [f"{calls} calls: {winner(bests, model.samplers, calls)[1]}" for calls in args.calls]
     verdict = f"Best of all: {', '.join(answers)}."
     if "CLD, sscs" in ours and {"DDPM", "Euler ancestral"} <= set(peers):
-        verdict += " " + " ".join(against_peers(bests, calls, ours, winner) for calls in args.calls)
+        verdict += " " + " ".join(against_peers(bests, calls, ours) for calls in args.calls)
     curves = {s: {c: b.ratio if (b := bests[s, c]) else None for c in args.calls} for s in model.samplers}
     # A comparison of some is no replacement for one of all.
     stem = f"samplers_{name}_n{args.num_samples}{'_selected' if args.samplers or args.grids else ''}"
@@ -199,19 +183,18 @@ def plot(curves: Mapping[str, Curve], title: str, path: Path) -> str:
     return save_picture(figure, path)
 
 
-def against_peers(
-    bests: dict[tuple[str, int], Best | None],
-    calls: int,
-    ours: Sequence[str],
-    winner: Callable[[Sequence[str], int], tuple[float, str]],
-) -> str:
+def winner(bests: Bests, samplers: Iterable[str], calls: int) -> tuple[float, str]:
+    """The least error of these samplers at a number of calls, over the floor, and whose it is."""
+    return min(((b.ratio.mean, s) for s in samplers if (b := bests.get((s, calls)))), default=(math.inf, "none"))
+
+
+def against_peers(bests: Bests, calls: int, ours: Sequence[str]) -> str:
     """The SSCS sampler against what people use, at one number of calls, in a sentence."""
-    sscs, mine = bests["CLD, sscs", calls], winner(ours, calls)
+    sscs, mine = bests["CLD, sscs", calls], winner(bests, ours, calls)
     if sscs is None:
         return f"At {calls} calls SSCS has no run."
     classic, stochastic, any_peer = (
-        winner([s for s in peers if (s, calls) in bests], calls)
-        for peers in (("DDPM", "Euler ancestral"), list(STOCHASTIC), list(PEERS))
+        winner(bests, peers, calls) for peers in (("DDPM", "Euler ancestral"), STOCHASTIC, PEERS)
     )
     return (
         f"At {calls} calls SSCS has {sscs.ratio.mean / classic[0]:.2f} times the error of {classic[1]}, "
@@ -249,8 +232,13 @@ def check_options(args: argparse.Namespace) -> None:
     held_out = len(split_digits()[1])
     if {*args.models} & {*TRAINED} and args.num_samples > held_out:
         raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
-    if "cifar10" in args.models and args.cifar10 is None:
-        raise ValueError("--models cifar10 needs --cifar10, the folder of its parquet files")
+    if "cifar10" in args.models:
+        if args.cifar10 is None:
+            raise ValueError("--models cifar10 needs --cifar10, the folder of its parquet files")
+        if not args.cifar10.is_dir():
+            raise ValueError(
+                f"--cifar10 {args.cifar10}: no such folder; leave the model out, or say where the parquet files are"
+            )
     of_exact = ("dataset_name", "train_data_dir", "resolution", "num_images")
     given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
     if given and "exact" not in args.models:
@@ -260,24 +248,25 @@ def check_options(args: argparse.Namespace) -> None:
 def model_of(name: str, args: argparse.Namespace) -> tuple[str, Model]:
     """The model called `name`, and the stem of its files."""
     n, output = args.num_samples, args.output
-    of_all_digits = args.train_data_dir is None and args.dataset_name == "digits"
-    make: dict[str, Callable[[], Model]] = {
-        "ddpm": lambda: ddpm_model(n, args.steps, output),
-        **{method: partial(own_model, method, n, args.steps, output) for method in TRAINED[1:]},
-        **{f"mixture-{dimension}": partial(mixture_model, dimension, n, output) for dimension in SHAPES},
-        "cifar10": lambda: cifar10_model(args.cifar10, args.num_images or 2000, n, output),
-        **{kind: partial(exact_model, split_digits()[0], "the digits", n, output, e) for kind, e in ERRORS.items()},
-    }
-    if of_all_digits and not (args.resolution or args.num_images):
-        make["exact"] = lambda: exact_model(split_digits()[0], "the digits", n, output)
-    if name in make:
-        return name, make[name]()
+    if name == "ddpm":
+        return name, ddpm_model(n, args.steps, output)
+    if name in TRAINED:
+        return name, own_model(name, n, args.steps, output)
+    if name.startswith("mixture"):
+        return name, mixture_model(int(name.removeprefix("mixture-")), n, output)
+    if name == "cifar10":
+        source = open_source("", train_data_dir=str(args.cifar10))
+        points = examine(source, 0, None, num_images=args.num_images or 2000).images
+        return name, exact_model(points, f"{len(points)} images of CIFAR-10", n, output)
+    given = args.train_data_dir or args.resolution or args.num_images or args.dataset_name != "digits"
+    if name in ERRORS or not given:
+        return name, exact_model(split_digits()[0], "the digits", n, output, ERRORS.get(name, 0.0))
     source = open_source(args.dataset_name, train_data_dir=args.train_data_dir)
     points = examine(source, 0, args.resolution, num_images=args.num_images or 2000).images
     data = Path(args.train_data_dir).resolve().name if args.train_data_dir else args.dataset_name.rpartition("/")[2]
     size = "x".join(map(str, points.shape[1:]))
-    stem = f"{name}_{data}_{size}_{len(points)}"
-    return stem, exact_model(points, f"{len(points)} images of {data}, {size}", n, output)
+    words = f"{len(points)} images of {data}, {size}"
+    return f"{name}_{data}_{size}_{len(points)}", exact_model(points, words, n, output)
 
 
 def saved_models(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
@@ -289,28 +278,21 @@ def saved_models(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
         yield stem.replace(" ", "-"), saved_model(path, images, args.num_samples, args.output)
 
 
-def on_grids(samplers: Samplers, grids: Sequence[str]) -> Samplers:
-    """The samplers on some of their grids, those that have one of them.
+def selected(stem: str, samplers: Samplers, args: argparse.Namespace) -> Samplers:
+    """The samplers and the grids that are asked for alone.
 
     Raises:
-        ValueError: for a grid that no sampler has.
+        ValueError: for one that there is not.
     """
-    known = dict.fromkeys(grid for by_grid in samplers.values() for grid in by_grid)
-    unknown = [grid for grid in grids if grid not in known]
-    if unknown:
-        raise ValueError(f"--grids {unknown}: there are {', '.join(known)}")
-    chosen = {name: {g: s for g, s in by_grid.items() if g in grids} for name, by_grid in samplers.items()}
+    if unknown := [name for name in args.samplers or () if name not in samplers]:
+        raise ValueError(f"--samplers {unknown}: {stem} has {', '.join(samplers)}")
+    samplers = {name: samplers[name] for name in args.samplers or samplers}
+    grids = dict.fromkeys(grid for by_grid in samplers.values() for grid in by_grid)
+    if unknown := [grid for grid in args.grids or () if grid not in grids]:
+        raise ValueError(f"--grids {unknown}: there are {', '.join(grids)}")
+    wanted = args.grids or grids
+    chosen = {name: {g: s for g, s in by_grid.items() if g in wanted} for name, by_grid in samplers.items()}
     return {name: by_grid for name, by_grid in chosen.items() if by_grid}
-
-
-def selected(stem: str, model: Model, args: argparse.Namespace) -> Model:
-    """With the samplers and the grids that are asked for alone."""
-    if args.samplers:
-        unknown = [sampler for sampler in args.samplers if sampler not in model.samplers]
-        if unknown:
-            raise ValueError(f"--samplers {unknown}: {stem} has {', '.join(model.samplers)}")
-        model = replace(model, samplers={sampler: model.samplers[sampler] for sampler in args.samplers})
-    return replace(model, samplers=on_grids(model.samplers, args.grids)) if args.grids else model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -321,11 +303,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_options(args)
         models = saved_models(args) if args.pipeline else (model_of(name, args) for name in args.models)
-        for stem, whole in models:
-            model = selected(stem, whole, args)
-            settings = {"steps": args.steps, "content": model.content, "default": model.default, "title": model.title}
-            results = kept_results(f"samplers {stem}", args.num_samples, args.output, floor=False, **settings)
-            benchmark(stem, model, args, results).write(args.output)
+        for stem, model in models:
+            default = (OWN if OWN in model.samplers else "DDPM", "default")  # what the pipeline comes with
+            settings = {"steps": args.steps, "content": model.content, "default": default, "title": model.title}
+            chosen = replace(model, samplers=selected(stem, model.samplers, args))
+            results = kept_results(f"samplers {stem}", args.num_samples, args.output, **settings)
+            benchmark(stem, chosen, args, results).write(args.output)
     except ValueError as error:
         parser.error(str(error))
 

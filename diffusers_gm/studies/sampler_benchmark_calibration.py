@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,7 @@ from ..samplers import Multistep
 from ..schedulers import CalibratedMultistepScheduler
 
 # What `calibrate` is told, by name.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "calibrated": {},
-    "fast": {"effort": "fast"},
-}
+VARIANTS: dict[str, dict[str, Any]] = {"calibrated": {}, "fast": {"effort": "fast"}}
 GITS = "GITS-like"
 
 # Levels of the one trajectory of `GITS`, and its images.
@@ -55,17 +53,13 @@ class Calibrations:
 
     def table(self) -> Table | None:
         """What was measured by those that there are."""
-        rows = [
-            [
-                name,
-                ", ".join(f"{tau:g}" for tau in sorted(set(kept["stochasticity"].values()))),
-                kept["martingale_defect"] or "-",
-                kept["network_calls"],
-                kept["seconds"] or "-",
-            ]
-            for name in [*VARIANTS, GITS]
-            if (kept := self._read(name)) is not None
-        ]
+        rows = []
+        for name in [*VARIANTS, GITS]:
+            if (kept := self._read(name)) is not None:
+                taus = ", ".join(f"{tau:g}" for tau in sorted(set(kept["stochasticity"].values())))
+                rows.append([
+                    name, taus, kept["martingale_defect"] or "-", kept["network_calls"], kept["seconds"] or "-",
+                ])  # fmt: skip
         header = ["calibration", "tau", "martingale defect", "network calls", "seconds"]
         caption = f"Calibrations, each for {', '.join(map(str, CALLS))} calls."
         return Table(caption, header, rows) if rows else None
@@ -105,11 +99,8 @@ def gits(pipeline: Any) -> dict[str, Any]:
     described = CalibratedMultistepScheduler.from_config(pipeline.scheduler.config)
     low, high = level_range(described.reading)
     sigmas = sigma_grid(high, max(low, LOW), NUM_GITS, "karras")
-
-    def work(denoiser: Denoiser, start: Tensor) -> Tensor:
-        return step_costs(denoiser, start, sigmas)
-
-    generator, began = torch.Generator().manual_seed(0), time.perf_counter()
+    work, generator = partial(step_costs, sigmas=sigmas), torch.Generator().manual_seed(0)
+    began = time.perf_counter()
     costs, _ = with_denoiser(
         pipeline, described, work, num_inference_steps=MANY, batch_size=BATCH_GITS, generator=generator
     )

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,22 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..data import examine, open_source, split_digits
+from ..data import split_digits
 from ..evaluation.features import fingerprint
 from ..evaluation.sampling import describe_model, image_shape, load_pipeline
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
 from .demo import OF_PIPELINES
 from .digits import parts_of, pipeline_of, trained
-from .exact import ExactDenoiser, NetworkOf, exact_network
+from .exact import Denoiser, ExactDenoiser, NetworkOf, exact_network
 from .sampler_benchmark_calibration import Calibrations
 from .sampler_benchmark_problems import Erring, GaussianMixture
 from .sampler_benchmark_schedulers import OWN, SOURCE, Samplers, compatible, own_samplers
+from .sampler_benchmark_scores import Scores
 
 WIDTH = 0.1
+REFERENCE = 5  # times as many images as there are samples
+# Of the mixtures, by their dimension.
+SHAPES = {2: (1, 1, 2), 16: (1, 4, 4), 512: (2, 16, 16), 3072: (3, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,6 @@ class Model:
         floor: draws of as many real images as there are samples, one after another.
         conditions: in words.
         content: a hash of the network.
-        default: the sampler and the grid that its pipeline comes with.
         made: the calibrations of the network.
     """
 
@@ -48,35 +52,47 @@ class Model:
     floor: Tensor
     conditions: str
     content: str
-    default: tuple[str, str] = ("DDPM", "default")
     made: Calibrations | None = None
+
+    @cached_property
+    def score(self) -> Scores:
+        return Scores(self.reference)
+
+
+def _model(
+    title: str,
+    pipeline: Any,
+    samplers: Callable[[Calibrations], Samplers],
+    images: tuple[Tensor, Tensor],
+    conditions: str,
+    output: Path,
+    content: str = "",
+) -> Model:
+    """A model with its calibrations; `images` are the reference and the floor."""
+    content = content or describe_model(pipeline)
+    made = Calibrations(pipeline, parts_of(output), content)
+    return Model(title, pipeline, samplers(made), *images, conditions, content, made)
 
 
 # --- Networks ---
 
 
-def exact_model(
-    points: Tensor, name: str, num_samples: int, output: Path = Path("outputs/studies"), error: float = 0.0
-) -> Model:
+def exact_model(points: Tensor, name: str, num_samples: int, output: Path, error: float = 0.0) -> Model:
     """The exact denoiser of Gaussians of width `WIDTH` around images `(m, C, H, W)`, as a DDPM network would be; with
     an `error`, see `Erring`."""
-    denoiser: ExactDenoiser = ExactDenoiser(points, WIDTH)
+    denoiser: Denoiser = ExactDenoiser(points, WIDTH)
+    title = f"the exact denoiser of {name}"
+    conditions = f"Each of the {len(points)} images is a Gaussian of width {WIDTH}"
     if error:
         denoiser = Erring(denoiser, math.hypot(float(points.std()), WIDTH), error)
+        title += " plus score error"
+        conditions += f"; D is off by a smooth random field of {error} of its deviation, see `Erring`"
 
     def data(n: int, generator: torch.Generator) -> Tensor:
         chosen = points[torch.randint(len(points), (n,), generator=generator)]
         return chosen + WIDTH * torch.randn(chosen.shape, generator=generator)
 
-    title, conditions = (
-        f"the exact denoiser of {name}",
-        f"Each of the {len(points)} images is a Gaussian of width {WIDTH}",
-    )
-    if error:
-        title += " plus score error"
-        conditions += f"; D is off by a smooth random field of {error} of its deviation, see `Erring`"
-    content = f"{fingerprint(points)} {error}"
-    return known_model(denoiser, data, title, conditions, content, points.shape[1:], num_samples, output)
+    return known_model(denoiser, data, title, conditions, f"{fingerprint(points)} {error}", num_samples, output)
 
 
 def mixture_model(dimension: int, num_samples: int, output: Path) -> Model:
@@ -84,21 +100,16 @@ def mixture_model(dimension: int, num_samples: int, output: Path) -> Model:
     mixture = GaussianMixture.drawn(SHAPES[dimension], seed=dimension)
     title = f"the exact denoiser of a Gaussian mixture in {dimension} dimensions"
     conditions = f"{len(mixture.points)} components of unequal weight, with a deviation of its own in every direction"
-    shape = mixture.points.shape[1:]
-    content = f"{fingerprint(torch.cat([mixture.points, mixture.deviations]))}"
-    return known_model(mixture, mixture.draw, title, conditions, content, shape, num_samples, output)
-
-
-SHAPES = {2: (1, 1, 2), 16: (1, 4, 4), 512: (2, 16, 16), 3072: (3, 32, 32)}
+    content = fingerprint(torch.cat([mixture.points, mixture.deviations]))
+    return known_model(mixture, mixture.draw, title, conditions, content, num_samples, output)
 
 
 def known_model(
-    denoiser: ExactDenoiser,
+    denoiser: Denoiser,
     data: Callable[[int, torch.Generator], Tensor],
     title: str,
     conditions: str,
     content: str,
-    shape: torch.Size,
     num_samples: int,
     output: Path,
 ) -> Model:
@@ -106,42 +117,27 @@ def known_model(
     described, generator = CLDSSCSScheduler.from_config(SOURCE.config), torch.Generator().manual_seed(1)
     # Samples are pictures, and so are clipped; what they are compared with has to be.
     reference, floor = (data(n * num_samples, generator).clamp(-1, 1) for n in (REFERENCE, 8))
-    pipeline = pipeline_of(NetworkOf(exact_network(denoiser, described), shape), SOURCE)
+    pipeline = pipeline_of(NetworkOf(exact_network(denoiser, described), reference.shape[1:]), SOURCE)
+    conditions += f"; reference {len(reference)} draws, floor of 8 times {num_samples} others, all clipped."
     content = hashlib.sha256(f"{content} {REFERENCE} clipped".encode()).hexdigest()
-    made = Calibrations(pipeline, parts_of(output), content)
-    return Model(
-        title,
-        pipeline,
-        compatible(SOURCE.config, made),
-        reference,
-        floor,
-        f"{conditions}; reference {len(reference)} draws, floor of 8 times {num_samples} others, all clipped.",
-        content,
-        made=made,
-    )
+    samplers = partial(compatible, SOURCE.config)
+    return _model(title, pipeline, samplers, (reference, floor), conditions, output, content)
 
 
-REFERENCE = 5  # times as many images as there are samples
-
-
-def cifar10_model(folder: Path, num_images: int, num_samples: int, output: Path) -> Model:
-    """The exact denoiser of CIFAR-10 images.
-
-    Raises:
-        ValueError: if they are not in the folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--cifar10 {folder}: no such folder; leave the model out, or say where the parquet files are")
-    points = examine(open_source("", train_data_dir=str(folder)), 0, None, num_images=num_images).images
-    return exact_model(points, f"{len(points)} images of CIFAR-10", num_samples, output)
+def images_of_digits(num_samples: int) -> tuple[Tensor, Tensor]:
+    """Reference and floor of networks of the digits."""
+    train, held_out = split_digits()
+    return train, held_out[:num_samples]
 
 
 def ddpm_model(num_samples: int, steps: int, output: Path) -> Model:
     """A network that diffusers' own recipe trained on the digits."""
     unet, source = trained(output, method="ddpm", max_train_steps=steps)
     pipeline = pipeline_of(unet, DDPMScheduler.from_config(source.config, clip_sample=False))
+    samplers = partial(compatible, pipeline.scheduler.config)
     conditions = f"Trained with diffusers' objective for {steps} steps."
-    return _of_digits("a DDPM network of the digits", pipeline, compatible, num_samples, conditions, output)
+    images = images_of_digits(num_samples)
+    return _model("a DDPM network of the digits", pipeline, samplers, images, conditions, output)
 
 
 def own_model(method: str, num_samples: int, steps: int, output: Path) -> Model:
@@ -151,11 +147,8 @@ def own_model(method: str, num_samples: int, steps: int, output: Path) -> Model:
     pipeline = pipeline_of(*trained(output, method=method, max_train_steps=steps, **options))
     words = "".join(f" --{name} {value}" for name, value in options.items())
     conditions = f"`train_gm_sgm.py --method {method} --dataset_name digits --max_train_steps {steps}{words}`."
-
-    def samplers(config: Any, made: Calibrations) -> Samplers:
-        return own_samplers(pipeline.scheduler, made)
-
-    return _of_digits(f"our {method} network of the digits", pipeline, samplers, num_samples, conditions, output)
+    samplers, images = partial(own_samplers, pipeline.scheduler), images_of_digits(num_samples)
+    return _model(f"our {method} network of the digits", pipeline, samplers, images, conditions, output)
 
 
 def saved_model(name_or_path: str, images: Tensor, num_samples: int, output: Path) -> Model:
@@ -172,33 +165,19 @@ def saved_model(name_or_path: str, images: Tensor, num_samples: int, output: Pat
     if len(images) < 2 * num_samples:
         raise ValueError(f"--num_samples {num_samples}: {len(images)} real images are too few, two for each are needed")
     floor, reference = images[:num_samples], images[num_samples : len(images) // num_samples * num_samples]
-    content, scheduler = describe_model(pipeline), pipeline.scheduler
-    made = Calibrations(pipeline, parts_of(output), content)
-    if cls := OF_PIPELINES.get(type(pipeline).__name__):  # whatever it was saved with: that may be calibrated
-        by_name, default = own_samplers(cls.from_config(scheduler.config), made), (OWN, "default")
-        by_name[OWN] = {"default": scheduler}
-    elif CalibratedMultistepScheduler.from_config(scheduler.config).noise_space.kind == "vp":
-        by_name, default = compatible(scheduler.config, made), ("DDPM", "default")
-    else:
+    scheduler = pipeline.scheduler
+    cls = OF_PIPELINES.get(type(pipeline).__name__)
+    if not cls and CalibratedMultistepScheduler.from_config(scheduler.config).noise_space.kind != "vp":
         raise ValueError(
             f"{name_or_path} has a {type(scheduler).__name__}: a network of DDPM, or one of ours, is needed"
         )
-    conditions = f"Reference {len(reference)} real images, floor {num_samples} others."
+
+    def samplers(made: Calibrations) -> Samplers:
+        if not cls:
+            return compatible(scheduler.config, made)
+        # Whatever it was saved with: that may be calibrated.
+        return own_samplers(cls.from_config(scheduler.config), made) | {OWN: {"default": scheduler}}
+
     title = f"the network {Path(name_or_path).name}"
-    return Model(title, pipeline, by_name, reference, floor, conditions, content, default, made)
-
-
-def _of_digits(
-    title: str,
-    pipeline: Any,
-    samplers: Callable[[Any, Calibrations], Samplers],
-    num_samples: int,
-    conditions: str,
-    output: Path,
-) -> Model:
-    train, held_out = split_digits()
-    content = describe_model(pipeline)
-    made = Calibrations(pipeline, parts_of(output), content)
-    by_name = samplers(pipeline.scheduler.config, made)
-    default = (OWN if OWN in by_name else "DDPM", "default")
-    return Model(title, pipeline, by_name, train, held_out[:num_samples], conditions, content, default, made)
+    conditions = f"Reference {len(reference)} real images, floor {num_samples} others."
+    return _model(title, pipeline, samplers, (reference, floor), conditions, output)

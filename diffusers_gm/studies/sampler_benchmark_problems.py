@@ -1,26 +1,30 @@
 """Denoisers that are known, and known to be wrong: what `.sampler_benchmark` has beside images and networks."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .exact import CHUNK, ExactDenoiser
+from .exact import CHUNK, Denoiser
+
+NUM_FEATURES = 256
 
 
-class GaussianMixture(ExactDenoiser):
+@dataclass(eq=False)
+class GaussianMixture(Denoiser):
     """The exact denoiser of a mixture of Gaussians, each with a deviation of its own for every element: as all samplers
     are the same in every rotated basis, these are any covariances that share their axes.
 
-    Args:
+    Attributes:
         points: centres `(K, C, H, W)`.
         deviations: `(K, C, H, W)`.
         weights: probabilities `(K,)`.
     """
 
-    def __init__(self, points: Tensor, deviations: Tensor, weights: Tensor):
-        super().__init__(points, weights=weights)
-        self.deviations, self.weights = deviations, weights
+    points: Tensor
+    deviations: Tensor
+    weights: Tensor
 
     @classmethod
     def drawn(cls, shape: tuple[int, int, int], seed: int, num_components: int = 12) -> "GaussianMixture":
@@ -48,38 +52,36 @@ class GaussianMixture(ExactDenoiser):
         precisions = 1 / (variances + sigma**2)
         distances = flat.square() @ precisions.T - 2 * flat @ (centres * precisions).T
         constant = (centres.square() * precisions - precisions.log()).sum(1)
-        posterior = torch.softmax(self.log_weights.double() - 0.5 * (distances + constant), 1)
+        posterior = torch.softmax(self.weights.log().double() - 0.5 * (distances + constant), 1)
         kept = variances * precisions
         mean = posterior @ (centres * (1 - kept)) + (posterior @ kept) * flat
         return mean.view(y.shape).to(y)
 
-    def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        return (self(y, sigma) - y) / sigma**2
 
-
-class Erring(ExactDenoiser):
+@dataclass(eq=False)
+class Erring(Denoiser):
     """A denoiser with the kind of error that a network has: smooth in the image and in the noise level, the same at
     every call.
 
     `D + error sigma s / sqrt(sigma^2 + s^2) e(u, ln sigma)`, `u = y / sqrt(sigma^2 + s^2)`: s is the deviation of the
     data, the factor that of `x0` given y if both were Gaussian, and e a field of unit variance,
-    `sqrt(2 / F) V cos(W u + a ln sigma + b)` with F features of normal weights, fixed by the seed.
+    `sqrt(2 / F) V cos(W u + a ln sigma + b)` with F features of normal weights, always the same.
 
-    Args:
+    Attributes:
         denoiser: the one that is right.
         deviation: s.
         error: the relative error.
     """
 
-    def __init__(self, denoiser: ExactDenoiser, deviation: float, error: float, num_features: int = 256, seed: int = 0):
-        self.denoiser, self.deviation, self.error = denoiser, deviation, error
-        self.num_features, self.seed = num_features, seed
+    denoiser: Denoiser
+    deviation: float
+    error: float
 
     def __call__(self, y: Tensor, sigma: float | Tensor) -> Tensor:
         sigma = float(sigma)
         flat = y.flatten(1)
-        size, count = flat.shape[1], self.num_features
-        generator = torch.Generator().manual_seed(self.seed)
+        size, count = flat.shape[1], NUM_FEATURES
+        generator = torch.Generator().manual_seed(0)
         mixing = torch.randn(size, count, generator=generator).to(flat) / size**0.5
         of_level, phase = torch.randn(count, generator=generator).to(flat), torch.rand(count, generator=generator)
         back = torch.randn(count, size, generator=generator).to(flat) * (2 / count) ** 0.5
@@ -87,6 +89,3 @@ class Erring(ExactDenoiser):
         angles = flat / scale @ mixing + of_level * math.log(sigma) + 2 * math.pi * phase.to(flat)
         field = (angles.cos() @ back).view(y.shape)
         return self.denoiser(y, sigma) + self.error * sigma * self.deviation / scale * field
-
-    def score(self, y: Tensor, sigma: float | Tensor) -> Tensor:
-        return (self(y, sigma) - y) / sigma**2

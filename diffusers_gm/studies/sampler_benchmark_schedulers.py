@@ -144,6 +144,9 @@ def on_levels(cls: Any, levels: Levels) -> Any:
     """The scheduler of diffusers on given levels, in place of Karras's where it has them, else as its `timesteps=`;
     None where it takes neither. Few take levels as an argument: they get more than they offer."""
 
+    def _compute_karras_sigmas(self: Any, ramp: Tensor) -> Tensor:
+        return levels(self.config.sigma_max, self.config.sigma_min, len(ramp)).to(ramp)
+
     def _convert_to_karras(self: Any, in_sigmas: Any, num_inference_steps: int | None = None) -> np.ndarray:
         return snapped(self.alphas_cumprod, levels, num_inference_steps or self.num_inference_steps)[1]
 
@@ -151,8 +154,9 @@ def on_levels(cls: Any, levels: Levels) -> Any:
         labels, _ = snapped(self.alphas_cumprod, levels, num_inference_steps)
         cls.set_timesteps(self, timesteps=labels, device=device)
 
-    if hasattr(cls, "_convert_to_karras"):
-        return type(cls.__name__, (cls,), {"_convert_to_karras": _convert_to_karras})
+    for changed in (_compute_karras_sigmas, _convert_to_karras):
+        if hasattr(cls, changed.__name__):
+            return type(cls.__name__, (cls,), {changed.__name__: changed})
     if "timesteps" in inspect.signature(cls.set_timesteps).parameters:
         return type(cls.__name__, (cls,), {"set_timesteps": set_timesteps})
     return None
@@ -161,12 +165,10 @@ def on_levels(cls: Any, levels: Levels) -> Any:
 # --- Schedulers ------------------------------------------------------------------------------------------------------
 
 
-def grids(cls: Any, arguments: dict[str, Any], config: Any = SOURCE.config) -> dict[str, Any]:
+def grids(cls: Any, arguments: dict[str, Any], config: Any) -> dict[str, Any]:
     """The scheduler on each grid that it offers, for the network that `config` describes."""
     offered = inspect.signature(cls.__init__).parameters
-    flags = dict(GRIDS)
-    if cls is CLDSSCSScheduler:
-        flags["quadratic"] = {"timestep_spacing": "quadratic"}
+    flags = GRIDS | ({"quadratic": {"timestep_spacing": "quadratic"}} if cls is CLDSSCSScheduler else {})
     return {
         name: cls.from_config(config, **arguments, **changes)
         for name, changes in flags.items()
@@ -174,17 +176,15 @@ def grids(cls: Any, arguments: dict[str, Any], config: Any = SOURCE.config) -> d
     }
 
 
-def peers(config: Any, made: Calibrations | None = None, described: Any = None) -> Samplers:
+def peers(config: Any, made: Calibrations, described: Any) -> Samplers:
     """Every scheduler of diffusers that samples an ordinary `vp` network, on all levels that it can be given.
 
     Args:
         config: of the network, as diffusers reads it.
-        made: calibrations of the network; None for none.
-        described: the network's config as ours read it, where that is another one.
+        made: calibrations of the network.
+        described: the network's config as ours read it.
     """
-    given = FORMULAS | {"quadratic": quadratic(described or config)}
-    if made is not None:
-        given |= {name: made.levels(name) for name in ("calibrated", GITS)}
+    given = FORMULAS | {"quadratic": quadratic(described)} | calibrated(made)
     samplers: Samplers = {}
     for name, (cls, arguments) in (STOCHASTIC | DETERMINISTIC).items():
         scheduler = getattr(diffusers, cls)
@@ -192,17 +192,15 @@ def peers(config: Any, made: Calibrations | None = None, described: Any = None) 
         for grid, levels in given.items():
             changed = on_levels(scheduler, levels)
             if changed is not None:
-                samplers[name][grid] = made_of = changed.from_config(config, **arguments)
+                samplers[name][grid] = on_grid = changed.from_config(config, **arguments)
                 if hasattr(scheduler, "_convert_to_karras"):  # not before: some ask for levels when they are made
-                    made_of.register_to_config(use_karras_sigmas=True)
+                    on_grid.register_to_config(use_karras_sigmas=True)
     return samplers
 
 
-def edm_peers(config: Any, made: Calibrations | None = None) -> Samplers:
+def edm_peers(config: Any, made: Calibrations) -> Samplers:
     """The schedulers of diffusers for a network that is preconditioned as in EDM, on their own levels and on others."""
-    given: dict[str, Levels] = {"KL optimal": kl_optimal, "AYS": ays}
-    if made is not None:
-        given |= {name: made.levels(name) for name in ("calibrated", GITS)}
+    given = {"KL optimal": kl_optimal, "AYS": ays} | calibrated(made)
     samplers: Samplers = {}
     for name, (cls, arguments) in EDM.items():
         scheduler = getattr(diffusers, cls)
@@ -211,39 +209,32 @@ def edm_peers(config: Any, made: Calibrations | None = None) -> Samplers:
             "exponential": scheduler.from_config(config, sigma_schedule="exponential", **arguments),
         }
         for grid, levels in given.items():  # they ask for levels when they are made
-            samplers[name][grid] = partial(on_edm_levels(scheduler, levels).from_config, config, **arguments)
+            samplers[name][grid] = partial(on_levels(scheduler, levels).from_config, config, **arguments)
     return samplers
 
 
-def on_edm_levels(cls: Any, levels: Levels) -> Any:
-    """The scheduler on given levels, in place of Karras's."""
-
-    def _compute_karras_sigmas(self: Any, ramp: Tensor) -> Tensor:
-        return levels(self.config.sigma_max, self.config.sigma_min, len(ramp)).to(ramp)
-
-    return type(cls.__name__, (cls,), {"_compute_karras_sigmas": _compute_karras_sigmas})
+def calibrated(made: Calibrations) -> dict[str, Levels]:
+    """The levels that schedulers of diffusers are given too."""
+    return {name: made.levels(name) for name in ("calibrated", GITS)}
 
 
-def multistep(config: Any, made: Calibrations | None = None) -> dict[str, Any]:
+def multistep(config: Any, made: Calibrations) -> dict[str, Any]:
     """Our multistep sampler: on its fixed grid, and calibrated."""
-    cls = CalibratedMultistepScheduler
     taus = {"default": 0.0, "tau 0.4": 0.4, "tau 1": 1.0}
-    samplers: dict[str, Any] = {name: cls.from_config(config, stochasticity=tau) for name, tau in taus.items()}
-    if made is not None:
-        samplers |= {name: lambda name=name: made.scheduler(name) for name in VARIANTS}
-        samplers |= {
-            f"calibrated tau {tau:g}": lambda tau=tau: made.scheduler("calibrated", tau) for tau in taus.values()
-        }
-    return samplers
+    return {
+        **{name: CalibratedMultistepScheduler.from_config(config, stochasticity=tau) for name, tau in taus.items()},
+        **{name: partial(made.scheduler, name) for name in VARIANTS},
+        **{f"calibrated tau {tau:g}": partial(made.scheduler, "calibrated", tau) for tau in taus.values()},
+    }
 
 
-def compatible(config: Any, made: Calibrations | None = None) -> Samplers:
+def compatible(config: Any, made: Calibrations) -> Samplers:
     """Everything that samples an ordinary `vp` network: ours, and theirs."""
     ours = {name: grids(cls, arguments, config) for name, (cls, arguments) in OURS.items()}
-    return ours | {MULTISTEP: multistep(config, made)} | peers(config, made)
+    return ours | {MULTISTEP: multistep(config, made)} | peers(config, made, config)
 
 
-def own_samplers(described: Any, made: Calibrations | None = None) -> Samplers:
+def own_samplers(described: Any, made: Calibrations) -> Samplers:
     """Everything that samples a network that we trained: the samplers of its own scheduler, `CLD, sscs` and all of
     diffusers where they can read it."""
     cls = type(described)
