@@ -13,10 +13,10 @@ from diffusers_gm.evaluation.results import Results
 from diffusers_gm.studies import sampler_benchmark as bench
 from diffusers_gm.studies import sampler_benchmark_settings as settings
 from diffusers_gm.studies.digits import pipeline_of
-from diffusers_gm.studies.exact import ExactDenoiser, NetworkOf, exact_network
+from diffusers_gm.studies.exact import Erring, ExactDenoiser, GaussianMixture, NetworkOf, exact_network
 from diffusers_gm.studies.report import Report
 from diffusers_gm.studies.sampler_benchmark_calibration import Calibrations, cheapest_path, step_costs
-from diffusers_gm.studies.sampler_benchmark_problems import Erring, GaussianMixture
+from diffusers_gm.studies.sampler_benchmark_models import FRECHET, Scores
 from diffusers_gm.studies.sampler_benchmark_schedulers import (
     AYS,
     MULTISTEP,
@@ -26,7 +26,6 @@ from diffusers_gm.studies.sampler_benchmark_schedulers import (
     on_levels,
     snapped,
 )
-from diffusers_gm.studies.sampler_benchmark_scores import FRECHET, Scores
 
 # --- Denoisers ---
 

@@ -34,11 +34,16 @@ def study_parser(
     return parser
 
 
-def parse(parser: Parser, arguments: Sequence[str] | None, over_floor: Collection[str]) -> argparse.Namespace:
+def parse(parser: Parser, arguments: Sequence[str] | None, over_floor: Collection[str] = ()) -> argparse.Namespace:
     """The options of a command, `args.study` among them; studies `over_floor` need a held-out digit for every sample,
     or end the program as argparse does."""
     args = parser.parse_args(arguments)
-    held_out = len(split_digits()[1])
-    if args.study in over_floor and args.num_samples > held_out:
-        parser.error(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
+    if args.study in over_floor:
+        need_held_out(parser, args.num_samples)
     return args
+
+
+def need_held_out(parser: Parser, num_samples: int) -> None:
+    """End the program where there is no held-out digit for every sample."""
+    if num_samples > (held_out := len(split_digits()[1])):
+        parser.error(f"--num_samples {num_samples}: there are {held_out} held-out digits for the floor")

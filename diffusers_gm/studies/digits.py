@@ -17,7 +17,7 @@ from ..data import Examination, ImageStream, split_digits
 from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN, Reference, score
-from ..files import fresh_folder, publish_folder, write_text
+from ..files import fresh_folder, publish_folder, write_json, write_text
 from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
@@ -95,7 +95,7 @@ def kept_unet(folder: Path, train: Callable[[], Any], options: Mapping[str, Any]
         # Another study may have trained the same network meanwhile.
         if not folder.is_dir():
             network.save_pretrained(fresh_folder(unfinished))
-            write_text(unfinished / kept.name, json.dumps(described, indent=1) + "\n")
+            write_json(unfinished / kept.name, described)
             publish_folder(unfinished, folder)
     if kept.is_file():
         then = json.loads(kept.read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ done again. The first of `--kinds` is what the others are compared with.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -34,10 +35,10 @@ from ..evaluation.scoring import Reference, score
 from ..evaluation.sources import MAX_ELEMENTS
 from ..evaluation.table import Table
 from ..files import write_json
-from .command import parse, study_parser
+from .command import need_held_out, parse, study_parser
 from .digits import parts_of
-from .report import Report
-from .throughput import CLOCKED, TRAINING_SCRIPT, cpu_seconds, measure
+from .report import Report, by_calls, table_of
+from .throughput import CLOCKED, TRAINING_SCRIPT, Command, cpu_seconds, measure
 
 # A way to train, and what it adds to the options that all share.
 KINDS: dict[str, list[str]] = {
@@ -94,49 +95,47 @@ OWN: dict[str, list[list[str]]] = {
 # --- Training ---
 
 
-def command(
-    kind: str, seed: int, options: Sequence[object], folder: Path, start: Sequence[object] = ()
-) -> list[object]:
+def command(kind: str, seed: int, options: Command, folder: Path, start: Command = ()) -> Command:
     """What trains a kind."""
     words = [sys.executable, *start, TRAINING_SCRIPT, *(KINDS | VARIANTS)[kind], "--seed", seed, *options]
     return [*words, "--validation_steps", 0, "--output_dir", folder.resolve()]
 
 
-def lengths(args: argparse.Namespace, shared: Sequence[object], data: str) -> dict[str, int]:
+def lengths(args: argparse.Namespace, shared: Command, data: str) -> dict[str, int]:
     """Optimizer steps of each kind: as many as asked for, or as take the CPU seconds by a timing that is kept."""
     if args.cpu_seconds is None:
         return dict.fromkeys(args.kinds, args.steps)
     kept = parts_of(args.output) / f"equal-budget {data} {args.cpu_seconds} CPU seconds.json"
     steps = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    untimed = [kind for kind in args.kinds if kind not in steps]
     short = [*shared, "--max_train_steps", TIMED_STEPS, "--checkpointing_steps", 0]
     short += ["--validation_inference_steps", 4, "--num_validation_images", 1]
 
-    def of(kind: str) -> Callable[[Path], list[object]]:
+    def of(kind: str) -> Callable[[Path], Command]:
         return lambda clocks: command(kind, 0, short, clocks / "out", [*CLOCKED, clocks])
 
     with tempfile.TemporaryDirectory() as name:
-        for kind, loop in measure({kind: of(kind) for kind in untimed}, 1, Path(name)).items():
+        untimed = {kind: of(kind) for kind in args.kinds if kind not in steps}
+        for kind, loop in measure(untimed, 1, Path(name)).items():
             steps[kind] = max(round(1000 * args.cpu_seconds / loop.step[0]), 1)
     write_json(kept, steps)
     return {kind: steps[kind] for kind in args.kinds}
 
 
-def trained(kind: str, seed: int, shared: Sequence[object], output: Path, data: str) -> tuple[Path, float]:
+def trained(kind: str, seed: int, options: Command, output: Path, data: str) -> tuple[Path, float]:
     """The folder of the pipeline of a kind, and the CPU seconds that its training took.
 
     Raises:
         RuntimeError: if the training fails.
     """
     folder = parts_of(output) / f"equal-budget {data} {kind} {seed}"
-    spent = folder.with_name(f"{folder.name}.json")
+    kept = folder.with_name(f"{folder.name}.json")
+    spent = json.loads(kept.read_text(encoding="utf-8"))["cpu_seconds"] if kept.is_file() else 0.0
+    options = [*options, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
     while not (folder / "model_index.json").is_file():
-        before = json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"] if spent.is_file() else 0.0
-        options = [*shared, "--checkpoints_total_limit", 1, "--resume_from_checkpoint", "latest"]
-        (took,) = cpu_seconds([command(kind, seed, options, folder)], Path.cwd())
-        write_json(spent, {"cpu_seconds": before + took})
-        print(f"{folder.name}: {before + took:.0f} CPU seconds", flush=True)
-    return folder, json.loads(spent.read_text(encoding="utf-8"))["cpu_seconds"]
+        spent += sum(cpu_seconds([command(kind, seed, options, folder)], Path.cwd()))
+        write_json(kept, {"cpu_seconds": spent})
+        print(f"{folder.name}: {spent:.0f} CPU seconds", flush=True)
+    return folder, spent
 
 
 # --- Samples ---
@@ -198,15 +197,13 @@ def equal_budget(args: argparse.Namespace) -> Report:
         shared += ["--train_data_dir", str(args.train_data_dir.resolve())]
     steps = lengths(args, shared, data)
     folders, seconds = {}, {}
-    for seed in range(args.seeds):
-        for kind in args.kinds:
-            options = [*shared, "--max_train_steps", steps[kind]]
-            folders[kind, seed], seconds[kind, seed] = trained(kind, seed, options, args.output, data)
+    for seed, kind in itertools.product(range(args.seeds), args.kinds):
+        options = [*shared, "--max_train_steps", steps[kind]]
+        folders[kind, seed], seconds[kind, seed] = trained(kind, seed, options, args.output, data)
 
     config = load_pipeline(str(folders[args.kinds[0], 0]), torch.device("cpu")).unet.config
     training, test = images_for(args, config["sample_size"], config["out_channels"])
-    num = args.num_samples
-    reference = Reference(test, lite0())
+    num, reference = args.num_samples, Reference(test, lite0())
     length = ["--cpu_seconds", args.cpu_seconds] if args.cpu_seconds else ["--max_train_steps", args.steps]
     training_of = [*args.training, *map(str, length), *shared[len(args.training) :]]
     conditions = {"study": "equal_budget", "data": data, "num_samples": num, "training": training_of}
@@ -220,12 +217,11 @@ def equal_budget(args: argparse.Namespace) -> Report:
             samples = partial(draw, folders[kind, seed], words, args.calls, n, num, drawn)
             results.measure(f"{kind} {seed}: {' '.join(words)}", n, drawn, samples, score_of)
 
-    for kind in args.kinds:
-        for n in args.calls:
-            for words in samplers_of(kind, args.samplers):
-                cell(kind, words, n, 0)
-            for drawn in range(1, args.draws):
-                cell(kind, best_sampler(results, args, kind, n), n, drawn)
+    for kind, n in itertools.product(args.kinds, args.calls):
+        for words in samplers_of(kind, args.samplers):
+            cell(kind, words, n, 0)
+        for drawn in range(1, args.draws):
+            cell(kind, best_sampler(results, args, kind, n), n, drawn)
     return report(args, data, results, seconds, steps)
 
 
@@ -258,14 +254,13 @@ def report(
     rows: list[list[Any]] = []
     means: dict[tuple[str, int], Tensor] = {}
     found: list[dict[str, float]] = []
-    for kind in args.kinds:
-        for n in args.calls:
-            best = " ".join(best_sampler(results, args, kind, n))
-            of = partial(values, results, kind, best, n, args.seeds, judged)
-            shown = {name: Statistic.of(of(metric=name)) for name in floor}
-            rows.append([kind, n, best, *(format(s, ".3g") for s in shown.values())])
-            found.append({name: s.mean for name, s in shown.items()})
-            means[kind, n] = torch.tensor(of(metric=metric)).view(args.seeds, -1).mean(1)  # one a training
+    for kind, n in itertools.product(args.kinds, args.calls):
+        best = " ".join(best_sampler(results, args, kind, n))
+        of = partial(values, results, kind, best, n, args.seeds, judged)
+        shown = {name: Statistic.of(of(metric=name)) for name in floor}
+        rows.append([kind, n, best, *(format(s, ".3g") for s in shown.values())])
+        found.append({name: s.mean for name, s in shown.items()})
+        means[kind, n] = torch.tensor(of(metric=metric)).view(args.seeds, -1).mean(1)  # one a training
     every = [
         [kind, " ".join(words), *(format(Statistic.of(of_calls), ".3g") for of_calls in firsts)]
         for kind in args.kinds
@@ -273,18 +268,19 @@ def report(
         if (firsts := [values(results, kind, " ".join(words), n, args.seeds, range(1), metric) for n in args.calls])
     ]
     rows.append(["training images", "", "the floor", *(f"{value:.3g}" for value in floor.values())])
-    cost = [[kind, steps[kind], *(f"{seconds[kind, i]:.0f}" for i in range(args.seeds))] for kind in args.kinds]
+    seeds = range(args.seeds)
+    cost = [[kind, steps[kind], *(f"{seconds[kind, seed]:.0f}" for seed in seeds)] for kind in args.kinds]
     ratios = {k: [float(means[k, n].mean() / means[first, n].mean()) for n in args.calls] for k in others}
-    trainings = {
-        k: [", ".join(f"{ratio:.2f}" for ratio in (means[k, n] / means[first, n]).tolist()) for n in args.calls]
+
+    def by_training(kind: str, n: int) -> str:
+        return ", ".join(f"{ratio:.2f}" for ratio in (means[kind, n] / means[first, n]).tolist())
+
+    over = {
+        k: [f"{ratio:.2f} ({by_training(k, n)})" for n, ratio in zip(args.calls, ratios[k], strict=True)]
         for k in others
     }
-    over = [
-        [k, *(f"{ratio:.2f} ({each})" for ratio, each in zip(ratios[k], trainings[k], strict=True))] for k in others
-    ]
     baseline = "diffusers' DDPM" if first == "ddpm" else first
     length = f"{args.cpu_seconds} CPU seconds" if args.cpu_seconds else f"{args.steps} steps"
-    columns = [f"{n} calls" for n in args.calls]
     verdict = far_from_trained(found, floor, metric) + comparison(ratios, metric, baseline)
     return Report(
         f"equal-budget-{data}",
@@ -292,7 +288,7 @@ def report(
         f"One network, one optimizer, {length}: which way of training gives the best samples, by its best sampler?",
         verdict[0].upper() + verdict[1:],
         [
-            Table(f"{metric} (a squared distance) over that of {baseline} (by training).", ["", *columns], over),
+            table_of(f"{metric} (a squared distance) over that of {baseline} (by training).", over, args.calls),
             Table(
                 "Distances to test images, mean and spread over trainings and draws.",
                 ["trained as", "calls", "best sampler", *floor],
@@ -300,12 +296,10 @@ def report(
             ),
             Table(
                 f"{metric} of every sampler, on the draw by which the best one is chosen.",
-                ["trained as", "sampler", *columns],
+                ["trained as", "sampler", *by_calls(args.calls)],
                 every,
             ),
-            Table(
-                "Steps and CPU seconds of the trainings, by seed.", ["", "steps", *map(str, range(args.seeds))], cost
-            ),
+            Table("Steps and CPU seconds of the trainings, by seed.", ["", "steps", *map(str, seeds)], cost),
         ],
         conditions=(
             f"{data}; trainings of {length}, {' '.join(args.training) or 'default options'}, seeds of each kind: "
@@ -354,12 +348,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--num_reference", type=at_least(2), default=10_000, help="images to compare with, at most")
     add("--max_train_minutes", type=float, default=9.0, help="length of a slice of a training")
     add("--training", nargs=argparse.REMAINDER, default=[], help="more options for train_gm_sgm.py; the last of all")
-    args = parse(parser, arguments, ())
+    args = parse(parser, arguments)
     if (args.train_data_dir is None) != (args.test_data_dir is None):
         parser.error("--train_data_dir and --test_data_dir go together")
-    held_out = len(split_digits()[1])
-    if args.train_data_dir is None and args.num_samples > held_out:
-        parser.error(f"--num_samples {args.num_samples}: there are {held_out} held-out digits")
+    if args.train_data_dir is None:
+        need_held_out(parser, args.num_samples)
     equal_budget(args).write(args.output)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from diffusers import DDPMPipeline
-from torch import Tensor
 
 from ..data import ImageStream, split_digits
 from ..evaluation.report import plain_log
@@ -23,6 +22,7 @@ from ..training.network import fit_unet, given_unet, new_unet
 from ..training.objective import Objective, build_scheduler, levels_of_network
 from ..training.optimizer import build_optimizer
 from ..training.options import TrainingArguments
+from .cld_training import as_network
 from .command import parse, study_parser
 from .digits import parts_of, plan_for_digits, trained
 from .pictures import save_picture
@@ -43,11 +43,7 @@ BATCH = 64
 def error(scheduler: Any, unet: Any) -> float:
     """Mean over `SIGMAS` of the squared error of D on held-out digits, over that of the best linear denoiser."""
     images = split_digits()[1]
-    generator, ratios, call = torch.Generator().manual_seed(0), [], asked(unet)
-
-    def network(model_input: Tensor, label: Tensor) -> Tensor:
-        return call(model_input, label).sample
-
+    generator, ratios, network = torch.Generator().manual_seed(0), [], as_network(asked(unet))
     for sigma in SIGMAS:
         noise = scheduler.model_mixture.sample(images.shape, generator, images.device, images.dtype)
         companion = randn(images.shape, generator, images.device, images.dtype)
@@ -78,11 +74,6 @@ def curve(args: TrainingArguments, at: Sequence[int]) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
     return [errors[step] for step in at]
-
-
-def steps_to(errors: Sequence[float], at: Sequence[int], goal: float) -> int | None:
-    """The first of the steps at which the error is at most `goal`; None if it never is."""
-    return next((step for step, value in zip(at, errors, strict=True) if value <= goal), None)
 
 
 def fine_tuning(args: argparse.Namespace) -> Report:
@@ -137,19 +128,16 @@ def verdict(method: str, found: dict[str, list[float]], at: Sequence[int]) -> st
     goal = found["from scratch"][-1]
     words = []
     for start in list(found)[:0:-1]:
-        steps = steps_to(found[start], at, goal)
+        steps = next((step for step, value in zip(at, found[start], strict=True) if value <= goal), None)
         words.append(f"{start} {'not within' if steps is None else 'after'} {at[-1] if steps is None else steps} steps")
     return f"{method}: the error {goal:.3f} of {at[-1]} steps from scratch is reached {', '.join(words)}."
 
 
-STUDIES = {"fine_tuning": fine_tuning}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = study_parser("fine_tuning", __doc__, STUDIES, steps=400, seeds=False)
-    args = parse(parser, arguments, ())
+    parser = study_parser("fine_tuning", __doc__, ["fine_tuning"], steps=400, seeds=False)
+    args = parse(parser, arguments)
     print(f"{args.study}: {machine()}", flush=True)
-    STUDIES[args.study](args).write(args.output)
+    fine_tuning(args).write(args.output)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cpu_seconds([command(run, n) for run in names.values()], cwd) for n in (FEW, FEW + args.batches)
             )
             for what, one, other in zip(names, few, many, strict=True):
-                each = (other - one) / (args.batches * args.batch_size)
-                found[what].append(1000 * each)
-                print(f"{what}: {1000 * each:.2f} ms", flush=True)
-    ours, theirs = medians = [statistics.median(values) for values in found.values()]
-    rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in zip(found, medians, strict=True)]
+                found[what].append(1000 * (other - one) / (args.batches * args.batch_size))
+                print(f"{what}: {found[what][-1]:.2f} ms", flush=True)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    ours, theirs = medians.values()
+    rows = [[name, f"{each:.2f}", f"{1000 / each:.0f}"] for name, each in medians.items()]
     Report(
         name="latent_caching",
         title="Caching latents",

@@ -135,38 +135,37 @@ def denoise(args: argparse.Namespace) -> Report:
 BASE = "the library's defaults"
 
 
-def technique_rows() -> dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]]:
-    """Every row: what changes in the training, and in the sampler for a number of calls."""
+# Changes of the sampler for a number of calls.
+Changes = Callable[[int], dict[str, Any]]
+
+
+def technique_rows() -> dict[str, tuple[dict[str, Any], Changes]]:
+    """Every row: what changes in the training, and in the sampler."""
     sigma_max = technique_1()
     too_small = TOO_SMALL * sigma_max
     length = ladder_length(sigma_max, SIGMA_MIN, 64)
 
-    def same(_: int) -> dict[str, Any]:
+    def optimal(calls: int) -> float:
+        return float(optimal_step_size(torch.tensor([(sigma_max / SIGMA_MIN) ** (1 / (calls - 2))]), 1)[0])
+
+    def same(calls: int) -> dict[str, Any]:
         return {}
 
-    def levels(count: int) -> Callable[[int], dict[str, Any]]:
+    def levels(count: int) -> Changes:
         return lambda calls: {"num_langevin_steps": max(1, (calls - 1) // count)}
 
-    def step(factor: float) -> Callable[[int], dict[str, Any]]:
-        def config(calls: int) -> dict[str, Any]:
-            ratio = torch.tensor([(sigma_max / SIGMA_MIN) ** (1 / (calls - 2))])
-            return {"step_size": factor * float(optimal_step_size(ratio, 1)[0]) * SIGMA_MIN**2}
-
-        return config
+    def step(factor: float) -> Changes:
+        return lambda calls: {"step_size": factor * optimal(calls) * SIGMA_MIN**2}
 
     return {
         BASE: ({}, same),
         f"Technique 1 off: sigma_1 = {too_small:.2f}": ({"sigma_max": f"{too_small:.4f}"}, same),
         f"Technique 2: its L = {length} levels": ({}, levels(length)),
-        "Technique 2 off: 10 levels": ({}, levels(10)),
-        "Technique 2 off: 5 levels": ({}, levels(5)),
+        **{f"Technique 2 off: {count} levels": ({}, levels(count)) for count in (10, 5)},
         "Technique 3: level not told": ({"conditioning": "none"}, same),
         "Technique 3: nor input scaled": ({"conditioning": "none", "scale_input": False}, same),
         "Technique 4 as published (prop3)": ({}, lambda _: {"step_size_criterion": "prop3"}),
-        "Technique 4 off: step x 0.1": ({}, step(0.1)),
-        "Technique 4 off: step x 0.5": ({}, step(0.5)),
-        "Technique 4 off: step x 2": ({}, step(2)),
-        "Technique 4 off: step x 10": ({}, step(10)),
+        **{f"Technique 4 off: step x {factor}": ({}, step(factor)) for factor in (0.1, 0.5, 2, 10)},
         "Technique 4 off: NCSN's step": ({}, lambda _: {"step_size": PRESETS["ncsn"].step_size}),
         "Technique 5 off: no average": ({"use_ema": False}, same),
     }

@@ -1,6 +1,7 @@
 """What a network of mixture noise is good for: it works its noise level out by itself. A study of `.gm_sgm`."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -50,13 +51,11 @@ RUNS = {RIGHT: (1.0, 1.0), "first noise x 0.5": (0.5, 1.0), "first noise x 2": (
 @dataclass(frozen=True)
 class Subject:
     """Attributes:
-    name: of the kind of network.
     denoiser: what it answers to noisy images, told `(B,)` levels.
     noise: that it knows.
     images: clean ones it was not trained on, `(n, 1, 8, 8)`.
     """
 
-    name: str
     denoiser: Denoiser
     noise: GaussianMixtureNoise
     images: Tensor
@@ -92,7 +91,7 @@ def subject(args: argparse.Namespace, where: str, kind: str, seed: int) -> Subje
         points = training_digits()[FOURTH]
         chosen = points[torch.randint(len(points), (args.num_samples,), generator=draws)]
         images = chosen + WIDTH * torch.randn(chosen.shape, generator=draws)
-        return Subject(f"{where}, {kind}", ExactDenoiser(points, WIDTH, noise), noise, images)
+        return Subject(ExactDenoiser(points, WIDTH, noise), noise, images)
     unet, scheduler = trained(args.output, max_train_steps=args.steps, seed=seed % args.trainings, **options)
     space, prediction_type = scheduler.noise_space, scheduler.reading.prediction_type
 
@@ -102,7 +101,7 @@ def subject(args: argparse.Namespace, where: str, kind: str, seed: int) -> Subje
         output = unet(space.alpha(levels) * y, space.timestep(sigma).float()).sample
         return space.denoised(output, y, levels, prediction_type)
 
-    return Subject(f"{where}, {kind}", denoiser, noise, split_digits()[1][: args.num_samples])
+    return Subject(denoiser, noise, split_digits()[1][: args.num_samples])
 
 
 # --- What is measured ---
@@ -138,13 +137,10 @@ def errors(of: Subject, seed: int) -> dict[str, float]:
 @dataclass(frozen=True)
 class OnTheLadder:
     """A sampler whose images are brought to the level of the ladder at every call, each from its own by the length of
-    `y - D`: the far ones jump, the near ones roam.
-
-    Attributes: kept: `div D / d` at the levels of the run, by which that is shorter than the noise.
-    """
+    `y - D`: the far ones jump, the near ones roam."""
 
     sampler: Sampler
-    kept: dict[float, float]
+    kept: dict[float, float]  # `div D / d` at the levels of the run, by which `y - D` is shorter than the noise
 
     def plan(self, sigmas: Tensor) -> Any:
         return self.sampler.plan(sigmas)
@@ -184,13 +180,12 @@ def quality(of: Subject, sampler: str, way: str, calls: int, run: str, seed: int
     def denoiser(y: Tensor, sigma: float | Tensor) -> Tensor:
         return of.denoiser(y, told * torch.as_tensor(sigma, dtype=y.dtype).expand(len(y)))
 
-    network = replace(of, denoiser=denoiser)
     if way == EVERY_CALL:
         steps = OnTheLadder(steps, kept_by_level(of, sigmas))
     if way != ONCE:
         return {"error": over_floor(sample(steps, denoiser, start, sigmas, draws))}
     # The flow knows ratios of levels alone: each image has a ladder of its own, a multiple of the others.
-    measured = estimate_noise_level(network.own, start, LAST, 4 * FIRST, generator=draws).sigma
+    measured = estimate_noise_level(replace(of, denoiser=denoiser).own, start, LAST, 4 * FIRST, generator=draws).sigma
     scale = measured / (noise.commonest_scale * FIRST)
     return {"error": over_floor(sample(steps, lambda y, sigma: denoiser(y, scale * sigma), start, sigmas, draws))}
 
@@ -215,22 +210,17 @@ def claim(args: argparse.Namespace) -> Report:
     def of_subject(
         key: tuple[str, str], what: str, calls: int | None, measure: Callable[..., dict[str, float]], *arguments: Any
     ) -> dict[str, Statistic]:
-        def of_seed(seed: int) -> dict[str, float]:
-            return measure(of(*key, seed), *arguments, seed)
-
-        return over_seeds(results, f"{', '.join(key)}: {what}", calls, args.seeds, of_seed)
+        name = f"{', '.join(key)}: {what}"
+        return over_seeds(results, name, calls, args.seeds, lambda seed: measure(of(*key, seed), *arguments, seed))
 
     found = {(*s, tau): of_subject(s, f"level {tau:g}", None, noise_found, tau) for s in subjects for tau in LEVELS}
     squared = {s: of_subject(s, "errors", None, errors) for s in subjects}
     cells = [(middle, run) for run in RUNS] + [(calls, RIGHT) for calls in budgets if calls != middle]
-    runs: Runs = {
-        (where, column, *cell): of_subject(
-            (where, column[0]), f"{', '.join(column[1:])}, {cell[1]}", cell[0], quality, *column[1:], *cell
-        ).get("error")
-        for where in (EXACT, TRAINED)
-        for column in COLUMNS
-        for cell in cells
-    }
+    runs: Runs = {}
+    for where, column, (calls, run) in itertools.product((EXACT, TRAINED), COLUMNS, cells):
+        kind, sampler, way = column
+        cell = of_subject((where, kind), f"{sampler}, {way}, {run}", calls, quality, sampler, way, calls, run)
+        runs[where, column, calls, run] = cell.get("error")
 
     def over_one(where: str, kind: str, told: Any) -> float:
         """The error over that of K = 1 told rightly, geometric mean over the levels."""

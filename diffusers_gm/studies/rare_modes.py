@@ -4,6 +4,7 @@ What decides is where the calls are spent, on the first level or on the way down
 """
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,11 +52,7 @@ class ExploreByJumps(Explore):
         return langevin_step(y, denoised, sigma, a, draw.normal(y.shape)), memory._replace(denoised=())
 
 
-LANGEVIN, EXPLORE = "annealed Langevin", f"explore, a = {EXPLORING_STEP:g}"
-
-
-def exploring(a: float) -> Explore:
-    return Explore(step_size=a * SIGMA_MIN**2)
+LANGEVIN, EXPLORE, JUMPS = "annealed Langevin", f"explore, a = {EXPLORING_STEP:g}", "explore by jumps"
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -65,9 +62,8 @@ SAMPLERS: dict[str, Sampler] = {
     "annealed jumps, exact steps": Langevin(jumps=MIXTURE, exact=True),
     "ancestral": Ancestral(),
     EXPLORE: Explore(),
-    "explore, a = 0.1": exploring(0.1),
-    "explore, a = 0.6": exploring(0.6),
-    "explore by jumps": ExploreByJumps(),
+    **{f"explore, a = {a}": Explore(step_size=a * SIGMA_MIN**2) for a in (0.1, 0.6)},
+    JUMPS: ExploreByJumps(),
 }
 ON_NETWORK = (LANGEVIN, "annealed Langevin, told the chain's level", "annealed jumps", "ancestral", EXPLORE)
 
@@ -121,11 +117,11 @@ def label_error(images: Tensor) -> float:
 Found = dict[tuple, Statistic | None]
 
 
-def compare(found: Found, ours: str, keys: Sequence[tuple]) -> tuple[int, int]:
-    """In how many settings `ours` is better, and worse, than annealed Langevin by more than two standard errors."""
+def compare(found: Found, ours: str, keys: Sequence[tuple], theirs: str = LANGEVIN) -> tuple[int, int]:
+    """In how many settings `ours` is better, and worse, than `theirs` by more than two standard errors."""
     better = worse = 0
     for key in keys:
-        a, b = found.get((ours, *key)), found.get((LANGEVIN, *key))
+        a, b = found.get((ours, *key)), found.get((theirs, *key))
         if a and b and abs(a.mean - b.mean) > 2 * (a.error**2 + b.error**2) ** 0.5:
             better, worse = better + (a.mean < b.mean), worse + (a.mean > b.mean)
     return better, worse
@@ -178,15 +174,13 @@ def rare_modes(args: argparse.Namespace) -> Report:
 
     settings = [(factor, calls) for calls in budgets for factor in FACTORS]
     found: Found = {}
-    for name in SAMPLERS:
-        for factor, calls in settings:
-            cell = f"{name}, first level {factor:g} distances"
-            of_cell = over_seeds(results, cell, calls, seeds, partial(modes, name, factor, calls))
-            found[name, factor, calls] = of_cell.get("error")
-    for name in ON_NETWORK:
-        for calls in budgets:
-            of_cell = over_seeds(results, f"{name}, digits", calls, args.seeds, partial(subjects, name, calls))
-            found[name, calls] = of_cell.get("error")
+    for name, (factor, calls) in itertools.product(SAMPLERS, settings):
+        cell = f"{name}, first level {factor:g} distances"
+        of_cell = over_seeds(results, cell, calls, seeds, partial(modes, name, factor, calls))
+        found[name, factor, calls] = of_cell.get("error")
+    for name, calls in itertools.product(ON_NETWORK, budgets):
+        of_cell = over_seeds(results, f"{name}, digits", calls, args.seeds, partial(subjects, name, calls))
+        found[name, calls] = of_cell.get("error")
     exact = (exact_draws(points, weights, count, torch.Generator().manual_seed(s), WIDTH) for s in range(seeds))
     floor = Statistic.of([total_variation(draws, points, weights) for draws in exact]).mean
     real = label_error(split_digits()[1][: args.num_samples])
@@ -199,9 +193,7 @@ def rare_modes(args: argparse.Namespace) -> Report:
 
     first = [f"{words((EXPLORE, FACTORS[0], n))} against {words((LANGEVIN, FACTORS[0], n))} at {n}" for n in budgets]
     jumps = [compare(found, name, settings) for name in SAMPLERS if "annealed jumps" in name]
-    found_jumps = {(LANGEVIN if name == EXPLORE else name, *key): value for (name, *key), value in found.items()
-                   if name in (EXPLORE, "explore by jumps")}  # fmt: skip
-    by_jumps = compare(found_jumps, "explore by jumps", settings)
+    by_jumps = compare(found, JUMPS, settings, EXPLORE)
     midway = [f"{words((EXPLORE, n))} against {words((LANGEVIN, n))} at {n}" for n in budgets]
     columns = [f"{factor:g} distances, {calls} calls" for factor, calls in settings]
     return Report(

@@ -37,6 +37,7 @@ from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
+from .command import need_held_out
 from .digits import kept_results
 from .pictures import plot_behind, save_picture
 from .report import Report, by_calls
@@ -203,7 +204,7 @@ def against_peers(bests: Bests, calls: int, ours: Sequence[str]) -> str:
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=["exact"], help="what is sampled, see above")
@@ -223,26 +224,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raise a ValueError for what does not go together."""
+def check_options(parser: Parser, args: argparse.Namespace) -> None:
+    """End the program for what does not go together."""
     if args.pipeline:
         if args.train_data_dir is None:
-            raise ValueError("--pipeline needs --train_data_dir, real images that its samples are compared with")
+            parser.error("--pipeline needs --train_data_dir, real images that its samples are compared with")
         return
-    held_out = len(split_digits()[1])
-    if {*args.models} & {*TRAINED} and args.num_samples > held_out:
-        raise ValueError(f"--num_samples {args.num_samples}: there are {held_out} held-out digits for the floor")
-    if "cifar10" in args.models:
-        if args.cifar10 is None:
-            raise ValueError("--models cifar10 needs --cifar10, the folder of its parquet files")
-        if not args.cifar10.is_dir():
-            raise ValueError(
-                f"--cifar10 {args.cifar10}: no such folder; leave the model out, or say where the parquet files are"
-            )
+    if {*args.models} & {*TRAINED}:
+        need_held_out(parser, args.num_samples)
+    if "cifar10" in args.models and args.cifar10 is None:
+        parser.error("--models cifar10 needs --cifar10, the folder of its parquet files")
+    if "cifar10" in args.models and not args.cifar10.is_dir():
+        parser.error(
+            f"--cifar10 {args.cifar10}: no such folder; leave the model out, or say where the parquet files are"
+        )
     of_exact = ("dataset_name", "train_data_dir", "resolution", "num_images")
     given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
     if given and "exact" not in args.models:
-        raise ValueError(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
+        parser.error(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
 
 
 def model_of(name: str, args: argparse.Namespace) -> tuple[str, Model]:
@@ -300,8 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     args.calls.sort()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    check_options(parser, args)
     try:
-        check_options(args)
         models = saved_models(args) if args.pipeline else (model_of(name, args) for name in args.models)
         for stem, model in models:
             default = (OWN if OWN in model.samplers else "DDPM", "default")  # what the pipeline comes with

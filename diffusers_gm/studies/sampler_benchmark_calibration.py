@@ -16,7 +16,7 @@ from ..calibration.calibrate import CALLS, LOW
 from ..calibration.oracle import MANY, with_denoiser
 from ..calibration.trajectory import Denoiser, Trajectories
 from ..evaluation.table import Table
-from ..files import write_text
+from ..files import write_json
 from ..readings import level_range
 from ..readings.grids import calibrated_levels, sigma_grid
 from ..samplers import Multistep
@@ -55,7 +55,8 @@ class Calibrations:
         """What was measured by those that there are."""
         rows = []
         for name in [*VARIANTS, GITS]:
-            if (kept := self._read(name)) is not None:
+            if self._path(name).is_file():
+                kept = self._kept(name)
                 taus = ", ".join(f"{tau:g}" for tau in sorted(set(kept["stochasticity"].values())))
                 rows.append([
                     name, taus, kept["martingale_defect"] or "-", kept["network_calls"], kept["seconds"] or "-",
@@ -67,16 +68,11 @@ class Calibrations:
     def _path(self, variant: str) -> Path:
         return self.folder / f"calibration {self.content[:16]} {variant}.json"
 
-    def _read(self, variant: str) -> dict[str, Any] | None:
-        path = self._path(variant)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
     def _kept(self, variant: str) -> dict[str, Any]:
-        kept = self._read(variant)
-        if kept is None:
-            kept = gits(self.pipeline) if variant == GITS else self._made(variant)
-            write_text(self._path(variant), json.dumps(kept, indent=1) + "\n")
-        return kept
+        path = self._path(variant)
+        if not path.is_file():
+            write_json(path, gits(self.pipeline) if variant == GITS else self._made(variant))
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _made(self, variant: str) -> dict[str, Any]:
         found = calibrate_in_full(self.pipeline, progress=False, **VARIANTS[variant])

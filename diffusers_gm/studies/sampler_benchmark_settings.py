@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli import Parser, at_least
-from ..evaluation.report import statistic
+from ..evaluation.report import groups, statistic
 from ..evaluation.results import Results
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
 from .digits import parts_of
-from .report import Report
+from .report import Report, by_calls
+from .sampler_benchmark_models import FRECHET
 from .sampler_benchmark_schedulers import MULTISTEP, OUR_GRIDS, PEERS
-from .sampler_benchmark_scores import FRECHET
 
 # A sampler and its grid.
 Setting = tuple[str, str]
@@ -55,17 +55,12 @@ class Measured:
         spreads = []
         for results in kept:
             name = results.conditions["study"].removeprefix("samplers ")
-            seeds_of: dict[tuple[str, int | None], set[int | None]] = {}
-            for cell in results.cells:
-                seeds_of.setdefault((cell.scheduler, cell.calls), set()).add(cell.seed)
+            cells_of = groups(results)
             # Samplers start from the same noise: settings are compared on the seeds that all of them have.
-            seeds = set.intersection(*seeds_of.values()) if seeds_of else set()
-            grouped: dict[tuple[str, int], list[Mapping[str, float]]] = {}
-            for cell in results.cells:
-                if cell.calls is not None and cell.seed in seeds:
-                    grouped.setdefault((cell.scheduler, cell.calls), []).append(cell.scores)
-            for (scheduler, calls), scores in grouped.items():
-                if (value := statistic(scores, metric)) is not None:
+            seeds = set.intersection(*({cell.seed for cell in cells} for cells in cells_of.values()))
+            for (scheduler, calls), cells in cells_of.items():
+                value = statistic([cell.scores for cell in cells if cell.seed in seeds], metric)
+                if calls is not None and value is not None:
                     sampler, _, grid = scheduler.rpartition(", ")
                     values.setdefault((name, calls), {})[sampler, grid] = value.mean
                     spreads += [value.spread / value.mean] if value.spread is not None else []
@@ -97,10 +92,10 @@ def theirs(setting: Setting) -> bool:
     return setting[0] in PEERS and setting[1] not in OUR_GRIDS
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    """nan where there are none, or one is."""
-    logs = [math.log(value) for value in values]
-    return math.exp(statistics.mean(logs)) if logs else math.nan
+def geometric_mean(of_cells: Mapping[Cell, float], calls: int | None = None) -> float:
+    """Over all cells, or those of a number of calls; nan where there are none."""
+    values = [value for (_, n), value in of_cells.items() if calls in (None, n)]
+    return statistics.geometric_mean(values) if values else math.nan
 
 
 def ratios(measured: Measured, mine: Setting, other: Callable[[Cell], float]) -> dict[Cell, float]:
@@ -118,63 +113,55 @@ def name_of(setting: Setting) -> str:
 
 def row_of(name: str, of_cells: Mapping[Cell, float], calls: Sequence[int]) -> list[str]:
     """Geometric means by number of calls and over all, and the largest cell."""
-    means = [geometric_mean(ratio for (_, n), ratio in of_cells.items() if n == count) for count in calls]
     worst = max(of_cells, key=of_cells.__getitem__, default=None)
     where = f"{of_cells[worst]:.2f} ({worst[0]}, {worst[1]} calls)" if worst else "-"
-    return [name, *(words(mean) for mean in means), words(geometric_mean(of_cells.values())), where]
+    return [name, *(words(geometric_mean(of_cells, n)) for n in (*calls, None)), where]
 
 
 def words(ratio: float) -> str:
     return "-" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
-def against(
-    measured: Measured, caption: str, mine: Sequence[Setting], other: Callable[[Cell], float], calls: Sequence[int]
-) -> Table:
+def against(measured: Measured, caption: str, other: Callable[[Cell], float]) -> Table:
     """Our settings over something else."""
-    header = ["setting", *(f"{n} calls" for n in calls), "all", "worst cell"]
-    return Table(caption, header, [row_of(name_of(s), ratios(measured, s, other), calls) for s in mine])
+    calls = measured.calls()
+    rows = [
+        row_of(name_of(setting), ratios(measured, setting, other), calls)
+        for setting in measured.settings()
+        if setting[0] == MULTISTEP
+    ]
+    return Table(caption, ["setting", *by_calls(calls), "all", "worst cell"], rows)
 
 
-def by_network(
-    measured: Measured, caption: str, mine: Setting, other: Callable[[Cell], float], calls: Sequence[int]
-) -> Table:
-    """One setting over something else, a row for every network."""
-    found = ratios(measured, mine, other)
-    rows = []
-    for network in measured.defaults:
-        of_network = {n: found.get((network, n), math.nan) for n in calls}
-        there = [ratio for ratio in of_network.values() if not math.isnan(ratio)]
-        if there:
-            rows.append([network, *(words(ratio) for ratio in of_network.values()), words(geometric_mean(there))])
-    return Table(caption, ["network", *(f"{n} calls" for n in calls), "all"], rows)
+def by_network(measured: Measured, caption: str) -> Table:
+    """The calibrated sampler over the best peers, a row for every network."""
+    calls, found = measured.calls(), ratios(measured, CALIBRATED, measured.best_peer)
+    of_networks = {name: {cell: r for cell, r in found.items() if cell[0] == name} for name in measured.defaults}
+    rows = [row_of(name, of_network, calls)[:-1] for name, of_network in of_networks.items() if of_network]
+    return Table(caption, ["network", *by_calls(calls), "all"], rows)
 
 
-def alone(measured: Measured, caption: str, calls: Sequence[int], most: int) -> Table:
+def alone(measured: Measured, caption: str, most: int) -> Table:
     """Every setting for itself, over the best of all peers in each cell: the best `most` and ours, and in how many
     cells it is the best of all. Settings that lack cells come last: their means are of easier or harder ones."""
-    least = {cell: measured.best(cell, theirs) for cell in measured.values}
+    calls, least = measured.calls(), {cell: measured.best_peer(cell) for cell in measured.values}
     wins = Counter(min(by, key=by.__getitem__) for by in measured.values.values())
     everywhere = sum(not math.isnan(value) for value in least.values())
     found = {s: ratios(measured, s, least.__getitem__) for s in measured.settings()}
     found = {setting: of_cells for setting, of_cells in found.items() if of_cells}
-    order = sorted(found, key=lambda s: (len(found[s]) < everywhere, geometric_mean(found[s].values())))
+    order = sorted(found, key=lambda s: (len(found[s]) < everywhere, geometric_mean(found[s])))
     shown = [s for rank, s in enumerate(order) if rank < most or s[0] not in PEERS or wins[s]]
     rows = []
     for setting in shown:
         name = name_of(setting) if setting[0] in PEERS else f"**{name_of(setting)}**"
         lacking = everywhere - len(found[setting])
         name += f" ({lacking} cells lacking)" if lacking else ""
-        row = row_of(name, found[setting], calls)
-        rows.append([str(order.index(setting) + 1), *row, str(wins[setting])])
-    header = ["rank", "setting", *(f"{n} calls" for n in calls), "all", "worst cell", "wins"]
-    return Table(caption, header, rows)
+        rows.append([str(order.index(setting) + 1), *row_of(name, found[setting], calls), str(wins[setting])])
+    return Table(caption, ["rank", "setting", *by_calls(calls), "all", "worst cell", "wins"], rows)
 
 
 def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
     """All tables of a distance."""
-    calls = measured.calls()
-    mine = [s for s in measured.settings() if s[0] == MULTISTEP]
     chosen = "the best of all peers, each at the best of its grids, chosen afterwards for every cell"
 
     def given_ours(cell: Cell) -> float:
@@ -187,12 +174,9 @@ def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
     }
     rows = f"{title}: every setting alone, over {chosen}; ours in bold; `wins`: cells in which it is the best of all"
     return [
-        by_network(measured, f"{title}: `{name_of(CALIBRATED)}` over {chosen}.", CALIBRATED, measured.best_peer, calls),
-        *(
-            against(measured, f"{title}: our settings {caption}.", mine, other, calls)
-            for caption, other in captions.items()
-        ),
-        alone(measured, f"{rows} settings, of {len(measured.values)}.", calls, most),
+        by_network(measured, f"{title}: `{name_of(CALIBRATED)}` over {chosen}."),
+        *(against(measured, f"{title}: our settings {caption}.", other) for caption, other in captions.items()),
+        alone(measured, f"{rows} settings, of {len(measured.values)}.", most),
     ]
 
 
@@ -246,27 +230,23 @@ def verdict_of(title: str, measured: Measured) -> str:
     peers = [s for s in measured.settings() if theirs(s)]
     complete = {s: found for s in peers if set(found := ratios(measured, s, measured.best_peer)) >= cells}
     text = (
-        f"{title}: calibrated, ours has {geometric_mean(of_cells.values()):.2f} times the best choice of a peer in the "
+        f"{title}: calibrated, ours has {geometric_mean(of_cells):.2f} times the best choice of a peer in the "
         f"geometric mean of {len(of_cells)} cells, {of_cells[worst]:.2f} in the worst ({worst[0]}, {worst[1]} calls)"
     )
     if complete:
-
-        def mean_at(of_cells: Mapping[Cell, float], calls: int) -> float:
-            return geometric_mean(ratio for (_, n), ratio in of_cells.items() if n == calls)
-
-        leader = min(complete, key=lambda s: geometric_mean(complete[s].values()))
-        mean = geometric_mean(complete[leader].values())
+        leader = min(complete, key=lambda s: geometric_mean(complete[s]))
+        mean = geometric_mean(complete[leader])
         text += f"; the best single setting of diffusers ({name_of(leader)}) has {mean:.2f}"
         ahead = []
         for n in sorted({n for _, n in of_cells}):
-            own, of_n = mean_at(of_cells, n), {s: mean_at(found, n) for s, found in complete.items()}
+            own, of_n = geometric_mean(of_cells, n), {s: geometric_mean(of, n) for s, of in complete.items()}
             first = min(of_n, key=of_n.__getitem__)
             if of_n[first] < own:
                 ahead.append(f"{n} calls ({name_of(first)}, {of_n[first]:.2f} against {own:.2f})")
         text += f"; a single setting is ahead of ours at {', '.join(ahead) or 'no number of calls'}"
     of_default = ratios(measured, CALIBRATED, measured.default)
     if of_default:
-        text += f"; {geometric_mean(of_default.values()):.2f} times the scheduler that a network comes with"
+        text += f"; {geometric_mean(of_default):.2f} times the scheduler that a network comes with"
     return text + "."
 
 

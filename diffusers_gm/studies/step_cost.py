@@ -58,38 +58,29 @@ def all_schedulers() -> dict[str, Any]:
     return ours | {name: cls.from_config(config) for name, cls in PEERS.items()}
 
 
-class Run:
-    """A run of a scheduler on one tensor, whose steps are timed one by one."""
-
-    def __init__(self, scheduler: Any, shape: Shape, num_steps: int):
-        scheduler.set_timesteps(max(num_steps, FEWEST_STEPS))
-        self.scheduler, self.timesteps, self.milliseconds = scheduler, iter(scheduler.timesteps), list[float]()
-        generator = torch.Generator().manual_seed(0)
-        self.sample, self.output = torch.randn((2, *shape), generator=generator)
-        deterministic = isinstance(scheduler, UniPCMultistepScheduler)
-        self.draws = {} if deterministic else {"generator": generator}
-
-    def step(self) -> None:
-        """One more step; the sample stays what it is, so that all schedulers work on the same numbers."""
-        t = next(self.timesteps)
-        self.scheduler.scale_model_input(self.sample, t)
-        start = time.process_time()
-        self.scheduler.step(self.output, t, self.sample, **self.draws)
-        self.milliseconds.append(1e3 * (time.process_time() - start))
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds[WARM_UP:])
+def milliseconds(function: Callable[..., Any], *arguments: Any, **named: Any) -> float:
+    """CPU time of a call."""
+    start = time.process_time()
+    function(*arguments, **named)
+    return 1e3 * (time.process_time() - start)
 
 
 @torch.no_grad()
 def costs(shape: Shape, num_steps: int) -> dict[str, float]:
-    """Median CPU milliseconds of a step, by scheduler; all take their steps in turn."""
-    runs = {name: Run(scheduler, shape, num_steps + WARM_UP + 1) for name, scheduler in all_schedulers().items()}
-    for _ in range(num_steps + WARM_UP):  # not the last step, which adds no noise
-        for run in runs.values():
-            run.step()
-    return {name: run.median for name, run in runs.items()}
+    """Median CPU milliseconds of a step, by scheduler; all take their steps in turn, on the same numbers."""
+    schedulers, tensors, generators = all_schedulers(), {}, {}
+    found: dict[str, list[float]] = {name: [] for name in schedulers}
+    for name, scheduler in schedulers.items():
+        scheduler.set_timesteps(max(num_steps + WARM_UP + 1, FEWEST_STEPS))
+        generators[name] = torch.Generator().manual_seed(0)
+        tensors[name] = torch.randn((2, *shape), generator=generators[name])
+    for i in range(num_steps + WARM_UP):  # not the last step, which adds no noise
+        for name, scheduler in schedulers.items():
+            t, (sample, output) = scheduler.timesteps[i], tensors[name]
+            draws = {} if isinstance(scheduler, UniPCMultistepScheduler) else {"generator": generators[name]}
+            scheduler.scale_model_input(sample, t)
+            found[name].append(milliseconds(scheduler.step, output, t, sample, **draws))
+    return {name: statistics.median(each[WARM_UP:]) for name, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -110,12 +101,7 @@ def compiled_costs(shape: Shape, num_steps: int) -> dict[str, float]:
     noise = torch.randn(2 * y.numel(), generator=generator)
 
     def median(function: Callable[..., Any], *tensors: Tensor) -> float:
-        seconds = []
-        for _ in range(num_steps + WARM_UP):
-            start = time.process_time()
-            function(*tensors)
-            seconds.append(time.process_time() - start)
-        return statistics.median(seconds[WARM_UP:])
+        return statistics.median([milliseconds(function, *tensors) for _ in range(num_steps + WARM_UP)][WARM_UP:])
 
     def read_and_write(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return a + 2 * b + 3 * c
@@ -139,23 +125,22 @@ def compiled_costs(shape: Shape, num_steps: int) -> dict[str, float]:
     return found
 
 
-def over(found: Costs, peer: str) -> list[list[Any]]:
-    """Rows of a table: by scheduler, what it costs in units of what a peer does."""
-    return [[name, *(f"{of[name] / of[peer]:.2f}" for of in found.values())] for name in found[SHAPES[0]]]
+def table_of(caption: str, found: Costs, places: int = 2, peer: str | None = None) -> Table:
+    """What each scheduler costs on each shape; in units of what a peer does, if there is one."""
+    rows = [
+        [name, *(f"{of[name] / (of[peer] if peer else 1):.{places}f}" for of in found.values())]
+        for name in found[SHAPES[0]]
+    ]
+    return Table(caption, ["scheduler", *map(str, SHAPES)], rows)
 
 
 def report(found: Costs, compiled: Costs | None, num_steps: int) -> Report:
-    header = ["scheduler", *(str(shape) for shape in SHAPES)]
     names = list(found[SHAPES[0]])
-    tables = [
-        Table(f"CPU time of `step` over that of {peer}, medians of {num_steps}.", header, over(found, peer))
-        for peer in PEERS
-    ]
-    milliseconds = [[name, *(f"{of[name]:.3f}" for of in found.values())] for name in names]
-    tables.append(Table("CPU milliseconds.", header, milliseconds))
+    caption = "CPU time of `step` over that of {}, medians of {}."
+    tables = [table_of(caption.format(peer, num_steps), found, peer=peer) for peer in PEERS]
+    tables.append(table_of("CPU milliseconds.", found, 3))
     if compiled:
-        rows = [[name, *(f"{of[name]:.2f}" for of in compiled.values())] for name in compiled[SHAPES[0]]]
-        tables.append(Table("Compiled, over one fused read-and-write.", header, rows))
+        tables.append(table_of("Compiled, over one fused read-and-write.", compiled))
 
     def dearest(peer: str, counts: Callable[[str], bool]) -> str:
         ratio, name = max((of[name] / of[peer], name) for of in found.values() for name in names if counts(name))

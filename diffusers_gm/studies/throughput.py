@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -72,11 +72,10 @@ class Run:
         cpu_seconds: of user and system, its children's too; None before it has ended.
     """
 
-    def __init__(self, command: Command, environment: dict[str, str], cwd: Path):
-        self.command = list(map(str, command))
-        self._errors = tempfile.TemporaryFile(dir=cwd)  # noqa: SIM115 - as long as the command runs
-        self._environment, self._cwd = environment, cwd
-        self._process: psutil.Process | None = None
+    def __init__(self, command: Command, **options: Any):
+        self.command, self._options = list(map(str, command)), options
+        self._errors = tempfile.TemporaryFile(dir=options["cwd"])  # noqa: SIM115 - as long as the command runs
+        self._process: psutil.Popen | None = None
         self.cpu_seconds: float | None = None
 
     def go_on(self, seconds: float) -> None:
@@ -86,10 +85,7 @@ class Run:
             RuntimeError: if the command fails.
         """
         if self._process is None:
-            started = subprocess.Popen(
-                self.command, cwd=self._cwd, env=self._environment, stdout=subprocess.DEVNULL, stderr=self._errors
-            )
-            self._process = psutil.Process(started.pid)
+            self._process = psutil.Popen(self.command, stdout=subprocess.DEVNULL, stderr=self._errors, **self._options)
         self._each(psutil.Process.resume)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -128,11 +124,16 @@ def cpu_seconds(commands: Sequence[Command], cwd: Path, warm: Sequence[Path] = (
     Raises:
         RuntimeError: if one fails.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(cwd)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TRAINING_SCRIPT.parent), environment.get("PYTHONPATH", "")])
-    # A compiled network is compiled each time, by children.
-    environment |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    runs = [Run(command, environment, cwd) for command in commands]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_DATASETS_CACHE": str(cwd),
+        "PYTHONPATH": os.pathsep.join([str(TRAINING_SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
+        # A compiled network is compiled each time, by children.
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    runs = [Run(command, cwd=cwd, env=environment) for command in commands]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what stands still must be killed
     try:
         while going := [run for run in runs if run.cpu_seconds is None]:
@@ -163,10 +164,8 @@ class Loop:
     def note(self, processes: list[dict[str, Any]]) -> None:
         """Take a run: what `clocked` has left."""
         clocks = [process["seconds"] for process in processes]
-        means = [
-            [(after - before) / WINDOW for before, after in pairwise(clock[WARM_UP - 1 :: WINDOW])] for clock in clocks
-        ]
-        self.step.append(1000 * sum(map(statistics.median, means)))
+        windows = ([b - a for a, b in pairwise(clock[WARM_UP - 1 :: WINDOW])] for clock in clocks)
+        self.step.append(1000 / WINDOW * sum(map(statistics.median, windows)))
         self.start.append(max(clock[0] for clock in clocks))
         self.memory.append(max(process["memory"] for process in processes) / 2**20)
 
@@ -180,43 +179,24 @@ def measure(commands: dict[str, Callable[[Path], Command]], repeats: int, cwd: P
         cpu_seconds(runs, cwd, [folder / WARM for folder in folders])
         for (name, loop), folder in zip(found.items(), folders, strict=True):
             loop.note([json.loads(path.read_text()) for path in folder.glob("*.json")])
-            print(
-                f"run {i + 1} of {repeats}: {name} {loop.step[-1]:.1f} ms, {loop.memory[-1]:.0f} MiB, "
-                f"{loop.start[-1]:.1f} s to start",
-                flush=True,
-            )
+            said = f"{loop.step[-1]:.1f} ms, {loop.memory[-1]:.0f} MiB, {loop.start[-1]:.1f} s to start"
+            print(f"run {i + 1} of {repeats}: {name} {said}", flush=True)
     return found
 
 
-@dataclass(frozen=True)
-class Data:
-    """Training images in one form, for both loops.
-
-    Attributes:
-        kind: what the form is called.
-        ours: options of `train_gm_sgm.py`.
-        theirs: what `diffusers_loop.py` reads.
-        channels: of what the network sees.
-    """
-
-    kind: str
-    ours: list[object]
-    theirs: Path
-    channels: int
-
-
-def in_form(kind: str, folder: Path, images: Tensor, cwd: Path) -> Data:
-    """The images `(n, C, H, W)` of a folder, as PNGs, as a parquet file, or as latents of twice the resolution."""
+def in_form(kind: str, folder: Path, images: Tensor, cwd: Path) -> tuple[list[object], Path, int]:
+    """The images `(n, C, H, W)` of a folder, as PNGs, as a parquet file, or as latents of twice the resolution: options
+    of `train_gm_sgm.py`, what `diffusers_loop.py` reads, and the channels that the network sees."""
     channels, side = images.shape[1], images.shape[-1]
     if kind == "png":
-        return Data(kind, ["--train_data_dir", folder, "--resolution", side], folder, channels)
+        return ["--train_data_dir", folder, "--resolution", side], folder, channels
     if kind == "parquet":
         table = cwd / "table"
         table.mkdir()
         files = [{"bytes": (folder / path).read_bytes(), "path": None} for path in list_folder(folder).images]
         features = datasets.Features({"image": datasets.Image()})
         datasets.Dataset.from_dict({"image": files}, features).to_parquet(str(table / "images.parquet"))
-        return Data(kind, ["--train_data_dir", table, "--resolution", side], table, channels)
+        return ["--train_data_dir", table, "--resolution", side], table, channels
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -231,45 +211,40 @@ def in_form(kind: str, folder: Path, images: Tensor, cwd: Path) -> Data:
     options += ["--latents_cache_dir", cwd / "cache"]
     filling = ["--max_train_steps", 1, "--validation_inference_steps", 4, "--output_dir", cwd / "filling"]
     cpu_seconds([[sys.executable, TRAINING_SCRIPT, *options, *filling]], cwd)
-    return Data(kind, options, cwd / "latents.safetensors", LATENT_CHANNELS)
+    return options, cwd / "latents.safetensors", LATENT_CHANNELS
 
 
 FORMS = ("png", "parquet", "latents")
 
 
-def commands_of(data: Data, args: Any, side: int, cwd: Path) -> Iterator[tuple[str, Callable[[Path], Command]]]:
-    """Names of loops, and how to run them with clocks."""
-    shape = TrainingArguments(block_out_channels=args.block_out_channels)
+def commands_of(kind: str, folder: Path, images: Tensor, args: Any, cwd: Path) -> dict[str, Callable[[Path], Command]]:
+    """How to run the loops on images in one form with clocks, by their names."""
+    options, their_data, channels = in_form(kind, folder, images, cwd)
+    side, steps, config = images.shape[-1], args.steps + WARM_UP, cwd / f"{kind}.json"
     with torch.device("meta"):  # no weights are needed
-        unet = new_unet(shape, side, data.channels)
-    config, steps = cwd / f"{data.kind}.json", args.steps + WARM_UP
+        unet = new_unet(TrainingArguments(block_out_channels=args.block_out_channels), side, channels)
     config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
+    options += ["--block_out_channels", *unet.config["block_out_channels"], "--train_batch_size", args.train_batch_size,
+                "--max_train_steps", steps, "--checkpointing_steps", 0, "--validation_steps", 0,
+                "--num_validation_images", 1, "--validation_inference_steps", 4]  # fmt: skip
 
     def theirs(clocks: Path) -> Command:
         numbers = side, args.train_batch_size, steps
-        return [sys.executable, *CLOCKED, clocks, DIFFUSERS_LOOP, data.theirs, config, *numbers]
+        return [sys.executable, *CLOCKED, clocks, DIFFUSERS_LOOP, their_data, config, *numbers]
 
-    def of(method: str, start: Command = (sys.executable,)) -> Callable[[Path], Command]:
-        network = ["--block_out_channels", *unet.config["block_out_channels"]]
+    def ours(method: str, start: Command = (sys.executable,)) -> Callable[[Path], Command]:
+        words = [TRAINING_SCRIPT, *options, "--method", method, "--output_dir"]
+        return lambda clocks: [*start, *CLOCKED, clocks, *words, clocks / "out"]
 
-        def ours(clocks: Path) -> Command:
-            options = [*data.ours, "--method", method, *network, "--train_batch_size", args.train_batch_size,
-                       "--max_train_steps", steps, "--checkpointing_steps", 0, "--validation_steps", 0,
-                       "--num_validation_images", 1, "--validation_inference_steps", 4,
-                       "--output_dir", clocks / "out"]  # fmt: skip
-            return [*start, *CLOCKED, clocks, TRAINING_SCRIPT, *options]
-
-        return ours
-
-    yield f"{data.kind}, {THEIRS}", theirs
-    for method in args.methods:
-        yield f"{data.kind}, {method}", of(method)
-    if data.kind == args.data[0]:
+    found = {f"{kind}, {THEIRS}": theirs, **{f"{kind}, {method}": ours(method) for method in args.methods}}
+    if kind == args.data[0]:
+        first = args.methods[0]
         if args.num_processes > 1:
-            yield together(args), of(args.methods[0], [*LAUNCHER, args.num_processes])
+            found[together(args)] = ours(first, [*LAUNCHER, args.num_processes])
         if args.dynamo_backend is not None:
             backend = ["env", f"ACCELERATE_DYNAMO_BACKEND={args.dynamo_backend}", sys.executable]
-            yield f"{data.kind}, {args.methods[0]}, {args.dynamo_backend}", of(args.methods[0], backend)
+            found[f"{kind}, {first}, {args.dynamo_backend}"] = ours(first, backend)
+    return found
 
 
 def together(args: Any) -> str:
@@ -307,8 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--train_data_dir {folder}: {error}")
         found: dict[str, Loop] = {}
         for kind in args.data:
-            loops = dict(commands_of(in_form(kind, folder, images, cwd), args, images.shape[-1], cwd))
-            found |= measure(loops, args.repeats, cwd)
+            found |= measure(commands_of(kind, folder, images, args, cwd), args.repeats, cwd)
     shape = "x".join(map(str, images.shape[1:]))
     conditions = (
         f"Images of {shape}, latents of {LATENT_CHANNELS}x{'x'.join(map(str, images.shape[2:]))}, batches of "
@@ -330,26 +304,17 @@ def report(found: dict[str, Loop], args: Any, conditions: str) -> Report:
         rate = median(other / own for other, own in zip(theirs.step, loop.step, strict=True))
         if len(words) == 1 and words != [THEIRS]:
             rates[name], memory[name] = rate, median(loop.memory) / median(theirs.memory)
+        alone = found[f"{kind}, {words[0]}"]
+        faster, longer = median(alone.step) / median(loop.step), median(loop.start) - median(alone.start)
         if name == several:
-            efficiency = args.num_processes * median(found[f"{kind}, {words[0]}"].step) / median(loop.step)
-            verdict += f" Efficiency of {args.num_processes} processes: {efficiency:.3f}."
+            verdict += f" Efficiency of {args.num_processes} processes: {args.num_processes * faster:.3f}."
         elif len(words) == 2:
-            alone = found[f"{kind}, {words[0]}"]
-            faster, longer = median(alone.step) / median(loop.step), median(loop.start) - median(alone.start)
             verdict += (
                 f" Compiled by {words[1]}, the rate is {faster:.2f} times as high, and the start {longer:.0f} s longer."
             )
-        rows.append(
-            [
-                name,
-                f"{median(loop.step):.1f}",
-                f"{min(loop.step):.1f} to {max(loop.step):.1f}",
-                f"{1000 * images / median(loop.step):.0f}",
-                "" if name == several else f"{rate:.3f}",
-                f"{median(loop.memory):.0f}",
-                f"{median(loop.start):.1f}",
-            ]
-        )
+        step, span = median(loop.step), f"{min(loop.step):.1f} to {max(loop.step):.1f}"
+        rates_of = f"{1000 * images / step:.0f}", "" if name == several else f"{rate:.3f}"
+        rows.append([name, f"{step:.1f}", span, *rates_of, f"{median(loop.memory):.0f}", f"{median(loop.start):.1f}"])
     slowest, largest = min(rates, key=lambda name: rates[name]), max(memory, key=lambda name: memory[name])
     verdict = (
         f"The rate of train_gm_sgm.py is {rates[slowest]:.2f} ({slowest}) to {max(rates.values()):.2f} times that of "

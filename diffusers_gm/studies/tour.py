@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -30,7 +30,6 @@ from ..schedulers import CalibratedMultistepScheduler
 from .pictures import save_picture, show_grid
 
 CALLS = (5, 10, 20)
-Effort = Literal["full", "fast"]
 IMAGES_PER_ROW, IMAGES_PER_CELL = 4, 8
 
 # Samplers as the app knows them, by what they are called in the picture.
@@ -59,7 +58,7 @@ class Cell:
 
 
 def sample_all(
-    pipe: Any, calls: Sequence[int], seed: int, effort: Effort = "full"
+    pipe: Any, calls: Sequence[int], seed: int, effort: Literal["full", "fast"]
 ) -> tuple[dict[str, list[Cell]], dict[str, str]]:
     """A row of cells, one for each number of calls, by sampler; and the samplers that were left out, and why."""
     model, settings = Model.of("", pipe), Settings(seed, IMAGES_PER_CELL)
@@ -133,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("folder", type=Path, help="a trained pipeline, best one of Gaussian noise, which all samplers read")
     add("--calls", type=at_least(2), nargs="+", default=list(CALLS), help="numbers of network calls")
     add("--seed", type=int, default=0, help="decides the noise that every cell starts from")
-    add("--effort", choices=get_args(Effort), default="full", help="of the calibration")
-    add("--output", type=Path, default=None, help="the picture [tour.png in the folder]")
+    add("--effort", choices=["full", "fast"], default="full", help="of the calibration")
+    add("--output", type=Path, help="the picture [tour.png in the folder]")
     args = parser.parse_args(arguments)
     if not (args.folder / "model_index.json").is_file():
         parser.error(f"{args.folder} holds no trained pipeline: run make demo METHOD=ncsnv2")
