@@ -11,7 +11,7 @@ from diffusers_gm.data import split_digit_labels, split_digits
 from diffusers_gm.evaluation.results import Statistic
 from diffusers_gm.studies import gm_sgm, own_level, rare_modes
 from diffusers_gm.studies.exact import ExactDenoiser
-from diffusers_gm.studies.increments import median, survival, tail_exponent
+from diffusers_gm.studies.gm_sgm import median, survival, tail_exponent
 from diffusers_gm.studies.report import Report
 
 # --- increments ---

@@ -82,7 +82,7 @@ def defaults(args: argparse.Namespace) -> Report:
         "Schedulers without any option",
         "How far is what a scheduler of ours does by default from the best that its options could do?",
         f"At most {most:.2f} times ({worst}, {args.calls[over[worst].index(most)]} calls); in the geometric mean "
-        f"{math.exp(statistics.mean(math.log(r) for ratios in over.values() for r in ratios)):.2f} times.",
+        f"{statistics.geometric_mean(itertools.chain.from_iterable(over.values())):.2f} times.",
         tables,
         [plot(panels, args.output / "defaults.png")],
         f"n = {n}, {args.seeds} seed(s), a training of {args.steps} steps. The best option is picked on "

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -169,10 +170,8 @@ LADDER, CHAIN, EVERY_CALL, ONCE = "ladder", "chain", "own level, every call", "o
 
 def quality(of: Subject, sampler: str, way: str, calls: int, run: str, seed: int) -> dict[str, float]:
     """Sliced W2 over the floor of a run whose first noise, or what the network is told, is off."""
-    first_noise, told = RUNS[run]
-    draws = torch.Generator().manual_seed(seed)
-    start = FIRST * first_noise * of.noise.sample(of.images.shape, draws)
-    noise = of.noise
+    (first_noise, told), noise, draws = RUNS[run], of.noise, torch.Generator().manual_seed(seed)
+    start = FIRST * first_noise * noise.sample(of.images.shape, draws)
     steps: Any = TwoStep() if sampler == "ode" else Langevin(noise=noise, follow_chain=way == CHAIN)
     sigmas = sigma_grid(FIRST, LAST, len(steps.spend(calls)), "log_snr")
     sigmas = sigmas.repeat_interleave(torch.tensor(steps.spend(calls)))
@@ -180,13 +179,15 @@ def quality(of: Subject, sampler: str, way: str, calls: int, run: str, seed: int
     def denoiser(y: Tensor, sigma: float | Tensor) -> Tensor:
         return of.denoiser(y, told * torch.as_tensor(sigma, dtype=y.dtype).expand(len(y)))
 
+    scale: Any = 1.0
     if way == EVERY_CALL:
         steps = OnTheLadder(steps, kept_by_level(of, sigmas))
-    if way != ONCE:
-        return {"error": over_floor(sample(steps, denoiser, start, sigmas, draws))}
-    # The flow knows ratios of levels alone: each image has a ladder of its own, a multiple of the others.
-    measured = estimate_noise_level(replace(of, denoiser=denoiser).own, start, LAST, 4 * FIRST, generator=draws).sigma
-    scale = measured / (noise.commonest_scale * FIRST)
+    if (
+        way == ONCE
+    ):  # the flow knows ratios of levels alone: each image has a ladder of its own, a multiple of the others
+        own = replace(of, denoiser=denoiser).own
+        measured = estimate_noise_level(own, start, LAST, 4 * FIRST, generator=draws).sigma
+        scale = measured / (noise.commonest_scale * FIRST)
     return {"error": over_floor(sample(steps, lambda y, sigma: denoiser(y, scale * sigma), start, sigmas, draws))}
 
 
@@ -224,9 +225,8 @@ def claim(args: argparse.Namespace) -> Report:
 
     def over_one(where: str, kind: str, told: Any) -> float:
         """The error over that of K = 1 told rightly, geometric mean over the levels."""
-        of_one = squared[where, ONE]
-        ratios = [squared[where, kind][f"{told}, {tau}"].mean / of_one[f"1.0, {tau}"].mean for tau in LEVELS]
-        return math.exp(sum(map(math.log, ratios)) / len(ratios))
+        own, one = squared[where, kind], squared[where, ONE]
+        return statistics.geometric_mean(own[f"{told}, {tau}"].mean / one[f"1.0, {tau}"].mean for tau in LEVELS)
 
     level_rows = [
         [", ".join(key[:2]), key[2], *(words(f, n) for n in LOOKS), f["said"].mean, math.exp(f["residual"].mean)]
@@ -290,12 +290,8 @@ def verdict(
         """The largest error in the mean, over the levels."""
         return f"{max(abs(math.expm1(found[TRAINED, kind, tau][name].mean)) for tau in LEVELS):.0%}"
 
-    def run(column: tuple[str, str, str], name: str) -> float:
-        value = runs[TRAINED, column, calls, name]
-        return value.mean if value else math.nan
-
     def better(column: tuple[str, str, str], base: tuple[str, str, str]) -> str:
-        pairs = {name: (run(base, name), run(column, name)) for name in RUNS}
+        pairs = {name: [mean_of(runs[TRAINED, of, calls, name]) for of in (base, column)] for name in RUNS}
         gains = [f"{name} {a:.2f} to {b:.2f}" for name, (a, b) in pairs.items() if b < (1 - least) * a]
         losses = [f"{name} {a:.2f} to {b:.2f}" for name, (a, b) in pairs.items() if b > (1 + least) * a]
         return f"{', '.join(column)}: better {'; '.join(gains) or 'nowhere'}, worse {'; '.join(losses) or 'nowhere'}"
@@ -313,6 +309,10 @@ def verdict(
     )
 
 
+def mean_of(value: Statistic | None) -> float:
+    return value.mean if value else math.nan
+
+
 def plot(args: argparse.Namespace, told_rows: list[list[Any]], runs: Runs, calls: int) -> str:
     figure, axes = plt.subplots(1, 3, figsize=(11.5, 5.8), layout="constrained")
     for i, (name, *values) in enumerate(told_rows):
@@ -324,7 +324,7 @@ def plot(args: argparse.Namespace, told_rows: list[list[Any]], runs: Runs, calls
     for axis, sampler in zip(axes[1:], ("ode", "langevin"), strict=True):
         for column in (column for column in COLUMNS if column[1] == sampler):
             kind, _, way = column
-            values = [v.mean if (v := runs[TRAINED, column, calls, run]) else math.nan for run in RUNS]
+            values = [mean_of(runs[TRAINED, column, calls, run]) for run in RUNS]
             axis.plot(list(RUNS), values, label=f"{kind}, {way}", **curve_style(ways.index((kind, way))))
         axis.set(title=f"{sampler}, trained networks, {calls} calls", ylabel="sliced W2 over the floor")
         axis.tick_params(axis="x", labelrotation=20, labelsize=7)
