@@ -182,9 +182,8 @@ def quality(of: Subject, sampler: str, way: str, calls: int, run: str, seed: int
     scale: Any = 1.0
     if way == EVERY_CALL:
         steps = OnTheLadder(steps, kept_by_level(of, sigmas))
-    if (
-        way == ONCE
-    ):  # the flow knows ratios of levels alone: each image has a ladder of its own, a multiple of the others
+    if way == ONCE:
+        # The flow knows ratios of levels alone: each image has a ladder of its own, a multiple of the others.
         own = replace(of, denoiser=denoiser).own
         measured = estimate_noise_level(own, start, LAST, 4 * FIRST, generator=draws).sigma
         scale = measured / (noise.commonest_scale * FIRST)
