@@ -204,26 +204,6 @@ def against_peers(bests: Bests, calls: int, ours: Sequence[str]) -> str:
     )
 
 
-def build_parser() -> Parser:
-    parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=["exact"], help="what is sampled, see above")
-    add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
-    add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
-    add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
-    add("--seeds", type=at_least(1), default=3, help="runs of each cell")
-    add("--steps", type=at_least(1), default=1200, help="optimizer steps of the trained networks")
-    add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
-    add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
-    add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
-    add("--train_data_dir", help="exact: a folder of images or of parquet files; --pipeline: what it is compared with")
-    add("--resolution", type=at_least(1), help="side to which these images are resized [their own]")
-    add("--num_images", type=at_least(2), help="of these at most [2000, of the digits and with --pipeline all]")
-    add("--cifar10", type=Path, help="cifar10: folder of its parquet files")
-    add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
-    return parser
-
-
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """End the program for what does not go together."""
     if args.pipeline:
@@ -295,7 +275,22 @@ def selected(stem: str, samplers: Samplers, args: argparse.Namespace) -> Sampler
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = build_parser()
+    parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=["exact"], help="what is sampled, see above")
+    add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
+    add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
+    add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
+    add("--seeds", type=at_least(1), default=3, help="runs of each cell")
+    add("--steps", type=at_least(1), default=1200, help="optimizer steps of the trained networks")
+    add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
+    add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
+    add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
+    add("--train_data_dir", help="exact: a folder of images or of parquet files; --pipeline: what it is compared with")
+    add("--resolution", type=at_least(1), help="side to which these images are resized [their own]")
+    add("--num_images", type=at_least(2), help="of these at most [2000, of the digits and with --pipeline all]")
+    add("--cifar10", type=Path, help="cifar10: folder of its parquet files")
+    add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     args = parser.parse_args(arguments)
     args.calls.sort()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
