@@ -156,7 +156,7 @@ def calibrate_in_full(
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
         if result.errs:
-            found: Found = {n: (scheduler.call_grid.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+            found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
@@ -173,7 +173,7 @@ def calibrate_in_full(
     with bar, _quiet(pipe):
         _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
     shift = 1.0 if result.errs else shift  # the fixed grid is one before the shift
-    result.fixed = {n: scheduler.call_grid.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
+    result.fixed = {n: scheduler.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
     calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
     if any(result.stochasticity.values()):
         calibration["stochasticity"] = {str(n): tau for n, tau in result.stochasticity.items()}
@@ -228,7 +228,7 @@ def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> F
     )
     found: Found = {}
     for n in budgets:
-        levels = scheduler.call_grid.calibrated_or_even_levels(n)
+        levels = scheduler.calibrated_or_even_levels(n)
         if n <= len(sigmas) // 2:  # else the run is too coarse to judge steps by
             levels = sigmas[defects.best(n, last_place(sigmas, scheduler, n))]
         found[n] = levels.tolist(), None
@@ -267,7 +267,7 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
 def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
     """The place on a ladder of the last level of the fixed grid, which stays: the mean square would have it higher, and
     blur what is below it."""
-    last = float(scheduler.call_grid.calibrated_or_even_levels(num_calls)[-1])
+    last = float(scheduler.calibrated_or_even_levels(num_calls)[-1])
     return int((sigmas.log() - math.log(last)).abs().argmin())
 
 

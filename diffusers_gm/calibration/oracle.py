@@ -36,7 +36,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         sigmas: Levels | None = None,
         mu: float | None = None,
     ) -> None:
-        self.shift_of_run = self.call_grid.shift(mu)
+        self.shift_of_run = self.resolution_shift(mu)
         given = next((x for x in (timesteps, sigmas) if x is not None), None)
         count = int(num_inference_steps) if given is None else len(given)  # type: ignore[arg-type]
         top = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)

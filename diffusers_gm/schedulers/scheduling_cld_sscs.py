@@ -2,14 +2,18 @@
 
 from typing import Literal
 
+import torch
+
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
+from torch import Tensor
 
 from ..processes.cld import CLD
+from ..readings import VelocityReading
+from ..readings.grids import TIME_SPACINGS, time_grid
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
 from ..samplers import CriticallyDamped
 from .base import SamplerScheduler
-from .calls import CallGrid, TimeGrid
 from .options import with_common_options
 
 
@@ -75,7 +79,6 @@ class CLDSSCSScheduler(SamplerScheduler):
         splitting_order: int | None = None,
         network_at: Literal["step_start", "half_step"] | None = None,
     ):
-        self.check_algorithm(algorithm_type)
         if splitting_order not in (1, 2, None):
             raise ValueError(f"splitting_order must be 1, 2 or None, got {splitting_order!r}")
         if network_at not in ("step_start", "half_step", None):
@@ -92,7 +95,13 @@ class CLDSSCSScheduler(SamplerScheduler):
         )
         self._setup(sampler)
 
-    @property
-    def call_grid(self) -> CallGrid:
+    def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:
         """The spacings in time are those of the sampler's own diffusion, where the network has none."""
-        return TimeGrid(self.config, self.reading, self.process)
+        # As ever, the flags of other spacings leave those in time alone.
+        spacing = self.config.grid or self.config.timestep_spacing
+        if spacing not in TIME_SPACINGS or isinstance(self.reading, VelocityReading):
+            return super().labels_of(num_levels, mu)
+        ends = torch.tensor(self.reading.timestep_range[::-1], dtype=torch.float64)
+        high, low = self.process.time(self.process.clock_of_sigma(self.reading.sigma(ends))).tolist()
+        times = time_grid(high, low, num_levels, spacing)
+        return self.reading.timestep(self.process.sigma(self.process.clock(times)))

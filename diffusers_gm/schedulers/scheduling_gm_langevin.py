@@ -73,7 +73,6 @@ class GMLangevinScheduler(SamplerScheduler):
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
-        self.check_algorithm(algorithm_type)
         check_network_level(network_level)
         self.mixture, self.model_mixture = network_noise(self.config)
         self._setup(self._make_sampler())
