@@ -8,9 +8,8 @@ from torch import Tensor
 from ..processes.cld import CLD
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import CompanionReading, ImageReading, NoiseSpace, Reading, VelocityReading
-from ..readings.companion import COMPANION_PREDICTION_TYPE
 from ..readings.noise_space import PREDICTION_TYPES
-from ..readings.velocity import VELOCITY_PREDICTION_TYPES
+from ..readings.velocity import COMPANION_PREDICTION_TYPE, VELOCITY_PREDICTION_TYPES
 
 
 def reading_from_config(config: Any) -> Reading:
