@@ -12,13 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..processes.annealed import (
-    Criterion,
-    chain_levels,
-    fixed_step_size,
-    level_ratios,
-    optimal_step_size,
-)
+from ..processes.annealed import Criterion, chain_levels, fixed_step_size, optimal_step_size
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
 from .mixture import StepPlan, TwoStep
@@ -84,7 +78,12 @@ class Langevin:
     def plan(self, sigmas: Tensor) -> LangevinPlan:
         a = self._step_sizes(sigmas[:-1] if self.denoise else sigmas)
         a = torch.nn.functional.pad(a, (0, int(self.denoise)))
-        kept, fresh = self._carried(a)
+        if self.exact:
+            kept = torch.exp(-2 * a[:, None] * self.jumps.scales**2) @ self.jumps.weights
+            fresh = 1 - kept
+        else:
+            fresh = 2 * a * self.jumps.moment(2)
+            kept = 1 - fresh + a**2 * self.jumps.moment(4)
         told = chain_levels(sigmas, kept, fresh).clamp(sigmas[-1], sigmas[0]) if self.follow_chain else sigmas
         return LangevinPlan(told, sigmas.tolist(), a.tolist(), kept.tolist(), fresh.tolist())
 
@@ -98,28 +97,24 @@ class Langevin:
         max_step = math.inf if self.exact else 1 / float(self.jumps.scales.max()) ** 2
         if self.step_size is not None:
             return torch.full_like(levels, fixed_step_size(self.step_size, float(levels[-1]), max_step))
-        ratios = level_ratios(distinct)
+        ratios = distinct[:-1] / distinct[1:]
+        ratios = torch.cat([ratios[:1], ratios])  # the first level has none above it, and is given the second's
         if self.exact:
             return exponential_step_size(ratios, counts, self.jumps.weights, self.jumps.scales)[index]
         variance = self.jumps.moment(2)
         kurtosis = self.jumps.moment(4) / variance**2
         return (optimal_step_size(ratios, counts, self.criterion, kurtosis, max_step * variance) / variance)[index]
 
-    def _carried(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """`kept` and `fresh` of the plan."""
-        if self.exact:
-            kept = torch.exp(-2 * a[:, None] * self.jumps.scales**2) @ self.jumps.weights
-            return kept, 1 - kept
-        fresh = 2 * a * self.jumps.moment(2)
-        return 1 - fresh + a**2 * self.jumps.moment(4), fresh
-
     def step(self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         if self.denoise and i == len(plan.targets) - 1:
             return denoised, memory
         target: float | Tensor = plan.targets[i]
         if not self.noise.is_standard_gaussian:
-            memory, level = self._advanced(plan, i, memory)
-            w = memory.precision
+            # The level at which the chain is, which lags behind the ladder by Proposition 3, tells the component of an
+            # image: at the call's own level, images would seem to be in wider components than they are.
+            level = memory.level or float(plan.sigmas[i])
+            after = math.sqrt(plan.kept[i] * level**2 + plan.fresh[i] * plan.targets[i] ** 2)
+            memory, w = memory._replace(level=after), memory.precision
             w = self.noise.residual_precision(y - denoised, level) if w is None else w
             target = target / w**0.5
         jump: float | Tensor = 1.0
@@ -127,14 +122,6 @@ class Langevin:
             jump = self.jumps.sample_scales(y.shape, draw) ** 2
         update = exponential_step if self.exact else langevin_step
         return update(y, denoised, target, plan.step_sizes[i] * jump, draw.normal(y.shape)), memory
-
-    def _advanced(self, plan: LangevinPlan, i: int, memory: Memory) -> tuple[Memory, float]:
-        """The level at which the chain is (it lags behind the ladder by Proposition 3) and, remembered, the next one.
-        The component of an image is told by it: at the call's own level, images would seem to be in wider
-        components than they are."""
-        level = memory.level or float(plan.sigmas[i])
-        after = math.sqrt(plan.kept[i] * level**2 + plan.fresh[i] * plan.targets[i] ** 2)
-        return memory._replace(level=after), level
 
 
 def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
@@ -189,11 +176,10 @@ def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, sca
 
 
 @dataclass(frozen=True)
-class ConsistentPlan(Plan):
-    """Attributes: step_sizes: eta of every call. after: the level that it leads to."""
+class ConsistentPlan(StepPlan):
+    """Attributes: step_sizes: eta of every call."""
 
     step_sizes: list[float]
-    after: list[float]
 
 
 @dataclass(frozen=True)
@@ -214,8 +200,7 @@ class Consistent:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
     def plan(self, sigmas: Tensor) -> ConsistentPlan:
-        after = levels_after(sigmas, self.denoise)
-        levels = sigmas.tolist()
+        levels, after = sigmas.tolist(), levels_after(sigmas, self.denoise)
         if self.step_size is not None:
             sizes = [self.step_size / levels[-1] ** 2] * len(levels)
         else:
@@ -223,12 +208,12 @@ class Consistent:
         for eta, sigma, to in zip(sizes, levels, after, strict=True):
             if to:
                 check_consistent_step(eta, sigma, to)
-        return ConsistentPlan(sigmas, sizes, after)
+        return ConsistentPlan(sigmas, levels, after, sizes)
 
     def step(self, plan: ConsistentPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        if plan.after[i] == 0:
+        sigma, after = plan.levels[i], plan.after[i]
+        if after == 0:
             return denoised, memory
-        sigma, after = float(plan.sigmas[i]), plan.after[i]
         return consistent_step(y, denoised, sigma, after, plan.step_sizes[i], draw.normal(y.shape)), memory
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from .sampler import Memory, Plan, Stepped, levels_after, log_ratio, one_a_level, to_the_middle
+from .sampler import Memory, Plan, Stepped, levels_after, one_a_level, to_the_middle
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,6 @@ class TwoStep:
             return denoised, memory
         ahead = denoised
         if before and before[0][0] != sigma:
-            length = to_the_middle(log_ratio(before[0][0], sigma), log_ratio(sigma, after))
+            length = to_the_middle(math.log(before[0][0] / sigma), math.log(sigma / after))
             ahead = torch.lerp(before[0][1], denoised, 1 + length)
         return torch.lerp(ahead, y, after / sigma), memory

@@ -71,7 +71,8 @@ class Multistep:
         a, tau, h = 1 + self.stochasticity**2, self.stochasticity, clock.diff()
         decay = torch.exp(-a * h).tolist()
         spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
-        known = [distinct(clock[: i + 1].tolist())[: self.order] for i in range(n - 1)]
+        # The clocks of the last calls, each once, the newest first.
+        known = [list(dict.fromkeys(reversed(clock[: i + 1].tolist())))[: self.order] for i in range(n - 1)]
         before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
         growth = (h / before).clamp(min=1)
         blend = 1 / (1 + DAMPING * h**4 * growth) if tau else torch.ones_like(h)
@@ -111,15 +112,8 @@ class Multistep:
         return y, memory._replace(denoised=history)
 
 
-def distinct(clock: list[float]) -> list[float]:
-    """The clocks of calls, each once, the newest first."""
-    return list(dict.fromkeys(reversed(clock)))
-
-
 def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor]) -> Tensor:
     """`factor * y` and the weighted images, a new tensor."""
-    if not weights:
-        return factor * y
     total = torch.add(factor * y if factor != 1 else y, images[0], alpha=weights[0])
     for weight, image in zip(weights[1:], images[1:], strict=True):
         total.add_(image, alpha=weight)

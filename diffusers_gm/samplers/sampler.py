@@ -1,6 +1,5 @@
 """What a sampler is, and the loop around one."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -115,8 +114,3 @@ def to_the_middle(before: float, after: float) -> float:
         after: length of the step that follows, `log(sigma / sigma_next)`.
     """
     return after / (2 * before) if before else 0.0
-
-
-def log_ratio(sigma: float, sigma_next: float) -> float:
-    """The length of a step in log sigma."""
-    return math.log(sigma / sigma_next)
