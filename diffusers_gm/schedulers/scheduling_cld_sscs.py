@@ -40,19 +40,13 @@ class CLDSSCSScheduler(SamplerScheduler):
     | `probability_flow` | exponential two-step method, deterministic given the start | 2 |
 
     Args:
-        num_train_timesteps, noise_space, sigma_min, sigma_max, scale_input, beta_start, beta_end, beta_schedule,
-            trained_betas, rescale_betas_zero_snr, snr_shift_scale, shift, use_dynamic_shifting, time_shift_type,
-            shift_terminal, variance_type: lifted: the network's noise space and its grid, as in
-            `AnnealedLangevinScheduler`. Native: `num_train_timesteps` is the unit of the labels; of `cld_edm` also
-            `sigma_data` and the ends `sigma_min` and `sigma_max` of the levels of y that it was trained at.
+        num_train_timesteps: native: the unit of the labels.
+        sigma_data, sigma_min, sigma_max: of `cld_edm` as in `edm` space: of the levels of y that it was trained at.
         prediction_type: native `velocity_score` (`grad_v log p`), `scaled_velocity_score` (`-ell` times the output),
             `cld_mixed` (eq. 9), see `score_coefficients`, or `cld_edm`, the F of EDM, see `CompanionReading`; lifted as
             in `AnnealedLangevinScheduler`.
-        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on D.
         timestep_spacing: `uniform` or `quadratic` in t, `log_snr` (equal ratios of `sigma_eff`); lifted also
             `even`, `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
-        steps_offset, grid, calibration, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas:
-            lifted, as in `AnnealedLangevinScheduler`.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.
         mass, gamma: M, and the variance of the initial velocity in units of M. In lifted mode no network was trained
             on them: they are the sampler's own.
@@ -64,6 +58,8 @@ class CLDSSCSScheduler(SamplerScheduler):
             marginal of the process (`step_start`), or between the half-steps (`half_step`, the published order, and
             what None is for networks that answer a score of the velocity). In both it is labelled with the start, and
             both are of first order; `step_start` may begin midway (image-to-image) without an error of half a step.
+
+    All other arguments: see `AnnealedLangevinScheduler`. Those of a noise space and its grid are for lifted networks.
 
     Raises:
         ValueError: for arguments out of range; from `set_timesteps` for a spacing that the mode does not offer or
