@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from ..processes.random import Generators
 from ..schedulers import CalibratedMultistepScheduler
-from ..schedulers.base import LangevinSchedulerOutput
 from ..schedulers.calls import Levels
 
 # Steps that the pipeline is told of; it is stopped before.
@@ -55,7 +55,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         generator: Generators = None,
         return_dict: bool = True,
         per_token_timesteps: Tensor | None = None,
-    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """D of the call that was asked for; the sample of the next one."""
         call = self.asked
         told = float(torch.as_tensor(timestep).flatten()[0])
@@ -76,7 +76,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
             self.timesteps[place] = float(label)
         prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
         denoised = denoised.to(sample.dtype)
-        return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+        return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
     def ask(self, label: Tensor) -> None:
         """The next call is at `label` `(1,)`."""

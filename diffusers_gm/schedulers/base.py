@@ -6,11 +6,10 @@ rest, and everything that changes during a run is in a `Run`.
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
@@ -24,19 +23,6 @@ from .network import betas_from_config, reading_from_config
 from .options import SPACING_FLAGS
 from .run import TURN, Run
 from .swap import Swappable
-
-
-@dataclass
-class LangevinSchedulerOutput(BaseOutput):
-    """What `step` returns.
-
-    Attributes:
-        prev_sample: the sample of the next network call, same shape and dtype as the sample passed in.
-        pred_original_sample: the denoised image `D` at this call, after clipping; same dtype, shape of an image.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class SamplerScheduler(Calls, Swappable):
@@ -241,7 +227,7 @@ class SamplerScheduler(Calls, Swappable):
         generator: Generators = None,
         return_dict: bool = True,
         per_token_timesteps: Tensor | None = None,
-    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One update with the network's output at `timestep`.
 
         Args:
@@ -249,12 +235,15 @@ class SamplerScheduler(Calls, Swappable):
             timestep: the call's element of `timesteps`, or its value.
             sample: the visible sample `(B, ...)`; not modified.
             generator: decides the noise; a list decides it per sample.
-            return_dict: whether to return a `LangevinSchedulerOutput` or a plain tuple.
+            return_dict: whether to return a `DDPMSchedulerOutput` or a plain tuple of the same two.
             per_token_timesteps: `flow`: labels of each token, `(B, tokens)`, none above that of the call, as
                 `LTXConditionPipeline` passes them. Tokens below the call's level wait for it, unchanged. As there,
                 `model_output` is then the negative of the network's output.
 
-        Computed in float32 or better, returned in the dtype of `sample`.
+        Returns:
+            `prev_sample`, that of the next network call, of the shape of `sample`, and `pred_original_sample`, the
+            denoised image `D` at this call, after clipping, `(B, C, ...)`; computed in float32 or better, returned in
+            the dtype of `sample`.
 
         Raises:
             ValueError: if shapes do not go together, or the step cannot be the next of the run.
@@ -282,7 +271,7 @@ class SamplerScheduler(Calls, Swappable):
         if per_token_timesteps is not None:
             prev_sample = torch.where(waiting, state, prev_sample)
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
-        return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+        return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
     def denoise(
         self, network: Callable[[Tensor, Tensor], Tensor], y: Tensor, companion: Tensor | None, sigma: Tensor
