@@ -22,17 +22,6 @@ Algorithm = Literal["sscs", "euler_maruyama", "probability_flow"]
 
 
 @dataclass(frozen=True)
-class CriticallyDampedPlan(Plan):
-    """Attributes:
-    rows: of every call, the coefficients of `(y, c, D, z_1, z_2)` in the next y and in the next c.
-    ahead: the factor by which D is extrapolated, see `look_ahead`.
-    """
-
-    rows: list[tuple[list[float], list[float]]]
-    ahead: list[float]
-
-
-@dataclass(frozen=True)
 class CriticallyDamped:
     """SSCS, Euler-Maruyama or the probability flow of CLD (arXiv 2112.07068), one call a level.
 
@@ -59,7 +48,9 @@ class CriticallyDamped:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)
 
-    def plan(self, sigmas: Tensor) -> CriticallyDampedPlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, the coefficients of `(y, c, D, z_1, z_2)` in the next y, those in the next c, and the factor by
+        which D is extrapolated, see `look_ahead`."""
         process, clocks = self.process, self.process.clock_of_sigma(sigmas)
         at = lift(process.marginal(clocks))
         rows = self._steps(clocks).in_images(at[:-1], at[1:].inverse).rows
@@ -70,7 +61,7 @@ class CriticallyDamped:
             end = denoising_step(process, clocks[-1:]).in_images(at[-1:], inverse).rows
         two_step = self.algorithm == "probability_flow" or (self.algorithm == "sscs" and self.splitting_order == 2)
         ahead = look_ahead(sigmas.tolist(), damped=self.algorithm == "sscs") if two_step else [0.0] * len(sigmas)
-        return CriticallyDampedPlan(sigmas, [(of_y, of_c) for of_y, of_c in torch.cat([rows, end]).tolist()], ahead)
+        return Plan(sigmas, [(*of, a) for of, a in zip(torch.cat([rows, end]).tolist(), ahead, strict=True)])
 
     def _steps(self, clocks: Tensor) -> "Step":
         """The steps between neighbouring clocks, on `(x, v)` and D."""
@@ -86,19 +77,16 @@ class CriticallyDamped:
         middles = torch.cat([(start + end) / 2, end[-1:]])
         return sscs_loop_step(process, start, start - end, middles[:-1] - middles[1:])
 
-    def step(
-        self, plan: CriticallyDampedPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> Stepped:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """A run's first step draws the companion before its own noise."""
+        of_y, of_c, a = plan.steps[i]
         c = draw.normal(y.shape) if memory.companion is None else memory.companion
-        ahead = denoised
-        if plan.ahead[i] and memory.denoised:
-            ahead = torch.lerp(memory.denoised[0][1], denoised, 1 + plan.ahead[i])
+        ahead = torch.lerp(memory.denoised[0][1], denoised, 1 + a) if a and memory.denoised else denoised
         images = [y, c, ahead]
-        if self.algorithm != "probability_flow" and i < len(plan.rows) - 1:
+        if self.algorithm != "probability_flow" and i < len(plan.steps) - 1:
             images += draw.normal((y.shape[0], 2, *y.shape[1:])).unbind(1)
-        y, c = (_combine(row, images) for row in plan.rows[i])
-        return y, memory._replace(companion=c, denoised=((0.0, denoised),))
+        memory = memory._replace(companion=_combine(of_c, images), denoised=((0.0, denoised),))
+        return _combine(of_y, images), memory
 
 
 def look_ahead(sigmas: list[float], damped: bool) -> list[float]:

@@ -15,22 +15,8 @@ from torch import Tensor
 from ..processes.annealed import Criterion, chain_levels, fixed_step_size, optimal_step_size
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from .mixture import StepPlan, TwoStep
-from .sampler import Memory, Plan, Stepped, check_calls, levels_after, one_a_level
-
-
-@dataclass(frozen=True)
-class LangevinPlan(Plan):
-    """Attributes:
-    targets: the noise level of the ladder that each step is drawn to; `sigmas` are what the network is told.
-    step_sizes: dimensionless steps a, before jumps multiply them by `c_k^2`.
-    kept, fresh: what a step keeps of the variance of the noise, and adds in units of `targets^2`.
-    """
-
-    targets: list[float]
-    step_sizes: list[float]
-    kept: list[float]
-    fresh: list[float]
+from .mixture import TwoStep
+from .sampler import Memory, Plan, Stepped, check_calls, from_level_to_level, one_a_level
 
 
 @dataclass(frozen=True)
@@ -75,7 +61,10 @@ class Langevin:
         counts = [steps + (i < rest) for i in range(num_levels)]
         return [*counts[:-1], counts[-1] + self.denoise]
 
-    def plan(self, sigmas: Tensor) -> LangevinPlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, the level of the ladder that its step is drawn to (`sigmas` are what the network is told), the
+        dimensionless step a, before jumps multiply it by `c_k^2`, and what it keeps of the variance of the noise, and
+        adds in units of the level's own."""
         a = self._step_sizes(sigmas[:-1] if self.denoise else sigmas)
         a = torch.nn.functional.pad(a, (0, int(self.denoise)))
         if self.exact:
@@ -85,7 +74,7 @@ class Langevin:
             fresh = 2 * a * self.jumps.moment(2)
             kept = 1 - fresh + a**2 * self.jumps.moment(4)
         told = chain_levels(sigmas, kept, fresh).clamp(sigmas[-1], sigmas[0]) if self.follow_chain else sigmas
-        return LangevinPlan(told, sigmas.tolist(), a.tolist(), kept.tolist(), fresh.tolist())
+        return Plan(told, torch.stack([sigmas, a, kept, fresh], 1).tolist())
 
     def _step_sizes(self, levels: Tensor) -> Tensor:
         """The dimensionless step of every call but that for D, `(n,)`."""
@@ -105,15 +94,15 @@ class Langevin:
         kurtosis = self.jumps.moment(4) / variance**2
         return (optimal_step_size(ratios, counts, self.criterion, kurtosis, max_step * variance) / variance)[index]
 
-    def step(self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        if self.denoise and i == len(plan.targets) - 1:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        if self.denoise and i == len(plan.steps) - 1:
             return denoised, memory
-        target: float | Tensor = plan.targets[i]
+        target, a, kept, fresh = plan.steps[i]
         if not self.noise.is_standard_gaussian:
             # The level at which the chain is, which lags behind the ladder by Proposition 3, tells the component of an
             # image: at the call's own level, images would seem to be in wider components than they are.
             level = memory.level or float(plan.sigmas[i])
-            after = math.sqrt(plan.kept[i] * level**2 + plan.fresh[i] * plan.targets[i] ** 2)
+            after = math.sqrt(kept * level**2 + fresh * target**2)
             memory, w = memory._replace(level=after), memory.precision
             w = self.noise.residual_precision(y - denoised, level) if w is None else w
             target = target / w**0.5
@@ -121,7 +110,7 @@ class Langevin:
         if not self.jumps.is_standard_gaussian:
             jump = self.jumps.sample_scales(y.shape, draw) ** 2
         update = exponential_step if self.exact else langevin_step
-        return update(y, denoised, target, plan.step_sizes[i] * jump, draw.normal(y.shape)), memory
+        return update(y, denoised, target, a * jump, draw.normal(y.shape)), memory
 
 
 def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
@@ -176,13 +165,6 @@ def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, sca
 
 
 @dataclass(frozen=True)
-class ConsistentPlan(StepPlan):
-    """Attributes: step_sizes: eta of every call."""
-
-    step_sizes: list[float]
-
-
-@dataclass(frozen=True)
 class Consistent:
     """Consistent annealed sampling (arXiv 2009.05475): one step a level, exactly the next level's variance left.
 
@@ -199,22 +181,22 @@ class Consistent:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
-    def plan(self, sigmas: Tensor) -> ConsistentPlan:
-        levels, after = sigmas.tolist(), levels_after(sigmas, self.denoise)
-        if self.step_size is not None:
-            sizes = [self.step_size / levels[-1] ** 2] * len(levels)
-        else:
-            sizes = [1 - (to / sigma) ** 2 for sigma, to in zip(levels, after, strict=True)]
-        for eta, sigma, to in zip(sizes, levels, after, strict=True):
-            if to:
-                check_consistent_step(eta, sigma, to)
-        return ConsistentPlan(sigmas, levels, after, sizes)
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, its level, the one it leads to and eta."""
+        steps = []
+        for sigma, after in from_level_to_level(sigmas, self.denoise).steps:
+            size = self.step_size
+            eta = 1 - (after / sigma) ** 2 if size is None else size / float(sigmas[-1]) ** 2
+            if after:
+                check_consistent_step(eta, sigma, after)
+            steps.append((sigma, after, eta))
+        return Plan(sigmas, steps)
 
-    def step(self, plan: ConsistentPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma, after = plan.levels[i], plan.after[i]
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after, eta = plan.steps[i]
         if after == 0:
             return denoised, memory
-        return consistent_step(y, denoised, sigma, after, plan.step_sizes[i], draw.normal(y.shape)), memory
+        return consistent_step(y, denoised, sigma, after, eta, draw.normal(y.shape)), memory
 
 
 def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
@@ -249,13 +231,6 @@ EXPLORING_STEP = 0.25
 
 
 @dataclass(frozen=True)
-class ExplorePlan(StepPlan):
-    """Attributes: step_size: the dimensionless step a."""
-
-    step_size: float
-
-
-@dataclass(frozen=True)
 class Explore:
     """Langevin steps on the first level, all calls but `DESCENT`, then the probability flow down, `TwoStep`.
 
@@ -277,15 +252,15 @@ class Explore:
         num_levels = min(len(one_a_level(num_calls, 1 if self.denoise else 2)), DESCENT)
         return [int(num_calls) - num_levels + 1, *[1] * (num_levels - 1)]
 
-    def plan(self, sigmas: Tensor) -> ExplorePlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, its level, the one it leads to and the dimensionless step a."""
         a = EXPLORING_STEP if self.step_size is None else fixed_step_size(self.step_size, float(sigmas[-1]))
-        down = TwoStep(self.denoise).plan(sigmas)
-        return ExplorePlan(sigmas, down.levels, down.after, a)
+        return Plan(sigmas, [(*levels, a) for levels in from_level_to_level(sigmas, self.denoise).steps])
 
-    def step(self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma = plan.levels[i]
-        if plan.after[i] != sigma:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after, a = plan.steps[i]
+        if after != sigma:
             return TwoStep(self.denoise).step(plan, i, y, denoised, memory, draw)
         # What was known of D is of another y.
-        moved = langevin_step(y, denoised, sigma, plan.step_size, draw.normal(y.shape))
+        moved = langevin_step(y, denoised, sigma, a, draw.normal(y.shape))
         return moved, memory._replace(denoised=())
