@@ -7,6 +7,7 @@ noise level, and which y, to call the network at next. The asker works in a thre
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def with_denoiser(
         pipe.scheduler = original
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
-    return asker.result(), asked.shift_of_run
+    return asker.outcome.result(), asked.shift_of_run
 
 
 class _Asker:
@@ -135,10 +136,10 @@ class _Asker:
 
     def __init__(self, work: Callable[[Any, Tensor], Any]):
         self.work = work
+        self.outcome: Future[Any] = Future()
         self.answers: queue.Queue[Any] = queue.Queue()
         self.requests: queue.Queue[Any] = queue.Queue()
         self.thread: threading.Thread | None = None
-        self.outcome: Any = None
 
     def exchange(self, denoised: Tensor, y: Tensor) -> tuple[float, Tensor]:
         """Called by the pipeline: D of the call that was asked for; the level and y of the next one."""
@@ -164,12 +165,7 @@ class _Asker:
     def _run(self, start: Tensor) -> None:
         try:
             with torch.no_grad():
-                self.outcome = self.work(self.denoiser, start)
+                self.outcome.set_result(self.work(self.denoiser, start))
         except BaseException as error:
-            self.outcome = error
+            self.outcome.set_exception(error)
         self.requests.put(None)
-
-    def result(self) -> Any:
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome
