@@ -260,7 +260,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     assert result.stochasticity == {5: 0.5, 10: 1.0}
     for n in (5, 10):
         torch.testing.assert_close(
-            torch.tensor(result.levels[n], dtype=torch.float64), own.call_grid.calibrated_or_even_levels(n)
+            torch.tensor(result.levels[n], dtype=torch.float64), own.calibrated_or_even_levels(n)
         )
 
 

@@ -18,7 +18,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.data import split_digits
 from diffusers_gm.processes.noise_level import estimate_noise_level
-from diffusers_gm.readings.companion import COMPANION_PREDICTION_TYPE
+from diffusers_gm.readings.velocity import COMPANION_PREDICTION_TYPE
 from diffusers_gm.studies.exact import ExactDenoiser, NetworkOf, exact_network
 
 # Few points, so that the level can be told: the images' own differences are not like noise.

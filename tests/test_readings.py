@@ -207,7 +207,7 @@ def test_score_coefficients():
 
 
 def test_velocity_networks_are_read_by_the_lift(generator):
-    """D of a velocity score is that of `Lift.denoised`; levels and labels are inverse."""
+    """D of a velocity score has that score, by `Lift.velocity_score`; levels and labels are inverse."""
     reading = VelocityReading(CLD(beta_1=2.0, mass=0.5), "velocity_score", 1000)
     labels = torch.tensor([1000.0, 300.0, 2.0], dtype=torch.float64)
     torch.testing.assert_close(reading.timestep(reading.sigma(labels)), labels)
@@ -215,7 +215,7 @@ def test_velocity_networks_are_read_by_the_lift(generator):
     for label, call in zip(labels, reading.calls(labels), strict=False):
         at = lift(reading.process.marginal(reading.process.clock(label / 1000)))
         denoised = reading.denoised(score, torch.cat([x, v], 1), call)
-        torch.testing.assert_close(denoised, at.denoised(x, v, score))
+        torch.testing.assert_close(at.velocity_score(x, v, denoised), score)
         assert call.sigma == pytest.approx(float(at.sigma))
 
 

@@ -97,7 +97,7 @@ def test_langevin_steps_follow_the_local_noise_level_of_every_component(generato
     to take a narrow image for a wide one, were it not accounted for."""
     scheduler = SAMPLERS["langevin"](**SMALL, model_noise="mixture", denoise=False)
     sigmas = levels_of(scheduler, 40)
-    steps = scheduler.sampler.plan(torch.tensor(sigmas, dtype=torch.float64)).step_sizes
+    steps = [a for _, a, *_ in scheduler.sampler.plan(torch.tensor(sigmas, dtype=torch.float64)).steps]
     variance = sigmas[0] ** 2
     for a, sigma in zip(steps, sigmas, strict=True):
         variance = (1 - a) ** 2 * variance + 2 * a * sigma**2

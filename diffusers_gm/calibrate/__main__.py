@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"rho = {calibration.martingale_defect:.2f} (about 0 for an exact network, negative where it errs): "
             f"stochasticity {', '.join(f'{tau:g}' for tau in sorted(set(calibration.stochasticity.values())))}"
         )
-    network, beside = calibration.seconds[1], calibration.seconds[0]
+    beside, network = calibration.seconds
     print(f"{calibration.network_calls} network calls, {network:.1f} s, and {beside:.1f} s beside them")
     try:
         plot(calibration, folder / "calibration.png")

@@ -4,7 +4,8 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -148,15 +149,23 @@ def calibrate_in_full(
     result = Calibration(scheduler)
     pace = 0.1 if sys.stderr.isatty() else 10
     bar = tqdm(total=None, desc="calibrating", unit="call", mininterval=pace, disable=not progress)
-    clock = _Clock()
+    began, in_network = time.perf_counter(), 0.0
 
     def work(denoiser: Denoiser, start: Tensor) -> None:
+        def timed(y: Tensor, sigma: float) -> Tensor:
+            nonlocal in_network
+            asked = time.perf_counter()
+            denoised = denoiser(y, sigma)
+            in_network += time.perf_counter() - asked
+            result.network_calls += 1
+            bar.update()
+            return denoised
+
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
-        timed = clock.around(denoiser, bar)
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler)
         if result.errs:
-            found: Found = {n: (scheduler.call_grid.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+            found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
@@ -168,19 +177,20 @@ def calibrate_in_full(
                 result.stochasticity[n] = ladder.closest(CANDIDATES, levels, real)
             else:
                 result.stochasticity[n] = stochasticity_for(result.martingale_defect, n, len(start))
-        result.network_calls = clock.calls
 
     with bar, _quiet(pipe):
         _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
     shift = 1.0 if result.errs else shift  # the fixed grid is one before the shift
-    result.fixed = {n: scheduler.call_grid.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
-    calibration: dict[str, Any] = {str(n): _rounded(levels) for n, levels in result.levels.items()}
+    result.fixed = {n: scheduler.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
+    calibration: dict[str, Any] = {  # six digits are plenty, and a config is to be read
+        str(n): [float(f"{sigma:.6g}") for sigma in levels] for n, levels in result.levels.items()
+    }
     if any(result.stochasticity.values()):
         calibration["stochasticity"] = {str(n): tau for n, tau in result.stochasticity.items()}
     if shift != 1.0:
         calibration["shift"] = shift
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
-    result.seconds = (clock.total() - clock.network, clock.network)
+    result.seconds = (time.perf_counter() - began - in_network, in_network)
     return result
 
 
@@ -228,7 +238,7 @@ def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> F
     )
     found: Found = {}
     for n in budgets:
-        levels = scheduler.call_grid.calibrated_or_even_levels(n)
+        levels = scheduler.calibrated_or_even_levels(n)
         if n <= len(sigmas) // 2:  # else the run is too coarse to judge steps by
             levels = sigmas[defects.best(n, last_place(sigmas, scheduler, n))]
         found[n] = levels.tolist(), None
@@ -267,7 +277,7 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
 def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
     """The place on a ladder of the last level of the fixed grid, which stays: the mean square would have it higher, and
     blur what is below it."""
-    last = float(scheduler.call_grid.calibrated_or_even_levels(num_calls)[-1])
+    last = float(scheduler.calibrated_or_even_levels(num_calls)[-1])
     return int((sigmas.log() - math.log(last)).abs().argmin())
 
 
@@ -304,27 +314,6 @@ def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float
     return products / squares
 
 
-class _Clock:
-    """Seconds of the network and of everything else."""
-
-    def __init__(self) -> None:
-        self.began, self.network, self.calls = time.perf_counter(), 0.0, 0
-
-    def total(self) -> float:
-        return time.perf_counter() - self.began
-
-    def around(self, denoiser: Denoiser, bar: Any) -> Denoiser:
-        def timed(y: Tensor, sigma: float) -> Tensor:
-            began = time.perf_counter()
-            denoised = denoiser(y, sigma)
-            self.network += time.perf_counter() - began
-            self.calls += 1
-            bar.update()
-            return denoised
-
-        return timed
-
-
 def _checked_calls(calls: Sequence[int]) -> list[int]:
     wrong = [n for n in calls if int(n) != n or not 2 <= n <= 80]
     if wrong or not calls:
@@ -358,32 +347,21 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     elif "batch_size" in parameters and not (
         isinstance(given.get("generator"), list | tuple) or any(name in given for name in TELLS_HOW_MANY)
     ):
-        arguments["batch_size"] = _num_images(pipe.components.get("unet"))
+        unet = pipe.components.get("unet")
+        size = None if unet is None else size_of(unet)
+        arguments["batch_size"] = (
+            NUM_IMAGES if size is None else images_at_once(NUM_IMAGES, channels_of(unet)[0], *size)
+        )
     return arguments | given
 
 
-def _num_images(unet: Any) -> int:
-    """As many as `NUM_IMAGES` of a small network, of a large one fewer."""
-    size = None if unet is None else size_of(unet)
-    return NUM_IMAGES if size is None else images_at_once(NUM_IMAGES, channels_of(unet)[0], *size)
-
-
-class _quiet:
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
     """The pipeline's own progress bar is off inside."""
-
-    def __init__(self, pipe: Any):
-        self.pipe = pipe
-
-    def __enter__(self) -> None:
-        self.kept = dict(getattr(self.pipe, "_progress_bar_config", {}))
-        if hasattr(self.pipe, "set_progress_bar_config"):
-            self.pipe.set_progress_bar_config(**{**self.kept, "disable": True})
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self.pipe, "set_progress_bar_config"):
-            self.pipe.set_progress_bar_config(**{"disable": False, **self.kept})
-
-
-def _rounded(levels: list[float]) -> list[float]:
-    """Six digits are plenty, and a config is to be read."""
-    return [float(f"{sigma:.6g}") for sigma in levels]
+    show = getattr(pipe, "set_progress_bar_config", lambda **_: None)
+    kept = dict(getattr(pipe, "_progress_bar_config", {}))
+    show(**{**kept, "disable": True})
+    try:
+        yield
+    finally:
+        show(**{"disable": False, **kept})

@@ -7,14 +7,15 @@ noise level, and which y, to call the network at next. The asker works in a thre
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from ..processes.random import Generators
 from ..schedulers import CalibratedMultistepScheduler
-from ..schedulers.base import LangevinSchedulerOutput
 from ..schedulers.calls import Levels
 
 # Steps that the pipeline is told of; it is stopped before.
@@ -36,7 +37,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         sigmas: Levels | None = None,
         mu: float | None = None,
     ) -> None:
-        self.shift_of_run = self.call_grid.shift(mu)
+        self.shift_of_run = self.resolution_shift(mu)
         given = next((x for x in (timesteps, sigmas) if x is not None), None)
         count = int(num_inference_steps) if given is None else len(given)  # type: ignore[arg-type]
         top = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
@@ -55,7 +56,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         generator: Generators = None,
         return_dict: bool = True,
         per_token_timesteps: Tensor | None = None,
-    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """D of the call that was asked for; the sample of the next one."""
         call = self.asked
         told = float(torch.as_tensor(timestep).flatten()[0])
@@ -76,7 +77,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
             self.timesteps[place] = float(label)
         prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
         denoised = denoised.to(sample.dtype)
-        return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+        return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
     def ask(self, label: Tensor) -> None:
         """The next call is at `label` `(1,)`."""
@@ -127,7 +128,7 @@ def with_denoiser(
         pipe.scheduler = original
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
-    return asker.result(), asked.shift_of_run
+    return asker.outcome.result(), asked.shift_of_run
 
 
 class _Asker:
@@ -135,10 +136,10 @@ class _Asker:
 
     def __init__(self, work: Callable[[Any, Tensor], Any]):
         self.work = work
+        self.outcome: Future[Any] = Future()
         self.answers: queue.Queue[Any] = queue.Queue()
         self.requests: queue.Queue[Any] = queue.Queue()
         self.thread: threading.Thread | None = None
-        self.outcome: Any = None
 
     def exchange(self, denoised: Tensor, y: Tensor) -> tuple[float, Tensor]:
         """Called by the pipeline: D of the call that was asked for; the level and y of the next one."""
@@ -164,12 +165,7 @@ class _Asker:
     def _run(self, start: Tensor) -> None:
         try:
             with torch.no_grad():
-                self.outcome = self.work(self.denoiser, start)
+                self.outcome.set_result(self.work(self.denoiser, start))
         except BaseException as error:
-            self.outcome = error
+            self.outcome.set_exception(error)
         self.requests.put(None)
-
-    def result(self) -> Any:
-        if isinstance(self.outcome, BaseException):
-            raise self.outcome
-        return self.outcome

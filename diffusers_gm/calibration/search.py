@@ -30,13 +30,7 @@ def nearest(sigmas: Tensor, levels: Tensor) -> list[int] | None:
     return places if len(set(places)) == len(places) and places == sorted(places) else None
 
 
-def search(
-    trajectories: Trajectories,
-    num_calls: int,
-    starts: list[list[int]],
-    last: int,
-    max_calls: int,
-) -> Run:
+def search(trajectories: Trajectories, num_calls: int, starts: list[list[int]], last: int, max_calls: int) -> Run:
     """The best levels that are found with about `max_calls` network calls.
 
     Coordinate descent on the levels' places on the fine ladder, with halving moves, from the best of `starts` and of
@@ -50,26 +44,20 @@ def search(
     if not 2 <= num_calls <= len(sigmas) // 2:
         raise ValueError(f"calls must be between 2 and {len(sigmas) // 2}, got {num_calls}")
     spent = trajectories.num_calls
-
-    def left() -> bool:
-        return trajectories.num_calls - spent < max_calls
-
-    candidates = list(starts)
-    for power in POWERS:
-        places = nearest(sigmas, power_levels(float(sigmas[0]), float(sigmas[last]), num_calls, power))
-        candidates += [places] if places is not None else []
+    wanted = [power_levels(float(sigmas[0]), float(sigmas[last]), num_calls, power) for power in POWERS]
+    candidates = [*starts, *(places for levels in wanted if (places := nearest(sigmas, levels)) is not None)]
     best = trajectories.run(candidates[0])
     for places in candidates[1:]:
         if trajectories.num_calls - spent < max_calls // 2:
-            trial = trajectories.run(places)
-            best = min(best, trial, key=lambda run: run.error)
+            best = min(best, trajectories.run(places), key=lambda run: run.error)
     for move in MOVES:
         for j in reversed(range(1, num_calls - 1)):
             for signed in (move, -move):
                 places = list(best.index)
                 places[j] += signed
                 falling = places[j - 1] < places[j] < places[j + 1]
-                if not falling or not left() or (growth(sigmas, places) > max(GROWTH, growth(sigmas, best.index))):
+                left = trajectories.num_calls - spent < max_calls
+                if not falling or not left or growth(sigmas, places) > max(GROWTH, growth(sigmas, best.index)):
                     continue
                 trial = trajectories.run(places, best)
                 if trial.error < best.error:

@@ -40,7 +40,7 @@ def encode(
     reading = reader.reading
     scheduler.set_timesteps(num_steps, device=images.device)
     labels = scheduler.timesteps.cpu().double().unique()
-    timesteps = reader.call_grid.as_timesteps(labels).to(images.device)
+    timesteps = reader.as_timesteps(labels).to(images.device)
     sigmas = reading.sigma(labels)
     calls = reading.calls(labels, sigmas)
     companion = None

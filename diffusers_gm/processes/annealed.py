@@ -157,13 +157,6 @@ def optimal_step_size(
     return a[..., 0]
 
 
-def level_ratios(sigmas: Tensor) -> Tensor:
-    """`sigma_{i-1} / sigma_i` of each level of a descending ladder `(L,)`, L >= 2; the first, which has no level
-    above it, is given the second's."""
-    ratios = sigmas[:-1] / sigmas[1:]
-    return torch.cat([ratios[:1], ratios])
-
-
 def fixed_step_size(eps: float, sigma_last: float, max_step: float = 1.0) -> float:
     """The dimensionless step `eps / sigma_L^2` of a given `eps`; a ValueError unless in (0, max_step)."""
     a = eps / sigma_last**2

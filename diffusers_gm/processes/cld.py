@@ -242,11 +242,6 @@ class Lift:
         a, b = self.score_state.unbind(-1)
         return _like(a, x) * x + _like(b, x) * v + _like(self.score_gain, x) * denoised
 
-    def denoised(self, x: Tensor, v: Tensor, velocity_score: Tensor) -> Tensor:
-        """`D(y; sigma) = E[x0 | u]` from the velocity score, all `(B, ...)`: the inverse of `velocity_score`."""
-        a, b = (self.score_state / self.score_gain[..., None]).unbind(-1)
-        return _like(1 / self.score_gain, x) * velocity_score - _like(a, x) * x - _like(b, x) * v
-
 
 def lift(marginal: Kernel) -> Lift:
     """The lift at the clock of a `CLD.marginal` kernel, which must not be 0.

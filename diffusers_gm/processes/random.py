@@ -18,41 +18,14 @@ def check_generators(generator: Generators, batch_size: int) -> None:
         )
 
 
-def randn(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers of `shape`; with a list of generators, sample i is drawn by generator i alone.
-
-    Numbers are drawn on the generator's own device and moved, so a CPU generator gives the same sample everywhere.
-    Raises a ValueError if the list's length is not the batch size (diffusers' `randn_tensor` accepts a list of one).
-    """
-    return _draw(torch.randn, shape, generator, device, dtype)
-
-
-def rand(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Uniform numbers in [0, 1) of `shape`, drawn as in `randn`."""
-    return _draw(torch.rand, shape, generator, device, dtype)
-
-
-def _draw(
-    draw: Callable[..., Tensor],
-    shape: Sequence[int],
-    generator: Generators,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> Tensor:
-    shape = tuple(shape)
-    check_generators(generator, shape[0])
-    if isinstance(generator, list | tuple):
-        return torch.cat([_draw(draw, (1, *shape[1:]), one, device, dtype) for one in generator])
-    source = generator.device if isinstance(generator, Generator) else device
-    return draw(shape, generator=generator, device=source, dtype=dtype).to(device)
-
-
 @dataclass(frozen=True)
 class Draw:
     """Where the random numbers of a run come from: what samplers are handed in place of a generator.
 
+    Numbers are drawn on the generator's own device and moved, so a CPU generator gives the same sample everywhere.
+
     Attributes:
-        generator: as in `randn`; None: the global one.
+        generator: None: the global one; of a list, generator i alone draws sample i.
         device, dtype: of the numbers.
     """
 
@@ -66,9 +39,29 @@ class Draw:
         return Draw(generator, sample.device, sample.dtype)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers of `shape` `(B, ...)`, see `randn`."""
-        return randn(shape, self.generator, self.device, self.dtype)
+        """Standard normal numbers of `shape` `(B, ...)`."""
+        return self._numbers(torch.randn, shape)
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Uniform numbers in [0, 1) of `shape` `(B, ...)`, see `rand`."""
-        return rand(shape, self.generator, self.device, self.dtype)
+        """Uniform numbers in [0, 1) of `shape` `(B, ...)`."""
+        return self._numbers(torch.rand, shape)
+
+    def _numbers(self, function: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        """A ValueError if a list's length is not the batch size (diffusers' `randn_tensor` accepts a list of one)."""
+        shape = tuple(shape)
+        check_generators(self.generator, shape[0])
+        if isinstance(self.generator, list | tuple):
+            alone = [Draw(generator, self.device, self.dtype) for generator in self.generator]
+            return torch.cat([one._numbers(function, (1, *shape[1:])) for one in alone])
+        source = self.generator.device if isinstance(self.generator, Generator) else self.device
+        return function(shape, generator=self.generator, device=source, dtype=self.dtype).to(self.device)
+
+
+def randn(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers of `shape`, see `Draw`."""
+    return Draw(generator, device, dtype).normal(shape)
+
+
+def rand(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Uniform numbers in [0, 1) of `shape`, see `Draw`."""
+    return Draw(generator, device, dtype).uniform(shape)

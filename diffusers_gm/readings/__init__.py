@@ -5,9 +5,9 @@ sample that a pipeline carries into `y`, the network's output into the denoised 
 back. Samplers never see anything but `y`, `sigma` and `D`.
 """
 
-from .companion import CompanionReading as CompanionReading
 from .image import ImageReading as ImageReading
 from .noise_space import NoiseSpace as NoiseSpace
 from .reading import Reading as Reading
 from .reading import level_range as level_range
+from .velocity import CompanionReading as CompanionReading
 from .velocity import VelocityReading as VelocityReading

@@ -54,11 +54,10 @@ def level_grid(
     `shift_flow`.
 
     Raises:
-        ValueError: for an unknown spacing, or more levels than the network was trained at.
+        ValueError: for an unknown spacing.
     """
     first, last = space.timestep_range
     n = space.num_train_timesteps
-    check_num_levels(space, num_levels)
     if spacing in SIGMA_SPACINGS:
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
         grid = space.timestep(sigma_grid(high, low, num_levels, spacing))
@@ -92,16 +91,6 @@ def distinct_labels(labels: Tensor, last: float) -> Tensor:
     place = torch.arange(len(labels), dtype=torch.float64)
     above = (labels.round() + place).flip(0).cummax(0).values.flip(0) - place
     return torch.minimum(above, last - place)
-
-
-def check_num_levels(space: NoiseSpace, num_levels: int) -> None:
-    """Raise a ValueError for more levels than the network was trained at."""
-    n = space.num_train_timesteps
-    if num_levels > n and space.kind != "edm":
-        raise ValueError(
-            f"{num_levels} noise levels are more than the {n} that the network was trained at: use at most {n} "
-            "(num_inference_steps counts network calls; num_langevin_steps spends several on a level)"
-        )
 
 
 def shift_flow(s: Tensor, shift: float = 1.0, shift_terminal: float | None = None) -> Tensor:

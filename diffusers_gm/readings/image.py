@@ -8,7 +8,19 @@ from torch import Tensor
 
 from .grids import level_grid
 from .noise_space import PREDICTION_TYPES, NoiseSpace
-from .reading import Call, per_image
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call: Python floats, worked out once a run in float64, so that a step never waits for the device.
+
+    Attributes:
+        label: the timestep fed to the network.
+        sigma: noise level of y.
+    """
+
+    label: float
+    sigma: float
 
 
 @dataclass(frozen=True)
@@ -45,50 +57,57 @@ class ImageReading:
 
     @property
     def timestep_range(self) -> tuple[float, float]:
+        """The smallest and the largest label that the network was trained at."""
         return self.space.timestep_range
 
     @property
     def counts_levels(self) -> bool:
+        """Whether labels count noise levels, so that integers are exact."""
         return self.space.kind != "edm"
 
     def sigma(self, timestep: Tensor) -> Tensor:
+        """Noise levels at labels, any shape, float64."""
         return self.space.sigma(timestep)
 
     def timestep(self, sigma: Tensor) -> Tensor:
+        """Labels of noise levels, the inverse of `sigma`."""
         return self.space.timestep(sigma)
 
     def grid(self, num_levels: int, spacing: str, *shifts: Any) -> Tensor:
-        """See `level_grid`."""
+        """Descending labels `(num_levels,)` of a spacing, float64; `shifts`: the further arguments of `level_grid`."""
         return level_grid(self.space, num_levels, spacing, *shifts)
 
-    def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[ImageCall]:
-        levels = self.space.sigma(labels) if sigmas is None else sigmas
-        alphas = self.space.alpha(levels)
-        end = ImageCall(0.0, 0.0, visible=1.0, fed=1.0, skip=0.0, gain=0.0)
-        return [
-            *(self._call(*row) for row in zip(labels.tolist(), levels.tolist(), alphas.tolist(), strict=True)),
-            end,
-        ]
+    def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[Any]:
+        """The calls at `labels` `(n,)`, and one more: the end of a run, where sigma is 0 and there is no network.
 
-    def _call(self, label: float, sigma: float, alpha: float) -> ImageCall:
-        visible, fed = (1.0, alpha) if self.space.carries_y else (alpha, 1.0)
-        # D is linear in y and in the output: what it makes of either alone.
-        of: Any = self.space.denoised
-        skip, gain = of(0.0, 1.0, sigma, self.prediction_type), of(1.0, 0.0, sigma, self.prediction_type)
-        return ImageCall(label, sigma, visible, fed, float(skip), float(gain))
+        `sigmas`: levels that are not those of the labels.
+        """
+        levels, found = self.space.sigma(labels) if sigmas is None else sigmas, []
+        rows = zip(labels.tolist(), levels.tolist(), self.space.alpha(levels).tolist(), strict=True)
+        for label, sigma, alpha in rows:
+            visible, fed = (1.0, alpha) if self.space.carries_y else (alpha, 1.0)
+            # D is linear in y and in the output: what it makes of either alone.
+            of: Any = self.space.denoised
+            skip, gain = of(0.0, 1.0, sigma, self.prediction_type), of(1.0, 0.0, sigma, self.prediction_type)
+            found.append(ImageCall(label, sigma, visible, fed, float(skip), float(gain)))
+        return [*found, ImageCall(0.0, 0.0, visible=1.0, fed=1.0, skip=0.0, gain=0.0)]
 
     def coordinates(self, sample: Tensor, call: ImageCall) -> tuple[Tensor, None]:
+        """`y` at a call, and the companion noise of a network that was trained on CLD."""
         return (sample if call.visible == 1 else sample / call.visible), None
 
     def denoised(self, output: Tensor, sample: Tensor, call: ImageCall) -> Tensor:
+        """`D(y; sigma)` of the network's output at a call."""
         if call.skip == 0:
             return output if call.gain == 1 else call.gain * output
         return torch.add(sample * (call.skip / call.visible), output, alpha=call.gain)
 
     def visible(self, y: Tensor, companion: Tensor | None, call: ImageCall) -> Tensor:
+        """The sample at a call, the inverse of `coordinates`."""
         return y if call.visible == 1 else call.visible * y
 
     def model_input(self, sample: Tensor, timestep: Any, call: ImageCall | None) -> Tensor:
+        """What the network is fed for a sample at `timestep`; `call`: the same, where it is known."""
         if not self.space.carries_y:
             return sample
         if call is not None:
@@ -99,12 +118,15 @@ class ImageReading:
         return per_image(alpha, sample) * sample
 
     def initial_scale(self, sigma: float) -> float:
+        """Standard deviation of the sample that a run at first level `sigma` starts from."""
         return sigma if self.space.carries_y else 1.0
 
     def initial_sample(self, noise: Tensor, sigma: float) -> Tensor:
+        """The sample that a run at first level `sigma` starts from, of unit noise `(B, ...)` of its shape."""
         return self.initial_scale(sigma) * noise
 
     def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The sample at `timesteps` `(B,)` or scalar, of clean images and unit noise."""
         if self.space.carries_y:
             noise_factor = self.space.sigma(timesteps)
             return combine(torch.ones_like(noise_factor), images, noise_factor, noise)
@@ -124,9 +146,11 @@ class ImageReading:
         return combine(-sigma / s * scale, images, s * scale, noise)
 
     def image(self, sample: Tensor) -> Tensor:
+        """The image in the last sample of a run."""
         return sample
 
     def check(self, output: Tensor, sample: Tensor) -> None:
+        """Raise a ValueError unless the shapes of output and sample go together."""
         if output.shape != sample.shape:
             raise ValueError(
                 f"the network's output has shape {tuple(output.shape)}, the sample {tuple(sample.shape)}: they "
@@ -138,3 +162,8 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """`a * x + b * y` in float32 or better, in the dtype of x; a and b are `(B,)` or scalar."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (per_image(a, wide) * wide + per_image(b, wide) * y.to(wide)).to(x.dtype)
+
+
+def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Coefficients `(B,)` or scalar, in the dtype and on the device of `like` `(B, ...)`, to broadcast against it."""
+    return coefficient.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))

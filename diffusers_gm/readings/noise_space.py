@@ -43,7 +43,7 @@ class NoiseSpace:
         kind: `vp`, `ve`, `flow` or `edm`.
         num_train_timesteps: N.
         log_sigmas: float64, increasing: `log sigma` at the integer labels, `(N,)` (`vp`, `ve`); at the ends of the
-            trained range, `(2,)` (`edm`); None in `flow`.
+            trained range, `(2,)` (`edm`); none in `flow`.
         scale_input: `ve` only: whether the network is fed `y / sqrt(1 + sigma^2)` (True) or `y` itself.
         zero_terminal_snr: `vp` only: whether the last label is pure noise, `sigma` infinite.
         sigma_data: `edm` only: standard deviation of the data that the network was preconditioned for.
@@ -51,7 +51,7 @@ class NoiseSpace:
 
     kind: Kind
     num_train_timesteps: int
-    log_sigmas: Tensor | None = None
+    log_sigmas: Tensor
     scale_input: bool = True
     zero_terminal_snr: bool = False
     sigma_data: float = 1.0
@@ -73,7 +73,7 @@ class NoiseSpace:
     @classmethod
     def flow(cls, num_train_timesteps: int) -> "NoiseSpace":
         """The space of a rectified-flow network, `x_s = (1 - s) * x0 + s * n`."""
-        return cls("flow", num_train_timesteps)
+        return cls("flow", num_train_timesteps, torch.empty(0))
 
     @classmethod
     def edm(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int, sigma_data: float = 1.0) -> "NoiseSpace":
@@ -97,7 +97,6 @@ class NoiseSpace:
         """
         if self.kind not in ("vp", "ve") or not self.scale_input:
             raise ValueError("only a network that is fed y / sqrt(1 + sigma^2) has betas: noise space vp, or ve with scale_input=True")  # fmt: skip # noqa: E501
-        assert self.log_sigmas is not None
         variances = (2 * self.log_sigmas).exp()
         return variances.diff(prepend=torch.zeros(1, dtype=torch.float64)) / (1 + variances)
 
@@ -107,7 +106,6 @@ class NoiseSpace:
         if self.kind == "flow":
             return 1.0, float(self.num_train_timesteps)
         if self.kind == "edm":
-            assert self.log_sigmas is not None
             return float(self.log_sigmas[0]) / 4, float(self.log_sigmas[1]) / 4
         return 0.0, self.num_train_timesteps - 1.0
 
@@ -122,7 +120,6 @@ class NoiseSpace:
             return (4 * t).clamp(*(4 * end for end in self.timestep_range)).exp()
         if self.kind == "flow":
             return torch.logit(t / self.num_train_timesteps).exp().clamp(max=MAX_SIGMA)
-        assert self.log_sigmas is not None
         ladder = self.log_sigmas.to(t.dtype).to(t.device)
         t = t.clamp(0, len(ladder) - 1)
         low = t.floor().long().clamp(max=max(len(ladder) - 2, 0))
@@ -137,7 +134,6 @@ class NoiseSpace:
         sigma = _precise(sigma)
         if self.kind == "flow":
             return torch.where(sigma < MAX_SIGMA, sigma / (1 + sigma), 1.0) * self.num_train_timesteps
-        assert self.log_sigmas is not None
         log_sigma = sigma.log().clamp(float(self.log_sigmas[0]), float(self.log_sigmas[-1]))
         if self.kind == "edm":
             return log_sigma / 4

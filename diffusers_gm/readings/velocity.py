@@ -13,10 +13,14 @@ from torch import Tensor
 
 from ..processes.cld import CLD, Kernel, Lift, lift, perturb
 from .grids import TIME_SPACINGS, sigma_grid, time_grid
-from .reading import Call, level_range
+from .image import Call, per_image
+from .noise_space import NoiseSpace
 
 # How a velocity network's output is read, see `score_coefficients`.
 VELOCITY_PREDICTION_TYPES = ("velocity_score", "scaled_velocity_score", "cld_mixed")
+
+# That of a `CompanionReading`.
+COMPANION_PREDICTION_TYPE = "cld_edm"
 
 # A run ends at this time and leaves the rest to the last call (arXiv 2112.07068, appendix B).
 LAST_TIME = 1e-3
@@ -40,7 +44,7 @@ class VelocityCall(Call):
 @dataclass(frozen=True)
 class VelocityReading:
     """A network fed `cat([x, v / sqrt(M)], 1)`, `(B, 2C, ...)`, and labels `t * num_train_timesteps`; it answers
-    `(B, C, ...)`. The sample is `cat([x, v], 1)`."""
+    `(B, C, ...)`. The sample is `cat([x, v], 1)`. What it can do is said by `ImageReading`."""
 
     process: CLD
     prediction_type: str
@@ -81,11 +85,12 @@ class VelocityReading:
                 f"timestep_spacing {spacing!r} is not offered for velocity networks: use 'uniform', "
                 "'quadratic', 'log_snr' or 'karras'"
             )
-        ends, (low, high) = torch.tensor(self.timestep_range[::-1], dtype=torch.float64), level_range(self)
+        ends = torch.tensor(self.timestep_range[::-1], dtype=torch.float64)
+        high, low = self.sigma(ends).tolist()
         between = self.timestep(sigma_grid(high, low, num_levels, spacing)[1:-1])
         return torch.cat([ends[:1], between, ends[1:]])[:num_levels]
 
-    def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[VelocityCall]:
+    def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[Any]:
         clocks = self.clock(labels) if sigmas is None else self.process.clock_of_sigma(sigmas)
         marginal = self.process.marginal(clocks)
         at = lift(marginal)
@@ -150,6 +155,51 @@ class VelocityReading:
                 f"a velocity network answers {expected} for a sample cat([x, v], 1) of shape {tuple(sample.shape)}, "
                 f"but the output has shape {tuple(output.shape)}; for an ordinary network set its own prediction_type"
             )
+
+
+@dataclass(frozen=True)
+class CompanionReading(VelocityReading):
+    """A network that sees a state of CLD as what it is by the lift: a noisy image y and an independent unit noise c.
+    Preconditioned as in EDM (arXiv 2206.00364) it has nothing to learn but ordinary denoising, and that c says nothing.
+
+    It is fed `cat([y / sqrt(sigma^2 + sigma_data^2), c], 1)`, `(B, 2C, ...)`, and labels `t *
+    num_train_timesteps`, and answers `(B, C, ...)`, the F of EDM. The sample is `cat([x, v], 1)`.
+
+    Attributes:
+        space: of kind `edm`: the noise levels that the network was trained at, and how y is seen at them.
+    """
+
+    space: NoiseSpace
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        first, last = self.timestep(self.space.sigma(torch.tensor(self.space.timestep_range).double())).tolist()
+        return first, last
+
+    def denoiser(self, marginal: Kernel, at: Lift) -> tuple[Tensor, Tensor]:
+        of: Any = self.space.denoised
+        skip, gain = of(0.0, 1.0, at.sigma, "edm"), of(1.0, 0.0, at.sigma, "edm")
+        return skip[..., None] * at.inverse[..., 0, :], gain
+
+    def network_input(self, y: Tensor, companion: Tensor, sigma: Tensor) -> Tensor:
+        """What the network is fed for y at noise levels `(B,)` or scalar and its companion noise, `(B, C, ...)`."""
+        return torch.cat([per_image(self.space.alpha(sigma), y) * y, companion], 1)
+
+    def model_input(self, sample: Tensor, timestep: Any, call: VelocityCall | None) -> Tensor:
+        check_halves(sample)
+        if call is not None:
+            return self.network_input(*self.coordinates(sample, call), torch.tensor(call.sigma).double())
+        if timestep is None:
+            raise ValueError("scale_model_input needs the timestep of a network that sees y and its companion")
+        at = lift(self.process.marginal(self.clock(torch.as_tensor(timestep))))
+        return self.network_input(*at.image(*sample.chunk(2, 1)), at.sigma)
+
+    def initial_sample(self, noise: Tensor, sigma: float) -> Tensor:
+        """The state of an image that is nothing but noise: at the last level that was trained at, not at the prior."""
+        check_halves(noise)
+        y, companion = noise.chunk(2, 1)
+        at = lift(self.process.marginal(self.process.clock_of_sigma(torch.tensor(sigma).double())))
+        return torch.cat(at.state(sigma * y, companion), 1)
 
 
 def score_coefficients(marginal: Kernel, prediction_type: str) -> tuple[Tensor, Tensor]:

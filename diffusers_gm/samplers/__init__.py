@@ -1,10 +1,4 @@
-"""Samplers: a plan once a run, and a step on `(y, D)`. No diffusers, no config, no state that is not handed around.
-
-denoiser = lambda y, sigma: ...                      # E[x0 | y] for y = x0 + sigma * noise
-sigmas = torch.logspace(1.5, -2, 20)
-y = sigmas[0] * torch.randn(16, 3, 32, 32)
-images = sample(TwoStep(), denoiser, y, sigmas)
-"""
+"""Samplers: a plan once a run, and a step on `(y, D)`. No diffusers, no config, no state that is not handed around."""
 
 from .cld import CriticallyDamped as CriticallyDamped
 from .langevin import Consistent as Consistent

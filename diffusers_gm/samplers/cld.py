@@ -5,6 +5,7 @@ root @ z`, carried over to `(y, c)` by the lift (`processes.cld.Lift`), so that 
 are float64 and broadcast over steps, `(...)`. A step goes from clock `start` down to `end`.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -15,20 +16,9 @@ from torch import Tensor
 
 from ..processes.cld import CLD, Lift, cholesky, lift
 from ..processes.random import Draw
-from .sampler import Memory, Plan, Stepped, log_ratio, one_a_level, to_the_middle
+from .sampler import Memory, Plan, Stepped, one_a_level, to_the_middle
 
 Algorithm = Literal["sscs", "euler_maruyama", "probability_flow"]
-
-
-@dataclass(frozen=True)
-class CriticallyDampedPlan(Plan):
-    """Attributes:
-    rows: of every call, the coefficients of `(y, c, D, z_1, z_2)` in the next y and in the next c.
-    ahead: the factor by which D is extrapolated, see `look_ahead`.
-    """
-
-    rows: list[tuple[list[float], list[float]]]
-    ahead: list[float]
 
 
 @dataclass(frozen=True)
@@ -58,20 +48,20 @@ class CriticallyDamped:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)
 
-    def plan(self, sigmas: Tensor) -> CriticallyDampedPlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, the coefficients of `(y, c, D, z_1, z_2)` in the next y, those in the next c, and the factor by
+        which D is extrapolated, see `look_ahead`."""
         process, clocks = self.process, self.process.clock_of_sigma(sigmas)
         at = lift(process.marginal(clocks))
-        steps = self._steps(clocks).in_images(at[:-1], at[1:])
+        rows = self._steps(clocks).in_images(at[:-1], at[1:].inverse).rows
+        end = torch.tensor([[[0, 0, 1, 0, 0], [0, 1, 0, 0, 0]]], dtype=torch.float64)  # y is D, and c stays
         if self.published_end:
             # At clock 0, y is x, and c is v in units of its deviation.
             inverse = torch.diag(torch.tensor([1.0, (process.gamma * process.mass) ** -0.5], dtype=torch.float64))
-            end = denoising_step(process, clocks[-1:]).in_images(at[-1:], inverse)
-        else:
-            end = Step(torch.diag(torch.tensor([0.0, 1.0]).double())[None], torch.tensor([[1.0, 0.0]]).double())
-        rows = torch.cat([steps.rows, end.rows]).tolist()
+            end = denoising_step(process, clocks[-1:]).in_images(at[-1:], inverse).rows
         two_step = self.algorithm == "probability_flow" or (self.algorithm == "sscs" and self.splitting_order == 2)
         ahead = look_ahead(sigmas.tolist(), damped=self.algorithm == "sscs") if two_step else [0.0] * len(sigmas)
-        return CriticallyDampedPlan(sigmas, [(row[0], row[1]) for row in rows], ahead)
+        return Plan(sigmas, [(*of, a) for of, a in zip(torch.cat([rows, end]).tolist(), ahead, strict=True)])
 
     def _steps(self, clocks: Tensor) -> "Step":
         """The steps between neighbouring clocks, on `(x, v)` and D."""
@@ -87,19 +77,16 @@ class CriticallyDamped:
         middles = torch.cat([(start + end) / 2, end[-1:]])
         return sscs_loop_step(process, start, start - end, middles[:-1] - middles[1:])
 
-    def step(
-        self, plan: CriticallyDampedPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw
-    ) -> Stepped:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """A run's first step draws the companion before its own noise."""
+        of_y, of_c, a = plan.steps[i]
         c = draw.normal(y.shape) if memory.companion is None else memory.companion
-        ahead = denoised
-        if plan.ahead[i] and memory.denoised:
-            ahead = torch.lerp(memory.denoised[0][1], denoised, 1 + plan.ahead[i])
+        ahead = torch.lerp(memory.denoised[0][1], denoised, 1 + a) if a and memory.denoised else denoised
         images = [y, c, ahead]
-        if self.algorithm != "probability_flow" and i < len(plan.rows) - 1:
+        if self.algorithm != "probability_flow" and i < len(plan.steps) - 1:
             images += draw.normal((y.shape[0], 2, *y.shape[1:])).unbind(1)
-        y, c = (_combine(row, images) for row in plan.rows[i])
-        return y, memory._replace(companion=c, denoised=((0.0, denoised),))
+        memory = memory._replace(companion=_combine(of_c, images), denoised=((0.0, denoised),))
+        return _combine(of_y, images), memory
 
 
 def look_ahead(sigmas: list[float], damped: bool) -> list[float]:
@@ -110,7 +97,7 @@ def look_ahead(sigmas: list[float], damped: bool) -> list[float]:
     divides by `1 + h^4`, h the step that follows in log sigma, which leaves the order alone, is next to nothing below h
     = 0.5, and drops the extrapolation where a step spans several e-folds of sigma.
     """
-    steps = [log_ratio(*pair) for pair in pairwise(sigmas)]
+    steps = [math.log(sigma / after) for sigma, after in pairwise(sigmas)]
     between = [to_the_middle(h, after) / (1 + after**4 * damped) for h, after in pairwise(steps)]
     return [0.0, *between, 0.0][: len(sigmas)]
 
@@ -134,18 +121,17 @@ class Step:
     Attributes:
         matrix: `(..., 2, 2)`.
         gain: `(..., 2)`.
-        root: `(..., 2, 2)`, not necessarily triangular; None: no noise.
+        root: `(..., 2, 2)`, not necessarily triangular.
     """
 
     matrix: Tensor
     gain: Tensor
-    root: Tensor | None = None
+    root: Tensor
 
     @property
     def rows(self) -> Tensor:
         """The coefficients of `(u, D, z)`, `(..., 2, 5)`."""
-        root = torch.zeros_like(self.matrix) if self.root is None else self.root
-        return torch.cat([self.matrix, self.gain[..., None], root], -1)
+        return torch.cat([self.matrix, self.gain[..., None], self.root], -1)
 
     def around(self, matrix: Tensor, covariance: Tensor) -> "Step":
         """This noiseless step between two of `u' = matrix @ u + noise of covariance`; D stays what it is."""
@@ -156,14 +142,10 @@ class Step:
             cholesky(matrix @ before @ matrix.mT + covariance),
         )
 
-    def in_images(self, at: Lift, to: Lift | Tensor) -> "Step":
-        """The same step on `(y, c)`: from the images of lift `at` to those of `to`, or of its `inverse`."""
-        inverse = to.inverse if isinstance(to, Lift) else to
-        return Step(
-            inverse @ self.matrix @ at.frame,
-            (inverse @ self.gain[..., None])[..., 0],
-            None if self.root is None else inverse @ self.root,
-        )
+    def in_images(self, at: Lift, inverse: Tensor) -> "Step":
+        """The same step on `(y, c)`: from the images of lift `at` to those of a lift of this `inverse`."""
+        gain = (inverse @ self.gain[..., None])[..., 0]
+        return Step(inverse @ self.matrix @ at.frame, gain, inverse @ self.root)
 
 
 # --- The splitting: A is solved exactly, S carries the score ---------------------------------------------------------
@@ -186,7 +168,7 @@ def score_step(process: CLD, at: Lift, length: Tensor) -> Step:
     row = push * (at.score_state + to_velocity / process.mass)
     matrix = torch.eye(2, dtype=torch.float64) + to_velocity[:, None] * row[..., None, :]
     gain = push * at.score_gain[..., None] * to_velocity
-    return Step(matrix, gain)
+    return Step(matrix, gain, torch.zeros_like(matrix))
 
 
 def sscs_step(process: CLD, start: Tensor, end: Tensor) -> Step:
@@ -252,7 +234,7 @@ def euler_maruyama_step(process: CLD, start: Tensor, end: Tensor) -> Step:
 def denoising_step(process: CLD, start: Tensor) -> Step:
     """The final step of the paper: Euler's, from clock `start` to 0 without noise. x gets `-B v / M`."""
     step = euler_maruyama_step(process, start, torch.zeros_like(start))
-    return Step(step.matrix, step.gain)
+    return Step(step.matrix, step.gain, torch.zeros_like(step.matrix))
 
 
 def probability_flow_step(process: CLD, start: Tensor, end: Tensor) -> Step:
@@ -268,7 +250,8 @@ def probability_flow_step(process: CLD, start: Tensor, end: Tensor) -> Step:
     rows = [[ratio * cosine, to.sigma * sine], [-sine / at.sigma, cosine]]
     matrix = torch.stack([torch.stack(row, -1) for row in rows], -2)
     gain = torch.stack([1 - ratio * cosine, sine / at.sigma], -1)
-    return Step(to.frame @ matrix @ at.inverse, (to.frame @ gain[..., None])[..., 0])
+    matrix, gain = to.frame @ matrix @ at.inverse, (to.frame @ gain[..., None])[..., 0]
+    return Step(matrix, gain, torch.zeros_like(matrix))
 
 
 def _turn(process: CLD, start: Tensor, end: Tensor) -> Tensor:

@@ -12,31 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..processes.annealed import (
-    Criterion,
-    chain_levels,
-    fixed_step_size,
-    level_ratios,
-    optimal_step_size,
-)
+from ..processes.annealed import Criterion, chain_levels, fixed_step_size, optimal_step_size
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from .mixture import StepPlan, TwoStep
-from .sampler import Memory, Plan, Stepped, check_calls, levels_after, one_a_level
-
-
-@dataclass(frozen=True)
-class LangevinPlan(Plan):
-    """Attributes:
-    targets: the noise level of the ladder that each step is drawn to; `sigmas` are what the network is told.
-    step_sizes: dimensionless steps a, before jumps multiply them by `c_k^2`.
-    kept, fresh: what a step keeps of the variance of the noise, and adds in units of `targets^2`.
-    """
-
-    targets: list[float]
-    step_sizes: list[float]
-    kept: list[float]
-    fresh: list[float]
+from .mixture import TwoStep
+from .sampler import Memory, Plan, Stepped, check_calls, from_level_to_level, one_a_level
 
 
 @dataclass(frozen=True)
@@ -81,12 +61,20 @@ class Langevin:
         counts = [steps + (i < rest) for i in range(num_levels)]
         return [*counts[:-1], counts[-1] + self.denoise]
 
-    def plan(self, sigmas: Tensor) -> LangevinPlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, the level of the ladder that its step is drawn to (`sigmas` are what the network is told), the
+        dimensionless step a, before jumps multiply it by `c_k^2`, and what it keeps of the variance of the noise, and
+        adds in units of the level's own."""
         a = self._step_sizes(sigmas[:-1] if self.denoise else sigmas)
         a = torch.nn.functional.pad(a, (0, int(self.denoise)))
-        kept, fresh = self._carried(a)
+        if self.exact:
+            kept = torch.exp(-2 * a[:, None] * self.jumps.scales**2) @ self.jumps.weights
+            fresh = 1 - kept
+        else:
+            fresh = 2 * a * self.jumps.moment(2)
+            kept = 1 - fresh + a**2 * self.jumps.moment(4)
         told = chain_levels(sigmas, kept, fresh).clamp(sigmas[-1], sigmas[0]) if self.follow_chain else sigmas
-        return LangevinPlan(told, sigmas.tolist(), a.tolist(), kept.tolist(), fresh.tolist())
+        return Plan(told, torch.stack([sigmas, a, kept, fresh], 1).tolist())
 
     def _step_sizes(self, levels: Tensor) -> Tensor:
         """The dimensionless step of every call but that for D, `(n,)`."""
@@ -98,43 +86,31 @@ class Langevin:
         max_step = math.inf if self.exact else 1 / float(self.jumps.scales.max()) ** 2
         if self.step_size is not None:
             return torch.full_like(levels, fixed_step_size(self.step_size, float(levels[-1]), max_step))
-        ratios = level_ratios(distinct)
+        ratios = distinct[:-1] / distinct[1:]
+        ratios = torch.cat([ratios[:1], ratios])  # the first level has none above it, and is given the second's
         if self.exact:
             return exponential_step_size(ratios, counts, self.jumps.weights, self.jumps.scales)[index]
         variance = self.jumps.moment(2)
         kurtosis = self.jumps.moment(4) / variance**2
         return (optimal_step_size(ratios, counts, self.criterion, kurtosis, max_step * variance) / variance)[index]
 
-    def _carried(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """`kept` and `fresh` of the plan."""
-        if self.exact:
-            kept = torch.exp(-2 * a[:, None] * self.jumps.scales**2) @ self.jumps.weights
-            return kept, 1 - kept
-        fresh = 2 * a * self.jumps.moment(2)
-        return 1 - fresh + a**2 * self.jumps.moment(4), fresh
-
-    def step(self, plan: LangevinPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        if self.denoise and i == len(plan.targets) - 1:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        if self.denoise and i == len(plan.steps) - 1:
             return denoised, memory
-        target: float | Tensor = plan.targets[i]
+        target, a, kept, fresh = plan.steps[i]
         if not self.noise.is_standard_gaussian:
-            memory, level = self._advanced(plan, i, memory)
-            w = memory.precision
+            # The level at which the chain is, which lags behind the ladder by Proposition 3, tells the component of an
+            # image: at the call's own level, images would seem to be in wider components than they are.
+            level = memory.level or float(plan.sigmas[i])
+            after = math.sqrt(kept * level**2 + fresh * target**2)
+            memory, w = memory._replace(level=after), memory.precision
             w = self.noise.residual_precision(y - denoised, level) if w is None else w
             target = target / w**0.5
         jump: float | Tensor = 1.0
         if not self.jumps.is_standard_gaussian:
             jump = self.jumps.sample_scales(y.shape, draw) ** 2
         update = exponential_step if self.exact else langevin_step
-        return update(y, denoised, target, plan.step_sizes[i] * jump, draw.normal(y.shape)), memory
-
-    def _advanced(self, plan: LangevinPlan, i: int, memory: Memory) -> tuple[Memory, float]:
-        """The level at which the chain is (it lags behind the ladder by Proposition 3) and, remembered, the next one.
-        The component of an image is told by it: at the call's own level, images would seem to be in wider
-        components than they are."""
-        level = memory.level or float(plan.sigmas[i])
-        after = math.sqrt(plan.kept[i] * level**2 + plan.fresh[i] * plan.targets[i] ** 2)
-        return memory._replace(level=after), level
+        return update(y, denoised, target, a * jump, draw.normal(y.shape)), memory
 
 
 def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:
@@ -189,14 +165,6 @@ def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, sca
 
 
 @dataclass(frozen=True)
-class ConsistentPlan(Plan):
-    """Attributes: step_sizes: eta of every call. after: the level that it leads to."""
-
-    step_sizes: list[float]
-    after: list[float]
-
-
-@dataclass(frozen=True)
 class Consistent:
     """Consistent annealed sampling (arXiv 2009.05475): one step a level, exactly the next level's variance left.
 
@@ -213,23 +181,22 @@ class Consistent:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
-    def plan(self, sigmas: Tensor) -> ConsistentPlan:
-        after = levels_after(sigmas, self.denoise)
-        levels = sigmas.tolist()
-        if self.step_size is not None:
-            sizes = [self.step_size / levels[-1] ** 2] * len(levels)
-        else:
-            sizes = [1 - (to / sigma) ** 2 for sigma, to in zip(levels, after, strict=True)]
-        for eta, sigma, to in zip(sizes, levels, after, strict=True):
-            if to:
-                check_consistent_step(eta, sigma, to)
-        return ConsistentPlan(sigmas, sizes, after)
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, its level, the one it leads to and eta."""
+        steps = []
+        for sigma, after in from_level_to_level(sigmas, self.denoise).steps:
+            size = self.step_size
+            eta = 1 - (after / sigma) ** 2 if size is None else size / float(sigmas[-1]) ** 2
+            if after:
+                check_consistent_step(eta, sigma, after)
+            steps.append((sigma, after, eta))
+        return Plan(sigmas, steps)
 
-    def step(self, plan: ConsistentPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        if plan.after[i] == 0:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after, eta = plan.steps[i]
+        if after == 0:
             return denoised, memory
-        sigma, after = float(plan.sigmas[i]), plan.after[i]
-        return consistent_step(y, denoised, sigma, after, plan.step_sizes[i], draw.normal(y.shape)), memory
+        return consistent_step(y, denoised, sigma, after, eta, draw.normal(y.shape)), memory
 
 
 def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
@@ -264,13 +231,6 @@ EXPLORING_STEP = 0.25
 
 
 @dataclass(frozen=True)
-class ExplorePlan(StepPlan):
-    """Attributes: step_size: the dimensionless step a."""
-
-    step_size: float
-
-
-@dataclass(frozen=True)
 class Explore:
     """Langevin steps on the first level, all calls but `DESCENT`, then the probability flow down, `TwoStep`.
 
@@ -292,15 +252,15 @@ class Explore:
         num_levels = min(len(one_a_level(num_calls, 1 if self.denoise else 2)), DESCENT)
         return [int(num_calls) - num_levels + 1, *[1] * (num_levels - 1)]
 
-    def plan(self, sigmas: Tensor) -> ExplorePlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, its level, the one it leads to and the dimensionless step a."""
         a = EXPLORING_STEP if self.step_size is None else fixed_step_size(self.step_size, float(sigmas[-1]))
-        down = TwoStep(self.denoise).plan(sigmas)
-        return ExplorePlan(sigmas, down.levels, down.after, a)
+        return Plan(sigmas, [(*levels, a) for levels in from_level_to_level(sigmas, self.denoise).steps])
 
-    def step(self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma = plan.levels[i]
-        if plan.after[i] != sigma:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after, a = plan.steps[i]
+        if after != sigma:
             return TwoStep(self.denoise).step(plan, i, y, denoised, memory, draw)
         # What was known of D is of another y.
-        moved = langevin_step(y, denoised, sigma, plan.step_size, draw.normal(y.shape))
+        moved = langevin_step(y, denoised, sigma, a, draw.normal(y.shape))
         return moved, memory._replace(denoised=())

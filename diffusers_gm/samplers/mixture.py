@@ -8,15 +8,7 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from .sampler import Memory, Plan, Stepped, levels_after, log_ratio, one_a_level, to_the_middle
-
-
-@dataclass(frozen=True)
-class StepPlan(Plan):
-    """Attributes: levels, after: the level of every call, and the one it leads to; 0 where D ends the run."""
-
-    levels: list[float]
-    after: list[float]
+from .sampler import Memory, Plan, Stepped, from_level_to_level, one_a_level, to_the_middle
 
 
 @dataclass(frozen=True)
@@ -37,19 +29,17 @@ class Ancestral:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
-    def plan(self, sigmas: Tensor) -> StepPlan:
-        return StepPlan(sigmas, sigmas.tolist(), levels_after(sigmas, self.denoise))
+    def plan(self, sigmas: Tensor) -> Plan:
+        return from_level_to_level(sigmas, self.denoise)
 
-    def step(self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma, after = plan.levels[i], plan.after[i]
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after = plan.steps[i]
         if after == 0:
             return denoised, memory
-        scales: float | Tensor = 1.0
+        scales: float | Tensor = float(self.noise.scales[0])
         if len(self.noise) > 1:
             probabilities = self.noise.responsibilities(y - denoised, sigma)
             scales = self.noise.sample_scales(y.shape, draw, probabilities)
-        elif not self.noise.is_standard_gaussian:
-            scales = float(self.noise.scales[0])
         return ancestral_step(y, denoised, sigma, after, scales, draw.normal(y.shape)), memory
 
 
@@ -80,16 +70,16 @@ class TwoStep:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
-    def plan(self, sigmas: Tensor) -> StepPlan:
-        return StepPlan(sigmas, sigmas.tolist(), levels_after(sigmas, self.denoise))
+    def plan(self, sigmas: Tensor) -> Plan:
+        return from_level_to_level(sigmas, self.denoise)
 
-    def step(self, plan: StepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma, after = plan.levels[i], plan.after[i]
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after = plan.steps[i][:2]  # a plan of `Explore` has more
         before, memory = memory.denoised, memory._replace(denoised=((sigma, denoised),))
         if after == 0:
             return denoised, memory
         ahead = denoised
         if before and before[0][0] != sigma:
-            length = to_the_middle(log_ratio(before[0][0], sigma), log_ratio(sigma, after))
+            length = to_the_middle(math.log(before[0][0] / sigma), math.log(sigma / after))
             ahead = torch.lerp(before[0][1], denoised, 1 + length)
         return torch.lerp(ahead, y, after / sigma), memory

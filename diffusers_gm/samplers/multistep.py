@@ -24,23 +24,6 @@ DAMPING = 0.2
 
 
 @dataclass(frozen=True)
-class MultistepPlan(Plan):
-    """Attributes:
-    levels: noise levels as floats.
-    decay, spread: of every step, the factors on y and on the noise; 0 at the last call.
-    predictor: of every step and for each number of known D's, their weights, the newest first; none for a step of
-        no length.
-    corrector: of every call likewise, the weights of the new D and of those that led to it, which correct y there.
-    """
-
-    levels: list[float]
-    decay: list[float]
-    spread: list[float]
-    predictor: list[list[list[float]]]
-    corrector: list[list[list[float]]]
-
-
-@dataclass(frozen=True)
 class Multistep:
     """See the module; ends with D.
 
@@ -66,12 +49,16 @@ class Multistep:
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)
 
-    def plan(self, sigmas: Tensor) -> MultistepPlan:
+    def plan(self, sigmas: Tensor) -> Plan:
+        """Of each call, its level, the factors of its step on y and on the noise, and weights for each number of known
+        D's: the predictor's, the newest first, none for a step of no length; and the corrector's, of the new D and of
+        those that led to it, which correct y before the step."""
         clock, n = -sigmas.log(), len(sigmas)
         a, tau, h = 1 + self.stochasticity**2, self.stochasticity, clock.diff()
         decay = torch.exp(-a * h).tolist()
         spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
-        known = [distinct(clock[: i + 1].tolist())[: self.order] for i in range(n - 1)]
+        # The clocks of the last calls, each once, the newest first.
+        known = [list(dict.fromkeys(reversed(clock[: i + 1].tolist())))[: self.order] for i in range(n - 1)]
         before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
         growth = (h / before).clamp(min=1)
         blend = 1 / (1 + DAMPING * h**4 * growth) if tau else torch.ones_like(h)
@@ -93,33 +80,27 @@ class Multistep:
                 predictor[i].append(weights[row].tolist())
                 if self.corrector:
                     corrector[i + 1].append(correction[row].tolist())
-        return MultistepPlan(sigmas, sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], predictor, corrector)
+        rows = zip(sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], predictor, corrector, strict=True)
+        return Plan(sigmas, list(rows))
 
-    def step(self, plan: MultistepPlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """The correction is added to the y that is given, so that an edit between two steps stays."""
-        if i == len(plan.levels) - 1:
+        if i == len(plan.steps) - 1:
             return denoised, memory
-        known = [d for sigma, d in memory.denoised if sigma > plan.levels[i]]
-        if known and plan.corrector[i]:
-            y = combined(y, 1.0, plan.corrector[i][len(known) - 1], [denoised, *known])
-        history = ((plan.levels[i], denoised), *(item for item in memory.denoised if item[0] > plan.levels[i]))
-        history = history[: self.order]
-        if plan.predictor[i]:  # not a step of no length
-            y = combined(y, plan.decay[i], plan.predictor[i][len(history) - 1], [d for _, d in history])
-        if plan.spread[i]:
-            y = y.add_(draw.normal(y.shape), alpha=plan.spread[i])
-        return y, memory._replace(denoised=history)
-
-
-def distinct(clock: list[float]) -> list[float]:
-    """The clocks of calls, each once, the newest first."""
-    return list(dict.fromkeys(reversed(clock)))
+        sigma, decay, spread, predictor, corrector = plan.steps[i]
+        known = tuple(item for item in memory.denoised if item[0] > sigma)
+        if known and corrector:
+            y = combined(y, 1.0, corrector[len(known) - 1], [denoised, *(d for _, d in known)])
+        known = ((sigma, denoised), *known)[: self.order]
+        if predictor:  # not a step of no length
+            y = combined(y, decay, predictor[len(known) - 1], [d for _, d in known])
+        if spread:
+            y = y.add_(draw.normal(y.shape), alpha=spread)
+        return y, memory._replace(denoised=known)
 
 
 def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor]) -> Tensor:
     """`factor * y` and the weighted images, a new tensor."""
-    if not weights:
-        return factor * y
     total = torch.add(factor * y if factor != 1 else y, images[0], alpha=weights[0])
     for weight, image in zip(weights[1:], images[1:], strict=True):
         total.add_(image, alpha=weight)

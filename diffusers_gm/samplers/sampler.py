@@ -1,6 +1,5 @@
 """What a sampler is, and the loop around one."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -34,13 +33,15 @@ Stepped = tuple[Tensor, Memory]
 
 @dataclass(frozen=True)
 class Plan:
-    """Coefficients of a run, worked out once, in float64, and kept as Python floats.
+    """A run, worked out once, in float64.
 
     Attributes:
         sigmas: the noise level of each network call, `(n,)` float64, descending.
+        steps: of each call, the coefficients that the sampler's step goes by: Python floats, which no device waits for.
     """
 
     sigmas: Tensor
+    steps: list[Any]
 
 
 class Sampler(Protocol):
@@ -54,15 +55,15 @@ class Sampler(Protocol):
         """
         ...
 
-    def plan(self, sigmas: Tensor) -> Any:
-        """The `Plan` of a run with a network call at each of `sigmas` `(n,)`, descending.
+    def plan(self, sigmas: Tensor) -> Plan:
+        """A run with a network call at each of `sigmas` `(n,)`, descending.
 
         Raises:
             ValueError: if there is no such run.
         """
         ...
 
-    def step(self, plan: Any, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """y after call i, from y and D at that call; what is to be remembered; noise comes from `draw` alone."""
         ...
 
@@ -105,6 +106,11 @@ def levels_after(sigmas: Tensor, denoise: bool) -> list[float]:
     return [*sigmas[1:].tolist(), below]
 
 
+def from_level_to_level(sigmas: Tensor, denoise: bool) -> Plan:
+    """A plan whose steps are the level of each call and the one it leads to."""
+    return Plan(sigmas, list(zip(sigmas.tolist(), levels_after(sigmas, denoise), strict=True)))
+
+
 def to_the_middle(before: float, after: float) -> float:
     """The factor a of `D + a (D - D_previous)`: D extrapolated linearly in log sigma to the middle of a step.
 
@@ -115,8 +121,3 @@ def to_the_middle(before: float, after: float) -> float:
         after: length of the step that follows, `log(sigma / sigma_next)`.
     """
     return after / (2 * before) if before else 0.0
-
-
-def log_ratio(sigma: float, sigma_next: float) -> float:
-    """The length of a step in log sigma."""
-    return math.log(sigma / sigma_next)

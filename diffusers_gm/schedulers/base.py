@@ -6,40 +6,26 @@ rest, and everything that changes during a run is in a `Run`.
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
-from ..readings import Reading, level_range
+from ..readings import ImageReading, level_range
 from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
-from .calls import CallGrid, Levels
+from .calls import Calls, Levels
 from .network import betas_from_config, reading_from_config
 from .options import SPACING_FLAGS
 from .run import TURN, Run
 from .swap import Swappable
 
 
-@dataclass
-class LangevinSchedulerOutput(BaseOutput):
-    """What `step` returns.
-
-    Attributes:
-        prev_sample: the sample of the next network call, same shape and dtype as the sample passed in.
-        pred_original_sample: the denoised image `D` at this call, after clipping; same dtype, shape of an image.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
-class SamplerScheduler(Swappable):
+class SamplerScheduler(Calls, Swappable):
     """What our schedulers share. One adds options, a `sampler` made of them, and what its algorithms are called.
 
     The tensor in a pipeline is `alpha * y` in `vp` and `flow` space, where `scale_model_input` is the identity and
@@ -48,7 +34,6 @@ class SamplerScheduler(Swappable):
 
     Attributes:
         reading: how the network sees noise.
-        noise_space: the `NoiseSpace` of a network that sees a noisy image; None for one that sees a velocity.
         sampler: what a run does.
         model_mixture: the law of the noise that the network was trained with.
         clips_above: noise level below which `clip_sample` leaves D alone.
@@ -57,20 +42,17 @@ class SamplerScheduler(Swappable):
     order = 1
     clips_above: float = 0.0
     model_mixture: GaussianMixtureNoise = GAUSSIAN
-    reading: Reading
     sampler: Sampler
     sigmas: Tensor
-
-    def check_algorithm(self, algorithm_type: str) -> None:
-        """Raise a ValueError if this class has no such sampler."""
-        if algorithm_type not in self.algorithms:
-            raise ValueError(
-                f"unknown algorithm_type {algorithm_type!r}: {type(self).__name__} has {', '.join(self.algorithms)}"
-            )
 
     def _setup(self, sampler: Sampler) -> None:
         """Called at the end of `__init__`, when the config is registered."""
         config = self.config
+        if config.algorithm_type not in self.algorithms:
+            raise ValueError(
+                f"unknown algorithm_type {config.algorithm_type!r}: {type(self).__name__} has "
+                f"{', '.join(self.algorithms)}"
+            )
         if config.num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be at least 2, got {config.num_train_timesteps}")
         if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
@@ -79,7 +61,7 @@ class SamplerScheduler(Swappable):
             raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
         check_calibration(config.calibration)
         self.reading = reading_from_config(config)
-        self.noise_space = self.call_grid.space
+        self.noise_space = self.reading.space if isinstance(self.reading, ImageReading) else None
         self.sampler = sampler
         if self.noise_space is not None:
             if self.noise_space.kind == "vp":
@@ -89,9 +71,9 @@ class SamplerScheduler(Swappable):
         if "_use_default_values" in self.config:
             unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
             self.register_to_config(_use_default_values=sorted(unsaid))
-        labels = self.call_grid.trained()
-        self._timesteps = self.call_grid.as_timesteps(labels)
-        self.sigmas = self.call_grid.visible_sigmas(labels, self.reading.sigma(labels))
+        labels = self.trained_labels()
+        self._timesteps = self.as_timesteps(labels)
+        self.sigmas = self.visible_sigmas(labels, self.reading.sigma(labels))
         self.num_inference_steps: int | None = None
         self._run: Run | None = None
         self._prepared: dict[int, Run] = {}  # by thread: its last run
@@ -99,11 +81,6 @@ class SamplerScheduler(Swappable):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-    @property
-    def call_grid(self) -> CallGrid:
-        """Which labels and noise levels calls have; made anew, as pipelines of diffusers change configs."""
-        return CallGrid(self.config, self.reading)
 
     # --- The calls of a run ---
 
@@ -132,12 +109,11 @@ class SamplerScheduler(Swappable):
         """
         if (num_inference_steps is not None) + (timesteps is not None or sigmas is not None) != 1:
             raise ValueError("give exactly one of num_inference_steps and custom timesteps or sigmas")
-        grid = self.call_grid
         if num_inference_steps is None:
-            labels, levels = grid.of_levels(timesteps, sigmas, mu)
+            labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:
             counts = self.sampler.spend(num_inference_steps)
-            labels = grid.of_number(len(counts), mu).repeat_interleave(torch.tensor(counts))
+            labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
             levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)
         self._prepare(labels, levels, device)
@@ -149,8 +125,8 @@ class SamplerScheduler(Swappable):
         if moved.any():  # a sampler that tells the network other levels than those of the grid
             labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
         calls = self.reading.calls(labels, plan.sigmas)
-        run = Run(calls, plan, self.call_grid.as_timesteps(labels).to(device))
-        visible_sigmas = self.call_grid.visible_sigmas(labels, plan.sigmas)
+        run = Run(calls, plan, self.as_timesteps(labels).to(device))
+        visible_sigmas = self.visible_sigmas(labels, plan.sigmas)
         with TURN:
             waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
             self._prepared = {**waiting, threading.get_ident(): run}
@@ -251,7 +227,7 @@ class SamplerScheduler(Swappable):
         generator: Generators = None,
         return_dict: bool = True,
         per_token_timesteps: Tensor | None = None,
-    ) -> LangevinSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One update with the network's output at `timestep`.
 
         Args:
@@ -259,12 +235,15 @@ class SamplerScheduler(Swappable):
             timestep: the call's element of `timesteps`, or its value.
             sample: the visible sample `(B, ...)`; not modified.
             generator: decides the noise; a list decides it per sample.
-            return_dict: whether to return a `LangevinSchedulerOutput` or a plain tuple.
+            return_dict: whether to return a `DDPMSchedulerOutput` or a plain tuple of the same two.
             per_token_timesteps: `flow`: labels of each token, `(B, tokens)`, none above that of the call, as
                 `LTXConditionPipeline` passes them. Tokens below the call's level wait for it, unchanged. As there,
                 `model_output` is then the negative of the network's output.
 
-        Computed in float32 or better, returned in the dtype of `sample`.
+        Returns:
+            `prev_sample`, that of the next network call, of the shape of `sample`, and `pred_original_sample`, the
+            denoised image `D` at this call, after clipping, `(B, C, ...)`; computed in float32 or better, returned in
+            the dtype of `sample`.
 
         Raises:
             ValueError: if shapes do not go together, or the step cannot be the next of the run.
@@ -292,7 +271,7 @@ class SamplerScheduler(Swappable):
         if per_token_timesteps is not None:
             prev_sample = torch.where(waiting, state, prev_sample)
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
-        return LangevinSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+        return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
     def denoise(
         self, network: Callable[[Tensor, Tensor], Tensor], y: Tensor, companion: Tensor | None, sigma: Tensor
@@ -330,7 +309,7 @@ class SamplerScheduler(Swappable):
 
     def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
         """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
-        if not self.call_grid.is_flow:
+        if not self.is_flow:
             raise ValueError("per_token_timesteps is for networks of flow space")
         return labels < call.label - 1e-3, self.clip(state - labels / len(self) * output, call.sigma)
 

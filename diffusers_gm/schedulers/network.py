@@ -1,5 +1,6 @@
 """What a config of ours says of its network."""
 
+from functools import partial
 from typing import Any
 
 from diffusers import CogVideoXDDIMScheduler, DDPMScheduler
@@ -8,9 +9,8 @@ from torch import Tensor
 from ..processes.cld import CLD
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import CompanionReading, ImageReading, NoiseSpace, Reading, VelocityReading
-from ..readings.companion import COMPANION_PREDICTION_TYPE
 from ..readings.noise_space import PREDICTION_TYPES
-from ..readings.velocity import VELOCITY_PREDICTION_TYPES
+from ..readings.velocity import COMPANION_PREDICTION_TYPE, VELOCITY_PREDICTION_TYPES
 
 
 def reading_from_config(config: Any) -> Reading:
@@ -55,20 +55,13 @@ def reading_from_config(config: Any) -> Reading:
 
 def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:
     """`betas` and their `alphas_cumprod` of a `vp` config, `(N,)` float32 each: diffusers knows its own schedules."""
-    arguments = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
-        "beta_schedule": config.beta_schedule or "linear",
-        "trained_betas": config.trained_betas,
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
-    }
-    source: Any
-    if config.snr_shift_scale is None:
-        source = DDPMScheduler(**arguments)
-    else:
-        source = CogVideoXDDIMScheduler(**arguments, snr_shift_scale=config.snr_shift_scale)
-    return source.betas, source.alphas_cumprod
+    shared = ("num_train_timesteps", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    arguments = {name: config[name] for name in shared} | {"beta_schedule": config.beta_schedule or "linear"}
+    source: Any = DDPMScheduler
+    if config.snr_shift_scale is not None:
+        source = partial(CogVideoXDDIMScheduler, snr_shift_scale=config.snr_shift_scale)
+    scheduler = source(**arguments)
+    return scheduler.betas, scheduler.alphas_cumprod
 
 
 def network_noise(config: Any) -> tuple[GaussianMixtureNoise, GaussianMixtureNoise]:

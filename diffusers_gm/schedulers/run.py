@@ -2,7 +2,6 @@
 
 import math
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +38,7 @@ class Run:
     memory: Memory = field(default_factory=Memory)
     index: int | None = None
     shape: torch.Size | None = None
-    former: deque[Tensor] = field(default_factory=lambda: deque(maxlen=8))
+    former: list[Tensor] = field(default_factory=list)
     stopped_at: float | None = None
 
     def __len__(self) -> int:
@@ -49,7 +48,7 @@ class Run:
     def after(self, previous: "Run | None") -> "Run":
         """This run as the one that takes the place of `previous`."""
         if previous is not None:
-            self.former = deque([*previous.former, previous.timesteps], maxlen=8)
+            self.former = [*previous.former, previous.timesteps][-8:]
             if previous.index is not None and previous.index < len(previous):
                 self.stopped_at = previous.calls[previous.index].label
         return self
@@ -62,42 +61,35 @@ class Run:
         Raises:
             ValueError: if the step cannot be the next of this run.
         """
+        position = _position(timestep, self.timesteps)
         with TURN:
-            index = self._claimed(timestep, begin_index, shape)
+            if position is None and any(_position(timestep, timesteps) is not None for timesteps in self.former):
+                raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
+            index = self.index
+            if index is None:
+                index = self._first(timestep) if begin_index is None else begin_index
+            if index >= len(self):
+                raise ValueError(
+                    f"all {len(self)} steps of this run have been taken: call set_timesteps before the next run"
+                )
+            at = f"step {index} of this run is at timestep {self.calls[index].label:g}, not"
+            if position is not None and position != index:
+                raise ValueError(f"{at} step {position}: {ONE_RUN}")
+            # Several values, or one that only waiting for the device would tell, are taken on trust.
+            tells = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
+            if position is None and tells and not _same_label(float(timestep), self.calls[index].label):
+                raise ValueError(f"{at} {float(timestep):g}: {ONE_RUN}")
+            if self.shape is not None and shape != self.shape:
+                raise ValueError(
+                    f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}"
+                )
             self.index, self.shape = index + 1, shape
-        return index
-
-    def _claimed(self, timestep: Tensor | float, begin_index: int | None, shape: torch.Size) -> int:
-        index, position = self.index, _position(timestep, self.timesteps)
-        if position is None and any(_position(timestep, timesteps) is not None for timesteps in self.former):
-            raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
-        if index is None:
-            index = self._first(timestep) if begin_index is None else begin_index
-        if index >= len(self):
-            raise ValueError(
-                f"all {len(self)} steps of this run have been taken: call set_timesteps before the next run"
-            )
-        label = self.calls[index].label
-        if position is not None and position != index:
-            raise ValueError(f"step {index} of this run is at timestep {label:g}, not step {position}: {ONE_RUN}")
-        given = self._value(timestep) if position is None else None
-        if given is not None and not _same_label(given, label):
-            raise ValueError(f"step {index} of this run is at timestep {label:g}, not {given:g}: {ONE_RUN}")
-        if self.shape is not None and shape != self.shape:
-            raise ValueError(f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}")
         return index
 
     def call_at(self, timestep: Any) -> Any | None:
         """The call of an element of `timesteps`; None for anything else."""
         position = _position(timestep, self.timesteps)
         return None if position is None else self.calls[position]
-
-    @staticmethod
-    def _value(timestep: Tensor | float) -> float | None:
-        """The value of a `timestep`; None if only waiting for the device would tell, or if there are several."""
-        if isinstance(timestep, Tensor) and (timestep.ndim > 0 or timestep.device.type != "cpu"):
-            return None
-        return float(timestep)
 
     def _first(self, timestep: Tensor | float) -> int:
         """The call that a run begins with; of repeated labels the first, unless its position tells."""

@@ -81,7 +81,6 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
-        self.check_algorithm(algorithm_type)
         check_network_level(network_level)
         if algorithm_type == "consistent":
             self._setup(Consistent(step_size, denoise))
@@ -104,7 +103,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         num_calls, mu = self._given
         if num_calls is None:  # levels of the user's own
             return
-        labels = self.call_grid.of_number(num_calls, mu)
+        labels = self.labels_of(num_calls, mu)
         labels = labels if run.timesteps.is_floating_point() else labels.round()
         rest = labels[begin_index:]
         down = torch.linspace(0, len(rest) - 1, min(len(rest), DESCENT)).round().long()
@@ -112,7 +111,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         levels = self.reading.sigma(labels)
         run.calls, run.plan = self.reading.calls(labels, levels), self.sampler.plan(levels)
         run.timesteps.copy_(labels)
-        self.sigmas = self.call_grid.visible_sigmas(labels, levels)
+        self.sigmas = self.visible_sigmas(labels, levels)
 
 
 def check_network_level(value: str) -> None:

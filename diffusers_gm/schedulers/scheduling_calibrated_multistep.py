@@ -61,7 +61,6 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         mixture_per_element: bool = False,
         model_noise: Literal["gaussian", "mixture"] = "gaussian",
     ):
-        self.check_algorithm(algorithm_type)
         self.mixture, self.model_mixture = network_noise(self.config)
         self._setup(self._sampler_for(None))
 

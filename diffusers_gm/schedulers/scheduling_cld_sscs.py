@@ -2,14 +2,18 @@
 
 from typing import Literal
 
+import torch
+
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
+from torch import Tensor
 
 from ..processes.cld import CLD
+from ..readings import VelocityReading
+from ..readings.grids import TIME_SPACINGS, time_grid
 from ..readings.velocity import VELOCITY_PREDICTION_TYPES
 from ..samplers import CriticallyDamped
 from .base import SamplerScheduler
-from .calls import CallGrid, TimeGrid
 from .options import with_common_options
 
 
@@ -36,19 +40,13 @@ class CLDSSCSScheduler(SamplerScheduler):
     | `probability_flow` | exponential two-step method, deterministic given the start | 2 |
 
     Args:
-        num_train_timesteps, noise_space, sigma_min, sigma_max, scale_input, beta_start, beta_end, beta_schedule,
-            trained_betas, rescale_betas_zero_snr, snr_shift_scale, shift, use_dynamic_shifting, time_shift_type,
-            shift_terminal, variance_type: lifted: the network's noise space and its grid, as in
-            `AnnealedLangevinScheduler`. Native: `num_train_timesteps` is the unit of the labels; of `cld_edm` also
-            `sigma_data` and the ends `sigma_min` and `sigma_max` of the levels of y that it was trained at.
+        num_train_timesteps: native: the unit of the labels.
+        sigma_data, sigma_min, sigma_max: of `cld_edm` as in `edm` space: of the levels of y that it was trained at.
         prediction_type: native `velocity_score` (`grad_v log p`), `scaled_velocity_score` (`-ell` times the output),
             `cld_mixed` (eq. 9), see `score_coefficients`, or `cld_edm`, the F of EDM, see `CompanionReading`; lifted as
             in `AnnealedLangevinScheduler`.
-        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on D.
         timestep_spacing: `uniform` or `quadratic` in t, `log_snr` (equal ratios of `sigma_eff`); lifted also
             `even`, `karras`, `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
-        steps_offset, grid, calibration, use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas:
-            lifted, as in `AnnealedLangevinScheduler`.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.
         mass, gamma: M, and the variance of the initial velocity in units of M. In lifted mode no network was trained
             on them: they are the sampler's own.
@@ -60,6 +58,8 @@ class CLDSSCSScheduler(SamplerScheduler):
             marginal of the process (`step_start`), or between the half-steps (`half_step`, the published order, and
             what None is for networks that answer a score of the velocity). In both it is labelled with the start, and
             both are of first order; `step_start` may begin midway (image-to-image) without an error of half a step.
+
+    All other arguments: see `AnnealedLangevinScheduler`. Those of a noise space and its grid are for lifted networks.
 
     Raises:
         ValueError: for arguments out of range; from `set_timesteps` for a spacing that the mode does not offer or
@@ -75,7 +75,6 @@ class CLDSSCSScheduler(SamplerScheduler):
         splitting_order: int | None = None,
         network_at: Literal["step_start", "half_step"] | None = None,
     ):
-        self.check_algorithm(algorithm_type)
         if splitting_order not in (1, 2, None):
             raise ValueError(f"splitting_order must be 1, 2 or None, got {splitting_order!r}")
         if network_at not in ("step_start", "half_step", None):
@@ -92,7 +91,13 @@ class CLDSSCSScheduler(SamplerScheduler):
         )
         self._setup(sampler)
 
-    @property
-    def call_grid(self) -> CallGrid:
+    def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:
         """The spacings in time are those of the sampler's own diffusion, where the network has none."""
-        return TimeGrid(self.config, self.reading, self.process)
+        # As ever, the flags of other spacings leave those in time alone.
+        spacing = self.config.grid or self.config.timestep_spacing
+        if spacing not in TIME_SPACINGS or isinstance(self.reading, VelocityReading):
+            return super().labels_of(num_levels, mu)
+        ends = torch.tensor(self.reading.timestep_range[::-1], dtype=torch.float64)
+        high, low = self.process.time(self.process.clock_of_sigma(self.reading.sigma(ends))).tolist()
+        times = time_grid(high, low, num_levels, spacing)
+        return self.reading.timestep(self.process.sigma(self.process.clock(times)))

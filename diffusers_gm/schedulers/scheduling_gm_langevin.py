@@ -6,7 +6,7 @@ from typing import Literal
 from diffusers import SchedulerMixin  # noqa: F401
 
 from ..processes.mixture import GAUSSIAN
-from ..samplers import Ancestral, Langevin, Sampler, TwoStep
+from ..samplers import Ancestral, Langevin, TwoStep
 from .base import SamplerScheduler
 from .network import network_noise
 from .options import with_common_options
@@ -73,24 +73,22 @@ class GMLangevinScheduler(SamplerScheduler):
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
-        self.check_algorithm(algorithm_type)
         check_network_level(network_level)
         self.mixture, self.model_mixture = network_noise(self.config)
-        self._setup(self._make_sampler())
-
-    def _make_sampler(self) -> Sampler:
-        config = self.config
-        if config.algorithm_type == "ode":
-            return TwoStep(config.denoise)
-        if config.algorithm_type == "ancestral":
-            return Ancestral(self.model_mixture, config.denoise)
-        return Langevin(
-            config.num_langevin_steps,
-            config.step_size,
-            config.step_size_criterion,
-            config.denoise,
-            follow_chain=config.network_level == "chain",
-            jumps=GAUSSIAN if config.algorithm_type == "langevin" else self.mixture,
-            exact=config.algorithm_type == "exponential",
-            noise=self.model_mixture,
-        )
+        if algorithm_type == "ode":
+            self._setup(TwoStep(denoise))
+        elif algorithm_type == "ancestral":
+            self._setup(Ancestral(self.model_mixture, denoise))
+        else:
+            self._setup(
+                Langevin(
+                    num_langevin_steps,
+                    step_size,
+                    step_size_criterion,
+                    denoise,
+                    follow_chain=network_level == "chain",
+                    jumps=GAUSSIAN if algorithm_type == "langevin" else self.mixture,
+                    exact=algorithm_type == "exponential",
+                    noise=self.model_mixture,
+                )
+            )

@@ -10,15 +10,8 @@ from ..readings import NoiseSpace
 from .options import SPACING_FLAGS
 
 # Values of `algorithm_type` of diffusers' schedulers, whose configs may come from ours and go back to them.
-SOLVERS = (
-    "dpmsolver",
-    "dpmsolver++",
-    "sde-dpmsolver",
-    "sde-dpmsolver++",
-    "deis",
-    "data_prediction",
-    "noise_prediction",
-)
+SOLVERS = {"dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"}
+SOLVERS |= {"data_prediction", "noise_prediction"}  # SASolver's
 
 # Where a saved config keeps what diffusers would misread under its own name.
 OWN = "diffusers_gm"
@@ -36,7 +29,7 @@ def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others:
         added = {OWN, *config[OWN].get("added", ())}
         config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
     algorithm = config.get("algorithm_type")
-    if "noise_space" in config and algorithm not in algorithms and algorithm in (*others, *SOLVERS):
+    if "noise_space" in config and algorithm not in algorithms and algorithm in others | SOLVERS:
         config = {key: value for key, value in config.items() if key != "algorithm_type"}
     return config
 
@@ -114,20 +107,6 @@ SHARED = (
 THEIR_SPACINGS = ("linspace", "leading", "trailing")
 
 
-def config_for_diffusers(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
-    """See `SamplerScheduler.diffusers_config`; `space` is None where the network sees a velocity."""
-    if space is None:
-        raise ValueError("no scheduler of diffusers reads a network that sees a velocity: use one of ours")
-    if config.prediction_type in ("score", "scaled_score", "edm") and not (space.kind == "edm" and config.sigma_data):
-        raise ValueError(f"no scheduler of diffusers reads a network that answers a {config.prediction_type}")
-    if (config.get("model_noise") or "") == "mixture" and (config.mixture_scales or [1.0]) != [1.0]:
-        raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
-    if space.kind != "ve":
-        return config
-    shared = {name: config[name] for name in SHARED if config[name] is not None}
-    return shared | {"trained_betas": space.betas().tolist(), "timestep_spacing": "trailing"}
-
-
 def saved_config(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
     """The config as it goes to disk. Keys that mean something else to schedulers of diffusers have a value that these
     understand, or are left out; our own values stand under `OWN`. A `ve` network gets the betas of the DDPM network
@@ -159,9 +138,7 @@ class SwapConfig(FrozenDict):
     def get(self, key: str, default: Any = None) -> Any:
         if key != "_use_default_values":
             return super().get(key, default)
-        own = (
-            {"algorithm_type"} if self["timestep_spacing"] in THEIR_SPACINGS else {"algorithm_type", "timestep_spacing"}
-        )
+        own = {"algorithm_type", *(["timestep_spacing"] if self["timestep_spacing"] not in THEIR_SPACINGS else [])}
         return sorted(own | {name for name, value in self.items() if value is None})
 
 
@@ -192,7 +169,11 @@ class Swappable(SchedulerMixin, ConfigMixin):
             config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config and "noise_space" not in kwargs:
                 config = from_source_config(config)
-            cls._check_mixture(config)
+            if _of_mixture_noise(config) and not cls.reads_mixtures:
+                raise ValueError(
+                    f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
+                    "GMLangevinScheduler or CalibratedMultistepScheduler"
+                )
             # The grid belongs to the sampler.
             if cls.calibrates and "corrector" not in config:
                 config = {**config, "grid": "calibrated"}
@@ -206,16 +187,6 @@ class Swappable(SchedulerMixin, ConfigMixin):
     def _get_compatibles(cls) -> list[type]:
         """Ours too, so that what is left of one's config in another's is kept without a warning."""
         return [*super()._get_compatibles(), *_ours()]
-
-    @classmethod
-    def _check_mixture(cls, config: dict[str, Any]) -> None:
-        """Raise a ValueError for a network of mixture noise that this class would read as one of Gaussian noise."""
-        unit = (config.get("mixture_scales") or [1.0]) == [1.0]
-        if config.get("model_noise") == "mixture" and not unit and not cls.reads_mixtures:
-            raise ValueError(
-                f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
-                "GMLangevinScheduler or CalibratedMultistepScheduler"
-            )
 
     def register_to_config(self, **kwargs: Any) -> None:
         super().register_to_config(**kwargs)
@@ -246,7 +217,23 @@ class Swappable(SchedulerMixin, ConfigMixin):
             ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
                 one that answers a score, a `ve` network without input scaling.
         """
-        return config_for_diffusers(self.config, self.noise_space)
+        config, space = self.config, self.noise_space
+        if space is None:
+            raise ValueError("no scheduler of diffusers reads a network that sees a velocity: use one of ours")
+        kind = config.prediction_type
+        if kind in ("score", "scaled_score", "edm") and not (space.kind == "edm" and config.sigma_data):
+            raise ValueError(f"no scheduler of diffusers reads a network that answers a {kind}")
+        if _of_mixture_noise(config):
+            raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
+        if space.kind != "ve":
+            return config
+        shared = {name: config[name] for name in SHARED if config[name] is not None}
+        return shared | {"trained_betas": space.betas().tolist(), "timestep_spacing": "trailing"}
+
+
+def _of_mixture_noise(config: dict[str, Any]) -> bool:
+    """Whether the network of a config was trained with noise that is more than Gaussian of unit variance."""
+    return config.get("model_noise") == "mixture" and (config.get("mixture_scales") or [1.0]) != [1.0]
 
 
 def _ours() -> list[type[Swappable]]:

@@ -23,8 +23,8 @@ from ..processes.mixture import GaussianMixtureNoise
 from ..processes.random import Draw
 from ..readings.grids import sigma_grid
 from ..samplers import Ancestral, Explore, Langevin, Memory, Sampler, sample
-from ..samplers.langevin import EXPLORING_STEP, ExplorePlan, langevin_step
-from ..samplers.sampler import Stepped
+from ..samplers.langevin import EXPLORING_STEP, langevin_step
+from ..samplers.sampler import Plan, Stepped
 from .digits import kept_results, over_seeds
 from .exact import ExactDenoiser
 from .ncsnv2_trained import train_ncsnv2
@@ -44,11 +44,11 @@ MIDWAY, ZERO = 1.0, 0
 class ExploreByJumps(Explore):
     """`Explore` whose steps are of the random lengths of a mixture's jumps, as long as is stable."""
 
-    def step(self, plan: ExplorePlan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma = plan.levels[i]
-        if plan.after[i] != sigma:
+    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
+        sigma, after, a = plan.steps[i]
+        if after != sigma:
             return super().step(plan, i, y, denoised, memory, draw)
-        a = min(plan.step_size, 0.5 / float(MIXTURE.scales.max()) ** 2) * MIXTURE.sample_scales(y.shape, draw) ** 2
+        a = min(a, 0.5 / float(MIXTURE.scales.max()) ** 2) * MIXTURE.sample_scales(y.shape, draw) ** 2
         return langevin_step(y, denoised, sigma, a, draw.normal(y.shape)), memory._replace(denoised=())
 
 
