@@ -106,17 +106,9 @@ class LabelledImages(Dataset):
     dropout: float
     seed: int
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
-
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
         """A batch, read in one go."""
-        several = getattr(self.images, "__getitems__", None)
-        images = several(keys) if several else [self.images[key] for key in keys]
-        return [(image, self._label(key)) for image, key in zip(images, keys, strict=True)]
+        return [(image, self._label(key)) for image, key in zip(self.images.__getitems__(keys), keys, strict=True)]
 
     def _label(self, key: tuple[int, int]) -> int:
         if self.dropout and seed_for(self.seed, CLASSES, *key) / 2**63 < self.dropout:

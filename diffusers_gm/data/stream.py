@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,22 +96,16 @@ class TrainingImages(Dataset):
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
 
     def _read(self, indices: list[int]) -> list[Tensor]:
-        indices = [self.shown_for(index) for index in indices]
-        return [
-            self._replacement(index, image) if isinstance(image, Exception) else image
-            for index, image in zip(indices, self.source.fetch(indices), strict=True)
-        ]
-
-    def _replacement(self, index: int, failure: Exception) -> Tensor:
-        """The first image after this one that can be read."""
         while True:
-            if index not in self.unreadable:  # as it is where a batch holds it twice
+            shown = [self.shown_for(index) for index in indices]
+            images: list[Any] = self.source.fetch(shown)
+            failures = {
+                index: image for index, image in zip(shown, images, strict=True) if isinstance(image, Exception)
+            }
+            if not failures:
+                return images
+            for index, failure in failures.items():
                 self._give_up(index, failure)
-            index = self.shown_for(index)
-            (image,) = self.source.fetch([index])
-            if not isinstance(image, Exception):
-                return image
-            failure = image
 
     def shown_for(self, index: int) -> int:
         """The first image from this one on that is not known to be unreadable: what is shown in its place."""
