@@ -25,12 +25,10 @@ class Examination:
 
     Attributes:
         images: the subset `(n, channels, height, width)`, cropped at the centre; or the latents of one.
-        num_unreadable: how many more were drawn that cannot be read.
         of_latents: where `images` are latents, the resolution of the images that these stand for.
     """
 
     images: Tensor
-    num_unreadable: int
     of_latents: Resolution | None = None
 
     @property
@@ -66,7 +64,7 @@ def examine(
     order = torch.randperm(source.num_images, generator=generator_for(seed, EXAMINATION)).tolist()[:num_images]
     if not order:
         raise ValueError("there are no training images in the data")
-    images = torch.empty(0, channels or 1, 0, 0)
+    images = torch.empty(0, channels or 1, 1, 1)
     num_read = 0
     unreadable: list[str] = []
     failure: Exception | None = None
@@ -76,15 +74,14 @@ def examine(
             failure = image
             continue
         if resolution is None:
-            _check_size(image, images)
+            _check_size(image, images[:num_read])
         fitting = scaled(fit(image, resolution or image.shape[-1]))
         num_channels = channels or max(len(fitting), images.shape[1])
         if num_read == 0 or num_channels > images.shape[1]:
             # Room for all that may come: memory that is not written to costs nothing.
             most = math.ceil(max_elements / (num_channels * fitting[0].numel()))
             room = torch.empty(max(num_read + 1, min(most, len(order))), num_channels, *fitting.shape[1:])
-            if num_read:
-                room[:num_read] = images[:num_read]
+            room[:num_read] = images[:num_read]
             images = room
         images[num_read] = as_channels(fitting, num_channels)
         num_read += 1
@@ -102,7 +99,7 @@ def examine(
             f"{len(unreadable)} of {num_drawn} training images examined cannot be read and are skipped: {names}; the "
             f"last: {failure}"
         )
-    return Examination(images[:num_read], len(unreadable))
+    return Examination(images[:num_read])
 
 
 def _check_size(image: Tensor, images: Tensor) -> None:
@@ -110,6 +107,6 @@ def _check_size(image: Tensor, images: Tensor) -> None:
     size = f"{image.shape[-2]}x{image.shape[-1]}"
     if image.shape[-2] != image.shape[-1]:
         raise ValueError(f"the images are not square ({size}): set --resolution, to one side or to height and width")
-    native = images.shape[-1] or image.shape[-1]
+    native = images.shape[-1] if len(images) else image.shape[-1]
     if image.shape[-1] != native:
         raise ValueError(f"the images differ in size ({native}x{native}, {size}): set --resolution")

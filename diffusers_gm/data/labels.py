@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from .folders import split_of_image
 from .seeds import CLASSES, seed_for
+from .tables import column_called
 
 # What the column of the labels is called, where nothing says so.
 USUAL_LABELS = ("label", "labels")
@@ -62,15 +63,7 @@ def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
     """
     import datasets
 
-    columns = list(dataset.features)
-    if label_column is None:
-        label_column = next((name for name in USUAL_LABELS if name in columns), None)
-        if label_column is None:
-            raise ValueError(
-                f"--class_conditional: no column is called 'label': set --label_column to one of {columns}"
-            )
-    elif label_column not in columns:
-        raise ValueError(f"--label_column {label_column!r} is not in the data: use one of {columns}")
+    label_column = column_called("--label_column", label_column, USUAL_LABELS, list(dataset.features))
     feature, values = dataset.features[label_column], list(dataset[label_column])
     missing = [row for row, value in enumerate(values) if value is None or value == -1]
     if missing:

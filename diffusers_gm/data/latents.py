@@ -64,7 +64,7 @@ class LatentCache:
         self.folder, self.images, self.encode = folder, images, encode
         self.shape, self.flips, self.num_images = shape, flips, len(images)
         told_by = [images[0, i * self.num_images // NUM_TOLD_BY] for i in range(min(NUM_TOLD_BY, self.num_images))]
-        self.contents = {
+        self.contents: dict[str, Any] = {
             "vae": vae,
             "size": list(told_by[0].shape[1:]),
             "shape": list(shape),

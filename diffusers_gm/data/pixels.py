@@ -14,12 +14,14 @@ Colour = tuple[int, int, int]
 Resolution = int | Sequence[int]
 
 
-def colour(background: str | Sequence[int]) -> Colour:
-    """A colour by any name that PIL knows (`white`, `#808080`, `rgb(0, 0, 0)`), or as three numbers from 0 to 255.
+def colour(background: str | Sequence[int] | None) -> Colour:
+    """A colour by any name that PIL knows (`white`, `#808080`, `rgb(0, 0, 0)`), or as three numbers from 0 to 255;
+    None: white.
 
     Raises:
         ValueError: for anything else.
     """
+    background = background or "white"
     try:
         rgb = tuple(ImageColor.getrgb(background)[:3] if isinstance(background, str) else map(int, background))
     except ValueError as error:

@@ -106,18 +106,17 @@ class EncodedImages(ImageSource):
         self.background = background
         self.ranges: dict[str, PixelRange] = {}
         extremes: dict[str, tuple[float, float]] = {}
-        examined = range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1)
-        for start in range(0, len(examined), 100):
-            for row in self._rows(list(examined[start : start + 100])):
-                try:
-                    with self._open(row) as image:
-                        if image.mode[0] not in "IF":
-                            continue
-                        pixels = decode(image, background)
-                except Exception:  # counted where images are read
-                    continue
-                low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
-                extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        for index in range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1):
+            (row,) = self._rows([index])
+            try:
+                with self._open(row) as image:
+                    if image.mode[0] not in "IF":
+                        continue
+                    pixels = decode(image, background)
+            except Exception:  # counted where images are read
+                continue
+            low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
+            extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
         for kind, (low, high) in extremes.items():
             self.ranges[kind] = range_of(kind, low, high)
             logger.warning(
@@ -154,7 +153,7 @@ class FolderImages(EncodedImages):
         super().__init__(len(paths), background)
 
     def _rows(self, indices: list[int]) -> list[str]:
-        return [f"{self.folder}/{self.paths[index]}" for index in indices]
+        return [self.name(index) for index in indices]
 
     def _open(self, row: str) -> Image.Image:
         return Image.open(row)
@@ -242,7 +241,8 @@ def open_source(
     folder, option = train_data_dir, "--train_data_dir"
     if folder is None and dataset_name == "digits":
         return TensorImages(split_digits()[0], split_digit_labels()[0])
-    if folder is None and dataset_config_name is None and _holds_image_files(dataset_name):
+    # A downloaded set of image files; others are left to `datasets`, which reads more kinds.
+    if folder is None and dataset_config_name is None and dataset_name and list_folder(Path(dataset_name)).images:
         folder, option = dataset_name, "--dataset_name"
     if folder is not None:
         try:
@@ -250,12 +250,7 @@ def open_source(
         except ValueError as error:
             raise ValueError(f"{option} {folder!r}: {error}") from error
     dataset = load_hub(dataset_name, dataset_config_name, cache_dir)
-    return TableImages(dataset, image_column, colour(background or "white"), str(dataset_name))
-
-
-def _holds_image_files(dataset_name: str | None) -> bool:
-    """Whether this is a downloaded set of image files; others are left to `datasets`, which reads more kinds."""
-    return dataset_name is not None and Path(dataset_name).is_dir() and bool(list_folder(Path(dataset_name)).images)
+    return TableImages(dataset, image_column, colour(background), str(dataset_name))
 
 
 def open_folder(
@@ -278,7 +273,7 @@ def open_folder(
     Raises:
         ValueError: if it is no folder, holds no images, or both kinds, or parquet files without such a column.
     """
-    rgb = colour(background or "white")
+    rgb = colour(background)
     if not folder.is_dir():
         raise ValueError("this is not a folder")
     listing = list_folder(folder)
@@ -300,11 +295,9 @@ def open_folder(
         )
     if listing.images and image_column not in (None, "image"):
         raise ValueError(f"--image_column {image_column!r} is not in the data: the files of a folder have no columns")
-
-    if listing.images:
-        chosen = training_part(listing.images, split_of_image, left_out)
-    else:
-        chosen = training_part(tables or listing.tables, split_of_table, left_out)
+    chosen = training_part(
+        listing.images or tables or listing.tables, split_of_image if listing.images else split_of_table, left_out
+    )
     found = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
     if not chosen:
         raise ValueError(f"it holds no images, but {found or 'nothing at all'}")

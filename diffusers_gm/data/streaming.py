@@ -91,7 +91,7 @@ def open_stream(
         dataset = datasets.load_dataset(**given, split="train", streaming=True)
     except Exception as error:  # as above
         raise ValueError(f"{option} {str(name)!r} cannot be streamed: {error}") from error
-    return StreamedImages(dataset, image_column, colour(background or "white"), str(name))
+    return StreamedImages(dataset, image_column, colour(background), str(name))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Tables of images: parquet files and data sets of the Hub, through `datasets`."""
 
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +77,30 @@ def images_of(dataset: Any, image_column: str | None) -> tuple[Any, str]:
     import datasets
 
     columns = list(dataset.features or next(iter(dataset), {}))  # a stream may not know before it is read
-    if image_column is None:
-        image_column = next((name for name in USUAL_COLUMNS + SUFFIXES if name in columns), None)
-        if image_column is None:
-            raise ValueError(f"no column is called 'image' or 'img': set --image_column to one of {columns}")
-    elif image_column not in columns:
-        raise ValueError(f"--image_column {image_column!r} is not in the data: use one of {columns}")
+    image_column = column_called("--image_column", image_column, USUAL_COLUMNS + SUFFIXES, columns)
     try:
         kind: Any = (dataset.features or {}).get(image_column)
         if isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") not in ("binary", "string"):
             raise ValueError  # which a stream would only find when it is read
         # Not decoded, so that one unreadable image does not end the training.
-        return dataset.select_columns([image_column]).cast_column(
-            image_column, datasets.Image(decode=False)
-        ), image_column
+        images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        return images, image_column
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"--image_column {image_column!r} holds {dataset.features[image_column]}, not images"
         ) from error
+
+
+def column_called(option: str, name: str | None, usual: Sequence[str], columns: list[str]) -> str:
+    """The column that an option names, or else one of the usual names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name is None:
+        name = next((name for name in usual if name in columns), None)
+        if name is None:
+            raise ValueError(f"no column is called {' or '.join(map(repr, usual))}: set {option} to one of {columns}")
+    elif name not in columns:
+        raise ValueError(f"{option} {name!r} is not in the data: use one of {columns}")
+    return name

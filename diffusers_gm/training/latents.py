@@ -112,7 +112,7 @@ def latents_of(
     dims = 0, 2, 3
     mean, std = few.mean(dims), few.std(dims).clamp(min=1e-12)
     some = (few - mean[:, None, None]) / std[:, None, None]
-    rehearsed = Examination(some, 0, examination.resolution)
+    rehearsed = Examination(some, examination.resolution)
     rehearse(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
@@ -142,7 +142,7 @@ def latents_of(
         vae.enable_slicing()  # a grid of samples needs no more memory than one
     return Latents(
         dataset,
-        Examination(examined, examination.num_unreadable, examination.resolution),
+        Examination(examined, examination.resolution),
         replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
     )
 
