@@ -65,8 +65,7 @@ class ImagePipeline(HubPipeline):
     @property
     def num_classes(self) -> int | None:
         """Classes to choose from; None for a network without."""
-        embeds = self._num_class_embeds
-        return embeds if embeds is None or self.null_class is None else embeds - 1
+        return self._num_class_embeds if self.null_class is None else self.null_class
 
     @property
     def _num_class_embeds(self) -> int | None:
@@ -272,8 +271,8 @@ class ImagePipeline(HubPipeline):
                 f"this network is class-conditional: give class_labels, of {self.num_classes} classes{some}"
             )
         labels = class_indices(class_labels, embeds, self.class_names)
-        if labels.ndim > 1 or (labels.ndim == 1 and len(labels) not in (1, batch_size)):
-            raise ValueError(f"class_labels must be one or {batch_size}, one for each image; got {tuple(labels.shape)}")
-        labels = labels.expand(batch_size).to(self._execution_device)
+        if len(labels) not in (1, batch_size):
+            raise ValueError(f"class_labels must be one or {batch_size}, one for each image; got {len(labels)}")
         level = None if interval is None else partial(encoding.noise_level, encoding.ours(self.scheduler))
-        return Guidance(labels, null or 0, scale, interval, level)
+        indices = torch.tensor(labels, device=self._execution_device).expand(batch_size)
+        return Guidance(indices, null or 0, scale, interval, level)

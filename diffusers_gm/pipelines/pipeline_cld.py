@@ -43,8 +43,6 @@ class CLDPipeline(UnconditionalPipeline):
         ValueError: from the call, for a network whose channels do not suit the scheduler's `prediction_type`.
     """
 
-    default_num_inference_steps = 50
-
     @torch.no_grad()
     def __call__(
         self,
