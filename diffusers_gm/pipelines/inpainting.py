@@ -32,11 +32,8 @@ class Picture:
     num_resamples: int = 0
 
     def begins(self, num_steps: int) -> list[int]:
-        """The steps that the run begins with, and those that repeat its end.
-
-        Raises:
-            ValueError: if one of them would make no network call.
-        """
+        """The steps that the run begins with, and those that repeat its end; a ValueError if one of them would make no
+        network call."""
         n = self.num_resamples + 1
         # As diffusers counts; but `.3 * 10` are 3.
         made = [int(num_steps * (self.strength * (1 - k / n)) + 1e-9) for k in range(n)]

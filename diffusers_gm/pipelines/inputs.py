@@ -38,11 +38,8 @@ def check_classes(names: list[str] | None, shares: list[float] | None, num_embed
 
 
 def class_indices(labels: ClassLabels, num_embeds: int, names: list[str] | None) -> list[int]:
-    """Labels as indices, also of a single one.
-
-    Raises:
-        ValueError: for an index out of range, or a name that is none of `names`.
-    """
+    """Labels as indices, also of a single one; a ValueError for an index out of range, or a name that is none of
+    `names`."""
     given: Any = labels.tolist() if hasattr(labels, "tolist") else labels  # a tensor, or numpy's
     several = isinstance(given, Sequence) and not isinstance(given, str)
     found = [_index(label, names) for label in (given if several else [given])]

@@ -14,9 +14,6 @@ from ..readings.grids import even_levels
 from ..samplers import sample
 from .guidance import Guidance, Network
 
-# `(y, sigma) -> D`, a level for each image.
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-
 
 class OwnLevel:
     """A network that is told a level for each image of a batch.
@@ -38,10 +35,9 @@ class OwnLevel:
 
     def of_each(self, images: Tensor) -> Iterator[tuple["OwnLevel", Tensor]]:
         """The same for each image of the batch alone, with that image."""
+        labels = self.guidance.labels
         for i, image in enumerate(images.split(1)):
-            guidance = replace(
-                self.guidance, labels=None if self.guidance.labels is None else self.guidance.labels[[i]]
-            )
+            guidance = self.guidance if labels is None else replace(self.guidance, labels=labels[[i]])
             generator = self.generator[i] if isinstance(self.generator, list | tuple) else self.generator
             yield OwnLevel(self.scheduler, self.network, guidance, generator), image
 
@@ -49,8 +45,8 @@ class OwnLevel:
         """The level of each of the noisy images `(B, C, H, W)`; the generator draws the probe as well."""
         return estimate_noise_level(self.denoiser(y), y, self.low, self.high, num_looks, self.generator)
 
-    def denoiser(self, images: Tensor) -> Denoiser:
-        """`(y, tau) -> D` for batches that are copies of `images`, one after the other."""
+    def denoiser(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(y, tau) -> D`, a level for each image, for batches that are copies of `images`, one after the other."""
         companion = None
         if isinstance(self.reading, VelocityReading):
             companion = randn(images.shape, self.generator, images.device, images.dtype)

@@ -120,8 +120,7 @@ class UnconditionalPipeline(ImagePipeline):
         guidance = self._guidance(batch_size, class_labels, guidance_scale, guidance_interval, draw)
 
         device, scheduler = self._execution_device, self.scheduler
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+        step_kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # some have no need of it
         steps, finished = itertools.count(), None
         for begin in begins:
@@ -147,7 +146,8 @@ class UnconditionalPipeline(ImagePipeline):
                     changed = callback_on_step_end(self, next(steps), t, {"latents": sample})
                     sample = changed.pop("latents", sample)
             finished = self._image(sample)
-            finished = finished if picture is None else picture.finish(finished)
+            if picture is not None:
+                finished = picture.finish(finished)
 
         assert finished is not None
         images = self._finished(finished, output_type)
