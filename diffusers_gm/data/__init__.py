@@ -15,10 +15,10 @@ from .labels import LabelledImages as LabelledImages
 from .labels import Labels as Labels
 from .latents import LatentCache as LatentCache
 from .latents import TrainingLatents as TrainingLatents
-from .levels import check_levels as check_levels
-from .levels import dequantized as dequantized
 from .pixels import Resolution as Resolution
 from .pixels import as_channels as as_channels
+from .pixels import check_levels as check_levels
+from .pixels import dequantized as dequantized
 from .pixels import fit as fit
 from .pixels import resolution_of as resolution_of
 from .pixels import scaled as scaled

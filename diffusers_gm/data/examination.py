@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .pixels import Resolution, as_channels, fit, resolution_of, scaled
-from .seeds import EXAMINATION, generator_for
+from .seeds import EXAMINATION, order_for
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def examine(
     Raises:
         ValueError: if the images differ in size and no resolution is given, or too many cannot be read.
     """
-    order = torch.randperm(source.num_images, generator=generator_for(seed, EXAMINATION)).tolist()[:num_images]
+    order = order_for(source.num_images, seed, EXAMINATION)[:num_images]
     if not order:
         raise ValueError("there are no training images in the data")
     images = torch.empty(0, channels or 1, 1, 1)
@@ -87,18 +87,13 @@ def examine(
         num_read += 1
         if num_read == len(images):
             break
-    num_drawn = num_read + len(unreadable)
-    if not num_read or len(unreadable) > MAX_UNREADABLE * num_drawn:
-        raise ValueError(
-            f"{len(unreadable)} of {num_drawn} training images examined cannot be read, the last, {unreadable[-1]}: "
-            f"{failure}"
-        ) from failure
     if unreadable:
+        num_drawn = num_read + len(unreadable)
+        words = f"{len(unreadable)} of {num_drawn} training images examined cannot be read"
+        if len(unreadable) > MAX_UNREADABLE * num_drawn:
+            raise ValueError(f"{words}, the last, {unreadable[-1]}: {failure}") from failure
         names = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
-        logger.warning(
-            f"{len(unreadable)} of {num_drawn} training images examined cannot be read and are skipped: {names}; the "
-            f"last: {failure}"
-        )
+        logger.warning(f"{words} and are skipped: {names}; the last: {failure}")
     return Examination(images[:num_read])
 
 

@@ -32,21 +32,16 @@ class Labels(NamedTuple):
         return [found[index] for index in range(len(self.names))]
 
 
-def labels_from(values: Sequence[Any], names: list[str] | None = None) -> Labels:
-    """Classes of whatever can be sorted, in its order; of indices, where there are `names`."""
-    if names is not None:
-        return Labels(names, [int(value) for value in values])
+def labels_from(values: Sequence[Any]) -> Labels:
+    """Classes of whatever can be sorted, in its order."""
     known = sorted(set(values))
     places = {value: place for place, value in enumerate(known)}
     return Labels([str(value) for value in known], [places[value] for value in values])
 
 
 def labels_of_files(paths: list[str]) -> Labels:
-    """The topmost folder of each image is its class; below `train`, where all images are there.
-
-    Raises:
-        ValueError: for an image in no folder.
-    """
+    """The topmost folder of each image is its class; below `train`, where all images are there; a ValueError for an
+    image in no folder."""
     skipped = 1 if all(split_of_image(path) for path in paths) else 0
     folders = [PurePosixPath(path).parts[skipped:-1] for path in paths]
     for path, parts in zip(paths, folders, strict=True):
@@ -56,11 +51,8 @@ def labels_of_files(paths: list[str]) -> Labels:
 
 
 def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
-    """The classes of a column of a `datasets.Dataset`: a `ClassLabel`, integers or words.
-
-    Raises:
-        ValueError: if there is no such column, it holds something else, or an image has none of the classes.
-    """
+    """The classes of a column of a `datasets.Dataset`: a `ClassLabel`, integers or words; a ValueError if there is no
+    such column, it holds something else, or an image has none of the classes."""
     import datasets
 
     label_column = column_called("--label_column", label_column, USUAL_LABELS, list(dataset.features))
@@ -75,7 +67,7 @@ def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
                 f"--label_column {label_column!r}: row {wrong} is of class {values[wrong]}, and there are "
                 f"{feature.num_classes}, from 0 on"
             )
-        return labels_from(values, list(feature.names))
+        return Labels(list(feature.names), values)
     if not all(isinstance(value, int | str) for value in values):
         raise ValueError(f"--label_column {label_column!r} holds {feature}, not classes")
     return labels_from(values)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .. import files
-from .seeds import AUGMENTATION, EXAMINATION, generator_for
+from .examination import MAX_ELEMENTS, NUM_EXAMINED
+from .seeds import AUGMENTATION, EXAMINATION, generator_for, order_for
 from .stream import TrainingImages
 
 logger = logging.getLogger(__name__)
@@ -110,11 +111,8 @@ class LatentCache:
         num_workers: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Compute what is missing: of the shards of this process, those that are not there.
-
-        Raises:
-            ValueError: for latents that are not finite.
-        """
+        """Compute what is missing: of the shards of this process, those that are not there; a ValueError for latents
+        that are not finite."""
         missing = {
             path: range(self.num_images)[i * self.shard_size : (i + 1) * self.shard_size]
             for i, path in enumerate(self.paths)
@@ -134,7 +132,11 @@ class LatentCache:
                 while sum(map(len, made)) < len(some):
                     made.append(self._encoded(next(loader).to(device)))
                     bar.update(len(made[-1]))
-                self._save(torch.cat(made), path)
+                latents = torch.cat(made)
+                channels = latents.double().transpose(0, 2).flatten(1)
+                sums = {"sum": channels.sum(1), "squares": channels.square().sum(1)}
+                with files.replacing(path) as temporary:
+                    save_file({"latents": latents, **sums}, temporary)
 
     def _encoded(self, images: Tensor) -> Tensor:
         """`(B, 1 or 2, C, h, w)` float16 on the CPU: of the images, and of their mirror images."""
@@ -143,13 +145,6 @@ class LatentCache:
         if not latents.isfinite().all():
             raise ValueError("--vae makes latents that are not finite in float16: it is no autoencoder of such images")
         return latents
-
-    @staticmethod
-    def _save(latents: Tensor, path: Path) -> None:
-        channels = latents.double().transpose(0, 2).flatten(1)
-        sums = {"sum": channels.sum(1), "squares": channels.square().sum(1)}
-        with files.replacing(path) as temporary:
-            save_file({"latents": latents, **sums}, temporary)
 
     def _is_whole(self, path: Path) -> bool:
         try:
@@ -213,8 +208,8 @@ class TrainingLatents(Dataset):
             flip = float(torch.rand(3, generator=generator_for(self.seed, AUGMENTATION, *key))[2]) < 0.5
         return self._latent(key[1], flip)
 
-    def examined(self, seed: int, num_images: int, max_elements: int) -> Tensor:
+    def examined(self, seed: int, num_images: int = NUM_EXAMINED, max_elements: int = MAX_ELEMENTS) -> Tensor:
         """Some that the seed chooses, none of them flipped, `(n, C, h, w)`."""
         most = min(num_images, max(2, max_elements // self._latent(0, False).numel()))
-        order = torch.randperm(self.num_images, generator=generator_for(seed, EXAMINATION)).tolist()[:most]
-        return torch.stack([self._latent(index, False) for index in order])
+        order = order_for(self.num_images, seed, EXAMINATION)
+        return torch.stack([self._latent(index, False) for index in order[:most]])

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from .. import files
 from ..autoencoders import LatentSpace, downsampling, fingerprint, latent_channels, load_autoencoder
 from ..data import Examination, ImageSource, LatentCache, TrainingImages, TrainingLatents, sides
-from ..data.examination import MAX_ELEMENTS, NUM_EXAMINED
 from .folder import LATENTS
 from .network import fit_unet, new_unet
 from .objective import build_scheduler
@@ -136,13 +135,12 @@ def latents_of(
         )
         accelerator.wait_for_everyone()
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
-    examined = dataset.examined(args.seed, NUM_EXAMINED, MAX_ELEMENTS)
     vae.to(memory_format=torch.contiguous_format)
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()  # a grid of samples needs no more memory than one
     return Latents(
         dataset,
-        Examination(examined, examination.resolution),
+        Examination(dataset.examined(args.seed), examination.resolution),
         replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
     )
 
