@@ -74,9 +74,7 @@ def _enough_precision(vae: Any) -> Iterator[None]:
 def load_autoencoder(name_or_path: str, **kwargs: Any) -> Any:
     """An autoencoder, in evaluation mode: a folder or a repository of its own, or a pipeline's component.
 
-    Args:
-        name_or_path: where it is.
-        kwargs: `revision`, `variant`, `cache_dir` as everywhere in diffusers.
+    Takes `revision`, `variant`, `cache_dir` as everywhere in diffusers.
 
     Raises:
         ValueError: if there is none, or one of another class than `AUTOENCODERS`.
@@ -104,14 +102,16 @@ def load_autoencoder(name_or_path: str, **kwargs: Any) -> Any:
 def check_scaling(scaling: dict[str, list[float] | None], vae: Any) -> None:
     """Raise a ValueError unless `latents_mean` and `latents_std` are both there or both None, and suit the `vae`."""
     given = {name: values for name, values in scaling.items() if values is not None}
-    if given and vae is None:
+    if not given:
+        return
+    if vae is None:
         raise ValueError(f"{sorted(given)} are those of the latents of a vae: give it, or leave them out")
-    if (given and set(map(len, given.values())) != {latent_channels(vae)}) or len(given) == 1:
+    if len(given) == 1 or set(map(len, given.values())) != {latent_channels(vae)}:
         raise ValueError(
             f"latents_mean and latents_std must have {latent_channels(vae)} numbers each, one for each channel of the "
             f"latents of the vae, got {scaling}"
         )
-    if given and min(scaling["latents_std"] or [0]) <= 0:
+    if min(given["latents_std"]) <= 0:
         raise ValueError(f"latents_std must be positive, got {scaling['latents_std']}")
 
 

@@ -109,24 +109,23 @@ def sync_tree(folder: Path) -> None:
 def checksums(folder: Path) -> dict[str, list[int]]:
     """Size in bytes and CRC-32 of all files in `folder`, by their paths relative to it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(_checksum, paths)
-    return {path.relative_to(folder).as_posix(): sums_of_file for path, sums_of_file in zip(paths, sums, strict=True)}
+        return dict(zip(names, pool.map(_checksum, paths), strict=True))
 
 
 def damage(folder: Path, expected: dict[str, list[int]]) -> list[str]:
     """What is wrong with the files of `folder`, in words, where they are not as `checksums` saw them."""
 
-    def wrong(name: str) -> str:
-        path, (size, _) = folder / name, expected[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} of {size} bytes"
-        return "" if _checksum(path) == expected[name] else f"{name} is not what was written"
-
-    with ThreadPoolExecutor() as pool:
-        return [words for words in pool.map(wrong, expected) if words]
+    found, wrong = checksums(folder), []
+    for name, sums in expected.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif found[name][0] != sums[0]:
+            wrong.append(f"{name} has {found[name][0]} of {sums[0]} bytes")
+        elif found[name] != sums:
+            wrong.append(f"{name} is not what was written")
+    return wrong
 
 
 def _checksum(path: Path) -> list[int]:

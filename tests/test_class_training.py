@@ -85,7 +85,7 @@ def test_columns_are_classes(tmp_path, feature, values, expected):
     table.to_parquet(str(tmp_path / "table" / "a.parquet"))
     source = source_of(tmp_path / "table")
     assert source.labels("kind") == expected
-    with pytest.raises(ValueError, match=r"no column is called 'label': set --label_column to one of"):
+    with pytest.raises(ValueError, match=r"no column is called 'label' or 'labels': set --label_column to one of"):
         source.labels()
     with pytest.raises(ValueError, match="--label_column 'sort' is not in the data"):
         source.labels("sort")

@@ -15,19 +15,16 @@ from .labels import LabelledImages as LabelledImages
 from .labels import Labels as Labels
 from .latents import LatentCache as LatentCache
 from .latents import TrainingLatents as TrainingLatents
-from .levels import check_levels as check_levels
-from .levels import dequantized as dequantized
 from .pixels import Resolution as Resolution
 from .pixels import as_channels as as_channels
-from .pixels import decode as decode
+from .pixels import check_levels as check_levels
+from .pixels import dequantized as dequantized
 from .pixels import fit as fit
 from .pixels import resolution_of as resolution_of
 from .pixels import scaled as scaled
 from .pixels import sides as sides
-from .seeds import AUGMENTATION as AUGMENTATION
 from .seeds import EXAMINATION as EXAMINATION
 from .seeds import LEVELS as LEVELS
-from .seeds import ORDER as ORDER
 from .seeds import SAMPLES as SAMPLES
 from .seeds import STEP as STEP
 from .seeds import generator_for as generator_for
@@ -41,5 +38,4 @@ from .stream import ImageStream as ImageStream
 from .stream import TrainingImages as TrainingImages
 from .streaming import Place as Place
 from .streaming import StreamedBatches as StreamedBatches
-from .streaming import StreamedImages as StreamedImages
 from .streaming import open_stream as open_stream

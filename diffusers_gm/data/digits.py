@@ -18,16 +18,14 @@ def split_digits(seed: int = 0) -> tuple[Tensor, Tensor]:
 
     Trainings on `digits` always use the split of seed 0, so that its held-out part gives an honest floor.
     """
-    training, held_out = _split(load_digits_images(), seed)
-    return training, held_out
+    return _split(load_digits_images(), seed)
 
 
 def split_digit_labels(seed: int = 0) -> tuple[Tensor, Tensor]:
     """What the digits of `split_digits` are, `(1437,)` and `(360,)` int64 from 0 to 9."""
     from sklearn.datasets import load_digits
 
-    training, held_out = _split(torch.from_numpy(load_digits().target).long(), seed)
-    return training, held_out
+    return _split(torch.from_numpy(load_digits().target).long(), seed)
 
 
 def _split(rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .pixels import Resolution, as_channels, fit, resolution_of, scaled
-from .seeds import EXAMINATION, generator_for
+from .seeds import EXAMINATION, order_for
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,10 @@ class Examination:
 
     Attributes:
         images: the subset `(n, channels, height, width)`, cropped at the centre; or the latents of one.
-        num_unreadable: how many more were drawn that cannot be read.
         of_latents: where `images` are latents, the resolution of the images that these stand for.
     """
 
     images: Tensor
-    num_unreadable: int
     of_latents: Resolution | None = None
 
     @property
@@ -63,10 +61,10 @@ def examine(
     Raises:
         ValueError: if the images differ in size and no resolution is given, or too many cannot be read.
     """
-    order = torch.randperm(source.num_images, generator=generator_for(seed, EXAMINATION)).tolist()[:num_images]
+    order = order_for(source.num_images, seed, EXAMINATION)[:num_images]
     if not order:
         raise ValueError("there are no training images in the data")
-    images = torch.empty(0, channels or 1, 0, 0)
+    images = torch.empty(0, channels or 1, 1, 1)
     num_read = 0
     unreadable: list[str] = []
     failure: Exception | None = None
@@ -76,33 +74,27 @@ def examine(
             failure = image
             continue
         if resolution is None:
-            _check_size(image, images)
+            _check_size(image, images[:num_read])
         fitting = scaled(fit(image, resolution or image.shape[-1]))
         num_channels = channels or max(len(fitting), images.shape[1])
         if num_read == 0 or num_channels > images.shape[1]:
             # Room for all that may come: memory that is not written to costs nothing.
             most = math.ceil(max_elements / (num_channels * fitting[0].numel()))
             room = torch.empty(max(num_read + 1, min(most, len(order))), num_channels, *fitting.shape[1:])
-            if num_read:
-                room[:num_read] = images[:num_read]
+            room[:num_read] = images[:num_read]
             images = room
         images[num_read] = as_channels(fitting, num_channels)
         num_read += 1
         if num_read == len(images):
             break
-    num_drawn = num_read + len(unreadable)
-    if not num_read or len(unreadable) > MAX_UNREADABLE * num_drawn:
-        raise ValueError(
-            f"{len(unreadable)} of {num_drawn} training images examined cannot be read, the last, {unreadable[-1]}: "
-            f"{failure}"
-        ) from failure
     if unreadable:
+        num_drawn = num_read + len(unreadable)
+        words = f"{len(unreadable)} of {num_drawn} training images examined cannot be read"
+        if len(unreadable) > MAX_UNREADABLE * num_drawn:
+            raise ValueError(f"{words}, the last, {unreadable[-1]}: {failure}") from failure
         names = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
-        logger.warning(
-            f"{len(unreadable)} of {num_drawn} training images examined cannot be read and are skipped: {names}; the "
-            f"last: {failure}"
-        )
-    return Examination(images[:num_read], len(unreadable))
+        logger.warning(f"{words} and are skipped: {names}; the last: {failure}")
+    return Examination(images[:num_read])
 
 
 def _check_size(image: Tensor, images: Tensor) -> None:
@@ -110,6 +102,6 @@ def _check_size(image: Tensor, images: Tensor) -> None:
     size = f"{image.shape[-2]}x{image.shape[-1]}"
     if image.shape[-2] != image.shape[-1]:
         raise ValueError(f"the images are not square ({size}): set --resolution, to one side or to height and width")
-    native = images.shape[-1] or image.shape[-1]
+    native = images.shape[-1] if len(images) else image.shape[-1]
     if image.shape[-1] != native:
         raise ValueError(f"the images differ in size ({native}x{native}, {size}): set --resolution")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from .folders import split_of_image
 from .seeds import CLASSES, seed_for
+from .tables import column_called
 
 # What the column of the labels is called, where nothing says so.
 USUAL_LABELS = ("label", "labels")
@@ -31,21 +32,16 @@ class Labels(NamedTuple):
         return [found[index] for index in range(len(self.names))]
 
 
-def labels_from(values: Sequence[Any], names: list[str] | None = None) -> Labels:
-    """Classes of whatever can be sorted, in its order; of indices, where there are `names`."""
-    if names is not None:
-        return Labels(names, [int(value) for value in values])
+def labels_from(values: Sequence[Any]) -> Labels:
+    """Classes of whatever can be sorted, in its order."""
     known = sorted(set(values))
     places = {value: place for place, value in enumerate(known)}
     return Labels([str(value) for value in known], [places[value] for value in values])
 
 
 def labels_of_files(paths: list[str]) -> Labels:
-    """The topmost folder of each image is its class; below `train`, where all images are there.
-
-    Raises:
-        ValueError: for an image in no folder.
-    """
+    """The topmost folder of each image is its class; below `train`, where all images are there; a ValueError for an
+    image in no folder."""
     skipped = 1 if all(split_of_image(path) for path in paths) else 0
     folders = [PurePosixPath(path).parts[skipped:-1] for path in paths]
     for path, parts in zip(paths, folders, strict=True):
@@ -55,22 +51,11 @@ def labels_of_files(paths: list[str]) -> Labels:
 
 
 def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
-    """The classes of a column of a `datasets.Dataset`: a `ClassLabel`, integers or words.
-
-    Raises:
-        ValueError: if there is no such column, it holds something else, or an image has none of the classes.
-    """
+    """The classes of a column of a `datasets.Dataset`: a `ClassLabel`, integers or words; a ValueError if there is no
+    such column, it holds something else, or an image has none of the classes."""
     import datasets
 
-    columns = list(dataset.features)
-    if label_column is None:
-        label_column = next((name for name in USUAL_LABELS if name in columns), None)
-        if label_column is None:
-            raise ValueError(
-                f"--class_conditional: no column is called 'label': set --label_column to one of {columns}"
-            )
-    elif label_column not in columns:
-        raise ValueError(f"--label_column {label_column!r} is not in the data: use one of {columns}")
+    label_column = column_called("--label_column", label_column, USUAL_LABELS, list(dataset.features))
     feature, values = dataset.features[label_column], list(dataset[label_column])
     missing = [row for row, value in enumerate(values) if value is None or value == -1]
     if missing:
@@ -82,7 +67,7 @@ def labels_of_table(dataset: Any, label_column: str | None) -> Labels:
                 f"--label_column {label_column!r}: row {wrong} is of class {values[wrong]}, and there are "
                 f"{feature.num_classes}, from 0 on"
             )
-        return labels_from(values, list(feature.names))
+        return Labels(list(feature.names), values)
     if not all(isinstance(value, int | str) for value in values):
         raise ValueError(f"--label_column {label_column!r} holds {feature}, not classes")
     return labels_from(values)
@@ -106,17 +91,9 @@ class LabelledImages(Dataset):
     dropout: float
     seed: int
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
-
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
         """A batch, read in one go."""
-        several = getattr(self.images, "__getitems__", None)
-        images = several(keys) if several else [self.images[key] for key in keys]
-        return [(image, self._label(key)) for image, key in zip(images, keys, strict=True)]
+        return [(image, self._label(key)) for image, key in zip(self.images.__getitems__(keys), keys, strict=True)]
 
     def _label(self, key: tuple[int, int]) -> int:
         if self.dropout and seed_for(self.seed, CLASSES, *key) / 2**63 < self.dropout:

@@ -9,17 +9,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
+from ..processes.random import Generators, rand
+
 Colour = tuple[int, int, int]
 # Side of a square, or height and width.
 Resolution = int | Sequence[int]
 
 
-def colour(background: str | Sequence[int]) -> Colour:
-    """A colour by any name that PIL knows (`white`, `#808080`, `rgb(0, 0, 0)`), or as three numbers from 0 to 255.
+def colour(background: str | Sequence[int] | None) -> Colour:
+    """A colour by any name that PIL knows (`white`, `#808080`, `rgb(0, 0, 0)`), or as three numbers from 0 to 255;
+    None: white.
 
     Raises:
         ValueError: for anything else.
     """
+    background = background or "white"
     try:
         rgb = tuple(ImageColor.getrgb(background)[:3] if isinstance(background, str) else map(int, background))
     except ValueError as error:
@@ -69,11 +73,7 @@ class PixelRange:
     words: str
 
     def scale(self, pixels: np.ndarray) -> Tensor:
-        """`(H, W)` float32 in [-1, 1].
-
-        Raises:
-            ValueError: if a pixel is out of the range.
-        """
+        """`(H, W)` float32 in [-1, 1]; a ValueError if a pixel is out of the range."""
         low, high = float(pixels.min()), float(pixels.max())
         if not self.black <= low <= high <= self.white:
             raise ValueError(
@@ -84,23 +84,17 @@ class PixelRange:
         return torch.from_numpy((unit * 2 - 1).astype(np.float32))
 
 
+FLOATS = [PixelRange(*ends, f"[{ends[0]}, {ends[1]}]") for ends in ((0, 1), (-1, 1), (0, 255), (0, 65535))]
+INTEGERS = [PixelRange(0, 2**bits - 1, f"{bits} bits") for bits in (8, 10, 12, 14, 16, 24, 31)]
 KINDS = {"uint16": "16-bit", "int32": "32-bit integer", "float32": "floating-point"}
 
 
 def range_of(kind: str, low: float, high: float) -> PixelRange:
-    """The range of a set of images of a kind whose smallest and largest pixels are these.
-
-    Raises:
-        ValueError: if there is none that can be meant.
-    """
-    if kind != "float32":
-        bits = next((bits for bits in (8, 10, 12, 14, 16, 24, 31) if low >= 0 and high < 2**bits), None)
-        if bits is not None:
-            return PixelRange(0, 2**bits - 1, f"{bits} bits")
-    else:
-        for black, white in ((0, 1), (-1, 1), (0, 255), (0, 65535)):
-            if black <= low and high <= white:
-                return PixelRange(black, white, f"[{black}, {white}]")
+    """The range of a set of images of a kind whose smallest and largest pixels are these; a ValueError if there is none
+    that can be meant."""
+    for known in FLOATS if kind == "float32" else INTEGERS:
+        if known.black <= low and high <= known.white:
+            return known
     raise ValueError(
         f"{KINDS[kind]} images with pixels from {low:g} to {high:g}: which of them are black and white cannot be told; "
         "give whole numbers from 0, or floating-point numbers in [0, 1], [-1, 1] or [0, 255]"
@@ -108,11 +102,8 @@ def range_of(kind: str, low: float, high: float) -> PixelRange:
 
 
 def as_tensor(pixels: np.ndarray, ranges: Mapping[str, PixelRange]) -> Tensor:
-    """What `decode` returns as `(1 or 3, H, W)`: uint8 as it is, all else float32 in [-1, 1].
-
-    Raises:
-        ValueError: if nothing says what the range is, or it is another.
-    """
+    """What `decode` returns as `(1 or 3, H, W)`: uint8 as it is, all else float32 in [-1, 1]; a ValueError if nothing
+    says what the range is, or it is another."""
     if pixels.dtype == np.uint8:
         tensor = torch.from_numpy(pixels)
         return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1)
@@ -165,3 +156,27 @@ def fit(image: Tensor, resolution: Resolution, crop: Sequence[float] = (0.5, 0.5
         image = F.interpolate(scaled(image)[None], size, mode="bilinear", antialias=True)[0]
     top, left = (round(c * n) for c, n in zip(crop, (image.shape[-2] - height, image.shape[-1] - width), strict=True))
     return image[:, top : top + height, left : left + width]
+
+
+# --- Levels ---
+
+
+def dequantized(images: Tensor, num_levels: int, generator: Generators = None) -> Tensor:
+    """Images of `num_levels` equal levels from -1 to 1 with uniform noise of the width of a level; same shape.
+
+    The noise is in `[-w/2, w/2)` with `w = 2 / (num_levels - 1)`: rounding to the nearest level takes it away again.
+    """
+    uniform = rand(images.shape, generator, images.device, images.dtype)
+    return images + (uniform - 0.5) * 2 / (num_levels - 1)
+
+
+def check_levels(images: Tensor, num_levels: int) -> None:
+    """Raise a ValueError unless every value of the images is one of `num_levels` equal levels from -1 to 1."""
+    number = (images.double() + 1) * (num_levels - 1) / 2
+    away = (number - number.round().clamp(0, num_levels - 1)).abs()
+    if not (away < 1e-3).all():
+        raise ValueError(
+            f"the images hold {float(images.flatten()[away.argmax()]):.4g}, which is none of {num_levels} equal levels "
+            "from -1 to 1: give the number of levels of the data (256 for 8 bits, 17 for the digits), and no images "
+            "that were resized"
+        )

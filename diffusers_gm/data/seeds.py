@@ -15,3 +15,8 @@ def seed_for(*key: int) -> int:
 def generator_for(*key: int) -> torch.Generator:
     """A CPU generator seeded with `seed_for(*key)`."""
     return torch.Generator().manual_seed(seed_for(*key))
+
+
+def order_for(n: int, *key: int) -> list[int]:
+    """The numbers from 0 to n - 1 in an order that follows from `seed_for(*key)`."""
+    return torch.randperm(n, generator=generator_for(*key)).tolist()

@@ -1,5 +1,6 @@
 """Where images are read from: tensors, files of a folder, tables."""
 
+import glob
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -8,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from .digits import split_digit_labels, split_digits
 from .folders import list_folder, split_of_image, split_of_table, training_part
 from .labels import Labels, labels_from, labels_of_files, labels_of_table
 from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, range_of, scaled
-from .seeds import SAMPLES, generator_for
-from .tables import holds_images, images_of, load_hub, load_parquet
+from .seeds import SAMPLES, order_for
+from .tables import holds_images, images_of, load_table
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def labels(self, label_column: str | None = None) -> Labels:
-        """The classes of all images; of tables by a column.
-
-        Raises:
-            ValueError: if they have none.
-        """
+        """The classes of all images; of tables by a column; a ValueError if they have none."""
 
     def read(self, index: int) -> Tensor:
         """One image, `(1 or 3, H, W)` float32 in [-1, 1]; raises what the decoder raises."""
@@ -95,10 +91,7 @@ class EncodedImages(ImageSource):
     """Images as PIL opens them.
 
     What the pixels mean where the mode does not say so, is told by the first look at the set: the same for all images
-    and, as it depends on the data alone, for every run. It is logged.
-
-    Raises:
-        ValueError: if there is no such meaning.
+    and, as it depends on the data alone, for every run. It is logged; a ValueError if there is no such meaning.
     """
 
     def __init__(self, num_images: int, background: Colour):
@@ -106,18 +99,17 @@ class EncodedImages(ImageSource):
         self.background = background
         self.ranges: dict[str, PixelRange] = {}
         extremes: dict[str, tuple[float, float]] = {}
-        examined = range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1)
-        for start in range(0, len(examined), 100):
-            for row in self._rows(list(examined[start : start + 100])):
-                try:
-                    with self._open(row) as image:
-                        if image.mode[0] not in "IF":
-                            continue
-                        pixels = decode(image, background)
-                except Exception:  # counted where images are read
-                    continue
-                low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
-                extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        for index in range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1):
+            (row,) = self._rows([index])
+            try:
+                with self._open(row) as image:
+                    if image.mode[0] not in "IF":
+                        continue
+                    pixels = decode(image, background)
+            except Exception:  # counted where images are read
+                continue
+            low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
+            extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
         for kind, (low, high) in extremes.items():
             self.ranges[kind] = range_of(kind, low, high)
             logger.warning(
@@ -133,9 +125,10 @@ class EncodedImages(ImageSource):
     def _open(self, row: Any) -> Image.Image: ...
 
     def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
-        return [self._decode(row) for row in self._rows(list(indices))]
+        return [self.decoded(row) for row in self._rows(list(indices))]
 
-    def _decode(self, row: Any) -> Tensor | Exception:
+    def decoded(self, row: Any) -> Tensor | Exception:
+        """The image of one of the `_rows`."""
         try:
             with self._open(row) as image:
                 return as_tensor(decode(image, self.background), self.ranges)
@@ -154,7 +147,7 @@ class FolderImages(EncodedImages):
         super().__init__(len(paths), background)
 
     def _rows(self, indices: list[int]) -> list[str]:
-        return [f"{self.folder}/{self.paths[index]}" for index in indices]
+        return [self.name(index) for index in indices]
 
     def _open(self, row: str) -> Image.Image:
         return Image.open(row)
@@ -219,8 +212,7 @@ class Subset(ImageSource):
 
 def subset(source: ImageSource, num_images: int, seed: int) -> ImageSource:
     """`num_images` images of `source` (all, if it has fewer), chosen at random by `seed`."""
-    order = torch.randperm(source.num_images, generator=generator_for(seed, SAMPLES))
-    return Subset(source, order.tolist()[:num_images])
+    return Subset(source, order_for(source.num_images, seed, SAMPLES)[:num_images])
 
 
 # --- By name ---
@@ -242,20 +234,20 @@ def open_source(
     folder, option = train_data_dir, "--train_data_dir"
     if folder is None and dataset_name == "digits":
         return TensorImages(split_digits()[0], split_digit_labels()[0])
-    if folder is None and dataset_config_name is None and _holds_image_files(dataset_name):
+    # A downloaded set of image files; others are left to `datasets`, which reads more kinds.
+    if folder is None and dataset_config_name is None and dataset_name and list_folder(Path(dataset_name)).images:
         folder, option = dataset_name, "--dataset_name"
     if folder is not None:
         try:
             return open_folder(Path(folder), image_column, cache_dir, background)
         except ValueError as error:
             raise ValueError(f"{option} {folder!r}: {error}") from error
-    dataset = load_hub(dataset_name, dataset_config_name, cache_dir)
-    return TableImages(dataset, image_column, colour(background or "white"), str(dataset_name))
-
-
-def _holds_image_files(dataset_name: str | None) -> bool:
-    """Whether this is a downloaded set of image files; others are left to `datasets`, which reads more kinds."""
-    return dataset_name is not None and Path(dataset_name).is_dir() and bool(list_folder(Path(dataset_name)).images)
+    failing = (
+        f"--dataset_name {dataset_name!r} has no training images that can be loaded; give 'digits', a data set of the "
+        "Hub, or --train_data_dir for a folder of images or parquet files"
+    )
+    dataset = load_table(failing, dataset_name, dataset_config_name, cache_dir=cache_dir)
+    return TableImages(dataset, image_column, colour(background), str(dataset_name))
 
 
 def open_folder(
@@ -270,7 +262,6 @@ def open_folder(
     others are left out. Whatever is left out is counted and logged.
 
     Args:
-        folder: the folder.
         image_column: of parquet files; None: 'image' or 'img'.
         cache_dir: where `datasets` keeps what it makes of parquet files.
         background: what is seen through transparent pixels, a name or three numbers; None: white.
@@ -278,7 +269,7 @@ def open_folder(
     Raises:
         ValueError: if it is no folder, holds no images, or both kinds, or parquet files without such a column.
     """
-    rgb = colour(background or "white")
+    rgb = colour(background)
     if not folder.is_dir():
         raise ValueError("this is not a folder")
     listing = list_folder(folder)
@@ -300,11 +291,9 @@ def open_folder(
         )
     if listing.images and image_column not in (None, "image"):
         raise ValueError(f"--image_column {image_column!r} is not in the data: the files of a folder have no columns")
-
-    if listing.images:
-        chosen = training_part(listing.images, split_of_image, left_out)
-    else:
-        chosen = training_part(tables or listing.tables, split_of_table, left_out)
+    chosen = training_part(
+        listing.images or tables or listing.tables, split_of_image if listing.images else split_of_table, left_out
+    )
     found = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
     if not chosen:
         raise ValueError(f"it holds no images, but {found or 'nothing at all'}")
@@ -312,5 +301,6 @@ def open_folder(
         logger.warning(f"{folder}: {len(chosen)} files are used, not used are {found}")
     if listing.images:
         return FolderImages(folder, chosen, rgb)
-    dataset = load_parquet([folder / path for path in chosen], cache_dir)
+    files = [glob.escape(str((folder / path).absolute())) for path in chosen]
+    dataset = load_table("its parquet files cannot be read", "parquet", data_files=files, cache_dir=cache_dir)
     return TableImages(dataset, image_column, rgb, str(folder))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .examination import MAX_UNREADABLE
 from .pixels import Resolution, as_channels, fit, scaled
-from .seeds import AUGMENTATION, ORDER, generator_for
+from .seeds import AUGMENTATION, ORDER, generator_for, order_for
 from .sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,7 @@ class ImageStream(Sampler[list[tuple[int, int]]]):
             for p in range(position, position + self.batch_size):
                 if p // self.num_images != epoch:
                     epoch = p // self.num_images
-                    generator = generator_for(self.seed, ORDER, epoch)
-                    order = torch.randperm(self.num_images, generator=generator).tolist()
+                    order = order_for(self.num_images, self.seed, ORDER, epoch)
                 batch.append((epoch, order[p % self.num_images]))
             yield batch
             position += self.stride
@@ -95,22 +95,22 @@ class TrainingImages(Dataset):
         return image.flip(-1) if self.random_flip and flip < 0.5 else image
 
     def _read(self, indices: list[int]) -> list[Tensor]:
-        indices = [self.shown_for(index) for index in indices]
-        return [
-            self._replacement(index, image) if isinstance(image, Exception) else image
-            for index, image in zip(indices, self.source.fetch(indices), strict=True)
-        ]
-
-    def _replacement(self, index: int, failure: Exception) -> Tensor:
-        """The first image after this one that can be read."""
         while True:
-            if index not in self.unreadable:  # as it is where a batch holds it twice
-                self._give_up(index, failure)
-            index = self.shown_for(index)
-            (image,) = self.source.fetch([index])
-            if not isinstance(image, Exception):
-                return image
-            failure = image
+            shown = [self.shown_for(index) for index in indices]
+            images: list[Any] = self.source.fetch(shown)
+            failures = {
+                index: image for index, image in zip(shown, images, strict=True) if isinstance(image, Exception)
+            }
+            if not failures:
+                return images
+            for index, failure in failures.items():
+                self.unreadable.add(index)  # from now on the next one takes its place
+                skipped = len(self.unreadable)
+                logger.warning(
+                    f"training image {self.source.name(index)} cannot be read, {skipped} skipped so far: {failure}"
+                )
+                if skipped > MAX_UNREADABLE * len(self):
+                    raise ValueError(f"{skipped} of {len(self)} training images cannot be read") from failure
 
     def shown_for(self, index: int) -> int:
         """The first image from this one on that is not known to be unreadable: what is shown in its place."""
@@ -119,12 +119,3 @@ class TrainingImages(Dataset):
             if candidate not in self.unreadable:
                 return candidate
         raise ValueError(f"none of the {len(self)} training images can be read")
-
-    def _give_up(self, index: int, failure: Exception) -> None:
-        """From now on the next image takes the place of this one."""
-        self.unreadable.add(index)
-        logger.warning(
-            f"training image {self.source.name(index)} cannot be read, {len(self.unreadable)} skipped so far: {failure}"
-        )
-        if len(self.unreadable) > MAX_UNREADABLE * len(self):
-            raise ValueError(f"{len(self.unreadable)} of {len(self)} training images cannot be read") from failure

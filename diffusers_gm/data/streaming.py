@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .examination import MAX_UNREADABLE
 from .folders import list_folder
 from .pixels import Colour, colour, scaled
-from .seeds import ORDER, generator_for, seed_for
+from .seeds import ORDER, order_for, seed_for
 from .sources import EncodedImages, TableImages
 from .stream import TrainingImages
-from .tables import images_of
+from .tables import images_of, load_table
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,6 @@ class StreamedImages(TableImages):
     def _rows(self, indices: list[int]) -> list[Any]:
         return [self._first[index] for index in indices]
 
-    def decode(self, row: Any) -> Tensor | Exception:
-        """The image of a row, as `fetch`."""
-        return self._decode(row[self.image_column])
-
 
 def open_stream(
     dataset_name: str | None = None,
@@ -63,13 +59,8 @@ def open_stream(
     image_column: str | None = None,
     background: str | None = None,
 ) -> StreamedImages:
-    """Open a stream, of the Hub or of a folder of parquet files or of tar files as of webdataset.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    import datasets
-
+    """Open a stream, of the Hub or of a folder of parquet files or of tar files as of webdataset; a ValueError if there
+    is none."""
     option, name = ("--dataset_name", dataset_name) if train_data_dir is None else ("--train_data_dir", train_data_dir)
     folder = Path(str(name))
     if folder.is_dir():
@@ -87,11 +78,8 @@ def open_stream(
         )
     else:
         given = {"path": name, "name": dataset_config_name}
-    try:
-        dataset = datasets.load_dataset(**given, split="train", streaming=True)
-    except Exception as error:  # as above
-        raise ValueError(f"{option} {str(name)!r} cannot be streamed: {error}") from error
-    return StreamedImages(dataset, image_column, colour(background or "white"), str(name))
+    dataset = load_table(f"{option} {str(name)!r} cannot be streamed", **given, streaming=True)
+    return StreamedImages(dataset, image_column, colour(background), str(name))
 
 
 @dataclass(frozen=True)
@@ -165,7 +153,7 @@ class StreamedBatches(IterableDataset):
 
     def _images(self, part: int, place: Place) -> Iterator[tuple[Tensor, Place]]:
         """The images of a part for ever, from a place on, each with the place after it."""
-        seed, seen, unreadable = self.images.seed, 0, 0
+        seen = unreadable = 0
         while True:
             dataset = self._epoch(place.epoch)
             if place.state is not None:
@@ -174,15 +162,16 @@ class StreamedBatches(IterableDataset):
                 dataset.load_state_dict(place.state)
             rows = self._rows(dataset, place)
             while block := list(islice(rows, self.shuffle_buffer_size)):
-                order = torch.randperm(
-                    len(block), generator=generator_for(seed, ORDER, place.epoch, part, place.rows)
-                ).tolist()
+                order = order_for(len(block), self.images.seed, ORDER, place.epoch, part, place.rows)
                 for taken in range(place.taken, len(block)):
-                    image = self.source.decode(block[order[taken]])
+                    image = self.source.decoded(block[order[taken]][self.source.image_column])
                     seen += 1
                     if isinstance(image, Exception):
                         unreadable += 1
-                        self._skipped(image, unreadable, seen)
+                        words = f"{unreadable} of {seen} images of the stream cannot be read"
+                        logger.warning(f"{words} and are skipped, this one last: {image}")
+                        if seen >= FEWEST_READ and unreadable > MAX_UNREADABLE * seen:
+                            raise ValueError(words) from image
                         continue
                     key = place.epoch, part, place.rows + order[taken]
                     yield self.images.augmented(image, key), replace(place, taken=taken + 1)
@@ -208,11 +197,6 @@ class StreamedBatches(IterableDataset):
                 f"the stream of {self.source.dataset_name} broke off after {place.rows} rows or more: {error}; "
                 "--resume_from_checkpoint latest goes on"
             ) from error
-
-    def _skipped(self, failure: Exception, unreadable: int, seen: int) -> None:
-        logger.warning(f"an image of the stream cannot be read, {unreadable} of {seen} skipped so far: {failure}")
-        if seen >= FEWEST_READ and unreadable > MAX_UNREADABLE * seen:
-            raise ValueError(f"{unreadable} of {seen} images of the stream cannot be read") from failure
 
     def _check_length(self, place: Place) -> None:
         """Raise a ValueError at the end of an epoch that was too short; parts may be of unequal lengths."""

@@ -1,6 +1,6 @@
 """Tables of images: parquet files and data sets of the Hub, through `datasets`."""
 
-import glob
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,8 @@ SUFFIXES = ("png", "jpg", "jpeg", "webp")
 
 
 def holds_images(path: Path, image_column: str | None = None) -> bool:
-    """Whether a parquet file has a column of images.
-
-    That is one of the structure in which `datasets` keeps them, or one of bytes called `image_column`, or as usual.
-
-    Raises:
-        ValueError: if the file cannot be read.
-    """
+    """Whether a parquet file has a column of images: one of the structure in which `datasets` keeps them, or one of
+    bytes called `image_column`, or as usual; a ValueError if the file cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -35,62 +30,42 @@ def holds_images(path: Path, image_column: str | None = None) -> bool:
     return any(map(is_images, schema))
 
 
-def load_parquet(paths: list[Path], cache_dir: str | None) -> Any:
-    """The rows of parquet files, one file after another.
-
-    Raises:
-        ValueError: if they cannot be read.
-    """
+def load_table(failing: str, *args: Any, **options: Any) -> Any:
+    """The training split, as `datasets.load_dataset` loads it; a ValueError that begins with `failing` if it cannot."""
     import datasets
 
-    files = [glob.escape(str(path.absolute())) for path in paths]
     try:
-        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir, split="train")
+        return datasets.load_dataset(*args, split="train", **options)
     except Exception as error:  # every loader and file system has its own
-        raise ValueError(f"its parquet files cannot be read: {error}") from error
-
-
-def load_hub(name: str | None, config_name: str | None, cache_dir: str | None) -> Any:
-    """The training split of a data set of the Hub.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, config_name, cache_dir=cache_dir, split="train")
-    except Exception as error:  # as above
-        raise ValueError(
-            f"--dataset_name {name!r} has no training images that can be loaded; give 'digits', a data set of the Hub, "
-            f"or --train_data_dir for a folder of images or parquet files: {error}"
-        ) from error
+        raise ValueError(f"{failing}: {error}") from error
 
 
 def images_of(dataset: Any, image_column: str | None) -> tuple[Any, str]:
-    """The column of images alone, not decoded, and its name.
-
-    Raises:
-        ValueError: if there is no such column, or none of images.
-    """
+    """The column of images alone, not decoded, and its name; a ValueError if there is no such column, or none of
+    images."""
     import datasets
 
     columns = list(dataset.features or next(iter(dataset), {}))  # a stream may not know before it is read
-    if image_column is None:
-        image_column = next((name for name in USUAL_COLUMNS + SUFFIXES if name in columns), None)
-        if image_column is None:
-            raise ValueError(f"no column is called 'image' or 'img': set --image_column to one of {columns}")
-    elif image_column not in columns:
-        raise ValueError(f"--image_column {image_column!r} is not in the data: use one of {columns}")
+    image_column = column_called("--image_column", image_column, USUAL_COLUMNS + SUFFIXES, columns)
     try:
         kind: Any = (dataset.features or {}).get(image_column)
         if isinstance(kind, datasets.Value) and kind.dtype.removeprefix("large_") not in ("binary", "string"):
             raise ValueError  # which a stream would only find when it is read
         # Not decoded, so that one unreadable image does not end the training.
-        return dataset.select_columns([image_column]).cast_column(
-            image_column, datasets.Image(decode=False)
-        ), image_column
+        images = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        return images, image_column
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"--image_column {image_column!r} holds {dataset.features[image_column]}, not images"
         ) from error
+
+
+def column_called(option: str, name: str | None, usual: Sequence[str], columns: list[str]) -> str:
+    """The column that an option names, or else one of the usual names; a ValueError if there is none."""
+    if name is None:
+        name = next((name for name in usual if name in columns), None)
+        if name is None:
+            raise ValueError(f"no column is called {' or '.join(map(repr, usual))}: set {option} to one of {columns}")
+    elif name not in columns:
+        raise ValueError(f"{option} {name!r} is not in the data: use one of {columns}")
+    return name

@@ -71,7 +71,7 @@ class Subject:
         among = {}
         if self.classes is not None:
             names = self.pipeline.class_names
-            among = {"among": class_indices(self.classes, self.pipeline.num_classes, names).tolist()}
+            among = {"among": class_indices(self.classes, self.pipeline.num_classes, names)}
         return {
             f"{name}{suffix}": (scheduler, among | arguments)
             for name, scheduler in self.schedulers.items()
@@ -110,8 +110,8 @@ def _classes(words: Sequence[str], pipeline: Any) -> list[str | int]:
     if num_classes is None:
         raise ValueError(f"--class_labels {' '.join(words)}: this model has no classes")
     given = [int(word) if word.isdecimal() and word not in (names or []) else word for word in words]
-    indices = class_indices(given, num_classes, names).tolist()
-    return [names[index] for index in indices] if names else indices
+    indices = class_indices(given, num_classes, names)
+    return [names[index] if names else index for index in indices]
 
 
 def _guidance(args: argparse.Namespace, pipeline: Any) -> dict[str, dict[str, Any]]:

@@ -14,17 +14,14 @@ from .inpainting import noised
 
 
 def ours(scheduler: Any) -> Any:
-    """A scheduler of this package that reads the network as `scheduler` does; it itself, if it is one.
-
-    Raises:
-        ValueError: for a scheduler that cannot be swapped.
-    """
+    """A scheduler of this package that reads the network as `scheduler` does; it itself, if it is one; a ValueError for
+    a scheduler that cannot be swapped."""
     return scheduler if hasattr(scheduler, "reading") else CalibratedMultistepScheduler.from_config(scheduler.config)
 
 
-def noise_level(scheduler: Any, timestep: Tensor) -> float:
-    """sigma of `y = x0 + sigma noise` at a timestep, by a scheduler of this package."""
-    return float(scheduler.reading.sigma(timestep.cpu().double()))
+def is_within(interval: tuple[float, float], scheduler: Any, timestep: Tensor) -> bool:
+    """Whether sigma of `y = x0 + sigma noise` at a timestep is in the interval, by a scheduler of this package."""
+    return interval[0] <= float(scheduler.reading.sigma(timestep.cpu().double())) <= interval[1]
 
 
 def encode(
@@ -71,14 +68,11 @@ def slerp(start: Tensor, end: Tensor, num_images: int) -> Tensor:
     of one end to that of the other.
 
     Args:
-        start, end: latents of one image, `(C, H, W)` or `(1, C, H, W)`.
-        num_images: at least 2.
+        start, end: latents of one image, `(C, H, W)` or `(1, C, H, W)`; a ValueError for other shapes.
+        num_images: at least 2, or it is a ValueError.
 
     Returns:
         `(num_images, C, H, W)`, for `latents` of a pipeline with a deterministic sampler.
-
-    Raises:
-        ValueError: for other shapes, or fewer images.
     """
     one, other = (latents.squeeze(0) if latents.ndim == 4 else latents for latents in (start, end))
     if one.ndim != 3 or one.shape != other.shape:

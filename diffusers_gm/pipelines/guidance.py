@@ -32,24 +32,13 @@ class Guidance:
         labels: classes, `(B,)` int64; None: the network knows of none.
         null: the class that stands for none.
         scale: 1 is the network as it is, 0 is without classes.
-        interval: the noise levels, both ends included, in which there is guidance; None: everywhere.
-        level: the noise level of a timestep.
+        acts_at: whether there is guidance at a timestep; None: everywhere.
     """
 
     labels: Tensor | None = None
     null: int = 0
     scale: float = 1.0
-    interval: tuple[float, float] | None = None
-    level: Callable[[Tensor], float] | None = None
-
-    def acts_at(self, timestep: Tensor) -> bool:
-        """Whether the network is asked twice at a timestep."""
-        if self.labels is None or self.scale == 1:
-            return False
-        if self.interval is None:
-            return True
-        assert self.level is not None
-        return self.interval[0] <= self.level(timestep) <= self.interval[1]
+    acts_at: Callable[[Tensor], bool] | None = None
 
     def copied(self, times: int) -> "Guidance":
         """The same for so many copies of the batch, one after the other."""
@@ -57,9 +46,8 @@ class Guidance:
 
     def output(self, network: Network, model_input: Tensor, timestep: Tensor) -> Tensor:
         """The network's output `(B, ...)`; where guidance acts, in one call of twice the batch."""
-        if not self.acts_at(timestep):
+        if self.labels is None or self.scale == 1 or not (self.acts_at is None or self.acts_at(timestep)):
             return network(model_input, timestep, self.labels)
-        assert self.labels is not None
         labels = torch.cat([torch.full_like(self.labels, self.null), self.labels])
         without, of_class = network(torch.cat([model_input] * 2), timestep, labels).chunk(2)
         return without + self.scale * (of_class - without)

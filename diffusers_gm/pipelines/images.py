@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
@@ -23,7 +24,6 @@ class ImagePipeline(HubPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]  # noqa: RUF012 - as diffusers has it
-    default_num_inference_steps = 50
     unet: Any
     scheduler: Any
     vae: Any
@@ -43,7 +43,7 @@ class ImagePipeline(HubPipeline):
         scaling = {"latents_mean": by_index(latents_mean), "latents_std": by_index(latents_std)}
         check_scaling(scaling, vae)
         names, shares = by_index(class_names), by_index(class_shares)
-        check_classes(names, shares, self._num_class_embeds)
+        check_classes(names, shares, num_class_embeds(self.unet))
         for argument, values in {"class_names": names, "class_shares": shares, **scaling}.items():
             if values is not None:  # a mapping, as lists in model_index.json are components
                 self.register_to_config(**{argument: {str(i): value for i, value in enumerate(values)}})
@@ -65,17 +65,12 @@ class ImagePipeline(HubPipeline):
     @property
     def num_classes(self) -> int | None:
         """Classes to choose from; None for a network without."""
-        embeds = self._num_class_embeds
-        return embeds if embeds is None or self.null_class is None else embeds - 1
-
-    @property
-    def _num_class_embeds(self) -> int | None:
-        return num_class_embeds(self.unet)
+        return num_class_embeds(self.unet) if self.null_class is None else self.null_class
 
     @property
     def null_class(self) -> int | None:
         """The class that stands for none: the last one, unless all have names; None where there is none."""
-        embeds, names = self._num_class_embeds, self.class_names
+        embeds, names = num_class_embeds(self.unet), self.class_names
         return None if embeds is None or (names is not None and len(names) == embeds) else embeds - 1
 
     def labels_in_turn(self, num_images: int) -> list[int] | None:
@@ -99,18 +94,15 @@ class ImagePipeline(HubPipeline):
         return self.null_class if self._classes_are_known else None
 
     def draw_labels(
-        self, num_images: int, generator: Generators = None, among: Sequence[int] | None = None
+        self, num_images: int, generator: Generators = None, among: Sequence[int] | None = None, evenly: bool = False
     ) -> list[int] | None:
-        """A class for each image, of all or of those `among`, in the proportions of the training data; None, and
-        nothing drawn, for a network without. What a call does that is given no `class_labels`."""
-        if not (self._needs_labels or among):
-            return None
-        return self._labels_at(rand((num_images,), generator, "cpu", torch.float32), among)
-
-    def _labels_at(self, quantiles: Tensor, among: Sequence[int] | None = None) -> list[int] | None:
-        """The classes at quantiles of their law in the training data, `(n,)` in [0, 1)."""
+        """A class for each image, of all or of those `among`, in the proportions of the training data, by chance
+        or `evenly`; None, and nothing drawn, for a network without. What a call does that is given no `class_labels`.
+        """
         if self.num_classes is None or not (self._needs_labels or among):
             return None
+        even = (torch.arange(num_images) + 0.5) / num_images
+        quantiles = even if evenly else rand((num_images,), generator, "cpu", torch.float32)
         classes = torch.tensor(sorted(set(among or range(self.num_classes))))
         shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)[classes]
         return classes[torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True)].tolist()
@@ -118,11 +110,12 @@ class ImagePipeline(HubPipeline):
     # --- Shapes ---
 
     def _image_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """`(C, H, W)` of the sample; its own size unless told that of the images."""
+        """`(C, H, W)` of the sample, of CLD `cat([x, v], 1)`; its own size unless told that of the images."""
         channels_in, channels_out = channels_of(self.unet)
         if (self.scheduler.config.get("variance_type") or "").startswith("learned") and channels_out == 2 * channels_in:
             channels_out = channels_in
-        expected = 2 * channels_out if self._sees_velocity else channels_out
+        sees_velocity = isinstance(getattr(self.scheduler, "reading", None), VelocityReading)
+        expected = 2 * channels_out if sees_velocity else channels_out
         if channels_in != expected:
             raise ValueError(
                 f"the scheduler's prediction_type {self.scheduler.config.get('prediction_type')!r} asks for a "
@@ -163,18 +156,13 @@ class ImagePipeline(HubPipeline):
         they are small, and unless told of all classes, in the proportions of the training data."""
         channels, height, width = self._image_shape(given.get("height"), given.get("width"))
         most = given.get("batch_size") or images_at_once(64, channels, height, width)
-        labels = given.get("class_labels", self._labels_at((torch.arange(most) + 0.5) / most))
+        labels = given.get("class_labels", self.draw_labels(most, evenly=True))
         if labels is None:
             return {"batch_size": most}
         if "batch_size" not in given and (several := self._batch_size(None, labels, None)) > 1:
             labels = list(labels) * max(1, most // several)
             most = len(labels)
         return {"batch_size": most, "class_labels": labels}
-
-    @property
-    def _sees_velocity(self) -> bool:
-        """Whether the network was trained on CLD: the sample is `cat([x, v], 1)`, and the image is x."""
-        return isinstance(getattr(self.scheduler, "reading", None), VelocityReading)
 
     def _image(self, sample: Tensor) -> Tensor:
         """The image in the last sample, `(B, C, H, W)`."""
@@ -199,17 +187,11 @@ class ImagePipeline(HubPipeline):
 
     def _finished(self, image: Tensor, output_type: str) -> Any:
         """Images in [-1, 1], or latents of some, as the user wants them; the end of a call."""
-        if output_type == "latent":
-            self.maybe_free_model_hooks()
-            return image
         space = self.latent_space
-        images: Any = ((image if space is None else space.decode(image)) / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
+        if output_type != "latent" and space is not None:
+            image = space.decode(image)
         self.maybe_free_model_hooks()
-        return images
+        return VaeImageProcessor().postprocess(image, output_type)
 
     # --- What may be asked of it ---
 
@@ -251,7 +233,7 @@ class ImagePipeline(HubPipeline):
     ) -> Guidance:
         """What the arguments ask of the network; a ValueError for what it does not have. Labels that are not given are
         those of `draw`, when all else was checked."""
-        embeds, null = self._num_class_embeds, self.null_class
+        embeds, null = num_class_embeds(self.unet), self.null_class
         if self.unet.config.get("class_embed_type") is not None:
             raise ValueError(
                 f"the network's class_embed_type {self.unet.config['class_embed_type']!r} takes no indices of classes: "
@@ -272,8 +254,8 @@ class ImagePipeline(HubPipeline):
                 f"this network is class-conditional: give class_labels, of {self.num_classes} classes{some}"
             )
         labels = class_indices(class_labels, embeds, self.class_names)
-        if labels.ndim > 1 or (labels.ndim == 1 and len(labels) not in (1, batch_size)):
-            raise ValueError(f"class_labels must be one or {batch_size}, one for each image; got {tuple(labels.shape)}")
-        labels = labels.expand(batch_size).to(self._execution_device)
-        level = None if interval is None else partial(encoding.noise_level, encoding.ours(self.scheduler))
-        return Guidance(labels, null or 0, scale, interval, level)
+        if len(labels) not in (1, batch_size):
+            raise ValueError(f"class_labels must be one or {batch_size}, one for each image; got {len(labels)}")
+        acts_at = None if interval is None else partial(encoding.is_within, interval, encoding.ours(self.scheduler))
+        indices = torch.tensor(labels, device=self._execution_device).expand(batch_size)
+        return Guidance(indices, null or 0, scale, acts_at)

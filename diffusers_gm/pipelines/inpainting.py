@@ -31,20 +31,19 @@ class Picture:
     strength: float = 1.0
     num_resamples: int = 0
 
-    def strengths(self) -> list[float]:
-        """Of the run and of those that repeat its end."""
+    def begins(self, num_steps: int) -> list[int]:
+        """The steps that the run begins with, and those that repeat its end; a ValueError if one of them would make no
+        network call."""
         n = self.num_resamples + 1
-        return [self.strength * (1 - k / n) for k in range(n)]
-
-    def check(self, num_steps: int) -> None:
-        """Raise a ValueError if one of the runs would make no network call."""
-        least = min(self.strengths())
-        if num_steps_of(least, num_steps) < 1:
+        # As diffusers counts; but `.3 * 10` are 3.
+        made = [int(num_steps * (self.strength * (1 - k / n)) + 1e-9) for k in range(n)]
+        if made[-1] < 1:
             raise ValueError(
                 f"strength={self.strength:g}"
                 + (f" with num_resamples={self.num_resamples}" if self.num_resamples else "")
                 + f" of num_inference_steps={num_steps} leaves no network call: give more of them"
             )
+        return [num_steps - steps for steps in made]
 
     def start(self, scheduler: Any, timestep: Tensor, noise: Tensor, finished: Tensor | None) -> Tensor:
         """The sample that a run starts from at `timestep`; `finished` is the image that the run before made. Of a whole
@@ -65,11 +64,6 @@ class Picture:
         return image if self.mask is None else torch.lerp(self.image.to(image), image, self.mask.to(image))
 
 
-def num_steps_of(strength: float, num_steps: int) -> int:
-    """How many of the steps of a run are made, as diffusers counts; but `.3 * 10` are 3."""
-    return min(int(num_steps * strength + 1e-9), num_steps)
-
-
 def noised(scheduler: Any, image: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
     """The sample at `timestep` of a clean image, in the scheduler's own convention."""
     at = timestep.reshape(1)
@@ -86,10 +80,3 @@ def unit_noise(
     draw = Draw(generator, device)
     scales = getattr(scheduler, "model_mixture", GAUSSIAN).sample_scales(shape, draw)
     return lambda: scales * draw.normal(shape)
-
-
-def begins(picture: Picture | None, num_steps: int) -> list[int]:
-    """The step that each run begins with; without a picture there is one, from the start."""
-    if picture is None:
-        return [0]
-    return [num_steps - num_steps_of(strength, num_steps) for strength in picture.strengths()]

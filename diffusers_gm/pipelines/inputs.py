@@ -5,7 +5,6 @@ from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
-import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
@@ -38,21 +37,16 @@ def check_classes(names: list[str] | None, shares: list[float] | None, num_embed
         raise ValueError(f"class_shares must be non-negative, and not all 0: got {shares}")
 
 
-def class_indices(labels: ClassLabels, num_embeds: int, names: list[str] | None) -> Tensor:
-    """Labels as indices, `(n,)` int64 or `()` for a single one.
-
-    Raises:
-        ValueError: for an index out of range, or a name that is none of `names`.
-    """
+def class_indices(labels: ClassLabels, num_embeds: int, names: list[str] | None) -> list[int]:
+    """Labels as indices, also of a single one; a ValueError for an index out of range, or a name that is none of
+    `names`."""
     given: Any = labels.tolist() if hasattr(labels, "tolist") else labels  # a tensor, or numpy's
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        given = list(given)
-    flat = given if isinstance(given, list) else [given]
-    found = [_index(label, names) for label in flat]
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    found = [_index(label, names) for label in (given if several else [given])]
     wrong = [label for label in found if not 0 <= label < num_embeds]
     if wrong:
         raise ValueError(f"class_labels {wrong} are out of range: this network has the classes 0 to {num_embeds - 1}")
-    return torch.tensor(found if isinstance(given, list) else found[0], dtype=torch.int64)
+    return found
 
 
 def _index(label: Any, names: list[str] | None) -> int:

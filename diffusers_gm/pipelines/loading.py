@@ -43,7 +43,7 @@ except ImportError as error:
 class HubPipeline(DiffusionPipeline):
     """Abstract: a pipeline of diffusers that loads from the Hub by its class, and runs no code from there."""
 
-    default_num_inference_steps: int
+    default_num_inference_steps = 50
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
@@ -77,14 +77,18 @@ class HubPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, with the names that point at code beside the model replaced by those of this package."""
+        """As in diffusers, with the names that point at code beside the model, which is where diffusers looks for it,
+        replaced by those of this package."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
         for name, value in config.items():
             if isinstance(value, list | tuple) and value[0] == LIBRARY:
-                config[name] = [_module_of(value[1]), value[1]]
+                known = getattr(schedulers, value[1], None)
+                if known is None:
+                    raise ValueError(f"diffusers_gm {__version__} has no {value[1]}: the model needs a newer version")
+                config[name] = [known.__module__, value[1]]
         return loaded
 
     def save_config(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -161,16 +165,9 @@ class HubPipeline(DiffusionPipeline):
         self, folder: Any, repo_id: str, message: str | None, private: bool | None, token: str | None, create_pr: bool
     ) -> str:
         card = short_card(repo_id, type(self).__name__, self.default_num_inference_steps)
-        message = message or f"Upload {type(self).__name__}"
-        return upload(Path(folder), repo_id, private, token, message, create_pr, card)
-
-
-def _module_of(class_name: str) -> str:
-    """The module of a class of this package; diffusers looks for code beside the model under the package's name."""
-    found = getattr(schedulers, class_name, None)
-    if found is None:
-        raise ValueError(f"diffusers_gm {__version__} has no {class_name}: the model needs a newer version")
-    return found.__module__
+        return upload(
+            Path(folder), repo_id, private, token, message or f"Upload {type(self).__name__}", create_pr, card
+        )
 
 
 def _edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Images that are noisy already: how noisy, and what is behind the noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,6 @@ from ..readings import VelocityReading, level_range
 from ..readings.grids import even_levels
 from ..samplers import sample
 from .guidance import Guidance, Network
-
-# `(y, sigma) -> D`, a level for each image.
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class OwnLevel:
@@ -36,21 +33,20 @@ class OwnLevel:
         self.unit = scheduler.model_mixture.commonest_scale
         self.low, self.high = (self.unit * end for end in level_range(self.reading))
 
-    def of_each(self, count: int) -> list["OwnLevel"]:
-        """The same for each image of the batch alone."""
-        generators = self.generator if isinstance(self.generator, list | tuple) else [self.generator] * count
-        labels = [None] * count if self.guidance.labels is None else self.guidance.labels.split(1)
-        return [
-            OwnLevel(self.scheduler, self.network, replace(self.guidance, labels=label), one)
-            for label, one in zip(labels, generators, strict=True)
-        ]
+    def of_each(self, images: Tensor) -> Iterator[tuple["OwnLevel", Tensor]]:
+        """The same for each image of the batch alone, with that image."""
+        labels = self.guidance.labels
+        for i, image in enumerate(images.split(1)):
+            guidance = self.guidance if labels is None else replace(self.guidance, labels=labels[[i]])
+            generator = self.generator[i] if isinstance(self.generator, list | tuple) else self.generator
+            yield OwnLevel(self.scheduler, self.network, guidance, generator), image
 
     def measured(self, y: Tensor, num_looks: int) -> NoiseLevel:
         """The level of each of the noisy images `(B, C, H, W)`; the generator draws the probe as well."""
         return estimate_noise_level(self.denoiser(y), y, self.low, self.high, num_looks, self.generator)
 
-    def denoiser(self, images: Tensor) -> Denoiser:
-        """`(y, tau) -> D` for batches that are copies of `images`, one after the other."""
+    def denoiser(self, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(y, tau) -> D`, a level for each image, for batches that are copies of `images`, one after the other."""
         companion = None
         if isinstance(self.reading, VelocityReading):
             companion = randn(images.shape, self.generator, images.device, images.dtype)

@@ -14,8 +14,6 @@ from ..schedulers import CLDSSCSScheduler
 from .cld_ode import ODE_SOLVERS, network_model, solve, start_and_ends
 from .unconditional import CALLBACK_TENSORS, UnconditionalPipeline
 
-CLASSES: dict[str, Any] = {"class_labels": None, "guidance_scale": 1.0, "guidance_interval": None}
-
 
 @dataclass
 class ODEPipelineOutput(ImagePipelineOutput):
@@ -42,8 +40,6 @@ class CLDPipeline(UnconditionalPipeline):
     Raises:
         ValueError: from the call, for a network whose channels do not suit the scheduler's `prediction_type`.
     """
-
-    default_num_inference_steps = 50
 
     @torch.no_grad()
     def __call__(
@@ -105,15 +101,13 @@ class CLDPipeline(UnconditionalPipeline):
                 **arguments,
             )
         rtol, atol = (1e-4 if tolerance is None else tolerance for tolerance in (rtol, atol))
-        self._check_ode(ode_solver, rtol, atol, num_inference_steps, callback_on_step_end)
-        batch_size = self._batch_size(batch_size, arguments.get("class_labels"), latents)
-        size = {name: arguments.pop(name, None) for name in ("height", "width")}
-        shape = self._checked_shape(batch_size, generator, latents, output_type, **size)
-        labels, scale, interval = (arguments.pop(name, default) for name, default in CLASSES.items())
-        if arguments:
-            raise ValueError(f"{sorted(arguments)} do not go with ode_solver={ode_solver!r}: leave them out")
-        draw = partial(self.draw_labels, batch_size, generator)
-        guidance = self._guidance(batch_size, labels, scale, interval, draw)
+        labels, scale = arguments.pop("class_labels", None), arguments.pop("guidance_scale", 1.0)
+        interval, *size = (arguments.pop(name, None) for name in ("guidance_interval", "height", "width"))
+        others = {"num_inference_steps": num_inference_steps, "callback_on_step_end": callback_on_step_end}
+        self._check_ode(ode_solver, rtol, atol, others | arguments)
+        batch_size = self._batch_size(batch_size, labels, latents)
+        shape = self._checked_shape(batch_size, generator, latents, output_type, *size)
+        guidance = self._guidance(batch_size, labels, scale, interval, partial(self.draw_labels, batch_size, generator))
 
         num_network_calls = 0
 
@@ -128,18 +122,14 @@ class CLDPipeline(UnconditionalPipeline):
         images = self._finished(image.float(), output_type)
         return ODEPipelineOutput(images, num_network_calls) if return_dict else (images, num_network_calls)
 
-    def _check_ode(
-        self, solver: str, rtol: float, atol: float, num_inference_steps: int | None, callback: Callable | None
-    ) -> None:
+    def _check_ode(self, solver: str, rtol: float, atol: float, others: dict[str, Any]) -> None:
         if solver not in ODE_SOLVERS:
             raise ValueError(f"unknown ode_solver {solver!r}: use one of {ODE_SOLVERS}")
-        if num_inference_steps is not None:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} does not go with ode_solver={solver!r}, which chooses its "
-                "steps: leave it out, and set rtol and atol"
-            )
-        if callback is not None:
-            raise ValueError(f"callback_on_step_end does not go with ode_solver={solver!r}: leave it out")
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} does not go with ode_solver={solver!r}, whose steps follow from rtol and atol"
+                )
         for name, value in (("rtol", rtol), ("atol", atol)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -11,5 +11,3 @@ class GMSGMPipeline(UnconditionalPipeline):
         scheduler: a `GMLangevinScheduler` that describes the network (noise space, mixture, prediction type), or any
             other scheduler whose noise space suits it.
     """
-
-    default_num_inference_steps = 50

@@ -15,7 +15,7 @@ from ..processes.noise_level import NoiseLevel
 from ..processes.random import Generators, check_generators
 from . import encoding
 from .images import ImagePipeline
-from .inpainting import Picture, begins, unit_noise
+from .inpainting import Picture, unit_noise
 from .inputs import ClassLabels, as_images
 from .own_level import OwnLevel
 
@@ -110,7 +110,8 @@ class UnconditionalPipeline(ImagePipeline):
         num_steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         batch_size = self._batch_size(batch_size, class_labels, latents)
         shape = self._checked_shape(batch_size, generator, latents, output_type, height, width)
-        picture = self._picture(shape, num_steps, latents, image, strength, mask_image, num_resamples)
+        picture = self._picture(shape, latents, image, strength, mask_image, num_resamples)
+        begins = [0] if picture is None else picture.begins(num_steps)
         draw = None
         if image is None:
             draw = partial(self.draw_labels, batch_size, generator)
@@ -119,11 +120,10 @@ class UnconditionalPipeline(ImagePipeline):
         guidance = self._guidance(batch_size, class_labels, guidance_scale, guidance_interval, draw)
 
         device, scheduler = self._execution_device, self.scheduler
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+        step_kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)  # some have no need of it
         steps, finished = itertools.count(), None
-        for begin in begins(picture, num_steps):
+        for begin in begins:
             scheduler.set_timesteps(num_steps, device=device)
             first = begin * scheduler.order
             timesteps = scheduler.timesteps[first:]
@@ -146,7 +146,8 @@ class UnconditionalPipeline(ImagePipeline):
                     changed = callback_on_step_end(self, next(steps), t, {"latents": sample})
                     sample = changed.pop("latents", sample)
             finished = self._image(sample)
-            finished = finished if picture is None else picture.finish(finished)
+            if picture is not None:
+                finished = picture.finish(finished)
 
         assert finished is not None
         images = self._finished(finished, output_type)
@@ -182,12 +183,9 @@ class UnconditionalPipeline(ImagePipeline):
             ValueError: for any argument out of range, before the first network call.
         """
         num_steps = self.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        channels, *_ = self._picture_shape(1, 1)
-        images = as_images(image, "image", (None, channels, None, None))
-        self._image_shape(*images.shape[2:])
-        check_generators(generator, len(images))
+        images = self._in_its_own_size(image, generator)
         guidance = self._guidance(len(images), class_labels, guidance_scale, guidance_interval)
-        images = self._as_learned((2 * images - 1).to(self._execution_device))
+        images = self._as_learned(images)
         latents = encoding.encode(self.scheduler, self._network, guidance, images, num_steps, generator)
         self.maybe_free_model_hooks()
         return latents
@@ -246,16 +244,11 @@ class UnconditionalPipeline(ImagePipeline):
         self._checked_shape(len(noisy), generator, None, output_type, *noisy.shape[2:])
         if noise_level is not None and not own.low <= noise_level <= own.high:
             raise ValueError(f"noise_level must be in [{own.low:.4g}, {own.high:.4g}], got {noise_level}")
-        if noise_level is not None or num_inference_steps == 1:
-            sigma = own.measured(noisy, 6).sigma if noise_level is None else noisy.new_full((len(noisy),), noise_level)
-            clean = own.clean(noisy, sigma, num_inference_steps)
-        else:
-            alone = own.of_each(len(noisy))
-            clean = torch.cat([
-                one.clean(y, one.measured(y, 6).sigma, num_inference_steps)
-                for one, y in zip(alone, noisy.split(1), strict=True)
-            ])  # fmt: skip
-        images = self._finished(clean, output_type)
+        clean = []
+        for one, y in own.of_each(noisy) if noise_level is None and num_inference_steps > 1 else [(own, noisy)]:
+            sigma = one.measured(y, 6).sigma if noise_level is None else y.new_full((len(y),), noise_level)
+            clean.append(one.clean(y, sigma, num_inference_steps))
+        images = self._finished(torch.cat(clean), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _own_level(
@@ -266,19 +259,22 @@ class UnconditionalPipeline(ImagePipeline):
             raise ValueError(
                 "noise of images is none of their latents: this needs a network in pixel space, without vae"
             )
-        channels, *_ = self._picture_shape(1, 1)
-        noisy = as_images(image, "image", (None, channels, None, None), noisy=True)
-        self._image_shape(*noisy.shape[2:])
-        check_generators(generator, len(noisy))
+        noisy = self._in_its_own_size(image, generator, noisy=True)
         class_labels = self._no_class if class_labels is None else class_labels
         guidance = self._guidance(len(noisy), class_labels, 1.0, None)
-        own = OwnLevel(encoding.ours(self.scheduler), self._network, guidance, generator)
-        return own, (2 * noisy - 1).to(self._execution_device)
+        return OwnLevel(encoding.ours(self.scheduler), self._network, guidance, generator), noisy
+
+    def _in_its_own_size(self, image: Any, generator: Generators, noisy: bool = False) -> Tensor:
+        """Images that the network can take, `(B, C, H, W)` in [-1, 1], or about that if noisy."""
+        channels, *_ = self._picture_shape(1, 1)
+        images = as_images(image, "image", (None, channels, None, None), noisy)
+        self._image_shape(*images.shape[2:])
+        check_generators(generator, len(images))
+        return (2 * images - 1).to(self._execution_device)
 
     def _picture(
         self,
         shape: tuple[int, ...],
-        num_steps: int,
         latents: Tensor | None,
         image: Any,
         strength: float | None,
@@ -287,11 +283,10 @@ class UnconditionalPipeline(ImagePipeline):
     ) -> Picture | None:
         """What the arguments say of an image to start from; None if nothing."""
         if image is None:
-            for argument, value in (("strength", strength), ("mask_image", mask_image)):
+            given = {"strength": strength, "mask_image": mask_image, "num_resamples": num_resamples or None}
+            for argument, value in given.items():
                 if value is not None:
                     raise ValueError(f"{argument} means nothing without image")
-            if num_resamples:
-                raise ValueError("num_resamples means nothing without image")
             return None
         if latents is not None:
             raise ValueError("give image or latents to start from, not both")
@@ -307,11 +302,5 @@ class UnconditionalPipeline(ImagePipeline):
         if mask is not None and self.vae is not None:
             mask = F.adaptive_max_pool2d(mask, shape[2:])
         device = self._execution_device
-        picture = Picture(
-            self._as_learned(clean.to(device)).expand(batch, -1, -1, -1),
-            None if mask is None else mask.to(device),
-            strength,
-            num_resamples,
-        )
-        picture.check(num_steps)
-        return picture
+        learned = self._as_learned(clean.to(device)).expand(batch, -1, -1, -1)
+        return Picture(learned, None if mask is None else mask.to(device), strength, num_resamples)

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from .. import files
 from ..autoencoders import LatentSpace, downsampling, fingerprint, latent_channels, load_autoencoder
 from ..data import Examination, ImageSource, LatentCache, TrainingImages, TrainingLatents, sides
-from ..data.examination import MAX_ELEMENTS, NUM_EXAMINED
 from .folder import LATENTS
 from .network import fit_unet, new_unet
 from .objective import build_scheduler
@@ -112,7 +111,7 @@ def latents_of(
     dims = 0, 2, 3
     mean, std = few.mean(dims), few.std(dims).clamp(min=1e-12)
     some = (few - mean[:, None, None]) / std[:, None, None]
-    rehearsed = Examination(some, 0, examination.resolution)
+    rehearsed = Examination(some, examination.resolution)
     rehearse(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
@@ -136,13 +135,12 @@ def latents_of(
         )
         accelerator.wait_for_everyone()
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
-    examined = dataset.examined(args.seed, NUM_EXAMINED, MAX_ELEMENTS)
     vae.to(memory_format=torch.contiguous_format)
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()  # a grid of samples needs no more memory than one
     return Latents(
         dataset,
-        Examination(examined, examination.num_unreadable, examination.resolution),
+        Examination(dataset.examined(args.seed), examination.resolution),
         replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
     )
 
