@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.sampling import OUR_SCHEDULERS, NoGridError, network_of, num_steps_for
+from ..evaluation.sampling import NoGridError, network_of, num_steps_for
 from ..schedulers import CalibratedMultistepScheduler
+from ..schedulers.base import SamplerScheduler
 from .models import Model, Sampler
 
 MAX_IMAGES, MAX_CALLS = 256, 1000
@@ -192,7 +193,7 @@ class _Stopped(Exception):
 def _denoiser(scheduler: Any) -> Callable[[Tensor, Any, Tensor, Any], Tensor]:
     """D of a step, of the network's output, the timestep, what the network saw and the result. Ours say it; those of
     diffusers not all, so their network is read as ours would."""
-    if isinstance(scheduler, OUR_SCHEDULERS):
+    if isinstance(scheduler, SamplerScheduler):
         return lambda output, timestep, seen, result: result.pred_original_sample
     ours = CalibratedMultistepScheduler.from_config(scheduler.config)
 

@@ -17,8 +17,7 @@ from .. import pipelines, schedulers
 from ..data import SAMPLES, generator_for
 from ..launch import over_processes
 from ..pipelines.unconditional import UnconditionalPipeline
-
-OUR_SCHEDULERS = tuple(cls for name, cls in vars(schedulers).items() if name.endswith("Scheduler"))
+from ..schedulers.base import SamplerScheduler
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> Any:
@@ -107,7 +106,7 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
                 f"--scheduler {name}: {change!r} must be option=value, the option one of {list(offered)[1:]}"
             )
     config, options = own.config, options_in(changes)
-    if isinstance(own, OUR_SCHEDULERS) and not issubclass(cls, OUR_SCHEDULERS):
+    if isinstance(own, SamplerScheduler) and not issubclass(cls, SamplerScheduler):
         try:
             config = own.diffusers_config()
         except ValueError as error:
@@ -153,7 +152,7 @@ SUITABLE = {
 
 def _noise_of(scheduler: Any) -> str:
     """The noise that it takes the network to be trained with: a noise space of ours, or else the scheduler's own."""
-    if isinstance(scheduler, OUR_SCHEDULERS):
+    if isinstance(scheduler, SamplerScheduler):
         return scheduler.noise_space.kind if scheduler.noise_space else "velocity"
     name = type(scheduler).__name__
     if name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
@@ -182,7 +181,7 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
     """
     trained_at = scheduler.config["num_train_timesteps"]
     for num_steps in range(num_calls, 0, -1):
-        if num_steps > trained_at and not isinstance(scheduler, OUR_SCHEDULERS):
+        if num_steps > trained_at and not isinstance(scheduler, SamplerScheduler):
             # Schedulers of diffusers do not say so, and break down in `step`.
             raise NoGridError(f"the network was trained at {trained_at} noise levels, and {num_calls} calls need more")
         try:
@@ -190,7 +189,7 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
         except ValueError as error:
             raise NoGridError(str(error)) from error
         timesteps = scheduler.timesteps
-        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, OUR_SCHEDULERS):
+        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, SamplerScheduler):
             # As `leading` of DPM-Solver++ has where there are as many steps as levels: `step` cannot find its place.
             raise NoGridError(f"its grid of {num_steps} steps has the first timestep twice")
         if len(timesteps) <= num_calls:
