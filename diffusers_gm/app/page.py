@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from . import cells
-from .compare import calibrate, code_of, config_of, distance
+from .compare import calibrate, code_of, distance
 from .models import CALIBRATED, FIRST, Model, why_left_out
 from .runs import MAX_IMAGES, Run, Settings, advance, parse_calls
 
@@ -129,7 +129,7 @@ def export(compared: dict[str, Any] | None, which: str | None) -> dict[str, Any]
     if not compared or which not in compared:
         return {"code": "", "config": ""}
     model, run, settings = compared[which]
-    return {"code": code_of(model, run, settings), "config": config_of(run)}
+    return {"code": code_of(model, run, settings), "config": run.sampler.scheduler.to_json_string()}
 
 
 def models_at_hand(given: str) -> list[str]:

@@ -193,7 +193,7 @@ def kept_results(name: str, num_samples: int, output: Path, floor: bool = True, 
     """
     words = [f"{key}={value}" for key, value in settings.items() if isinstance(value, int)]
     path = parts_of(output) / f"{' '.join([name, f'n={num_samples}', *words])}.json"
-    results = Results(path, {"study": name, "num_samples": num_samples, **settings})
+    results = Results.open(path, {"study": name, "num_samples": num_samples, **settings})
     if floor:
         results.floor = [floor_of_digits(num_samples)]
     return results
