@@ -68,7 +68,7 @@ def way(run: Run) -> str:
     calls = ", ".join(str(i + 1) for i in at)
     chosen = len(at) < len(run.looks)
     text = "first image, denoised at " + (f"{len(at)} of {len(run.looks)} calls: " if chosen else "call ") + calls
-    frames = torch.cat([run.looks[i].denoised[:1] for i in at])
+    frames = torch.cat([run.looks[i].denoised for i in at])
     strip = f'<div style="width: {len(at) / MAX_WAY:.1%}">{picture(frames, len(at), text)}</div>'
     return f'<div class="gm-way"><span>{text}</span>{strip}</div>'
 

@@ -104,8 +104,8 @@ class Model:
     @classmethod
     def of(cls, name: str, pipe: Any) -> "Model":
         """A pipeline that was loaded from `name`."""
-        model = cls(name, pipe, {SAVED: Sampler(SAVED, pipe.scheduler)}, {})
-        model.classes = pipe.class_names or [str(i) for i in range(pipe.num_classes or 0)]
+        classes = pipe.class_names or [str(i) for i in range(pipe.num_classes or 0)]
+        model = cls(name, pipe, {SAVED: Sampler(SAVED, pipe.scheduler)}, {}, classes)
         for entry, words in MENU.items():
             try:
                 model.samplers[entry] = _sampler(pipe.scheduler, entry, words)

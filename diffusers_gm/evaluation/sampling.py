@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,18 @@ def load_pipeline(name_or_path: str, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def network_of(pipeline: Any) -> torch.nn.Module:
-    """What is called once a step."""
+@contextmanager
+def counted_calls(pipeline: Any) -> Iterator[list]:
+    """Inside, a list that is as long as the network was called often."""
     network = pipeline.components.get("unet") or pipeline.components.get("transformer")
     if network is None:
         raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose calls could be counted")
-    return network
+    calls: list[Any] = []
+    hook = network.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def image_shape(pipeline: Any) -> tuple[int, int, int]:
@@ -237,23 +244,16 @@ def sample(
     Image i is drawn by a generator of its own, seeded by `(seed, i)`: neither the batch size nor the number of
     processes change it, but for rounding. The scheduler of the pipeline is put back at the end.
     """
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
 
     def draw(indices: Tensor) -> tuple[Tensor, int]:
-        nonlocal calls
-        calls = 0
         generators = [generator_for(seed, SAMPLES, i) for i in indices.tolist()]
-        return _images(pipeline, len(generators), num_steps, generators, among, **arguments), calls
+        with counted_calls(pipeline) as calls:
+            images = _images(pipeline, len(generators), num_steps, generators, among, **arguments)
+        return images, len(calls)
 
     own, pipeline.scheduler = pipeline.scheduler, scheduler
-    hook = network_of(pipeline).register_forward_pre_hook(count)
     try:
         batches = over_processes(draw, torch.arange(num_images), batch_size, f"{num_steps} steps, seed {seed}")
     finally:
-        hook.remove()
         pipeline.scheduler = own
     return torch.cat([images for images, _ in batches]), max(n for _, n in batches)

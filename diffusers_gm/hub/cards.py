@@ -79,15 +79,19 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     """The card of a trained pipeline, from its resolved options (`training.training_record`)."""
     on_hub, names = options["push_to_hub"], result.class_names
     name = options["hub_model_id"] if on_hub else Path(options["output_dir"]).name or options["method"]
-    from_hub = options["train_data_dir"] is None and options["dataset_name"] != "digits"
+    folder, dataset = options["train_data_dir"], options["dataset_name"]
+    from_hub = folder is None and dataset != "digits"
+    data = f"`{dataset}`" if from_hub else "handwritten digits"
+    if folder is not None:
+        data = f"the folder `{Path(folder).resolve().name}`"
     method = METHODS[options["method"]]
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     height, width = sides(options["resolution"])
-    extras = {"evaluation": options["dataset_name"] == "digits", "trackers": options["report_to"] == "tensorboard"}
+    extras = {"evaluation": dataset == "digits", "trackers": options["report_to"] == "tensorboard"}
     rows = [[f"`{option}`", _cell(value)] for option, value in options.items() if value is not None]
     return model_card(
         [method.name],
-        [options["dataset_name"]] if from_hub else None,
+        [dataset] if from_hub else None,
         files(__package__).joinpath("templates/model_card.md"),
         method=method,
         options=options,
@@ -100,7 +104,7 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
         repository_note="" if on_hub else HERE_NOTE,
         asked=f"class_labels=[{json.dumps(names[0], ensure_ascii=False)}] * 4" if names else "batch_size=4",
         description=Template(method.card).substitute(said),
-        data=_data(options),
+        data=data,
         final_loss="not logged" if result.final_loss is None else f"{result.final_loss:.4g}",
         curve=_curve(result.log) + _by_level(result.log[-10:], result.levels),
         duration=duration(result.seconds),
@@ -154,12 +158,6 @@ def _by_level(entries: Sequence[dict[str, Any]], levels: Sequence[str]) -> str:
         known = [loss for loss in column if loss is not None]
         rows.append([name, sum(known) / len(known) if known else "none"])
     return "\n\n" + Table("", ["noise level sigma", "final loss"], rows).markdown() if rows else ""
-
-
-def _data(options: dict[str, Any]) -> str:
-    if options["train_data_dir"] is not None:
-        return f"the folder `{Path(options['train_data_dir']).resolve().name}`"
-    return "handwritten digits" if options["dataset_name"] == "digits" else f"`{options['dataset_name']}`"
 
 
 def _cell(value: Any) -> str:
