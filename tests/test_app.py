@@ -22,7 +22,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
 )
 from diffusers_gm.app import cells
-from diffusers_gm.app.compare import calibrate, code_of, config_of, distance
+from diffusers_gm.app.compare import calibrate, code_of, distance
 from diffusers_gm.app.models import CALIBRATED, SAVED, Model, why_left_out
 from diffusers_gm.app.runs import Run, Settings, advance, parse_calls
 from diffusers_gm.data import split_digits
@@ -286,7 +286,7 @@ def test_calibrating_adds_a_sampler_whose_levels_are_shown(folders):
     assert re.search(r"^4 calls: 10, .*\n6 calls: 10, ", words, re.MULTILINE)
     run = done(model, CALIBRATED, 4)
     assert run.finished
-    assert json.loads(config_of(run))["_class_name"] == "CalibratedMultistepScheduler"
+    assert json.loads(run.sampler.scheduler.to_json_string())["_class_name"] == "CalibratedMultistepScheduler"
 
 
 @pytest.mark.parametrize(

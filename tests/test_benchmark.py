@@ -106,7 +106,7 @@ def model_with(**grids):
 
 
 def results_in(folder):
-    results = Results(folder / "cells.json", {"num_samples": 4})
+    results = Results.open(folder / "cells.json", {"num_samples": 4})
     results.floor = [{"sliced W2": 0.1 / 8}]
     return results
 
@@ -127,7 +127,7 @@ def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
     """`b` is best at 20 calls and has no run at 50: `a` is the answer there, not a gap in the table."""
     model = model_with(a=Grid(-0.7), b=Grid(-0.8, runs=20))
     args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=4, output=tmp_path, samplers=None, grids=None)
-    report = bench.benchmark("it", model, args, Results(tmp_path / "cells.json", {"num_samples": 4}))
+    report = bench.benchmark("it", model, args, Results.open(tmp_path / "cells.json", {"num_samples": 4}))
     assert report.tables[0].rows == [["s", "2.00 b", "3.00 a"]]
 
 

@@ -195,7 +195,7 @@ def test_sliced_w2_is_that_of_evaluation(num_reference, generator):
 
 def results(folder, name, values, default=("DDPM", "default")):
     """Of `{(setting, calls): sliced W2}`."""
-    kept = Results(
+    kept = Results.open(
         folder / ".parts" / f"samplers {name} n=8.json",
         {"study": f"samplers {name}", "num_samples": 8, "title": name, "default": default},
     )

@@ -502,9 +502,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     for text in ('{"floor": 1}', "[1]", "{", '{"conditions": 1, "floor": [], "cells": []}'):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match="does not hold results"):
-            Results(tmp_path / "results.json", {})
+            Results.open(tmp_path / "results.json", {})
     with pytest.raises(OSError, match="Not a directory"):
-        Results(tmp_path / "results.json" / "folder" / "results.json", {})
+        Results.open(tmp_path / "results.json" / "folder" / "results.json", {})
 
 
 def test_two_processes_give_the_figures_of_one(ddpm, evaluate, tmp_path):

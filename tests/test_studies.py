@@ -46,7 +46,7 @@ def test_cells_are_measured_once_and_survive_in_their_file(tmp_path):
         return {"error": seed / 2}
 
     for _ in range(2):
-        results = Results(tmp_path / "cells.json", {"n": 4})
+        results = Results.open(tmp_path / "cells.json", {"n": 4})
         assert results.of_seeds("a", 5, 3, make) == [{"error": 0.0}, {"error": 0.5}, {"error": 1.0}]
     assert calls == [0, 1, 2]
     assert [(cell.scheduler, cell.calls, cell.seed) for cell in results.cells] == [("a", 5, seed) for seed in range(3)]
@@ -59,14 +59,14 @@ def test_cells_of_seeds_are_all_there_or_none(tmp_path):
         return {"error": 0.0}
 
     for _ in range(2):
-        results = Results(tmp_path / "cells.json", {"known": 1})
+        results = Results.open(tmp_path / "cells.json", {"known": 1})
         assert results.of_seeds("at times", 5, 2, at_times) is None
         assert results.of_seeds("at times", 5, 1, lambda seed: pytest.fail("measured again")) == [{"error": 0.0}]
     assert [cell.reason for cell in results.cells] == ["", "no stable step"]
 
 
 def test_what_two_runs_measure_at_once_is_kept(tmp_path):
-    one, other = (Results(tmp_path / "cells.json", {}) for _ in range(2))
+    one, other = (Results.open(tmp_path / "cells.json", {}) for _ in range(2))
     one.of_seeds("a", 5, 1, lambda seed: {"error": 1.0})
     other.of_seeds("b", 5, 1, lambda seed: {"error": 2.0})
     assert {cell.scheduler for cell in Results.read(tmp_path / "cells.json").cells} == {"a", "b"}

@@ -62,14 +62,13 @@ DISTANCE = (
 
 def way(run: Run) -> str:
     """The denoised image at the calls of a run, evenly chosen where they are many."""
-    last = len(run.looks) - 1
-    if last < 0:
+    if not run.looks:
         return ""
-    at = sorted({round(i * last / (MAX_WAY - 1)) for i in range(MAX_WAY)}) if last >= MAX_WAY else range(last + 1)
+    at = sorted({round(i * (len(run.looks) - 1) / (MAX_WAY - 1)) for i in range(MAX_WAY)})
     calls = ", ".join(str(i + 1) for i in at)
     chosen = len(at) < len(run.looks)
     text = "first image, denoised at " + (f"{len(at)} of {len(run.looks)} calls: " if chosen else "call ") + calls
-    frames = torch.cat([run.looks[i].denoised[:1] for i in at])
+    frames = torch.cat([run.looks[i].denoised for i in at])
     strip = f'<div style="width: {len(at) / MAX_WAY:.1%}">{picture(frames, len(at), text)}</div>'
     return f'<div class="gm-way"><span>{text}</span>{strip}</div>'
 

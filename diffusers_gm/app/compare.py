@@ -115,8 +115,3 @@ def code_of(model: Model, run: Run, settings: Settings) -> str:
         f"images = pipe(len(seeds), num_inference_steps={run.steps}, generator=generators{arguments}).images",
     ]
     return "\n".join(["import torch", *lines])
-
-
-def config_of(run: Run) -> str:
-    """The config of its scheduler, as `save_pretrained` writes it."""
-    return run.sampler.scheduler.to_json_string()

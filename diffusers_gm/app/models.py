@@ -10,8 +10,9 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..evaluation.sampling import OUR_SCHEDULERS, build_scheduler, in_short, load_pipeline, options_in
+from ..evaluation.sampling import build_scheduler, in_short, load_pipeline, options_in
 from ..pipelines.unconditional import UnconditionalPipeline
+from ..schedulers.base import SamplerScheduler
 
 # Classes of schedulers, and what is to differ from the config of the network, by name. Those that do not suit a network
 # are left out of its menu.
@@ -103,8 +104,8 @@ class Model:
     @classmethod
     def of(cls, name: str, pipe: Any) -> "Model":
         """A pipeline that was loaded from `name`."""
-        model = cls(name, pipe, {SAVED: Sampler(SAVED, pipe.scheduler)}, {})
-        model.classes = pipe.class_names or [str(i) for i in range(pipe.num_classes or 0)]
+        classes = pipe.class_names or [str(i) for i in range(pipe.num_classes or 0)]
+        model = cls(name, pipe, {SAVED: Sampler(SAVED, pipe.scheduler)}, {}, classes)
         for entry, words in MENU.items():
             try:
                 model.samplers[entry] = _sampler(pipe.scheduler, entry, words)
@@ -141,7 +142,7 @@ def _sampler(own: Any, name: str, words: str) -> Sampler:
         _, scheduler = build_scheduler(own, [of_class, *changes])
     except ValueError as error:
         raise ValueError(str(error).removeprefix("--scheduler ")) from error
-    theirs = hasattr(diffusers, of_class) and isinstance(own, OUR_SCHEDULERS)
+    theirs = hasattr(diffusers, of_class) and isinstance(own, SamplerScheduler)
     config = "pipe.scheduler.diffusers_config()" if theirs else "pipe.scheduler.config"
     arguments = "".join(f", {option}={as_python(value)}" for option, value in options_in(changes).items())
     return Sampler(name, scheduler, f"{of_class}.from_config({config}{arguments})")

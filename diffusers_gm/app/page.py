@@ -4,14 +4,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from inspect import isgeneratorfunction
+from inspect import isgenerator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from . import cells
-from .compare import calibrate, code_of, config_of, distance
+from .compare import calibrate, code_of, distance
 from .models import CALIBRATED, FIRST, Model, why_left_out
 from .runs import MAX_IMAGES, Run, Settings, advance, parse_calls
 
@@ -51,8 +51,8 @@ def load(name: str) -> dict[str, Any]:
     parameters = sum(weight.numel() for weight in model.pipe.unet.parameters())
     words = (
         f"{type(model.pipe).__name__}, {parameters / 1e6:.2g} million parameters, on {model.pipe.device}; saved with "
+        f"{type(model.pipe.scheduler).__name__}.\n{why_left_out(model)}"
     )
-    words += f"{type(model.pipe.scheduler).__name__}.\n{why_left_out(model)}"
     return {
         "model": model,
         "status": cells.note(words),
@@ -129,19 +129,15 @@ def export(compared: dict[str, Any] | None, which: str | None) -> dict[str, Any]
     if not compared or which not in compared:
         return {"code": "", "config": ""}
     model, run, settings = compared[which]
-    return {"code": code_of(model, run, settings), "config": config_of(run)}
-
-
-def models_at_hand(given: str) -> list[str]:
-    """The given model, and what was trained into `outputs`."""
-    found = sorted(str(path.parent) for path in Path("outputs").glob("*/model_index.json"))
-    return list(dict.fromkeys([given, *found]))
+    return {"code": code_of(model, run, settings), "config": run.sampler.scheduler.to_json_string()}
 
 
 def controls(given: str) -> dict[str, Any]:
     """The left column."""
+    trained = sorted(str(path.parent) for path in Path("outputs").glob("*/model_index.json"))
+    at_hand = list(dict.fromkeys([given, *trained]))
     parts: dict[str, Any] = {"model": gr.State(None)}
-    parts["name"] = gr.Dropdown(models_at_hand(given), value=given, label="Model", info="a folder, or a name on the Hub", allow_custom_value=True, elem_id="model")  # fmt: skip # noqa: E501
+    parts["name"] = gr.Dropdown(at_hand, value=given, label="Model", info="a folder, or a name on the Hub", allow_custom_value=True, elem_id="model")  # fmt: skip # noqa: E501
     parts["status"] = gr.HTML(elem_id="status", padding=False)
     parts["samplers"] = gr.Dropdown([], multiselect=True, label="Samplers", info="chain: the network is told the noise level that the Langevin run has come to; or any other sampler, such as DEISMultistepScheduler solver_order=3", allow_custom_value=True, elem_id="samplers")  # fmt: skip # noqa: E501
     with gr.Row():
@@ -189,13 +185,11 @@ def build(given: str) -> gr.Blocks:
         def listen(event: Any, work: Any, inputs: str, outputs: str, **how: Any) -> Any:
             """On an event, `work` of these parts, which names the parts that it answers."""
 
-            def told(answer: dict[str, Any]) -> dict[Any, Any]:
-                return {parts[key]: value for key, value in answer.items()}
+            def answered(*values: Any) -> Iterator[dict[Any, Any]]:
+                answer = work(*values)
+                for told in answer if isgenerator(answer) else [answer]:
+                    yield {parts[key]: value for key, value in told.items()}
 
-            def stream(*values: Any) -> Any:
-                yield from map(told, work(*values))
-
-            answered = stream if isgeneratorfunction(work) else lambda *values: told(work(*values))
             return event(answered, *([parts[key] for key in keys.split()] for keys in (inputs, outputs)), **how)
 
         settings = "seed images label guidance"
@@ -221,12 +215,6 @@ def build(given: str) -> gr.Blocks:
     return page
 
 
-def warm() -> None:
-    """Import what takes seconds, before somebody waits for it."""
-    with contextlib.suppress(ImportError):
-        import ot  # noqa: F401
-
-
 def launch(model: str, host: str, port: int | None, browser: bool) -> None:
     """Serve the page until it is interrupted."""
     page = build(model)
@@ -241,5 +229,6 @@ def launch(model: str, host: str, port: int | None, browser: bool) -> None:
         ssr_mode=False,
         share=False,
     )
-    warm()
+    with contextlib.suppress(ImportError):
+        import ot  # noqa: F401 - takes seconds, for which somebody would wait later
     page.block_thread()

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.sampling import OUR_SCHEDULERS, NoGridError, network_of, num_steps_for
+from ..evaluation.sampling import counted_calls, num_steps_for
 from ..schedulers import CalibratedMultistepScheduler
+from ..schedulers.base import SamplerScheduler
 from .models import Model, Sampler
 
 MAX_IMAGES, MAX_CALLS = 256, 1000
-# Images whose way is kept.
-NUM_WATCHED = 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Settings:
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.seed != int(self.seed) or self.seed < 0:
+        if self.seed < 0:
             raise ValueError(f"the seed must be a whole number from 0 on, got {self.seed}")
         if not 1 <= self.num_images <= MAX_IMAGES:
             raise ValueError(f"the number of images must be from 1 to {MAX_IMAGES}, got {self.num_images}")
@@ -58,10 +57,6 @@ class Settings:
             found["guidance_scale"] = self.guidance_scale
         return found
 
-    def arguments(self, model: Model) -> dict[str, Any]:
-        """Of the pipeline, all that decides the images but for the number of steps."""
-        return {"generator": self.generators(), **self.of_classes(model)}
-
 
 def parse_calls(text: str) -> list[int]:
     """Numbers of network calls, `5 10, 20`.
@@ -77,8 +72,8 @@ def parse_calls(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Look:
-    """One network call of a run: what the network saw, and the denoised image, of the first `NUM_WATCHED` images of the
-    batch, `(n, C, H, W)`. What was seen is scaled as the network sees it, without velocities, and not decoded."""
+    """One network call of a run: what the network saw, and the denoised image, of the first of the batch,
+    `(1, C, H, W)`. What was seen is scaled as the network sees it, without velocities, and not decoded."""
 
     seen: Tensor
     denoised: Tensor
@@ -119,80 +114,69 @@ def advance(model: Model, run: Run, settings: Settings) -> Iterator[Run]:
     try:
         run.steps = num_steps_for(scheduler, run.calls)
         began = time.perf_counter()
-        for got in _watched(model, scheduler, run.steps, settings):
-            if isinstance(got, Tensor):
-                run.images, run.finished = got, True
-                run.seconds = time.perf_counter() - began
+        for look, images, made in _watched(model, scheduler, run.steps, settings):
+            run.images, run.network_calls = images, made
+            if look is None:
+                run.finished, run.seconds = True, time.perf_counter() - began
             else:
-                look, run.images, run.network_calls = got
                 run.looks.append(look)
             yield run
-    except (NoGridError, ValueError) as error:
+    except ValueError as error:
         run.error = str(error)
         yield run
 
 
-def _watched(model: Model, scheduler: Any, steps: int, settings: Settings) -> Iterator[Any]:
-    """What happens in a run: of every step the `Look`, all denoised images and the number of network calls; then the
-    samples. The pipeline runs in a thread of its own, which is stopped when nobody asks any more."""
+def _watched(model: Model, scheduler: Any, steps: int, settings: Settings) -> Iterator[tuple[Look | None, Tensor, int]]:
+    """What happens in a run: of every step the `Look`, all denoised images and the number of network calls; then None,
+    the samples and that number. The pipeline runs in a thread of its own, stopped when nobody asks any more."""
     pipe = copy.copy(model.pipe)  # shares the network; the scheduler of the model is left alone
     pipe.scheduler = scheduler
     news: queue.Queue[Any] = queue.Queue()
-    stopped, made = threading.Event(), 0
+    stopped = threading.Event()
     denoise, take, space = _denoiser(scheduler), scheduler.step, pipe.latent_space
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
 
     @wraps(take)
     def step(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if stopped.is_set():
-            raise _Stopped
+            raise SystemExit  # of this thread
         seen = scheduler.scale_model_input(sample, timestep)
         result = take(output, timestep, sample, *args, **kwargs)
         denoised = denoise(output, timestep, seen, result)
         # Latents take long to decode.
-        pictures = (denoised if space is None else space.decode(denoised[:NUM_WATCHED])).float().cpu()
-        look = Look(seen[:NUM_WATCHED, : denoised.shape[1]].float().cpu(), pictures[:NUM_WATCHED])
-        news.put((look, pictures, made))
+        pictures = (denoised if space is None else space.decode(denoised[:1])).float().cpu()
+        look = Look(seen[:1, : denoised.shape[1]].float().cpu(), pictures[:1])
+        news.put((look, pictures, len(calls)))
         return result
 
     def work() -> None:
-        hook = network_of(pipe).register_forward_pre_hook(count)
+        arguments = {"generator": settings.generators(), **settings.of_classes(model)}
         try:
-            output = pipe(
-                batch_size=settings.num_images, num_inference_steps=steps, output_type="pt", **settings.arguments(model)
-            )
-            news.put(output.images.float().cpu() * 2 - 1)
+            images = pipe(settings.num_images, steps, output_type="pt", **arguments).images
+            news.put((None, images.float().cpu() * 2 - 1, len(calls)))
         except BaseException as error:
             news.put(error)
-        finally:
-            hook.remove()
 
     scheduler.step = step
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        got: Any = None
-        while not isinstance(got, Tensor):
-            got = news.get()
-            if isinstance(got, BaseException):
-                raise got
-            yield got
-    finally:
-        stopped.set()
-        thread.join()
-
-
-class _Stopped(Exception):
-    """Ends a run that nobody watches."""
+    with counted_calls(pipe) as calls:
+        thread.start()
+        try:
+            while True:
+                got = news.get()
+                if isinstance(got, BaseException):
+                    raise got
+                yield got
+                if got[0] is None:
+                    return
+        finally:
+            stopped.set()
+            thread.join()
 
 
 def _denoiser(scheduler: Any) -> Callable[[Tensor, Any, Tensor, Any], Tensor]:
     """D of a step, of the network's output, the timestep, what the network saw and the result. Ours say it; those of
     diffusers not all, so their network is read as ours would."""
-    if isinstance(scheduler, OUR_SCHEDULERS):
+    if isinstance(scheduler, SamplerScheduler):
         return lambda output, timestep, seen, result: result.pred_original_sample
     ours = CalibratedMultistepScheduler.from_config(scheduler.config)
 

@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..cli import Parser
@@ -46,6 +46,12 @@ MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\w$])\$(?P<inline>[^\s$](?:[^$]*
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)")
 
 
+def outside_code(text: str, pattern: re.Pattern[str], replace: Callable[[re.Match[str]], str]) -> str:
+    """A page in which what is no code is replaced where it fits a pattern."""
+    parts = CODE.split(text)
+    return "".join(part if i % 2 else pattern.sub(replace, part) for i, part in enumerate(parts))
+
+
 def with_mathml(text: str) -> str:
     """A page with the formulas between `$`, which GitHub reads, as MathML, which browsers read."""
     with extra("docs"):
@@ -55,12 +61,10 @@ def with_mathml(text: str) -> str:
         block = match["block"] is not None
         formula = convert(" ".join((match["block"] or match["inline"]).split()), display="block" if block else "inline")
         formula = formula.replace("_", "&#95;").replace("*", "&#42;")
-        return (
-            formula if block else f"<span>{formula}</span>"
-        )  # Markdown takes a line that begins with <math> for a block
+        # Markdown takes a line that begins with <math> for a block.
+        return formula if block else f"<span>{formula}</span>"
 
-    parts = CODE.split(text)
-    return "".join(part if i % 2 else MATH.sub(converted, part) for i, part in enumerate(parts))
+    return outside_code(text, MATH, converted)
 
 
 def with_links(text: str, page: Path) -> str:
@@ -77,8 +81,7 @@ def with_links(text: str, page: Path) -> str:
         shown = target.suffix in (".md", ".png") and "templates" not in target.parts
         return match[1] if shown else f"{BLOB}/{target.relative_to(ROOT).as_posix()}"
 
-    parts = CODE.split(text)
-    return "".join(part if i % 2 else LINK.sub(led, part) for i, part in enumerate(parts))
+    return outside_code(text, LINK, led)
 
 
 def gather(folder: Path) -> None:

@@ -22,14 +22,13 @@ def notebook(page: str) -> str:
         code = i % 2 == 1
         source = text.strip() if code else re.sub(r"\]\((?!https?:)", f"]({BLOB}", text.strip())
         if source:
-            cell: dict[str, Any] = {
+            head: dict[str, Any] = {
                 "cell_type": "code" if code else "markdown",
                 "id": f"cell-{len(cells)}",
                 "metadata": {},
             }
-            cells.append(cell | {"source": source.splitlines(keepends=True)})
-            if code:
-                cells[-1] |= {"execution_count": None, "outputs": []}
+            of_code: dict[str, Any] = {"execution_count": None, "outputs": []} if code else {}
+            cells.append({**head, "source": source.splitlines(keepends=True), **of_code})
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

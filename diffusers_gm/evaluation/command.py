@@ -68,7 +68,7 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
     }
     if subject.classes is not None:
         conditions["classes"] = sorted(map(str, subject.classes))
-    results: Results = from_main(lambda: Results(args.output_dir / "results.json", conditions, command_line()))
+    results: Results = from_main(lambda: Results.open(args.output_dir / "results.json", conditions, command_line()))
     missing = [key for key in subject.cells(args.calls, args.seeds) if results.find(*key) is None]
     draws = floor.split(n)[len(results.floor) :]
     if not draws and not missing:

@@ -28,14 +28,6 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, num_projections: int 
     return float(ot.sliced_wasserstein_distance(a, b, n_projections=num_projections, seed=seed))
 
 
-class _Given(torch.nn.Identity):
-    """In place of a network, for features that are already there."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-
 def frechet_distance(samples: Tensor, reference: Tensor) -> float:
     """Squared 2-Wasserstein distance between Gaussians fitted to two sets of features (FID, arXiv 1706.08500).
 
@@ -58,8 +50,10 @@ def frechet_distance(samples: Tensor, reference: Tensor) -> float:
             f"the Frechet distance of {num_features}-dimensional features needs more than {num_features} images each, "
             f"got {len(samples)} and {len(reference)}: with fewer the covariance is singular"
         )
+    network = torch.nn.Identity()  # the features are there already
+    network.num_features = num_features  # type: ignore[assignment]
     # Left to itself, torchmetrics adds up what the processes of a distributed run have seen.
-    metric = FrechetInceptionDistance(feature=_Given(num_features), sync_on_compute=False)
+    metric = FrechetInceptionDistance(feature=network, sync_on_compute=False)
     metric.update(samples.double(), real=False)
     metric.update(reference.double(), real=True)
     return float(metric.compute())

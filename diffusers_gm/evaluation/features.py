@@ -193,13 +193,11 @@ def _read(path: Path, made_of: dict[str, str]) -> Tensor | None:
             found = file.metadata() or {}
             if found == made_of:
                 return file.get_tensor("features")
+        different = [f"{k} {found.get(k)!r}, not {value!r}" for k, value in made_of.items() if found.get(k) != value]
+        wrong = f"holds features of {'; '.join(different)}"
     except (SafetensorError, OSError) as error:
-        logger.warning(f"{path} cannot be read, and is computed again: {error}")
-        return None
-    different = [
-        f"{name} {found.get(name)!r}, not {value!r}" for name, value in made_of.items() if value != found.get(name)
-    ]
-    logger.warning(f"{path} holds features of {'; '.join(different)}: computed again")
+        wrong = f"cannot be read ({error})"
+    logger.warning(f"{path} {wrong}: computed again")
     return None
 
 

@@ -20,7 +20,7 @@ from ..readings import level_range
 from ..schedulers import GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
 from .results import Statistic
-from .sampling import load_pipeline
+from .sampling import image_shape, load_pipeline
 
 HOW_TO_TRAIN = "train_gm_sgm.py --dequantize 17 --output_dir outputs/digits"
 
@@ -61,17 +61,16 @@ def bits_of_images(
     space = scheduler.noise_space
     # Where the sample is alpha * y, a run starts from unit noise, and not from that of the largest level.
     scale = high if space is None or space.carries_y else float(1 / space.alpha(torch.tensor(high).double()))
-    nats = []
+    null, nats = pipeline.null_class, []
+
+    def denoised(network: Any, companion: Tensor | None, y: Tensor, sigma: float) -> Tensor:
+        return scheduler.denoise(network, y, companion, torch.tensor(sigma, dtype=torch.float64))
+
     for batch in images.split(batch_size):
         noisy = dequantized(batch.to(pipeline.unet.device, torch.float32), num_levels, generator)
         companion = randn(noisy.shape, generator, noisy.device, noisy.dtype) if space is None else None
-        null = pipeline.null_class
         labels = None if null is None else torch.full((len(batch),), null, device=noisy.device)
-        network = partial(pipeline._network, labels=labels)
-
-        def denoiser(y: Tensor, sigma: float, companion: Tensor | None = companion, network: Any = network) -> Tensor:
-            return scheduler.denoise(network, y, companion, torch.tensor(sigma, dtype=torch.float64))
-
+        denoiser = partial(denoised, partial(pipeline._network, labels=labels), companion)
         nats.append(flow_nll(denoiser, noisy, (low, high), num_steps, generator, scheduler.model_mixture, scale))
     return bits_per_dimension(torch.cat(nats), images[0].numel(), num_levels)
 
@@ -85,9 +84,9 @@ def load_model(folder: Path) -> Any:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds no trained model")
     pipeline = load_pipeline(str(folder), torch.device("cpu"))
-    channels, size = (pipeline.unet.config[name] for name in ("out_channels", "sample_size"))
-    if (channels, size) != (1, 8):
-        raise ValueError(f"the model in {folder} is one of {channels}x{size}x{size} images, and not of the digits")
+    shape = image_shape(pipeline)
+    if shape != (1, 8, 8):
+        raise ValueError(f"the model in {folder} is one of {'x'.join(map(str, shape))} images, and not of the digits")
     return pipeline
 
 

@@ -72,6 +72,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--guidance_interval means nothing without a --guidance_scale other than 1")
     if args.label_column is not None and args.class_labels is None:
         raise ValueError(f"--label_column {args.label_column} means nothing without --class_labels")
+    if len(args.resolution or []) > 2:
+        raise ValueError(f"--resolution must be a side, or a height and a width, got {args.resolution}")
     for name in ("calls", "seeds", "guidance_scale"):
         values = getattr(args, name)
         if len(set(values)) < len(values):

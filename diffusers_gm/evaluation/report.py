@@ -81,17 +81,13 @@ def table(results: Results) -> Table:
     """A row per scheduler and number of calls, below the floor; `-` where there is no value, and why in the caption.
     How many images have NaN is a column where some have."""
     num_samples, metrics = results.conditions["num_samples"], [name for name in results.floor[0] if name != "num_nan"]
-    floor = {name: statistic(results.floor, name) for name in metrics}
+    units = {name: floor.mean for name in WITH_RATIO if (floor := statistic(results.floor, name))}
 
     def words(scores: list[dict[str, float]]) -> list[str]:
         row = []
         for name in metrics:
-            value, of_floor = statistic(scores, name), floor[name]
-            ratio = (
-                f" ({value.mean / of_floor.mean:.2f}x)"
-                if value and of_floor and of_floor.mean and name in WITH_RATIO
-                else ""
-            )
+            value, unit = statistic(scores, name), units.get(name)
+            ratio = f" ({value.mean / unit:.2f}x)" if value and unit else ""
             row.append(f"{value}{ratio}" if value else "-")
         return row
 

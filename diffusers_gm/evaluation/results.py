@@ -73,39 +73,47 @@ class Statistic:
         return format(self)
 
 
+@dataclass
 class Results:
     """Cells, the floor, and the conditions that they share, in a JSON file that is written whole or not at all.
 
-    Args:
-        path: of the file; what it holds is taken over.
+    Attributes:
+        path: of the file.
         conditions: all that the numbers depend on, besides what is in a `Cell`.
         command: the last that measured something.
-
-    Raises:
-        ValueError: if the file holds something else, or results under other conditions.
-        OSError: if its folder cannot be made.
+        floor: scores of draws of real images.
+        cells: what is finished.
     """
 
-    def __init__(self, path: Path, conditions: dict[str, Any], command: str = ""):
-        self.path = path
-        self.command = command
-        self.conditions: dict[str, Any] = json.loads(json.dumps(conditions, default=str))
-        self.floor: list[dict[str, float]] = []
-        self.cells: list[Cell] = []
-        if path.is_file():
-            found = Results.read(path)
-            theirs, self.floor, self.cells = found.conditions, found.floor, found.cells
-            different = [
-                f"{name} {theirs.get(name)!r}, now {self.conditions.get(name)!r}"
-                for name in dict.fromkeys([*theirs, *self.conditions])
-                if theirs.get(name) != self.conditions.get(name)
-            ]
-            if different:
-                raise ValueError(
-                    f"{path} holds results under other conditions ({'; '.join(different)}): take another "
-                    "--output_dir, or remove the file"
-                )
+    path: Path
+    conditions: dict[str, Any]
+    command: str = ""
+    floor: list[dict[str, float]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, conditions: dict[str, Any], command: str = "") -> "Results":
+        """Results under these conditions: those of the file, if there is one, to be gone on with.
+
+        Raises:
+            ValueError: if the file holds something else, or results under other conditions.
+            OSError: if its folder cannot be made.
+        """
+        ours = json.loads(json.dumps(conditions, default=str))
+        found = cls.read(path) if path.is_file() else cls(path, ours)
+        different = [
+            f"{name} {found.conditions.get(name)!r}, now {ours.get(name)!r}"
+            for name in dict.fromkeys([*found.conditions, *ours])
+            if found.conditions.get(name) != ours.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"{path} holds results under other conditions ({'; '.join(different)}): take another --output_dir, or "
+                "remove the file"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
+        found.command = command
+        return found
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -114,16 +122,12 @@ class Results:
         Raises:
             ValueError: if it holds something else.
         """
-        results = cls.__new__(cls)
-        results.path = path
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            results.command = found.get("command", "")
-            results.conditions, results.floor = dict(found["conditions"]), list(found["floor"])
-            results.cells = [Cell(**cell) for cell in found["cells"]]
+            cells = [Cell(**cell) for cell in found["cells"]]
+            return cls(path, dict(found["conditions"]), found.get("command", ""), list(found["floor"]), cells)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} does not hold results of diffusers_gm.evaluation: {error!r}") from error
-        return results
 
     def find(self, scheduler: str, calls: int | None, seed: int | None) -> Cell | None:
         """The finished cell, or None."""
@@ -167,7 +171,11 @@ class Results:
         self, scheduler: str, calls: int | None, num_seeds: int, make: Callable[[int], dict[str, float]]
     ) -> list[dict[str, float]] | None:
         """Scores of the cells of seeds from 0 on, each `make(seed)` where it is not there; None if one has none."""
-        cells = [self.measure(scheduler, calls, seed, partial(_nothing, seed), make) for seed in range(num_seeds)]
+
+        def draw(seed: int) -> tuple[int, None]:
+            return seed, None  # the scores are not of one set of samples
+
+        cells = [self.measure(scheduler, calls, seed, partial(draw, seed), make) for seed in range(num_seeds)]
         return None if any(cell.reason for cell in cells) else [cell.scores for cell in cells]
 
     def save(self) -> None:
@@ -185,8 +193,3 @@ class Results:
             write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
         from_main(write)
-
-
-def _nothing(seed: int) -> tuple[int, None]:
-    """For scores that are not of one set of samples."""
-    return seed, None

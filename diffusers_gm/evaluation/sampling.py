@@ -4,7 +4,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from .. import pipelines, schedulers
 from ..data import SAMPLES, generator_for
 from ..launch import over_processes
 from ..pipelines.unconditional import UnconditionalPipeline
-
-OUR_SCHEDULERS = tuple(cls for name, cls in vars(schedulers).items() if name.endswith("Scheduler"))
+from ..schedulers.base import SamplerScheduler
 
 
 def load_pipeline(name_or_path: str, device: torch.device) -> Any:
@@ -51,12 +51,18 @@ def load_pipeline(name_or_path: str, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def network_of(pipeline: Any) -> torch.nn.Module:
-    """What is called once a step."""
+@contextmanager
+def counted_calls(pipeline: Any) -> Iterator[list]:
+    """Inside, a list that is as long as the network was called often."""
     network = pipeline.components.get("unet") or pipeline.components.get("transformer")
     if network is None:
         raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer whose calls could be counted")
-    return network
+    calls: list[Any] = []
+    hook = network.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
 def image_shape(pipeline: Any) -> tuple[int, int, int]:
@@ -107,7 +113,7 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
                 f"--scheduler {name}: {change!r} must be option=value, the option one of {list(offered)[1:]}"
             )
     config, options = own.config, options_in(changes)
-    if isinstance(own, OUR_SCHEDULERS) and not issubclass(cls, OUR_SCHEDULERS):
+    if isinstance(own, SamplerScheduler) and not issubclass(cls, SamplerScheduler):
         try:
             config = own.diffusers_config()
         except ValueError as error:
@@ -153,7 +159,7 @@ SUITABLE = {
 
 def _noise_of(scheduler: Any) -> str:
     """The noise that it takes the network to be trained with: a noise space of ours, or else the scheduler's own."""
-    if isinstance(scheduler, OUR_SCHEDULERS):
+    if isinstance(scheduler, SamplerScheduler):
         return scheduler.noise_space.kind if scheduler.noise_space else "velocity"
     name = type(scheduler).__name__
     if name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas"):
@@ -182,7 +188,7 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
     """
     trained_at = scheduler.config["num_train_timesteps"]
     for num_steps in range(num_calls, 0, -1):
-        if num_steps > trained_at and not isinstance(scheduler, OUR_SCHEDULERS):
+        if num_steps > trained_at and not isinstance(scheduler, SamplerScheduler):
             # Schedulers of diffusers do not say so, and break down in `step`.
             raise NoGridError(f"the network was trained at {trained_at} noise levels, and {num_calls} calls need more")
         try:
@@ -190,7 +196,7 @@ def num_steps_for(scheduler: Any, num_calls: int) -> int:
         except ValueError as error:
             raise NoGridError(str(error)) from error
         timesteps = scheduler.timesteps
-        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, OUR_SCHEDULERS):
+        if len(timesteps) > 1 and timesteps[0] == timesteps[1] and not isinstance(scheduler, SamplerScheduler):
             # As `leading` of DPM-Solver++ has where there are as many steps as levels: `step` cannot find its place.
             raise NoGridError(f"its grid of {num_steps} steps has the first timestep twice")
         if len(timesteps) <= num_calls:
@@ -238,23 +244,16 @@ def sample(
     Image i is drawn by a generator of its own, seeded by `(seed, i)`: neither the batch size nor the number of
     processes change it, but for rounding. The scheduler of the pipeline is put back at the end.
     """
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
 
     def draw(indices: Tensor) -> tuple[Tensor, int]:
-        nonlocal calls
-        calls = 0
         generators = [generator_for(seed, SAMPLES, i) for i in indices.tolist()]
-        return _images(pipeline, len(generators), num_steps, generators, among, **arguments), calls
+        with counted_calls(pipeline) as calls:
+            images = _images(pipeline, len(generators), num_steps, generators, among, **arguments)
+        return images, len(calls)
 
     own, pipeline.scheduler = pipeline.scheduler, scheduler
-    hook = network_of(pipeline).register_forward_pre_hook(count)
     try:
         batches = over_processes(draw, torch.arange(num_images), batch_size, f"{num_steps} steps, seed {seed}")
     finally:
-        hook.remove()
         pipeline.scheduler = own
     return torch.cat([images for images, _ in batches]), max(n for _, n in batches)

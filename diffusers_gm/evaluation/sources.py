@@ -142,11 +142,7 @@ def real_images(
         ValueError: if there are too few real images, or they have another size than the samples.
     """
     channels, height, width = shape
-    resolution = None
-    if args.resolution is not None:
-        if len(args.resolution) > 2:
-            raise ValueError(f"--resolution must be a side, or a height and a width, got {args.resolution}")
-        resolution = resolution_of(args.resolution[0], args.resolution[-1])
+    resolution = args.resolution and resolution_of(args.resolution[0], args.resolution[-1])
     with process_state().main_process_first():
         source = open_source(
             args.dataset_name,

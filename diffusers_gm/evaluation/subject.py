@@ -30,22 +30,21 @@ class Subject:
         content: a hash of the weights or of the images.
         shape: `(C, H, W)` of the images.
         num_samples: how many; None: as many as there is real data for.
-        pipeline, schedulers: what makes the images, schedulers by name; or
-        samples: the images, in [-1, 1].
         classes: of which all images are, samples and real ones: names, or places where the model has no names; None:
             of all classes.
-        guidance: arguments of the pipeline, by what is added to the name of a scheduler.
+        samples: the images, in [-1, 1]; or
+        pipeline: what makes them, and
+        runs: by name, with which scheduler and arguments of the pipeline.
     """
 
     name: str
     content: str
     shape: tuple[int, int, int]
     num_samples: int | None
-    pipeline: Any = None
-    schedulers: dict[str, Any] = field(default_factory=dict)
+    classes: list[str | int] | None
     samples: Tensor | None = None
-    classes: list[str | int] | None = None
-    guidance: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    pipeline: Any = None
+    runs: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace, device: torch.device) -> "Subject":
@@ -53,30 +52,20 @@ class Subject:
         if args.samples is not None:
             samples = read_samples(args.samples, args.num_samples, args.cache_dir, args.background)
             channels, height, width = samples.shape[1:]
-            content = fingerprint(samples.nan_to_num())
-            shape = (channels, height, width)
-            return cls(name_of(args.samples), content, shape, len(samples), samples=samples, classes=args.class_labels)
+            content, shape = fingerprint(samples.nan_to_num()), (channels, height, width)
+            return cls(name_of(args.samples), content, shape, len(samples), args.class_labels, samples)
         pipeline = load_pipeline(args.model, device)
         own = pipeline.scheduler
-        given = dict(build_scheduler(own, words) for words in args.scheduler or [])
-        schedulers = given or {type(own).__name__: own}
+        schedulers = dict(build_scheduler(own, words) for words in args.scheduler or []) or {type(own).__name__: own}
         guidance = _guidance(args, pipeline)
-        name, content, shape = name_of(args.model), describe_model(pipeline), image_shape(pipeline)
-        classes = None if args.class_labels is None else _classes(args.class_labels, pipeline)
-        return cls(name, content, shape, args.num_samples, pipeline, schedulers, classes=classes, guidance=guidance)
-
-    @property
-    def runs(self) -> dict[str, tuple[Any, dict[str, Any]]]:
-        """What makes images, by name: a scheduler, and arguments of the pipeline."""
-        among = {}
-        if self.classes is not None:
-            names = self.pipeline.class_names
-            among = {"among": class_indices(self.classes, self.pipeline.num_classes, names)}
-        return {
+        classes, among = (None, {}) if args.class_labels is None else _classes(args.class_labels, pipeline)
+        runs = {
             f"{name}{suffix}": (scheduler, among | arguments)
-            for name, scheduler in self.schedulers.items()
-            for suffix, arguments in self.guidance.items()
+            for name, scheduler in schedulers.items()
+            for suffix, arguments in guidance.items()
         }
+        name, content, shape = name_of(args.model), describe_model(pipeline), image_shape(pipeline)
+        return cls(name, content, shape, args.num_samples, classes, pipeline=pipeline, runs=runs)
 
     def cells(self, calls: Sequence[int], seeds: Sequence[int]) -> list[tuple[str, int | None, int | None]]:
         """Scheduler, calls and seed of everything to be measured; for images that are there, their name alone."""
@@ -104,14 +93,14 @@ class Subject:
         return images, made
 
 
-def _classes(words: Sequence[str], pipeline: Any) -> list[str | int]:
-    """The classes of `--class_labels`: names, where the model has them."""
+def _classes(words: Sequence[str], pipeline: Any) -> tuple[list[str | int], dict[str, Any]]:
+    """The classes of `--class_labels`, names where the model has them, and how `sample` is told."""
     names, num_classes = getattr(pipeline, "class_names", None), getattr(pipeline, "num_classes", None)
     if num_classes is None:
         raise ValueError(f"--class_labels {' '.join(words)}: this model has no classes")
     given = [int(word) if word.isdecimal() and word not in (names or []) else word for word in words]
     indices = class_indices(given, num_classes, names)
-    return [names[index] if names else index for index in indices]
+    return [names[index] for index in indices] if names else indices, {"among": indices}
 
 
 def _guidance(args: argparse.Namespace, pipeline: Any) -> dict[str, dict[str, Any]]:

@@ -21,19 +21,13 @@ from ..cli import Parser
 from ..data import sides
 from ..evaluation.table import Table
 from ..files import write_text
-from ..pipelines.repository import BEST, HERE, HERE_NOTE, QUALITY, model_card
+from ..pipelines.repository import HERE, HERE_NOTE, model_card
 from ..training.folder import ARGS_FILE
 from ..training.methods import METHODS
 from ..training.rehearsal import duration
 
-NOT_MEASURED = "Not measured."
 # Network calls that a calibrated scheduler is for.
 FEW_CALLS = 20
-LATENT = """
-
-This is a latent model: what is called an image here is the latents of one, which the autoencoder in the folder `vae`
-makes, scaled to mean 0 and standard deviation 1 in every channel (`latents_mean` and `latents_std` of
-`model_index.json`). The pipeline decodes them; `output_type="latent"` returns them. Errors of the autoencoder stay."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +58,8 @@ class TrainingResult:
     class_names: list[str] | None = None
 
     @property
-    def final_entries(self) -> list[dict[str, Any]]:
-        return self.log[-10:]
-
-    @property
     def final_loss(self) -> float | None:
-        entries = self.final_entries
+        entries = self.log[-10:]
         return sum(entry["loss"] for entry in entries) / len(entries) if entries else None
 
     def figures(self) -> dict[str, Any]:
@@ -87,81 +77,39 @@ class TrainingResult:
 
 def training_card(options: dict[str, Any], pipeline_class: str, result: TrainingResult) -> ModelCard:
     """The card of a trained pipeline, from its resolved options (`training.training_record`)."""
-    on_hub = options["push_to_hub"]
+    on_hub, names = options["push_to_hub"], result.class_names
     name = options["hub_model_id"] if on_hub else Path(options["output_dir"]).name or options["method"]
-    from_hub = options["train_data_dir"] is None and options["dataset_name"] != "digits"
-    entries = result.final_entries
+    folder, dataset = options["train_data_dir"], options["dataset_name"]
+    from_hub = folder is None and dataset != "digits"
+    data = f"`{dataset}`" if from_hub else "handwritten digits"
+    if folder is not None:
+        data = f"the folder `{Path(folder).resolve().name}`"
     method = METHODS[options["method"]]
-    calibrated = bool(options["calibrate"])
     said = {"parameters": f"{result.num_parameters:,}", **method.card_values(options)}
     height, width = sides(options["resolution"])
-    size = f"{height}x{width}" if height != width else f"{width}x{width}"
+    extras = {"evaluation": dataset == "digits", "trackers": options["report_to"] == "tensorboard"}
+    rows = [[f"`{option}`", _cell(value)] for option, value in options.items() if value is not None]
     return model_card(
         [method.name],
-        [options["dataset_name"]] if from_hub else None,
+        [dataset] if from_hub else None,
         files(__package__).joinpath("templates/model_card.md"),
-        title=f"{method.short_title}: {_data(options)}, {size}",
-        size=size,
-        calibrated=calibrated,
+        method=method,
+        options=options,
+        result=result,
+        size=f"{height}x{width}",
         few_calls=FEW_CALLS,
-        extras=_extras(options),
-        **_classes(result.class_names),
-        method_name=method.title,
+        extras=",".join(extra for extra, is_needed in extras.items() if is_needed),
         pipeline_class=pipeline_class,
         load=f'from_pretrained("{name}")' if on_hub else HERE,
         repository_note="" if on_hub else HERE_NOTE,
-        num_inference_steps=FEW_CALLS if calibrated else options["validation_inference_steps"],
-        advice=method.advice,
-        best="\n".join(BEST),
-        method=Template(method.card).substitute(said) + (LATENT if options.get("vae") else ""),
-        quality="\n".join((QUALITY[0], NOT_MEASURED, QUALITY[1])),
-        data=f"{_data(options)}, {result.num_images} images",
-        final_loss=f"{result.final_loss:.4g}" if entries else "not logged",
-        final_steps=f"{entries[0]['step']} to {entries[-1]['step']}" if entries else "none",
-        curve=_curve(result.log) + _by_level(entries, result.levels),
-        steps=result.steps,
-        images_seen=result.images_seen,
+        asked=f"class_labels=[{json.dumps(names[0], ensure_ascii=False)}] * 4" if names else "batch_size=4",
+        description=Template(method.card).substitute(said),
+        data=data,
+        final_loss="not logged" if result.final_loss is None else f"{result.final_loss:.4g}",
+        curve=_curve(result.log) + _by_level(result.log[-10:], result.levels),
         duration=duration(result.seconds),
-        hardware=result.hardware,
-        seed=options["seed"],
-        weights=(
-            f"an exponential moving average with decay {options['ema_decay']}"
-            if options["use_ema"]
-            else "the last ones"
-        ),
-        command=result.command,
-        options=_options(options),
-        versions=", ".join(f"{name} {version}" for name, version in result.versions.items()),
-        citation=method.citation,
+        all_options=Table("", ["option", "value"], rows).markdown(),
     )
-
-
-# Names of classes on a card.
-MOST_NAMES = 100
-
-
-def _classes(names: list[str] | None) -> dict[str, str]:
-    """What the template says of classes to choose from."""
-    if names is None:
-        return {"kind": "Unconditional", "asked": "batch_size=4", "classes": "", "choice": "no prompt and no class"}
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    known = ", ".join(f"`{name}`" for name in names[:MOST_NAMES]) + more
-    return {
-        "kind": "Class-conditional",
-        "asked": f"class_labels=[{json.dumps(names[0], ensure_ascii=False)}] * 4",
-        "classes": (
-            f" `class_labels` are names or indices of its {len(names)} classes: {known}. `guidance_scale` above 1 "
-            "makes images more of their class."
-        ),
-        "choice": "no prompt, and no other class",
-    }
-
-
-def _extras(options: dict[str, Any]) -> str:
-    """Those of the package that the commands of a card need, as pip is told them."""
-    needed = {"evaluation": options["dataset_name"] == "digits", "trackers": options["report_to"] == "tensorboard"}
-    names = ",".join(name for name, is_needed in needed.items() if is_needed)
-    return f"[{names}]" if names else ""
 
 
 def keep_card(folder: Path, path: Path) -> None:
@@ -210,17 +158,6 @@ def _by_level(entries: Sequence[dict[str, Any]], levels: Sequence[str]) -> str:
         known = [loss for loss in column if loss is not None]
         rows.append([name, sum(known) / len(known) if known else "none"])
     return "\n\n" + Table("", ["noise level sigma", "final loss"], rows).markdown() if rows else ""
-
-
-def _options(options: dict[str, Any]) -> str:
-    rows = [[f"`{name}`", _cell(value)] for name, value in options.items() if value is not None]
-    return Table("", ["option", "value"], rows).markdown()
-
-
-def _data(options: dict[str, Any]) -> str:
-    if options["train_data_dir"] is not None:
-        return f"the folder `{Path(options['train_data_dir']).resolve().name}`"
-    return "handwritten digits" if options["dataset_name"] == "digits" else f"`{options['dataset_name']}`"
 
 
 def _cell(value: Any) -> str:

@@ -27,12 +27,6 @@ def push_to_hub(folder: Path, repo_id: str, private: bool | None = None, token: 
     return upload(folder, repo_id, private, token)
 
 
-def push_command(folder: Path, repo_id: str, private: bool | None = False) -> str:
-    """The command that does what `push_to_hub` does."""
-    words = ["python", "-m", "diffusers_gm.hub", str(folder), repo_id, *(["--private"] if private else [])]
-    return shlex.join(words)
-
-
 # What the answers of the Hub mean to whoever uploads.
 STATUS = {
     401: "the Hub does not know you: log in with `hf auth login`, or set HF_TOKEN",
@@ -56,9 +50,9 @@ def explain(error: Exception) -> str:
 
 def failure(error: Exception, folder: Path, repo_id: str, private: bool | None = False) -> str:
     """What to say when an upload failed: why, that nothing is lost, and what repeats it."""
+    command = ["python", "-m", "diffusers_gm.hub", str(folder), repo_id, *(["--private"] if private else [])]
     return (
-        f"the upload failed: {explain(error)}\nThe model is complete in {folder}. To upload it:\n"
-        f"{push_command(folder, repo_id, private)}"
+        f"the upload failed: {explain(error)}\nThe model is complete in {folder}. To upload it:\n{shlex.join(command)}"
     )
 
 

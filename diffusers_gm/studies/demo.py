@@ -95,7 +95,8 @@ def evaluate(folder: Path, calls: Sequence[int], num_samples: int) -> Results:
     options = evaluation_parser("").parse_args([str(folder), *words.split(), "--output_dir", str(folder)])
     options.calls = list(calls)
     subject = Subject.open(options, torch.device("cpu"))
-    results = measure(replace(subject, schedulers=samplers(subject.pipeline)), options)
+    runs: dict[str, Any] = {name: (scheduler, {}) for name, scheduler in samplers(subject.pipeline).items()}
+    results = measure(replace(subject, runs=runs), options)
     write_report(results, str(folder), folder)
     return results
 
@@ -132,14 +133,12 @@ def draw_pictures(folder: Path, seed: int) -> None:
 def together(models: dict[str, Results]) -> Results:
     """The results of several models, measured alike, as those of one."""
     first = next(iter(models.values()))
-    joint = Results(first.path.with_name("comparison"), first.conditions | {"model": " and ".join(models)})
-    joint.floor = first.floor
-    joint.cells = [
+    cells = [
         replace(cell, scheduler=f"{name}: {cell.scheduler}")
         for name, results in models.items()
         for cell in results.cells
     ]
-    return joint
+    return replace(first, conditions=first.conditions | {"model": " and ".join(models)}, cells=cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

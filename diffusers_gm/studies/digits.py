@@ -183,7 +183,7 @@ def kept_results(name: str, num_samples: int, output: Path, **settings: Any) -> 
     """
     words = [f"{key}={value}" for key, value in settings.items() if isinstance(value, int)]
     path = parts_of(output) / f"{' '.join([name, f'n={num_samples}', *words])}.json"
-    return Results(path, {"study": name, "num_samples": num_samples, **settings})
+    return Results.open(path, {"study": name, "num_samples": num_samples, **settings})
 
 
 def quality(

@@ -207,7 +207,7 @@ def equal_budget(args: argparse.Namespace) -> Report:
     length = ["--cpu_seconds", args.cpu_seconds] if args.cpu_seconds else ["--max_train_steps", args.steps]
     training_of = [*args.training, *map(str, length), *shared[len(args.training) :]]
     conditions = {"study": "equal_budget", "data": data, "num_samples": num, "training": training_of}
-    results = Results(parts_of(args.output) / f"equal-budget {data} n={num}.json", conditions)
+    results = Results.open(parts_of(args.output) / f"equal-budget {data} n={num}.json", conditions)
     if not results.floor:
         results.floor = [scores(training[-num:], reference, training[:-num])]
     score_of = partial(scores, reference=reference, training=training)
