@@ -25,6 +25,7 @@ What a training would do, without doing it: add `--dry_run`. After an interrupti
 kept in a YAML file, and some come with the package: `--config cifar10-cpu --method cld`. All options: `--help`.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides, subset
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
-from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
+from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main, largest
 from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.batches import Batches
 from diffusers_gm.training.classes import classes_of
@@ -77,7 +78,7 @@ from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse, save_batch
 from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
-from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
+from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, TIME, Signals
 from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
 from diffusers_gm.training.uncertainty import Uncertainty
 
@@ -137,7 +138,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
     if latents:
         examination = latents.examination
-    largest_distance = distance_measured_once(accelerator, checkpoint)
+    largest_distance = distance_measured_once(checkpoint)
     plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
@@ -316,14 +317,15 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         unit="step",
     )
     started = time.monotonic() - state.seconds
-    stopping, why = Stopping(signals, args.max_train_minutes), NOTHING
+    deadline, why = time.monotonic() + 60 * (args.max_train_minutes or math.inf), NOTHING
     logged_step, logged_time = state.step, time.monotonic()
     while state.step < plan.max_train_steps and not why:
         learning_rate = lr_scheduler.get_last_lr()[0]
         take_step()
         progress.update()
         last = state.step == plan.max_train_steps
-        why = stopping.reason(last)
+        out_of_time = time.monotonic() >= deadline and not last
+        why = largest(SIGNAL if signals.look() else TIME if out_of_time else NOTHING)  # one process speaks for all
         save = why != NOTHING or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
 
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
@@ -372,10 +374,12 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     progress.close()
     if why:
         accelerator.end_training()
+        ended = f"ended by {signals.received or 'a signal to another process'}"
+        if why == TIME:
+            ended = f"--max_train_minutes {args.max_train_minutes:g} are over"
         option = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
         accelerator.print(
-            f"{stopping.in_words(why)} after {state.step} of {plan.max_train_steps} steps: run the same command again"
-            f"{option} to go on"
+            f"{ended} after {state.step} of {plan.max_train_steps} steps: run the same command again{option} to go on"
         )
         if why == SIGNAL and accelerator.is_main_process:  # one that fails is enough: launchers end the others then
             sys.exit(INTERRUPTED)

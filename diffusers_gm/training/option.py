@@ -1,7 +1,8 @@
 """An option of a training: one field of a dataclass, whose metadata say everything there is to say about it."""
 
 import math
-from dataclasses import Field, dataclass, field
+from collections.abc import Container
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -71,6 +72,17 @@ def check_bounds(f: Field, value: Any) -> None:
         raise ValueError(f"--{f.name} must be positive, got {value}")
     if f.metadata["below_one"] and not 0 <= value < 1:
         raise ValueError(f"--{f.name} must be in [0, 1), got {value}")
+
+
+def changed_options(args: Any) -> list[str]:
+    """The options that were given another value than their default, `method` first."""
+    changed = [f.name for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
+    return sorted(changed, key=lambda name: name != "method")
+
+
+def given(args: Any, names: Container[str]) -> list[str]:
+    """Those of these options that were given, as on a command line."""
+    return [f"--{name}" for name in changed_options(args) if name in names]
 
 
 def number_or_auto(name: str, value: str, number: type) -> Any:

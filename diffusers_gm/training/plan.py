@@ -14,7 +14,8 @@ from ..processes.annealed import max_pairwise_distance
 from ..version import __version__
 from .methods import METHODS, options_of_others
 from .methods.method import Noise
-from .options import TrainingArguments, changed_options, names_of
+from .option import changed_options
+from .options import TrainingArguments, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +102,16 @@ def command_line(args: TrainingArguments, num_processes: int) -> str:
     several = f"accelerate launch --num_processes {num_processes} -m train_gm_sgm"
     words = ["diffusers-gm-train" if num_processes == 1 else several]
     private, paths = names_of("private"), names_of("path")
-    for f in changed_options(args):
-        value = getattr(args, f.name)
-        if f.name in private:
+    for name in changed_options(args):
+        value = getattr(args, name)
+        if name in private:
             continue
         if isinstance(value, bool):
-            words.append(f"--{f.name}" if value else f"--no_{f.name}")
+            words.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
-            words.append(f"--{f.name} {' '.join(map(str, value))}")
+            words.append(f"--{name} {' '.join(map(str, value))}")
         else:
-            words.append(f"--{f.name} {portable(value) if f.name in paths else value}")
+            words.append(f"--{name} {portable(value) if name in paths else value}")
     return " ".join(words)
 
 

@@ -8,11 +8,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..data import Examination, ImageSource, Labels, open_source, open_stream
+from ..launch import from_main
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
 from .plan import Plan
@@ -120,15 +119,16 @@ def training_data(
     )
 
 
-def distance_measured_once(accelerator: Accelerator, checkpoint: Path | None) -> Callable[[Tensor], float]:
+def distance_measured_once(checkpoint: Path | None) -> Callable[[Tensor], float]:
     """The largest distance of images for all processes: what the checkpoint says, or the main process measures."""
 
     def largest_distance(images: Tensor) -> float:
         known = TrainingData.of(read_state(checkpoint)).largest_distance if checkpoint else None
-        # That a single image has none is for all processes to say: the others would wait for the main one.
-        if known is None and (accelerator.is_main_process or len(images) < 2):
-            known = max_pairwise_distance(images)
-        return broadcast_object_list([known])[0]
+        if known is not None:
+            return known
+        if len(images) < 2:  # for all processes to say: the others would wait for the main one
+            return max_pairwise_distance(images)
+        return from_main(lambda: max_pairwise_distance(images))
 
     return largest_distance
 

@@ -66,10 +66,7 @@ def noise(
     args: LadderOptions, images: Tensor, largest_distance: LargestDistance, mixture: GaussianMixtureNoise | None = None
 ) -> Noise:
     """The noise levels for these images, and the law of the noise on them."""
-    sigma_max = levels.largest(args)
-    if sigma_max is None:
-        sigma_max = round(largest_distance(images), 4)
-    levels.check_ends(args, sigma_max)
+    sigma_max = levels.largest(args, images, largest_distance)
     num_levels = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
     if num_levels is None:
         num_levels = ladder_length(sigma_max, args.sigma_min, images[0].numel())
@@ -83,7 +80,7 @@ def noise(
     )
 
 
-def network_config(prediction_type: str, noise: Noise) -> dict[str, Any]:
+def network_config(prediction_type: str | None, noise: Noise) -> dict[str, Any]:
     """What a config says of a network of this noise. A preconditioned one is told as diffusers' EDM schedulers tell
     it: its `sigma_data`, and `epsilon` for what it answers."""
     own = {"noise_space": "ve", "prediction_type": prediction_type}
@@ -98,7 +95,6 @@ def network_config(prediction_type: str, noise: Noise) -> dict[str, Any]:
 
 def config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[str, Any]:
     """The config of a scheduler of the ladder."""
-    assert args.prediction_type is not None
     return {
         "timestep_spacing": "even",
         "network_level": "chain",
@@ -111,12 +107,10 @@ def config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[s
     }
 
 
-def labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
+def labels(args: LadderOptions, noise: Any, uniform: Tensor) -> Tensor:
     """Labels of the levels that the options describe; of a ladder's own levels integers."""
     if args.timestep_sampling == "uniform" and args.prediction_type != "edm":
         return (uniform * noise.num_train_timesteps).long()
-    assert noise.sigma_min is not None
-    assert noise.sigma_max is not None
     ends = noise.sigma_min, noise.sigma_max, noise.num_train_timesteps
     space = NoiseSpace.edm(*ends) if args.prediction_type == "edm" else NoiseSpace.ve(*ends)
     return space.timestep(levels.drawn(args, noise, uniform))
@@ -136,10 +130,6 @@ def loss(args: LevelOptions, mixture: GaussianMixtureNoise, scheduler: Any, batc
         scheduler.reading.prediction_type,
         args.snr_gamma,
     )
-
-
-def in_words(args: LadderOptions, noise: Noise) -> str:
-    return levels.in_words(vars(args) | vars(noise))
 
 
 # What the network answers, by prediction type.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...processes.random import Draw
-from ..option import noise
+from ..option import noise, number_or_auto
 
 
 @dataclass
@@ -34,6 +34,14 @@ class Noise:
     sigma_data: float | None = None
     mixture_weights: list[float] | None = None
     mixture_scales: list[float] | None = None
+
+
+def number_of_times(args: Any) -> int:
+    """What `--num_train_timesteps` says; a ValueError for 'auto', for methods without a ladder."""
+    number = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
+    if number is None:
+        raise ValueError(f"--num_train_timesteps auto is for ladders of noise levels: {args.method} needs a number")
+    return number
 
 
 LargestDistance = Callable[[Tensor], float]
@@ -80,7 +88,7 @@ class Method:
         short_title: its name in headings.
         title: its name in sentences.
         pipeline: the class that draws images from what was trained.
-        options: dataclasses of the options that say something about it, beside those for all methods.
+        options: a dataclass of the options that say something about it, beside those for all methods.
         check: `(args)` raises a ValueError for options that do not go together.
         noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
             The largest distance of two of them takes long to measure: a function, to be called where it is needed.
@@ -102,7 +110,7 @@ class Method:
     short_title: str
     title: str
     pipeline: Any
-    options: tuple[type, ...]
+    options: type
     check: Callable[[Any], None]
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
@@ -119,4 +127,4 @@ class Method:
 
     @property
     def option_names(self) -> set[str]:
-        return {f.name for cls in self.options for f in fields(cls)}
+        return {f.name for f in fields(self.options)}
