@@ -30,7 +30,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -139,13 +138,14 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     if latents:
         examination = latents.examination
     largest_distance = distance_measured_once(checkpoint)
-    plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
+    plan = make_plan(args, examination, num_images, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
             f"--train_batch_size {args.train_batch_size} is more than the {num_images} training images have for "
             f"{num_processes} process(es): it is {plan.train_batch_size}"
         )
-    record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
+    record = training_record(args, plan)
+    record |= {"mixed_precision": accelerator.mixed_precision, "image_column": source.image_column}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
     data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
@@ -175,7 +175,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
 
     size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
     learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
-    learned += classes.in_words
+    learned += f" in {len(classes.names)} classes" if classes.names else ""
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
@@ -186,21 +186,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 
-    dataset: Any = TrainingImages(
+    images = TrainingImages(
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
-    dataset = latents.dataset if latents else dataset
+    dataset = classes.of(latents.dataset if latents else images, args.seed)
     stream = ImageStream(
-        num_images,
-        plan.train_batch_size,
-        args.seed,
-        state.images_seen,
-        num_processes,
-        accelerator.process_index,
+        num_images, plan.train_batch_size, args.seed, state.images_seen, num_processes, accelerator.process_index
     )
-    batches = Batches(args, classes.of(dataset, args.seed), stream, accelerator, state.places)
+    batches = Batches(args, dataset, stream, accelerator, state.places)
 
-    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
+    some = examination.images[: min(16, plan.train_batch_size)].to(device)  # no more than fit there
     health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
     level_losses = LevelLosses(objective, accelerator)
     step_draws = StepDraws(args.seed, images_per_step, device)
@@ -256,11 +251,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
-                pipeline,
-                num_images,
-                args.eval_batch_size,
-                plan.validation_inference_steps,
-                args.seed,
+                pipeline, num_images, args.eval_batch_size, plan.validation_inference_steps, args.seed
             )
         return image_grid(images, columns)
 
@@ -279,7 +270,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         result = cards.TrainingResult(
             num_images=num_images,
             num_parameters=num_parameters,
-            class_names=classes.names,
+            class_names=classes.names or None,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,
@@ -336,11 +327,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
             logged_step, logged_time = state.step, time.monotonic()
             if accelerator.is_main_process:
-                entry = {
-                    "loss": mean_loss,
-                    "lr": learning_rate,
-                    "images_per_second": round(images_per_second, 1),
-                }
+                entry = {"loss": mean_loss, "lr": learning_rate, "images_per_second": round(images_per_second, 1)}
                 append_log(output_dir, {"step": state.step, **entry, "loss_by_level": by_level})
                 named = zip(level_losses.names(), by_level, strict=True)
                 levels = {f"loss_by_level/{name}": loss for name, loss in named if loss is not None}

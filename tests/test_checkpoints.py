@@ -271,8 +271,8 @@ def test_distances_are_measured_only_where_they_are_needed():
     images = data.split_digits()[0]
     ladder = {"timestep_sampling": "uniform"}
     for given in ({}, {"method": "cld"}, {"method": "cld", "objective": "score"}, {"sigma_max": "7", **ladder}):
-        make_plan(arguments(**given), data.Examination(images, 0), len(images), None, 1, measured)
-    plan = make_plan(arguments(**ladder), data.Examination(images, 0), len(images), None, 1, lambda images: 8.0)
+        make_plan(arguments(**given), data.Examination(images, 0), len(images), 1, measured)
+    plan = make_plan(arguments(**ladder), data.Examination(images, 0), len(images), 1, lambda images: 8.0)
     assert plan.sigma_max == 8
 
 

@@ -44,7 +44,7 @@ def tie(num_seeds: int) -> float:
 def plan_for_digits(args: TrainingArguments) -> Plan:
     """The plan that `train_gm_sgm.py` makes for the digits."""
     train, _ = split_digits()
-    return make_plan(args, Examination(train, 0), len(train), None, num_processes=1)
+    return make_plan(args, Examination(train, 0), len(train), num_processes=1)
 
 
 def train_on_digits(args: TrainingArguments, loss: Callable[[Any, Tensor], Tensor], name: str) -> Any:

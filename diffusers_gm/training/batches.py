@@ -16,10 +16,8 @@ class Batches(Iterator[Any]):
     """Endless batches of images for this process, `(B, C, H, W)`, with their classes if `dataset` has any.
 
     Args:
-        args: the options.
-        dataset: of what is learned from, by the keys of `stream`; for `--streaming` a `TrainingImages`.
-        stream: their order, where they are read by number.
-        accelerator: of the training.
+        dataset: by the keys of `stream`; for `--streaming` a `TrainingImages`.
+        stream: the order, where images are read by number.
         places: from a checkpoint: where each process was in a stream, see `places`.
 
     Raises:

@@ -42,11 +42,7 @@ class Latents:
     @property
     def components(self) -> dict[str, Any]:
         """What a pipeline needs of it."""
-        return {
-            "vae": self.space.vae,
-            "latents_mean": self.space.mean.tolist(),
-            "latents_std": self.space.std.tolist(),
-        }
+        return {"vae": self.space.vae, "latents_mean": self.space.mean.tolist(), "latents_std": self.space.std.tolist()}
 
 
 class FewLatents(Dataset):
@@ -109,8 +105,7 @@ def latents_of(
     shape = (latent_channels(vae), *(side // factor for side in size))
     if few.shape[1:] != shape:
         raise ValueError(f"--vae makes latents {tuple(few.shape[1:])} of {size[0]}x{size[1]} pixels, not {shape}")
-    dims = 0, 2, 3
-    mean, std = few.mean(dims), few.std(dims).clamp(min=1e-12)
+    mean, std = few.mean((0, 2, 3)), few.std((0, 2, 3)).clamp(min=1e-12)
     some = (few - mean[:, None, None]) / std[:, None, None]
     rehearsed = Examination(some, 0, examination.resolution)
     rehearse(args, rehearsed, source.num_images, unet, network)
@@ -127,13 +122,8 @@ def latents_of(
         vae.to(memory_format=torch.channels_last)  # a third faster there
     with cache.being_filled() if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        cache.fill(
-            args.eval_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            args.dataloader_num_workers,
-            accelerator.device,
-        )
+        share = accelerator.process_index, accelerator.num_processes
+        cache.fill(args.eval_batch_size, *share, args.dataloader_num_workers, accelerator.device)
         accelerator.wait_for_everyone()
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
     examined = dataset.examined(args.seed, NUM_EXAMINED, MAX_ELEMENTS)
@@ -142,14 +132,14 @@ def latents_of(
         vae.enable_slicing()  # a grid of samples needs no more memory than one
     return Latents(
         dataset,
-        Examination(examined, examination.num_unreadable, examination.resolution),
+        replace(examination, images=examined, of_latents=examination.resolution),
         replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
     )
 
 
 def rehearse(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:
     """Raise the ValueError that a training with these options would end with once its latents are there."""
-    plan = make_plan(args, few, num_images, None, num_processes=1)
+    plan = make_plan(args, few, num_images, num_processes=1)
     build_scheduler(args, plan, network)
     if unet is None:
         with torch.random.fork_rng([]), torch.device("meta"):

@@ -25,26 +25,25 @@ def given_unet(args: TrainingArguments) -> Any | None:
     Raises:
         ValueError: if there is none, or it needs more than a noisy image and a timestep.
     """
-    for option, folders in (("model_config", [None]), ("model_name_or_path", ["unet", "transformer", None])):
-        name = getattr(args, option)
-        if name is None:
+    name = args.model_name_or_path or args.model_config
+    if name is None:
+        return None
+    option = f"--model_name_or_path {name}" if args.model_name_or_path else f"--model_config {name}"
+    for folder in ("unet", "transformer", None) if args.model_name_or_path else (None,):
+        kwargs = {"cache_dir": args.cache_dir, "subfolder": folder, "revision": args.revision}
+        try:
+            config = UNet2DModel.load_config(name, **kwargs)
+        except OSError:
             continue
-        for folder in folders:
-            kwargs = {"cache_dir": args.cache_dir, "subfolder": folder, "revision": args.revision}
-            try:
-                config = UNet2DModel.load_config(name, **kwargs)
-            except OSError:
-                continue
-            cls = network_class(f"--{option} {name}", config, args.class_conditional)
-            if option == "model_config":
-                return cls.from_config(config)
-            try:
-                unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--{option} {name} cannot be loaded: {error}") from error
-            return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
-        raise ValueError(f"--{option} {name}: there is no network, neither in such a folder nor on the Hub")
-    return None
+        cls = network_class(option, config, args.class_conditional)
+        if args.model_config:
+            return cls.from_config(config)
+        try:
+            unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{option} cannot be loaded: {error}") from error
+        return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
+    raise ValueError(f"{option}: there is no network, neither in such a folder nor on the Hub")
 
 
 def network_class(option: str, config: dict[str, Any], conditional: bool = False) -> Any:

@@ -122,11 +122,9 @@ class Objective:
         if self.unet is None or (isinstance(self.unet, UNet2DModel) and not answers_variance(self.unet)):
             return network
         call = asked(network, self.unet)
-
-        def answer(*inputs: Any, **named: Any) -> SimpleNamespace:
-            return SimpleNamespace(sample=without_variance(call(*inputs, **named).sample, channels))
-
-        return answer
+        return lambda *inputs, **named: SimpleNamespace(
+            sample=without_variance(call(*inputs, **named).sample, channels)
+        )
 
     def labels(self, uniform: Tensor) -> Tensor:
         """Labels of noise levels, see `Method`."""

@@ -197,10 +197,7 @@ class TrainingArguments(MethodOptions):
         16, "Images in a grid; with --class_conditional a row for each class, as long as that leaves.", at_least=1
     )
     validation_inference_steps: int | None = output(
-        None,
-        "Network calls per image. [that of the pipeline]",
-        at_least=1,
-        aliases=("ddpm_num_inference_steps",),
+        None, "Network calls per image. [that of the pipeline]", at_least=1, aliases=("ddpm_num_inference_steps",)
     )
     eval_batch_size: int = output(16, "Images sampled at once.", at_least=1)
     logging_steps: int = output(10, "Steps between lines of the loss curve, each the mean since the last.", at_least=1)
@@ -225,10 +222,9 @@ class TrainingArguments(MethodOptions):
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
         self.left_open: set[str] = set()
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError("give --dataset_name or --train_data_dir, not both")
-        if self.model_name_or_path is not None and self.model_config is not None:
-            raise ValueError("give --model_name_or_path or --model_config, not both")
+        for one, other in (("dataset_name", "train_data_dir"), ("model_name_or_path", "model_config")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"give --{one} or --{other}, not both")
         if (self.model_name_or_path is not None or self.model_config is not None) and (shape := given(self, SHAPE)):
             raise ValueError(f"{shape} describe a new network: leave them out, the model has its own")
         if self.dataset_name is None and self.train_data_dir is None:
@@ -303,10 +299,8 @@ def names_of(kind: Literal["path", "private"]) -> set[str]:
 
 
 def free_on_resume(args: TrainingArguments) -> set[str]:
-    """The options that may change when a training is resumed: they do not change what is learned.
-
-    How the images of a step are split is free; their number is not, see `TrainingData`.
-    """
+    """The options that may change when a training is resumed, as how the images of a step are split may; the number
+    of these may not, see `TrainingData`."""
     free = {f.name for f in fields(args) if f.metadata["free_on_resume"]} | options_of_others(args.method)
     if args.lr_scheduler in ("constant", "constant_with_warmup"):
         free.add("max_train_steps")  # other schedules are laid out for a length

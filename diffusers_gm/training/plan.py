@@ -23,7 +23,6 @@ class Plan(Noise):
     """Options that depend on the data, resolved. Fields have the names of the options."""
 
     resolution: Resolution
-    image_column: str | None
     train_batch_size: int
     validation_inference_steps: int
     max_train_steps: int
@@ -35,7 +34,6 @@ def make_plan(
     args: TrainingArguments,
     examination: Examination,
     num_images: int,
-    image_column: str | None,
     num_processes: int,
     largest_distance: Callable[[Tensor], float] = max_pairwise_distance,
 ) -> Plan:
@@ -73,7 +71,6 @@ def make_plan(
     return Plan(
         **asdict(noise),
         resolution=examination.resolution,
-        image_column=image_column,
         train_batch_size=batch_size,
         validation_inference_steps=args.validation_inference_steps or method.pipeline.default_num_inference_steps,
         max_train_steps=steps,

@@ -18,8 +18,7 @@ MOST_STEPS, MOST_SECONDS = 5, 20.0
 
 def rehearse(take_step: Callable[[], None], num_steps: int, device: torch.device) -> str:
     """Take some of `num_steps` steps; say how long one lasts, how long all would, and the memory that they need."""
-    times = [time.monotonic()]
-    enough = 0
+    times, enough = [time.monotonic()], 0
     while len(times) <= num_steps and not enough:
         take_step()
         if device.type == "cuda":

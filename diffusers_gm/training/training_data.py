@@ -108,13 +108,12 @@ def training_data(
     labels: Labels | None = None,
 ) -> TrainingData:
     """What a checkpoint is to remember of the data."""
+    measured = args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
     return TrainingData(
         num_images=None if args.streaming else num_images,
         images_per_step=images_per_step,
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
-        largest_distance=plan.sigma_max
-        if args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
-        else None,
+        largest_distance=plan.sigma_max if measured else None,
         classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
     )
 
