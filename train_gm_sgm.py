@@ -37,7 +37,7 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main, largest
@@ -128,15 +128,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     args, of_network = levels_of_network(args, unet)
     with accelerator.main_process_first():
         source = open_training_data(args)
-    if args.max_train_samples is not None:
-        source = subset(source, args.max_train_samples, args.seed)
     classes = classes_of(args, source, unet)
     num_images = args.num_train_samples or source.num_images
     side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
-    latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
-    if latents:
-        examination = latents.examination
+    latents = space = None
+    if vae is not None:
+        latents, examination, space = latents_of(args, vae, source, examination, accelerator, unet, of_network)
     largest_distance = distance_measured_once(checkpoint)
     plan = make_plan(args, examination, num_images, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
@@ -174,7 +172,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             ema.to(device)
 
     size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
-    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
+    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if space else ""
     learned += f" in {len(classes.names)} classes" if classes.names else ""
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
@@ -189,7 +187,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     images = TrainingImages(
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
-    dataset = classes.of(latents.dataset if latents else images, args.seed)
+    dataset = classes.of(images if latents is None else latents, args.seed)
     stream = ImageStream(
         num_images, plan.train_batch_size, args.seed, state.images_seen, num_processes, accelerator.process_index
     )
@@ -210,9 +208,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(*models):
                 losses = objective(model, images, draws, labels)
-                weighted = losses
-                if uncertainty is not None:
-                    weighted = uncertainty(losses, objective.sigma(draws.levels))
+                weighted = uncertainty(losses, objective.sigma(draws.levels)) if uncertainty else losses
                 accelerator.backward(weighted.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -229,7 +225,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
             first, _ = classes.on(device, batches.first())
-            save_batch(latents.space.decode(first) if latents else first, Path(args.first_batch))
+            save_batch(space.decode(first) if space else first, Path(args.first_batch))
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""
@@ -239,8 +235,10 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    components = latents.components if latents else {}
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components, **classes.for_pipeline())
+    components = classes.for_pipeline()
+    if space is not None:
+        components |= {"vae": vae, "latents_mean": space.mean.tolist(), "latents_std": space.std.tolist()}
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components)
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -248,19 +246,21 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
+        """All processes draw the samples, of the averaged weights; the main one shows them to the tracker, too."""
         num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
                 pipeline, num_images, args.eval_batch_size, plan.validation_inference_steps, args.seed
             )
-        return image_grid(images, columns)
+        grid = image_grid(images, columns)
+        if accelerator.is_main_process:
+            log_grid(accelerator, grid, state.step)
+        return grid
 
     def write_pipeline(finished: bool = False):
-        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
-
-        All processes call it, and draw samples; the main one writes."""
-        effort = args.calibrate
-        if finished and effort:
+        """The pipeline, its samples and its card, which the main process writes; all call it. Its sampler is calibrated
+        when it is finished, if wanted."""
+        if finished and (effort := args.calibrate):
             images = examination.images if effort == "full" else None
             with averaged_weights(unet, ema):
                 pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=images))
@@ -280,7 +280,6 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             command=command_line(given, num_processes),
             versions=versions(),
         )
-        log_grid(accelerator, grid, state.step)
         temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)
         with averaged_weights(unet, ema):
             pipeline.save_pretrained(temporary)
@@ -342,7 +341,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             health.check_network(state.step)
         if save:
             state.places = gather_object([batches.places()]) if args.streaming else None
-            save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, args, state, record, data)
             if why == SIGNAL:  # there may be no time for anything else
                 break
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
@@ -355,7 +354,6 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             if accelerator.is_main_process:
                 with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
                     grid.save(path)
-                log_grid(accelerator, grid, state.step)
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused
     progress.close()
@@ -376,10 +374,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")
-    if args.push_to_hub and accelerator.is_main_process:
-        failed = upload()
-        if failed:
-            sys.exit(failed)
+    if args.push_to_hub and accelerator.is_main_process and (failed := upload()):
+        sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,9 @@ def denoising_target(
 
     Args:
         images: clean images `(B, ...)`.
-        noise: unit-level noise `eta`, same shape.
+        noise: unit-level noise `eta` of the law `mixture`, same shape.
         sigma: noise levels that broadcast against them.
         space: the network's noise space.
-        mixture: the law of `noise`.
-        prediction_type: see above.
     """
     if prediction_type == "scaled_score":
         return -mixture.score(noise)
@@ -63,10 +61,8 @@ def denoising_loss(
         model: `(alpha * y, timesteps) -> output`, both outputs and inputs `(B, C, H, W)`.
         images: clean images `(B, C, H, W)`.
         timesteps: labels `(B,)`, see `NoiseSpace`.
-        noise: unit-level mixture noise, `mixture.sample(images.shape)`; at least float32.
-        space: the network's noise space.
-        mixture: the law of `noise`.
-        prediction_type: what the network answers, see `denoising_target`.
+        noise: unit-level noise, `mixture.sample(images.shape)`; at least float32.
+        space, prediction_type: of the network, see `denoising_target`.
         snr_gamma: see `min_snr_weight`; None: weight 1 at all levels.
     """
     sigma = space.sigma(timesteps).to(images.dtype)[(...,) + (None,) * (images.ndim - 1)]

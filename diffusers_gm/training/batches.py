@@ -35,12 +35,8 @@ class Batches(Iterator[Any]):
         self._dataset, self._stream = dataset, stream
         self._places: list[Place] | None = None
         self._turn = 0
-        workers = args.dataloader_num_workers
-        options: dict[str, Any] = {
-            "num_workers": workers,
-            "pin_memory": accelerator.device.type == "cuda",
-            "worker_init_fn": ignore_signals,
-        }
+        workers, pinned = args.dataloader_num_workers, accelerator.device.type == "cuda"
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
         if not args.streaming:
             self._loader = iter(DataLoader(dataset, batch_sampler=stream, **options))
             return

@@ -28,11 +28,6 @@ class Draws:
     noise: Draw
 
     @staticmethod
-    def of(images: Tensor) -> "Draws":
-        """From the global generators."""
-        return Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
-
-    @staticmethod
     def always_the_same(images: Tensor) -> "Draws":
         """Levels evenly spread, and noise, that depend on the number of images alone."""
         levels = (torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images)
@@ -41,13 +36,8 @@ class Draws:
 
 @dataclass
 class StepDraws:
-    """The draws of a training. Each image of a step has a seed of its own, by its place in the endless stream.
-
-    Attributes:
-        seed: of the training.
-        images_per_step: over all batches and processes.
-        device: of the noise.
-    """
+    """The draws of a training, the noise on `device`. Each of the `images_per_step`, over all batches and processes,
+    has a seed of its own, by its place in the endless stream."""
 
     seed: int
     images_per_step: int

@@ -213,11 +213,8 @@ def append_log(folder: Path, entry: dict[str, Any]) -> None:
 
 @dataclass
 class TrainingState:
-    """How far a training is. The data seen decide the order of the data and the noise that come next.
-
-    Attributes:
-        places: of a stream, where each process is, see `Batches`.
-    """
+    """How far a training is. The data seen decide the order of the data and the noise that come next; of a stream,
+    `places` say where each process is, see `Batches`."""
 
     step: int = 0
     images_seen: int = 0
@@ -226,17 +223,13 @@ class TrainingState:
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    folder: Path,
-    state: TrainingState,
-    record: dict[str, Any],
-    data: TrainingData,
-    limit: int | None,
+    accelerator: Accelerator, args: TrainingArguments, state: TrainingState, record: dict[str, Any], data: TrainingData
 ) -> None:
-    """Save everything a training continues from to `folder/checkpoint-<step>`; call it on all processes.
+    """Save everything a training continues from to `checkpoint-<step>`; call it on all processes.
 
-    The name appears when the checkpoint is complete and on disk, and only then do older ones beyond `limit` go.
+    The name appears when the checkpoint is complete and on disk, and only then do older ones beyond the limit go.
     """
+    folder, limit = Path(args.output_dir), args.checkpoints_total_limit
     target = folder / f"{CHECKPOINT}{state.step}"
     temporary = folder / f"{files.UNFINISHED}{target.name}"
     if accelerator.is_main_process:

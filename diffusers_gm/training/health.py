@@ -33,10 +33,7 @@ class Health:
     """Ends a training at the step at which its network diverges. All processes come to the same decision.
 
     Attributes:
-        accelerator: of the training.
-        unet, ema: the network, and the average of its weights, if any.
-        objective: what is minimised.
-        images: some of the training images, `(B, C, H, W)`, the same in all processes.
+        images: some of the training images, `(B, C, H, W)` on the device, the same in all processes.
         folder: where the training's checkpoints are.
         learning_rate: its peak.
         norms: of gradients that are not looked at yet, with their steps.
@@ -59,11 +56,11 @@ class Health:
         """
         if norm is None or self.accelerator.scaler is not None:
             return
-        norm, event, lag = norm.detach(), None, 0.0 if norm.device.type == "cpu" else math.inf
+        lag, event = {"cpu": 0, "cuda": 1}.get(norm.device.type, math.inf), None
         if norm.device.type == "cuda":
-            norm, event, lag = norm.to("cpu", non_blocking=True), torch.cuda.Event(), 1
+            norm, event = norm.detach().to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
-        self.norms.append((step, norm, event))
+        self.norms.append((step, norm.detach(), event))
         self._look_at_gradients(but=lag)
 
     def check_loss(self, step: int, loss: float) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,6 @@ from .plan import make_plan
 
 # Images whose latents say, before all are computed, whether the options go together.
 FEW = 16
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What takes the place of the images.
-
-    Attributes:
-        dataset: by `(epoch, index)`, of mean 0 and standard deviation 1.
-        examination: what some of them are like.
-        space: what decodes them.
-    """
-
-    dataset: Dataset
-    examination: Examination
-    space: LatentSpace
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """What a pipeline needs of it."""
-        return {"vae": self.space.vae, "latents_mean": self.space.mean.tolist(), "latents_std": self.space.std.tolist()}
 
 
 class FewLatents(Dataset):
@@ -81,14 +61,15 @@ def latents_of(
     accelerator: Accelerator,
     unet: Any,
     network: dict[str, Any],
-) -> Latents:
-    """The latents of the training images, computed where they are not kept already; call it on all processes.
-
-    Whether the options go together is seen by a few, before all are computed, which may take hours.
+) -> tuple[Dataset, Examination, LatentSpace]:
+    """The latents of the training images, computed where they are not kept already; call it on all processes. Whether
+    the options go together is seen by a few, before all are computed, which may take hours.
 
     Args:
-        examination: of the images.
         unet, network: the network that was given, if any, and what the scheduler's config needs of it.
+
+    Returns:
+        The latents by `(epoch, index)`, of mean 0 and standard deviation 1; what some are like; what decodes them.
 
     Raises:
         ValueError: for options, a network or images that do not suit the autoencoder, or a cache of other latents.
@@ -117,7 +98,7 @@ def latents_of(
                 files.discard(folder)
     cache = LatentCache(folder, images, space.encode, fingerprint(vae), shape, args.random_flip)
     if args.dry_run:
-        return Latents(FewLatents(some), rehearsed, replace(space, mean=mean, std=std))
+        return FewLatents(some), rehearsed, replace(space, mean=mean, std=std)
     if accelerator.device.type == "cpu":
         vae.to(memory_format=torch.channels_last)  # a third faster there
     with cache.being_filled() if accelerator.is_main_process else nullcontext():
@@ -130,11 +111,8 @@ def latents_of(
     vae.to(memory_format=torch.contiguous_format)
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()  # a grid of samples needs no more memory than one
-    return Latents(
-        dataset,
-        replace(examination, images=examined, of_latents=examination.resolution),
-        replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
-    )
+    examination = replace(examination, images=examined, of_latents=examination.resolution)
+    return dataset, examination, replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten())
 
 
 def rehearse(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:

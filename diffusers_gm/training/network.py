@@ -46,7 +46,7 @@ def given_unet(args: TrainingArguments) -> Any | None:
     raise ValueError(f"{option}: there is no network, neither in such a folder nor on the Hub")
 
 
-def network_class(option: str, config: dict[str, Any], conditional: bool = False) -> Any:
+def network_class(option: str, config: dict[str, Any], conditional: bool) -> Any:
     """The class that `config` names; a ValueError if its networks need more than a noisy image, a timestep and, if
     `conditional`, a class, which they must then know."""
     kind = config.get("_class_name", "UNet2DModel")
@@ -72,8 +72,7 @@ def network_class(option: str, config: dict[str, Any], conditional: bool = False
             f"{option} needs a class for every image ({', '.join(classes)}), and images have none here: "
             "add --class_conditional, or take a network without"
         )
-    embedding = config.get("time_embedding_type", "positional")
-    if embedding != "positional":
+    if (embedding := config.get("time_embedding_type", "positional")) != "positional":
         raise ValueError(
             f"{option} has time_embedding_type = {embedding!r}, which does not take all timesteps between 0 and "
             "num_train_timesteps: take a network with 'positional'"
@@ -82,10 +81,8 @@ def network_class(option: str, config: dict[str, Any], conditional: bool = False
 
 
 def with_velocities(unet: Any) -> Any:
-    """An ordinary network, whose output is like its input, as one of `cat([x, v], 1)` that ignores v as yet.
-
-    Others are returned as they are.
-    """
+    """An ordinary network, whose output is like its input, as one of `cat([x, v], 1)` that ignores v as yet; others
+    as they are."""
     entering, answering = channels_of(unet)
     old = getattr(unet, "conv_in", None)
     if entering != answering or not isinstance(old, nn.Conv2d):
@@ -114,12 +111,10 @@ def new_unet(
     attention = args.attention_resolutions
     if attention is None:
         attention = [] if small else [side for side in shorter if 8 <= side <= 16]
-    unknown = sorted(set(attention) - set(shorter))
-    if unknown:
+    if unknown := sorted(set(attention) - set(shorter)):
         raise ValueError(f"--attention_resolutions {unknown} are no levels of the network: use any of {shorter}")
     down = tuple("AttnDownBlock2D" if side in attention else "DownBlock2D" for side in shorter)
     up = tuple("AttnUpBlock2D" if side in attention else "UpBlock2D" for side in reversed(shorter))
-    head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution_of(height, width),
         in_channels=METHODS[args.method].input_factor(args) * channels,
@@ -129,7 +124,7 @@ def new_unet(
         block_out_channels=tuple(widths),
         layers_per_block=args.layers_per_block or (1 if small else 2),
         norm_num_groups=math.gcd(32, *widths),
-        attention_head_dim=head_dim,
+        attention_head_dim=math.gcd(8, *widths),
         dropout=args.dropout,
         num_class_embeds=num_class_embeds,
     )
@@ -168,8 +163,7 @@ def fit_unet(unet: Any, args: TrainingArguments, resolution: Resolution) -> Any:
         ValueError: for a size that the network cannot have, or a network that does not do what is asked.
     """
     size = sides(resolution)
-    levels = len(unet.config.get("block_out_channels") or [])
-    if levels:
+    if levels := len(unet.config.get("block_out_channels") or []):
         factor = 2 ** (levels - 1)
         if any(side % factor for side in size):
             words = size[0] if size[0] == size[1] else f"{size[0]} {size[1]}"
@@ -213,9 +207,8 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
 
 
 def make_unconditional(unet: Any) -> None:
-    """Technique 3 of NCSNv2: from now on the network ignores the timestep, here and wherever it is loaded.
-
-    The last weight of the time embedding becomes zero and stays so; its bias remains to be learned.
+    """Technique 3 of NCSNv2: from now on the network ignores the timestep, here and wherever it is loaded. The last
+    weight of the time embedding becomes zero and stays so; its bias remains to be learned.
 
     Raises:
         ValueError: for a network whose timestep enters elsewhere.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import dequantized
 from ..networks import answers_variance, asked, without_variance
+from ..processes.random import Draw
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
@@ -74,9 +75,8 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
 
 
 def build_scheduler(args: TrainingArguments, plan: Plan, network: dict[str, Any] | None = None) -> Any:
-    """The scheduler that describes the network and its noise, with the sampler's options.
-
-    `network`: entries of its config that a pretrained network asks for.
+    """The scheduler that describes the network and its noise, with the sampler's options and what a pretrained
+    `network` asks for in its config.
 
     Raises:
         ValueError: if the sampler cannot run with `plan.validation_inference_steps` network calls.
@@ -108,14 +108,14 @@ class Objective:
     def __call__(
         self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None, classes: Tensor | None = None
     ) -> Tensor:
-        draws = draws or Draws.of(images)
+        draws = draws or Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
         if classes is None and self.null_class is not None:
             classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
         network = told(self._as_denoiser(network, images.shape[1]), classes)
         batch = Batch(network, images, self.labels(draws.levels), draws.noise)
-        return METHODS[self.args.method].loss(self.args, self.plan, self.scheduler, batch)
+        return METHODS[self.args.method].loss(self.args, self.scheduler, batch)
 
     def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:
         """The network as the losses call it, and without a variance that it answers besides."""

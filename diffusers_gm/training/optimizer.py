@@ -18,12 +18,11 @@ from .plan import Plan
 def build_optimizer(
     args: TrainingArguments, plan: Plan, unet: nn.Module, uncertainty: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    betas, decay = (args.adam_beta1, args.adam_beta2), args.adam_weight_decay
     options: dict[str, Any] = {
         "lr": plan.learning_rate,
-        "betas": betas,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
-        "weight_decay": decay,
     }
     parameters: list[Any] = [p for p in unet.parameters() if p.requires_grad]
     if uncertainty is not None:
@@ -41,7 +40,8 @@ def build_lr_scheduler(args: TrainingArguments, plan: Plan, optimizer: torch.opt
         return get_scheduler(
             args.lr_scheduler, optimizer, num_warmup_steps=plan.lr_warmup_steps, num_training_steps=plan.max_train_steps
         )
-    total_steps = max(plan.max_train_steps, 4)  # PyTorch divides by the length of either half less one
+    # PyTorch divides by the length of either half less one.
+    total_steps = max(plan.max_train_steps, 4)
     return OneCycleLR(
         optimizer,
         max_lr=plan.learning_rate,
@@ -55,8 +55,14 @@ def build_ema(args: TrainingArguments, unet: nn.Module, device: torch.device) ->
     """The moving average of the weights (Technique 5 of NCSNv2), if wanted."""
     if not args.use_ema:
         return None
-    warm_up: dict[str, Any] = {"use_ema_warmup": True, "inv_gamma": args.ema_inv_gamma, "power": args.ema_power}
-    ema = EMAModel(unet.parameters(), decay=args.ema_decay, foreach=True, **warm_up)
+    ema = EMAModel(
+        unet.parameters(),
+        decay=args.ema_decay,
+        use_ema_warmup=True,
+        inv_gamma=args.ema_inv_gamma,
+        power=args.ema_power,
+        foreach=True,
+    )
     ema.to(device)
     return ema
 

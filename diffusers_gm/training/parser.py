@@ -106,8 +106,7 @@ class OptionParser(Parser):
         """Options that hold the word, or one that is nearly it; none is better than a wrong one."""
         known = [name for name in self._option_string_actions if not name.startswith("--no_")]
         near = [name for name in known if word.strip("-") in name]
-        if not 1 <= len(near) <= 3:
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        near = near if 1 <= len(near) <= 3 else difflib.get_close_matches(word, known, n=1, cutoff=0.8)
         return f": is it {' or '.join(near)}?" if near else ", see --help"
 
 

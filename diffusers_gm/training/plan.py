@@ -37,9 +37,8 @@ def make_plan(
     num_processes: int,
     largest_distance: Callable[[Tensor], float] = max_pairwise_distance,
 ) -> Plan:
-    """Resolve what was left open. Batches larger than the data are made as large as the data.
-
-    `largest_distance` of the images is asked for only where `sigma_max` needs it.
+    """Resolve what was left open. Batches larger than the data are made as large as the data; `largest_distance` of
+    the images is asked for only where `sigma_max` needs it.
 
     Raises:
         ValueError: for options that do not fit the data.

@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def save_batch(images: Tensor, path: Path, most: int = 64) -> None:
-    """Training images `(B, 1 or 3, H, W)` in [-1, 1] as one picture, `most` of them."""
-    pixels = (images[:most].float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
+def save_batch(images: Tensor, path: Path) -> None:
+    """Training images `(B, 1 or 3, H, W)` in [-1, 1] as one picture, at most 64 of them."""
+    pixels = (images[:64].float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
     image_grid(DiffusionPipeline.numpy_to_pil(pixels)).save(path)

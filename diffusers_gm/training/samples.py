@@ -53,6 +53,9 @@ def log_grid(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
 
 def hardware(accelerator: Accelerator) -> str:
     """What the training ran on, in words."""
-    device, threads = accelerator.device, torch.get_num_threads()
-    name = f"{device.type.upper()} ({threads} thread{'s' * (threads != 1)})"
-    return f"{accelerator.num_processes} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else name}"
+    if accelerator.device.type == "cuda":
+        name = torch.cuda.get_device_name(accelerator.device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"{accelerator.device.type.upper()} ({threads} thread{'s' * (threads != 1)})"
+    return f"{accelerator.num_processes} x {name}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data import Examination, ImageSource, Labels, open_source, open_stream
+from ..data import Examination, ImageSource, Labels, open_source, open_stream, subset
 from ..launch import from_main
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
@@ -96,7 +96,8 @@ def open_training_data(args: TrainingArguments) -> ImageSource:
             "is black and white included"
         )
         return source
-    return open_source(*named, args.cache_dir, args.background)
+    source = open_source(*named, args.cache_dir, args.background)
+    return source if args.max_train_samples is None else subset(source, args.max_train_samples, args.seed)
 
 
 def training_data(

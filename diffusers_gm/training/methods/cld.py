@@ -109,8 +109,8 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
 
 
 def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
-    """Times that are uniform on the interval, or those of the levels that the options describe. A network that is fed
-    no companion is told these levels as those of EDM are."""
+    """Times that are uniform on the interval, or those of the levels that the options describe; without a companion
+    these levels, as those of EDM are told."""
     if args.objective == "score":
         return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
     sigma = levels.drawn(args, noise, uniform)
@@ -120,9 +120,9 @@ def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
     return process.time(process.clock_of_sigma(sigma)) * noise.num_train_timesteps
 
 
-def loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+def loss(args: CLDOptions, scheduler: Any, batch: Batch) -> Tensor:
     if args.objective == "score":
-        return published_loss(args, noise, scheduler, batch)
+        return published_loss(args, scheduler, batch)
     if not args.cld_feed_companion:
         return ladder.loss(args, GAUSSIAN, scheduler, batch)
     # Ordinary denoising of y, beside a companion that says nothing of it.
@@ -142,21 +142,22 @@ def loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor
     )
 
 
-def published_loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+def published_loss(args: CLDOptions, scheduler: Any, batch: Batch) -> Tensor:
     process: CLD = scheduler.process
+    unit = scheduler.config["num_train_timesteps"]
     images, draw = batch.images, batch.draw
     both = draw.normal((len(images), 2 * images.shape[1], *images.shape[2:]))
     initial = draw.normal(images.shape) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(
         lambda u, t: batch.network(u, t).sample,
         images,
-        batch.labels / noise.num_train_timesteps,
+        batch.labels / unit,
         both,
         process,
         scheduler.config["prediction_type"],
         initial,
         args.cld_weighting,
-        noise.num_train_timesteps,
+        unit,
     )
 
 

@@ -24,7 +24,7 @@ def check(args: Any) -> None:
         raise ValueError(f"--algorithm_type {args.algorithm_type} means nothing for --method ddpm: leave it out")
 
 
-def loss(args: DDPMOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+def loss(args: DDPMOptions, scheduler: Any, batch: Batch) -> Tensor:
     """That of diffusers' example: the squared error of the predicted noise."""
     eps, timesteps = batch.draw.normal(batch.images.shape), batch.labels.to(batch.images.device)
     output = batch.network(scheduler.add_noise(batch.images, eps, timesteps), timesteps).sample

@@ -17,7 +17,7 @@ COUNT = ("num_components",)
 
 
 @dataclass
-class MixtureOptions:
+class GMSGMOptions(LadderOptions):
     mixture_weights: list[float] | None = option(
         None, "Probabilities of the components.", in_place_of=STABLE + POWER + COUNT
     )
@@ -39,12 +39,7 @@ class MixtureOptions:
     mixture_per_element: bool = option(False, "Draw the component per element instead of per image.")
 
 
-@dataclass
-class GMSGMOptions(LadderOptions, MixtureOptions):
-    """Those of the ladder and of the mixture."""
-
-
-def build_mixture(args: MixtureOptions) -> GaussianMixtureNoise:
+def build_mixture(args: GMSGMOptions) -> GaussianMixtureNoise:
     """The noise law that the options describe, with `E[c^2] = 1`.
 
     Raises:
@@ -107,7 +102,7 @@ METHOD = Method(
     noise=lambda args, images, largest_distance: ladder.noise(args, images, largest_distance, build_mixture(args)),
     scheduler=scheduler,
     labels=ladder.labels,
-    loss=lambda args, noise, scheduler, batch: ladder.loss(args, build_mixture(args), scheduler, batch),
+    loss=lambda args, scheduler, batch: ladder.loss(args, build_mixture(args), scheduler, batch),
     noise_in_words=lambda args, noise: f"{build_mixture(args)}, {levels.in_words(vars(args) | vars(noise))}",
     card="""\
 A network of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed

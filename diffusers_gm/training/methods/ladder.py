@@ -67,11 +67,9 @@ def noise(
 ) -> Noise:
     """The noise levels for these images, and the law of the noise on them."""
     sigma_max = levels.largest(args, images, largest_distance)
-    num_levels = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
-    if num_levels is None:
-        num_levels = ladder_length(sigma_max, args.sigma_min, images[0].numel())
+    given = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
     return Noise(
-        num_train_timesteps=num_levels,
+        num_train_timesteps=given or ladder_length(sigma_max, args.sigma_min, images[0].numel()),
         sigma_min=args.sigma_min,
         sigma_max=sigma_max,
         sigma_data=levels.size_of_data(args, images) if args.prediction_type == "edm" else None,
@@ -118,13 +116,12 @@ def labels(args: LadderOptions, noise: Any, uniform: Tensor) -> Tensor:
 
 def loss(args: LevelOptions, mixture: GaussianMixtureNoise, scheduler: Any, batch: Batch) -> Tensor:
     """The denoising loss, `(B,)`."""
-    images, labels, draw = batch.images, batch.labels, batch.draw
-    timesteps = (labels if labels.dtype == torch.int64 else labels.float()).to(images.device)
+    labels, draw = batch.labels, batch.draw
     return denoising_loss(
         lambda x, t: batch.network(x, t).sample,
-        images,
-        timesteps,
-        mixture.sample(images.shape, draw.generator, draw.device, draw.dtype),
+        batch.images,
+        (labels if labels.dtype == torch.int64 else labels.float()).to(batch.images.device),
+        mixture.sample(batch.images.shape, draw.generator, draw.device, draw.dtype),
         scheduler.noise_space,
         mixture,
         scheduler.reading.prediction_type,
@@ -143,11 +140,11 @@ LEARNS = {
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
     """What a card says of the levels and of what the network learned."""
-    unconditional = record["conditioning"] == "none"
+    told = {"sigma": "is told the noise level", "none": "is not told the noise level (Technique 3)"}
     score = record["objective"] == "score"
     return {
         "levels": levels.in_words(record),
-        "told": "is not told the noise level (Technique 3)" if unconditional else "is told the noise level",
+        "told": told[record["conditioning"]],
         "learns": "the score of the noisy images" if score else LEARNS[record["prediction_type"]],
     }
 

@@ -115,9 +115,8 @@ def in_words(record: Any) -> str:
     """Of the options as recorded, or of anything with `sigma_min` and the like by name."""
     ends = f"from {record['sigma_min']:g} to {record['sigma_max']:g}"
     if record["timestep_sampling"] == "log_normal":
-        return (
-            f"log-normal noise levels {ends} (ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g})"
-        )
+        law = f"ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g}"
+        return f"log-normal noise levels {ends} ({law})"
     if record["timestep_sampling"] == "log_uniform":
         return f"log-uniform noise levels {ends}"
     return f"{record['num_train_timesteps']} noise levels {ends} on a geometric ladder"

@@ -18,7 +18,7 @@ METHOD = Method(
     noise=ladder.noise,
     scheduler=lambda args, noise, sampler: AnnealedLangevinScheduler(**ladder.config(args, noise, sampler)),
     labels=ladder.labels,
-    loss=lambda args, noise, scheduler, batch: ladder.loss(args, GAUSSIAN, scheduler, batch),
+    loss=lambda args, scheduler, batch: ladder.loss(args, GAUSSIAN, scheduler, batch),
     noise_in_words=lambda args, noise: f"{GAUSSIAN}, {levels.in_words(vars(args) | vars(noise))}",
     card="""\
 A network of $parameters parameters was trained to undo Gaussian noise; it learns $learns. It was
