@@ -107,7 +107,6 @@ def cld_loss(
         images: clean images `(B, C, H, W)`, at least float32.
         times: t, `(B,)`, uniform on [1e-5, 1] in training; best on the CPU, where the coefficients are worked out.
         noise: standard normal, `(B, 2C, H, W)`.
-        process: the diffusion.
         prediction_type: how the output becomes a score, see `score_coefficients`: `cld_mixed` (eq. 9), or
             `scaled_velocity_score` for the same network without the mixed score.
         velocity: v0, `(B, C, H, W)`, normal of variance `gamma M`; None for hybrid score matching.

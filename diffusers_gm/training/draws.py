@@ -21,7 +21,6 @@ class Draws:
 
     Attributes:
         levels: decides the noise level of each image, uniform in [0, 1); `(B,)` float64 on the CPU.
-        noise: where their noise comes from.
     """
 
     levels: Tensor

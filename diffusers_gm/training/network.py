@@ -25,18 +25,19 @@ def given_unet(args: TrainingArguments) -> Any | None:
     Raises:
         ValueError: if there is none, or it needs more than a noisy image and a timestep.
     """
-    name = args.model_name_or_path or args.model_config
+    pretrained = args.model_name_or_path is not None
+    name = args.model_name_or_path if pretrained else args.model_config
     if name is None:
         return None
-    option = f"--model_name_or_path {name}" if args.model_name_or_path else f"--model_config {name}"
-    for folder in ("unet", "transformer", None) if args.model_name_or_path else (None,):
+    option = f"--model_name_or_path {name}" if pretrained else f"--model_config {name}"
+    for folder in ("unet", "transformer", None) if pretrained else (None,):
         kwargs = {"cache_dir": args.cache_dir, "subfolder": folder, "revision": args.revision}
         try:
             config = UNet2DModel.load_config(name, **kwargs)
         except OSError:
             continue
         cls = network_class(option, config, args.class_conditional)
-        if args.model_config:
+        if not pretrained:
             return cls.from_config(config)
         try:
             unet = cls.from_pretrained(name, variant=args.variant, **kwargs)

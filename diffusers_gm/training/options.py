@@ -265,10 +265,6 @@ class TrainingArguments(MethodOptions):
         if self.vae is not None and self.dequantize is not None:
             raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
 
-    @property
-    def on_digits(self) -> bool:
-        return self.train_data_dir is None and self.dataset_name == "digits"
-
 
 def check_streaming(args: TrainingArguments) -> None:
     if args.streaming and (args.num_train_samples is None or args.max_train_samples is not None):

@@ -57,7 +57,7 @@ def make_plan(
         raise ValueError(f"--num_train_timesteps must be at least 2, got {noise.num_train_timesteps}")
 
     steps = args.max_train_steps
-    if steps is None and args.num_train_epochs is None and args.on_digits:
+    if steps is None and args.num_train_epochs is None and args.dataset_name == "digits":
         steps = 1500
     if steps is None:
         images_per_step = batch_size * num_processes * args.gradient_accumulation_steps

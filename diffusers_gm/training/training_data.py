@@ -96,8 +96,8 @@ def open_training_data(args: TrainingArguments) -> ImageSource:
             "is black and white included"
         )
         return source
-    source = open_source(*named, args.cache_dir, args.background)
-    return source if args.max_train_samples is None else subset(source, args.max_train_samples, args.seed)
+    images = open_source(*named, args.cache_dir, args.background)
+    return images if args.max_train_samples is None else subset(images, args.max_train_samples, args.seed)
 
 
 def training_data(
