@@ -25,11 +25,11 @@ What a training would do, without doing it: add `--dry_run`. After an interrupti
 kept in a YAML file, and some come with the package: `--config cifar10-cpu --method cld`. All options: `--help`.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,10 +37,10 @@ from accelerate.utils import ProjectConfiguration, gather_object
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
-from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides, subset
+from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides
 from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
-from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main
+from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main, largest
 from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.batches import Batches
 from diffusers_gm.training.classes import classes_of
@@ -77,7 +77,7 @@ from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse, save_batch
 from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
-from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, Signals, Stopping
+from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, TIME, Signals
 from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
 from diffusers_gm.training.uncertainty import Uncertainty
 
@@ -128,23 +128,22 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     args, of_network = levels_of_network(args, unet)
     with accelerator.main_process_first():
         source = open_training_data(args)
-    if args.max_train_samples is not None:
-        source = subset(source, args.max_train_samples, args.seed)
     classes = classes_of(args, source, unet)
     num_images = args.num_train_samples or source.num_images
     side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
-    latents = vae and latents_of(args, vae, source, examination, accelerator, unet, of_network)
-    if latents:
-        examination = latents.examination
-    largest_distance = distance_measured_once(accelerator, checkpoint)
-    plan = make_plan(args, examination, num_images, source.image_column, num_processes, largest_distance)
+    latents = space = None
+    if vae is not None:
+        latents, examination, space = latents_of(args, vae, source, examination, accelerator, unet, of_network)
+    largest_distance = distance_measured_once(checkpoint)
+    plan = make_plan(args, examination, num_images, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
         accelerator.print(
             f"--train_batch_size {args.train_batch_size} is more than the {num_images} training images have for "
             f"{num_processes} process(es): it is {plan.train_batch_size}"
         )
-    record = training_record(args, plan) | {"mixed_precision": accelerator.mixed_precision}
+    record = training_record(args, plan)
+    record |= {"mixed_precision": accelerator.mixed_precision, "image_column": source.image_column}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
     data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
@@ -173,8 +172,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             ema.to(device)
 
     size = "x".join(map(str, (channels or examination.channels, *sides(plan.resolution))))
-    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if latents else ""
-    learned += classes.in_words
+    learned = f", as latents of {'x'.join(map(str, examination.images.shape[1:]))}" if space else ""
+    learned += f" in {len(classes.names)} classes" if classes.names else ""
     accelerator.print(
         f"{args.method}: {num_parameters:,} parameters, {num_images} images of {size}{learned}\n"
         f"noise: {method.noise_in_words(args, plan)}\n"
@@ -185,21 +184,16 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         f"output: {output_dir}" + (f", then {args.hub_model_id}" if args.push_to_hub else "")
     )
 
-    dataset: Any = TrainingImages(
+    images = TrainingImages(
         source, plan.resolution, examination.channels, args.seed, args.center_crop, args.random_flip
     )
-    dataset = latents.dataset if latents else dataset
+    dataset = classes.of(images if latents is None else latents, args.seed)
     stream = ImageStream(
-        num_images,
-        plan.train_batch_size,
-        args.seed,
-        state.images_seen,
-        num_processes,
-        accelerator.process_index,
+        num_images, plan.train_batch_size, args.seed, state.images_seen, num_processes, accelerator.process_index
     )
-    batches = Batches(args, classes.of(dataset, args.seed), stream, accelerator, state.places)
+    batches = Batches(args, dataset, stream, accelerator, state.places)
 
-    some = examination.images[: min(16, plan.train_batch_size)]  # no more than fit the device
+    some = examination.images[: min(16, plan.train_batch_size)].to(device)  # no more than fit there
     health = Health(accelerator, unet, ema, objective, some, output_dir, plan.learning_rate)
     level_losses = LevelLosses(objective, accelerator)
     step_draws = StepDraws(args.seed, images_per_step, device)
@@ -214,9 +208,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(*models):
                 losses = objective(model, images, draws, labels)
-                weighted = losses
-                if uncertainty is not None:
-                    weighted = uncertainty(losses, objective.sigma(draws.levels))
+                weighted = uncertainty(losses, objective.sigma(draws.levels)) if uncertainty else losses
                 accelerator.backward(weighted.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -233,7 +225,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
             first, _ = classes.on(device, batches.first())
-            save_batch(latents.space.decode(first) if latents else first, Path(args.first_batch))
+            save_batch(space.decode(first) if space else first, Path(args.first_batch))
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""
@@ -243,8 +235,10 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     yield
 
     # --- Training ---
-    components = latents.components if latents else {}
-    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components, **classes.for_pipeline())
+    components = classes.for_pipeline()
+    if space is not None:
+        components |= {"vae": vae, "latents_mean": space.mean.tolist(), "latents_std": space.std.tolist()}
+    pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components)
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / "samples").mkdir(exist_ok=True)
@@ -252,23 +246,21 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_tracker(accelerator, record)
 
     def sample_grid():
+        """All processes draw the samples, of the averaged weights; the main one shows them to the tracker, too."""
         num_images, columns = classes.grid(args.num_validation_images)
         with averaged_weights(unet, ema):
             images = sample_images(
-                pipeline,
-                num_images,
-                args.eval_batch_size,
-                plan.validation_inference_steps,
-                args.seed,
+                pipeline, num_images, args.eval_batch_size, plan.validation_inference_steps, args.seed
             )
-        return image_grid(images, columns)
+        grid = image_grid(images, columns)
+        if accelerator.is_main_process:
+            log_grid(accelerator, grid, state.step)
+        return grid
 
     def write_pipeline(finished: bool = False):
-        """The pipeline, its samples and its card; its sampler is calibrated when it is finished, if wanted.
-
-        All processes call it, and draw samples; the main one writes."""
-        effort = args.calibrate
-        if finished and effort:
+        """The pipeline, its samples and its card, which the main process writes; all call it. Its sampler is calibrated
+        when it is finished, if wanted."""
+        if finished and (effort := args.calibrate):
             images = examination.images if effort == "full" else None
             with averaged_weights(unet, ema):
                 pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=images))
@@ -278,7 +270,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         result = cards.TrainingResult(
             num_images=num_images,
             num_parameters=num_parameters,
-            class_names=classes.names,
+            class_names=classes.names or None,
             steps=state.step,
             images_seen=state.images_seen,
             seconds=state.seconds,
@@ -288,7 +280,6 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             command=command_line(given, num_processes),
             versions=versions(),
         )
-        log_grid(accelerator, grid, state.step)
         temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)
         with averaged_weights(unet, ema):
             pipeline.save_pretrained(temporary)
@@ -316,14 +307,15 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         unit="step",
     )
     started = time.monotonic() - state.seconds
-    stopping, why = Stopping(signals, args.max_train_minutes), NOTHING
+    deadline, why = time.monotonic() + 60 * (args.max_train_minutes or math.inf), NOTHING
     logged_step, logged_time = state.step, time.monotonic()
     while state.step < plan.max_train_steps and not why:
         learning_rate = lr_scheduler.get_last_lr()[0]
         take_step()
         progress.update()
         last = state.step == plan.max_train_steps
-        why = stopping.reason(last)
+        out_of_time = time.monotonic() >= deadline and not last
+        why = largest(SIGNAL if signals.look() else TIME if out_of_time else NOTHING)  # one process speaks for all
         save = why != NOTHING or (args.checkpointing_steps > 0 and (last or state.step % args.checkpointing_steps == 0))
 
         # Always before a checkpoint: one of a network that diverged must not replace the good ones.
@@ -334,11 +326,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             images_per_second = steps * images_per_step / (time.monotonic() - logged_time)
             logged_step, logged_time = state.step, time.monotonic()
             if accelerator.is_main_process:
-                entry = {
-                    "loss": mean_loss,
-                    "lr": learning_rate,
-                    "images_per_second": round(images_per_second, 1),
-                }
+                entry = {"loss": mean_loss, "lr": learning_rate, "images_per_second": round(images_per_second, 1)}
                 append_log(output_dir, {"step": state.step, **entry, "loss_by_level": by_level})
                 named = zip(level_losses.names(), by_level, strict=True)
                 levels = {f"loss_by_level/{name}": loss for name, loss in named if loss is not None}
@@ -353,7 +341,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             health.check_network(state.step)
         if save:
             state.places = gather_object([batches.places()]) if args.streaming else None
-            save_checkpoint(accelerator, output_dir, state, record, data, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, args, state, record, data)
             if why == SIGNAL:  # there may be no time for anything else
                 break
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
@@ -366,16 +354,17 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             if accelerator.is_main_process:
                 with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
                     grid.save(path)
-                log_grid(accelerator, grid, state.step)
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused
     progress.close()
     if why:
         accelerator.end_training()
+        ended = f"ended by {signals.received or 'a signal to another process'}"
+        if why == TIME:
+            ended = f"--max_train_minutes {args.max_train_minutes:g} are over"
         option = "" if args.resume_from_checkpoint == "latest" else " with --resume_from_checkpoint latest"
         accelerator.print(
-            f"{stopping.in_words(why)} after {state.step} of {plan.max_train_steps} steps: run the same command again"
-            f"{option} to go on"
+            f"{ended} after {state.step} of {plan.max_train_steps} steps: run the same command again{option} to go on"
         )
         if why == SIGNAL and accelerator.is_main_process:  # one that fails is enough: launchers end the others then
             sys.exit(INTERRUPTED)
@@ -385,10 +374,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")
-    if args.push_to_hub and accelerator.is_main_process:
-        failed = upload()
-        if failed:
-            sys.exit(failed)
+    if args.push_to_hub and accelerator.is_main_process and (failed := upload()):
+        sys.exit(failed)
 
 
 if __name__ == "__main__":

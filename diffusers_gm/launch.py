@@ -22,11 +22,8 @@ def process_state() -> PartialState:
 
 
 def check_processes(state: Any) -> None:
-    """Raise a RuntimeError if processes that were launched together do not know of each other.
-
-    Args:
-        state: an `Accelerator` or a `PartialState`.
-    """
+    """Raise a RuntimeError if processes that were launched together do not know of each other by their `state`, an
+    `Accelerator` or a `PartialState`."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise RuntimeError(
@@ -47,10 +44,8 @@ def check_parallelism() -> None:
 
 
 def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int, description: str) -> list:
-    """`[work(batch), ...]` for the batches of `items`, in order, each done by one process and given to all.
-
-    The batches are the same whatever the number of processes, and so is what comes out of them.
-    """
+    """`[work(batch), ...]` for the batches of `items`, in order, each done by one process and given to all. They are
+    the same whatever the number of processes."""
     state = process_state()
     with state.split_between_processes(list(items.split(batch_size))) as mine:
         bar = tqdm(

@@ -33,11 +33,9 @@ def denoising_target(
 
     Args:
         images: clean images `(B, ...)`.
-        noise: unit-level noise `eta`, same shape.
+        noise: unit-level noise `eta` of the law `mixture`, same shape.
         sigma: noise levels that broadcast against them.
         space: the network's noise space.
-        mixture: the law of `noise`.
-        prediction_type: see above.
     """
     if prediction_type == "scaled_score":
         return -mixture.score(noise)
@@ -63,10 +61,8 @@ def denoising_loss(
         model: `(alpha * y, timesteps) -> output`, both outputs and inputs `(B, C, H, W)`.
         images: clean images `(B, C, H, W)`.
         timesteps: labels `(B,)`, see `NoiseSpace`.
-        noise: unit-level mixture noise, `mixture.sample(images.shape)`; at least float32.
-        space: the network's noise space.
-        mixture: the law of `noise`.
-        prediction_type: what the network answers, see `denoising_target`.
+        noise: unit-level noise, `mixture.sample(images.shape)`; at least float32.
+        space, prediction_type: of the network, see `denoising_target`.
         snr_gamma: see `min_snr_weight`; None: weight 1 at all levels.
     """
     sigma = space.sigma(timesteps).to(images.dtype)[(...,) + (None,) * (images.ndim - 1)]
@@ -111,7 +107,6 @@ def cld_loss(
         images: clean images `(B, C, H, W)`, at least float32.
         times: t, `(B,)`, uniform on [1e-5, 1] in training; best on the CPU, where the coefficients are worked out.
         noise: standard normal, `(B, 2C, H, W)`.
-        process: the diffusion.
         prediction_type: how the output becomes a score, see `score_coefficients`: `cld_mixed` (eq. 9), or
             `scaled_velocity_score` for the same network without the mixed score.
         velocity: v0, `(B, C, H, W)`, normal of variance `gamma M`; None for hybrid score matching.

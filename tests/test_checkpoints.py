@@ -271,21 +271,20 @@ def test_distances_are_measured_only_where_they_are_needed():
     images = data.split_digits()[0]
     ladder = {"timestep_sampling": "uniform"}
     for given in ({}, {"method": "cld"}, {"method": "cld", "objective": "score"}, {"sigma_max": "7", **ladder}):
-        make_plan(arguments(**given), data.Examination(images), len(images), None, 1, measured)
-    plan = make_plan(arguments(**ladder), data.Examination(images), len(images), None, 1, lambda images: 8.0)
+        make_plan(arguments(**given), data.Examination(images), len(images), 1, measured)
+    plan = make_plan(arguments(**ladder), data.Examination(images), len(images), 1, lambda images: 8.0)
     assert plan.sigma_max == 8
 
 
 @pytest.mark.parametrize(("method", "known"), [("gm-sgm --prediction_type epsilon", 9.6299), ("cld", None)])
-def test_a_checkpoint_remembers_the_largest_distance(train, tmp_path, method, known):
+def test_a_checkpoint_remembers_the_largest_distance(train, tmp_path, monkeypatch, method, known):
     """Identical images have none: the answer comes from the checkpoint."""
     train(options(2), "--method", method, "--output_dir", tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert json.loads((checkpoint / STATE_FILE).read_text())["data"]["largest_distance"] == known
-    main = SimpleNamespace(is_main_process=True)
-    assert distance_measured_once(main, checkpoint)(torch.zeros(4, 1, 8, 8)) == (known or 0)
-    other = SimpleNamespace(is_main_process=False)
-    assert distance_measured_once(other, checkpoint)(torch.zeros(4, 1, 8, 8)) == known
+    assert distance_measured_once(checkpoint)(torch.zeros(4, 1, 8, 8)) == (known or 0)
+    monkeypatch.setattr("diffusers_gm.launch.process_state", lambda: SimpleNamespace(is_main_process=False))
+    assert distance_measured_once(checkpoint)(torch.zeros(4, 1, 8, 8)) == known
 
 
 def test_a_number_in_place_of_the_measured_one_is_another_training(train, trained):

@@ -157,6 +157,6 @@ def test_a_step_of_training(options):
     with NoFloat64(), torch.random.fork_rng(devices=[]):
         labels = method.labels(args, noise, torch.rand(2, dtype=torch.float64))
         network = lambda x, t: SimpleNamespace(sample=x[:, :1])
-        loss = method.loss(args, noise, scheduler, Batch(network, images(), labels, Draw.like(images())))
+        loss = method.loss(args, scheduler, Batch(network, images(), labels, Draw.like(images())))
     assert loss.device == DEVICE
     assert loss.dtype == torch.float32

@@ -222,11 +222,11 @@ def test_the_largest_batch_that_fits_is_taken(train, tmp_path, capsys):
 def test_several_processes_share_the_images():
     images = data.split_digits()[0][:61]
     examination = data.Examination(images)
-    plan = make_plan(arguments(num_train_epochs=2), examination, 61, None, num_processes=2)
+    plan = make_plan(arguments(num_train_epochs=2), examination, 61, num_processes=2)
     assert plan.train_batch_size == 30
     assert plan.max_train_steps == 3, "2 epochs of 61 images by 60"
     with pytest.raises(ValueError, match="62 processes for 61 training images"):
-        make_plan(arguments(), examination, 61, None, num_processes=62)
+        make_plan(arguments(), examination, 61, num_processes=62)
 
 
 # --- Networks that need more than we have ---

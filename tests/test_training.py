@@ -104,7 +104,7 @@ def arguments(**options):
 
 def plan_for(args, images=None):
     images = data.split_digits()[0] if images is None else images
-    return make_plan(args, data.Examination(images), len(images), None, num_processes=1)
+    return make_plan(args, data.Examination(images), len(images), num_processes=1)
 
 
 def small_unet(**options):

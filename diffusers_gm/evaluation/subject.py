@@ -100,7 +100,7 @@ def _classes(words: Sequence[str], pipeline: Any) -> tuple[list[str | int], dict
         raise ValueError(f"--class_labels {' '.join(words)}: this model has no classes")
     given = [int(word) if word.isdecimal() and word not in (names or []) else word for word in words]
     indices = class_indices(given, num_classes, names)
-    return [names[index] for index in indices] if names else indices, {"among": indices}
+    return [names[index] if names else index for index in indices], {"among": indices}
 
 
 def _guidance(args: argparse.Namespace, pipeline: Any) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,8 @@ from ..schedulers import CLDSSCSScheduler
 from ..training.network import fit_unet, new_unet
 from ..training.objective import Objective, build_scheduler
 from ..training.optimizer import build_ema, build_lr_scheduler, build_optimizer
-from ..training.options import TrainingArguments, changed_options
+from ..training.option import changed_options
+from ..training.options import TrainingArguments
 from ..training.plan import Plan, make_plan
 
 # Ratios of single seeds closer than this are called equal: one network has ratios so far apart at several seeds of
@@ -43,7 +44,7 @@ def tie(num_seeds: int) -> float:
 def plan_for_digits(args: TrainingArguments) -> Plan:
     """The plan that `train_gm_sgm.py` makes for the digits."""
     train, _ = split_digits()
-    return make_plan(args, Examination(train), len(train), None, num_processes=1)
+    return make_plan(args, Examination(train), len(train), num_processes=1)
 
 
 def train_on_digits(args: TrainingArguments, loss: Callable[[Any, Tensor], Tensor], name: str) -> Any:
@@ -127,7 +128,7 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
 def name_of(args: TrainingArguments) -> str:
     """The method and the options that were given, in words that make a file name."""
     words = [
-        f"{f.name}={getattr(args, f.name)}" for f in changed_options(args) if f.name not in ("method", "dataset_name")
+        f"{name}={getattr(args, name)}" for name in changed_options(args) if name not in ("method", "dataset_name")
     ]
     return " ".join([args.method, *sorted(words)])
 

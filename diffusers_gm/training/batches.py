@@ -16,10 +16,8 @@ class Batches(Iterator[Any]):
     """Endless batches of images for this process, `(B, C, H, W)`, with their classes if `dataset` has any.
 
     Args:
-        args: the options.
-        dataset: of what is learned from, by the keys of `stream`; for `--streaming` a `TrainingImages`.
-        stream: their order, where they are read by number.
-        accelerator: of the training.
+        dataset: by the keys of `stream`; for `--streaming` a `TrainingImages`.
+        stream: the order, where images are read by number.
         places: from a checkpoint: where each process was in a stream, see `places`.
 
     Raises:
@@ -37,12 +35,8 @@ class Batches(Iterator[Any]):
         self._dataset, self._stream = dataset, stream
         self._places: list[Place] | None = None
         self._turn = 0
-        workers = args.dataloader_num_workers
-        options: dict[str, Any] = {
-            "num_workers": workers,
-            "pin_memory": accelerator.device.type == "cuda",
-            "worker_init_fn": ignore_signals,
-        }
+        workers, pinned = args.dataloader_num_workers, accelerator.device.type == "cuda"
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
         if not args.streaming:
             self._loader = iter(DataLoader(dataset, batch_sampler=stream, **options))
             return

@@ -25,22 +25,20 @@ class Classes:
     dropout: float = 0.0
 
     @property
-    def names(self) -> list[str] | None:
-        return None if self.labels is None else self.labels.names
+    def names(self) -> list[str]:
+        return self.labels.names if self.labels else []
 
     @property
     def num_embeds(self) -> int | None:
         """Classes of the network: those of the data and, the last one, none."""
-        return None if self.labels is None else len(self.labels.names) + (self.dropout > 0)
+        return len(self.names) + (self.dropout > 0) if self.names else None
 
     @property
     def null(self) -> int | None:
         """What a network is asked for where no class is known: none, or where that was never learned, the first."""
-        return None if self.labels is None else len(self.labels.names) if self.dropout else 0
-
-    @property
-    def in_words(self) -> str:
-        return "" if self.labels is None else f" in {len(self.labels.names)} classes"
+        if not self.names:
+            return None
+        return len(self.names) if self.dropout else 0
 
     def of(self, images: Any, seed: int) -> Any:
         """Training images with their classes, if they have any."""
@@ -63,10 +61,8 @@ class Classes:
     def grid(self, num_images: int) -> tuple[int, int | None]:
         """How many of `num_images` samples a grid shows, and how many are in a row: a row is a class, if there is room
         for more than one of each."""
-        of_each = 0 if self.labels is None else num_images // len(self.labels.names)
-        if self.labels is None or of_each < 2:
-            return num_images, None
-        return of_each * len(self.labels.names), of_each
+        of_each = num_images // len(self.names) if self.names else 0
+        return (of_each * len(self.names), of_each) if of_each > 1 else (num_images, None)
 
 
 def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Classes:
@@ -94,23 +90,18 @@ def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Class
             f"num_class_embeds = {classes.num_embeds}"
         )
     if args.model_name_or_path:
-        before = _names_of(args.model_name_or_path, args.cache_dir)
-        if before not in (None, labels.names):
-            differ = [pair for pair in zip(before, labels.names, strict=False) if pair[0] != pair[1]]
+        try:
+            config = DiffusionPipeline.load_config(name, cache_dir=args.cache_dir)
+        except OSError:  # a network alone, which has no names
+            return classes
+        before = by_index(config.get("class_names")) or labels.names
+        differ = next((pair for pair in zip(before, labels.names, strict=False) if pair[0] != pair[1]), None)
+        if differ is not None:
             raise ValueError(
                 f"{option} {name} was trained on other classes, or in another order: the first that differs was "
-                f"{differ[0][0]!r} and is {differ[0][1]!r}"
+                f"{differ[0]!r} and is {differ[1]!r}"
             )
     return classes
-
-
-def _names_of(name: str, cache_dir: str | None) -> list[str] | None:
-    """The names of the classes that a pipeline knows; None if it names none, or is none."""
-    try:
-        config = DiffusionPipeline.load_config(name, cache_dir=cache_dir)
-    except OSError:
-        return None
-    return by_index(config.get("class_names"))
 
 
 def told(network: Callable[..., Any], classes: Tensor | None) -> Callable[..., Any]:

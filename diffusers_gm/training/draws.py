@@ -1,6 +1,6 @@
 """The random numbers that images are disturbed by: the same for an image however the images of a step are split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,18 +20,11 @@ class Draws:
     """What disturbs a batch of B images.
 
     Attributes:
-        levels: decides the noise level of each image, uniform in [0, 1); `(B,)` float64 on the CPU, where levels are
-            worked out.
-        noise: where their noise comes from.
+        levels: decides the noise level of each image, uniform in [0, 1); `(B,)` float64 on the CPU.
     """
 
     levels: Tensor
     noise: Draw
-
-    @staticmethod
-    def of(images: Tensor) -> "Draws":
-        """From the global generators."""
-        return Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
 
     @staticmethod
     def always_the_same(images: Tensor) -> "Draws":
@@ -42,13 +35,8 @@ class Draws:
 
 @dataclass
 class StepDraws:
-    """The draws of a training. Each image of a step has a seed of its own, by its place in the endless stream.
-
-    Attributes:
-        seed: of the training.
-        images_per_step: over all batches and processes.
-        device: of the noise.
-    """
+    """The draws of a training, the noise on `device`. Each of the `images_per_step`, over all batches and processes,
+    has a seed of its own, by its place in the endless stream."""
 
     seed: int
     images_per_step: int
@@ -59,19 +47,15 @@ class StepDraws:
         """For `batch_size` images of a step, from the `first` on; `start_of_step` images were seen before the step."""
         mine = slice(first, first + batch_size)
         sequence = np.random.SeedSequence((self.seed, STEP, start_of_step))
-        seeds = sequence.generate_state(self.images_per_step, np.uint64)[mine] >> np.uint64(1)
-        levels = torch.rand(
-            self.images_per_step,
-            dtype=torch.float64,
-            generator=generator_for(self.seed, LEVELS, start_of_step),
-        )
-        # Seeding those of before is faster than making new ones.
+        seeds = (sequence.generate_state(self.images_per_step, np.uint64)[mine] >> np.uint64(1)).tolist()
+        generator = generator_for(self.seed, LEVELS, start_of_step)
+        levels = torch.rand(self.images_per_step, dtype=torch.float64, generator=generator)[mine]
         if len(self._generators) != batch_size:
-            self._generators = _generators(seeds.tolist(), self.device)
-        for generator, one in zip(self._generators, seeds.tolist(), strict=True):
-            generator.manual_seed(one)
-        return Draws(levels[mine], Draw(self._generators, self.device))
+            self._generators = _generators(seeds, self.device)
+        for generator, seed in zip(self._generators, seeds, strict=True):  # faster than making new ones
+            generator.manual_seed(seed)
+        return Draws(levels, Draw(self._generators, self.device))
 
 
-def _generators(seeds: Sequence[int], device: torch.device) -> list[torch.Generator]:
+def _generators(seeds: Iterable[int], device: torch.device) -> list[torch.Generator]:
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

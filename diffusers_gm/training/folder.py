@@ -31,18 +31,18 @@ UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first: those called `checkpoint-<digits>`, and no others."""
+    """The complete checkpoints in `folder`, oldest first: those called `checkpoint-<digits>` alone."""
     return [path for path in _numbered(folder) if (path / STATE_FILE).is_file()]
 
 
 def _numbered(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob(f"{CHECKPOINT}*") if _step(path) is not None]
-    return sorted(found, key=lambda path: _step(path) or 0)
+    return sorted((path for path in folder.glob(f"{CHECKPOINT}*") if _step(path) >= 0), key=_step)
 
 
-def _step(path: Path) -> int | None:
+def _step(path: Path) -> int:
+    """The step in the name of a checkpoint; -1 for another name."""
     match = re.fullmatch(rf"{CHECKPOINT}([0-9]+)", path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:
@@ -59,8 +59,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         return _newest_whole(folder)
     for path in (Path(resume), folder / resume):
         if (path / STATE_FILE).is_file() and not path.name.startswith(files.UNFINISHED):
-            wrong = damage(path)
-            if wrong:
+            if wrong := damage(path):
                 raise ValueError(
                     f"--resume_from_checkpoint {resume!r} is damaged: {wrong}; 'latest' takes the newest whole one"
                 )
@@ -77,9 +76,9 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
         return args
     record = recorded_options(read_state(checkpoint), args.method)
     recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
-    args = replace(args, **recorded)
-    args.left_open |= recorded.keys()
-    return args
+    resumed = replace(args, **recorded)
+    resumed.left_open |= args.left_open
+    return resumed
 
 
 def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:
@@ -141,8 +140,7 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
         raise ValueError(f"--output_dir {args.output_dir!r} is a file")
     if not folder.is_dir() or args.overwrite_output_dir or _inside(checkpoint, folder):
         return
-    checkpoints = list_checkpoints(folder)
-    if checkpoints:
+    if checkpoints := list_checkpoints(folder):
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
@@ -168,21 +166,20 @@ def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | No
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{files.UNFINISHED}*"):
         name = path.name.removeprefix(files.UNFINISHED)
-        if path.is_dir() and (path.name == UNFINISHED_PIPELINE or _step(path.with_name(name)) is not None):
+        if path.is_dir() and (path.name == UNFINISHED_PIPELINE or _step(path.with_name(name)) >= 0):
             shutil.rmtree(path)
-    if checkpoint is None or not _inside(checkpoint, folder):
+    if not _inside(checkpoint, folder):
         for old in list_checkpoints(folder):
             files.discard(old)
-    _set_aside([path for path in _numbered(folder) if (_step(path) or 0) > step])
-    if checkpoint is not None and _inside(checkpoint, folder) and _step(checkpoint) is None:
+    _set_aside([path for path in _numbered(folder) if _step(path) > step])
+    if checkpoint is not None and _inside(checkpoint, folder) and _step(checkpoint) < 0:
         # One of another name: from now on 'latest' is this one, under a name that says how far it is.
         target = folder / f"{CHECKPOINT}{step}"
         _set_aside([target] if target.exists() else [])
         shutil.copytree(checkpoint, folder / f"{files.UNFINISHED}{target.name}")
         files.publish_folder(folder / f"{files.UNFINISHED}{target.name}", target)
     files.write_json(folder / ARGS_FILE, record)
-    log = read_log(folder)
-    kept = "".join(json.dumps(entry) + "\n" for entry in log if entry["step"] <= step)
+    kept = "".join(json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= step)
     files.write_text(folder / LOG_FILE, kept)
 
 
@@ -216,11 +213,8 @@ def append_log(folder: Path, entry: dict[str, Any]) -> None:
 
 @dataclass
 class TrainingState:
-    """How far a training is. The data seen decide the order of the data and the noise that come next.
-
-    Attributes:
-        places: of a stream, where each process is, see `Batches`.
-    """
+    """How far a training is. The data seen decide the order of the data and the noise that come next; of a stream,
+    `places` say where each process is, see `Batches`."""
 
     step: int = 0
     images_seen: int = 0
@@ -229,17 +223,13 @@ class TrainingState:
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    folder: Path,
-    state: TrainingState,
-    record: dict[str, Any],
-    data: TrainingData,
-    limit: int | None,
+    accelerator: Accelerator, args: TrainingArguments, state: TrainingState, record: dict[str, Any], data: TrainingData
 ) -> None:
-    """Save everything a training continues from to `folder/checkpoint-<step>`; call it on all processes.
+    """Save everything a training continues from to `checkpoint-<step>`; call it on all processes.
 
-    The name appears when the checkpoint is complete and on disk, and only then do older ones beyond `limit` go.
+    The name appears when the checkpoint is complete and on disk, and only then do older ones beyond the limit go.
     """
+    folder, limit = Path(args.output_dir), args.checkpoints_total_limit
     target = folder / f"{CHECKPOINT}{state.step}"
     temporary = folder / f"{files.UNFINISHED}{target.name}"
     if accelerator.is_main_process:

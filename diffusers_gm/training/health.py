@@ -23,10 +23,6 @@ WORSE_THAN_SILENCE = 1000.0
 # GradScaler starts at 2^16 and halves at each gradient that is not finite.
 SMALLEST_SCALE = 2.0**-20
 
-# How many steps a gradient's norm may take to arrive: reading it at once would wait for the device. Where nothing
-# can be read without waiting, it is read with the losses.
-LAG = {"cpu": 0, "cuda": 1}
-
 
 class DivergedError(RuntimeError):
     """The network is none any more: what to change is in the message."""
@@ -37,10 +33,7 @@ class Health:
     """Ends a training at the step at which its network diverges. All processes come to the same decision.
 
     Attributes:
-        accelerator: of the training.
-        unet, ema: the network, and the average of its weights, if any.
-        objective: what is minimised.
-        images: some of the training images, `(B, C, H, W)`, the same in all processes.
+        images: some of the training images, `(B, C, H, W)` on the device, the same in all processes.
         folder: where the training's checkpoints are.
         learning_rate: its peak.
         norms: of gradients that are not looked at yet, with their steps.
@@ -55,22 +48,20 @@ class Health:
     learning_rate: float
     norms: deque[tuple[int, Tensor, torch.cuda.Event | None]] = field(default_factory=deque)
 
-    def __post_init__(self) -> None:
-        self.images = self.images.to(self.accelerator.device)
-
     def note_gradient(self, step: int, norm: Tensor | None) -> None:
-        """Take the norm of a step's gradient, over all processes; on a GPU it is looked at during the next step.
+        """Take the norm of a step's gradient, over all processes; on a GPU it is looked at during the next step, as
+        reading it at once would wait. Where nothing can be read without waiting, it is read with the losses.
 
         Under fp16 a norm that is not finite is no fault: the step is skipped, and the loss scaled down.
         """
         if norm is None or self.accelerator.scaler is not None:
             return
-        event = None
+        lag, event = {"cpu": 0, "cuda": 1}.get(norm.device.type, math.inf), None
         if norm.device.type == "cuda":
             norm, event = norm.detach().to("cpu", non_blocking=True), torch.cuda.Event()
             event.record()
         self.norms.append((step, norm.detach(), event))
-        self._look_at_gradients(but=LAG.get(norm.device.type if event is None else "cuda", math.inf))
+        self._look_at_gradients(but=lag)
 
     def check_loss(self, step: int, loss: float) -> None:
         """Raise a DivergedError if a gradient up to `step`, or the loss since the last look, is not finite."""
@@ -87,14 +78,11 @@ class Health:
         Their weights must be finite, and so must their losses, up to `WORSE_THAN_SILENCE` times that of a network
         that answers zero. Costs two forward passes, and no random numbers.
         """
-        networks: list[EMAModel | None] = [None, self.ema] if self.ema else [None]
-        measured = [self._measure(ema) for ema in networks]
+        averages = {"weights": None, "averaged weights": self.ema} if self.ema else {"weights": None}
         # As one tensor: a single wait for the device, and one decision for all processes.
-        for name, (norm, loss, silence) in zip(
-            ("weights", "averaged weights"),
-            self.accelerator.reduce(torch.stack(measured), "mean").tolist(),
-            strict=False,
-        ):
+        measured = torch.stack([self._measure(ema) for ema in averages.values()])
+        figures = self.accelerator.reduce(measured, "mean").tolist()
+        for name, (norm, loss, silence) in zip(averages, figures, strict=True):
             if not math.isfinite(norm):
                 raise self._diverged(step, f"the {name} have norm {norm}")
             if not loss <= WORSE_THAN_SILENCE * max(silence, 1):
@@ -103,16 +91,17 @@ class Health:
     @torch.no_grad()
     def _measure(self, ema: EMAModel | None) -> Tensor:
         """Norm of the weights, loss of the network and of silence, `(3,)`."""
-        losses = []
+
+        def silence(*_: Tensor, **__: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(sample=torch.zeros_like(self.images))
+
         with averaged_weights(self.unet, ema):
-            for network in (self.unet, self._silence):
-                draws = Draws.always_the_same(self.images)
-                losses.append(self.objective(network, self.images, draws).mean().float())
+            losses = [
+                self.objective(network, self.images, Draws.always_the_same(self.images)).mean().float()
+                for network in (self.unet, silence)
+            ]
             norm = torch.nn.utils.get_total_norm(list(self.unet.parameters())).float()
         return torch.stack([norm, *losses])
-
-    def _silence(self, *_: Tensor, **__: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=torch.zeros_like(self.images))
 
     def _look_at_gradients(self, but: float = 0) -> None:
         while len(self.norms) > but:

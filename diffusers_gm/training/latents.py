@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,6 @@ from .plan import make_plan
 
 # Images whose latents say, before all are computed, whether the options go together.
 FEW = 16
-
-
-@dataclass(frozen=True)
-class Latents:
-    """What takes the place of the images.
-
-    Attributes:
-        dataset: by `(epoch, index)`, of mean 0 and standard deviation 1.
-        examination: what some of them are like.
-        space: what decodes them.
-    """
-
-    dataset: Dataset
-    examination: Examination
-    space: LatentSpace
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """What a pipeline needs of it."""
-        return {
-            "vae": self.space.vae,
-            "latents_mean": self.space.mean.tolist(),
-            "latents_std": self.space.std.tolist(),
-        }
 
 
 class FewLatents(Dataset):
@@ -84,14 +60,15 @@ def latents_of(
     accelerator: Accelerator,
     unet: Any,
     network: dict[str, Any],
-) -> Latents:
-    """The latents of the training images, computed where they are not kept already; call it on all processes.
-
-    Whether the options go together is seen by a few, before all are computed, which may take hours.
+) -> tuple[Dataset, Examination, LatentSpace]:
+    """The latents of the training images, computed where they are not kept already; call it on all processes. Whether
+    the options go together is seen by a few, before all are computed, which may take hours.
 
     Args:
-        examination: of the images.
         unet, network: the network that was given, if any, and what the scheduler's config needs of it.
+
+    Returns:
+        The latents by `(epoch, index)`, of mean 0 and standard deviation 1; what some are like; what decodes them.
 
     Raises:
         ValueError: for options, a network or images that do not suit the autoencoder, or a cache of other latents.
@@ -108,8 +85,7 @@ def latents_of(
     shape = (latent_channels(vae), *(side // factor for side in size))
     if few.shape[1:] != shape:
         raise ValueError(f"--vae makes latents {tuple(few.shape[1:])} of {size[0]}x{size[1]} pixels, not {shape}")
-    dims = 0, 2, 3
-    mean, std = few.mean(dims), few.std(dims).clamp(min=1e-12)
+    mean, std = few.mean((0, 2, 3)), few.std((0, 2, 3)).clamp(min=1e-12)
     some = (few - mean[:, None, None]) / std[:, None, None]
     rehearsed = Examination(some, examination.resolution)
     rehearse(args, rehearsed, source.num_images, unet, network)
@@ -121,33 +97,25 @@ def latents_of(
                 files.discard(folder)
     cache = LatentCache(folder, images, space.encode, fingerprint(vae), shape, args.random_flip)
     if args.dry_run:
-        return Latents(FewLatents(some), rehearsed, replace(space, mean=mean, std=std))
+        return FewLatents(some), rehearsed, replace(space, mean=mean, std=std)
     if accelerator.device.type == "cpu":
         vae.to(memory_format=torch.channels_last)  # a third faster there
     with cache.being_filled() if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        cache.fill(
-            args.eval_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            args.dataloader_num_workers,
-            accelerator.device,
-        )
+        share = accelerator.process_index, accelerator.num_processes
+        cache.fill(args.eval_batch_size, *share, args.dataloader_num_workers, accelerator.device)
         accelerator.wait_for_everyone()
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
     vae.to(memory_format=torch.contiguous_format)
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()  # a grid of samples needs no more memory than one
-    return Latents(
-        dataset,
-        Examination(dataset.examined(args.seed), examination.resolution),
-        replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten()),
-    )
+    examination = Examination(dataset.examined(args.seed), examination.resolution)
+    return dataset, examination, replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten())
 
 
 def rehearse(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:
     """Raise the ValueError that a training with these options would end with once its latents are there."""
-    plan = make_plan(args, few, num_images, None, num_processes=1)
+    plan = make_plan(args, few, num_images, num_processes=1)
     build_scheduler(args, plan, network)
     if unet is None:
         with torch.random.fork_rng([]), torch.device("meta"):

@@ -16,10 +16,6 @@ class LevelLosses:
     """Means of the losses since the last look, over all images of all processes: of all levels, and of ten bands of
     them that are equally wide in log sigma.
 
-    Args:
-        objective: says which levels there are.
-        accelerator: of the training.
-
     Attributes:
         edges: of the bands, eleven levels; what is beyond the ends counts to the first or last band.
     """

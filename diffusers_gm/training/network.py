@@ -25,29 +25,29 @@ def given_unet(args: TrainingArguments) -> Any | None:
     Raises:
         ValueError: if there is none, or it needs more than a noisy image and a timestep.
     """
-    for option, folders in (("model_config", [None]), ("model_name_or_path", ["unet", "transformer", None])):
-        name = getattr(args, option)
-        if name is None:
+    pretrained = args.model_name_or_path is not None
+    name = args.model_name_or_path if pretrained else args.model_config
+    if name is None:
+        return None
+    option = f"--model_name_or_path {name}" if pretrained else f"--model_config {name}"
+    for folder in ("unet", "transformer", None) if pretrained else (None,):
+        kwargs = {"cache_dir": args.cache_dir, "subfolder": folder, "revision": args.revision}
+        try:
+            config = UNet2DModel.load_config(name, **kwargs)
+        except OSError:
             continue
-        for folder in folders:
-            kwargs = {"cache_dir": args.cache_dir, "subfolder": folder, "revision": args.revision}
-            try:
-                config = UNet2DModel.load_config(name, **kwargs)
-            except OSError:
-                continue
-            cls = network_class(f"--{option} {name}", config, args.class_conditional)
-            if option == "model_config":
-                return cls.from_config(config)
-            try:
-                unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--{option} {name} cannot be loaded: {error}") from error
-            return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
-        raise ValueError(f"--{option} {name}: there is no network, neither in such a folder nor on the Hub")
-    return None
+        cls = network_class(option, config, args.class_conditional)
+        if not pretrained:
+            return cls.from_config(config)
+        try:
+            unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{option} cannot be loaded: {error}") from error
+        return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
+    raise ValueError(f"{option}: there is no network, neither in such a folder nor on the Hub")
 
 
-def network_class(option: str, config: dict[str, Any], conditional: bool = False) -> Any:
+def network_class(option: str, config: dict[str, Any], conditional: bool) -> Any:
     """The class that `config` names; a ValueError if its networks need more than a noisy image, a timestep and, if
     `conditional`, a class, which they must then know."""
     kind = config.get("_class_name", "UNet2DModel")
@@ -73,8 +73,7 @@ def network_class(option: str, config: dict[str, Any], conditional: bool = False
             f"{option} needs a class for every image ({', '.join(classes)}), and images have none here: "
             "add --class_conditional, or take a network without"
         )
-    embedding = config.get("time_embedding_type", "positional")
-    if embedding != "positional":
+    if (embedding := config.get("time_embedding_type", "positional")) != "positional":
         raise ValueError(
             f"{option} has time_embedding_type = {embedding!r}, which does not take all timesteps between 0 and "
             "num_train_timesteps: take a network with 'positional'"
@@ -83,10 +82,8 @@ def network_class(option: str, config: dict[str, Any], conditional: bool = False
 
 
 def with_velocities(unet: Any) -> Any:
-    """An ordinary network, whose output is like its input, as one of `cat([x, v], 1)` that ignores v as yet.
-
-    Others are returned as they are.
-    """
+    """An ordinary network, whose output is like its input, as one of `cat([x, v], 1)` that ignores v as yet; others
+    as they are."""
     entering, answering = channels_of(unet)
     old = getattr(unet, "conv_in", None)
     if entering != answering or not isinstance(old, nn.Conv2d):
@@ -115,12 +112,10 @@ def new_unet(
     attention = args.attention_resolutions
     if attention is None:
         attention = [] if small else [side for side in shorter if 8 <= side <= 16]
-    unknown = sorted(set(attention) - set(shorter))
-    if unknown:
+    if unknown := sorted(set(attention) - set(shorter)):
         raise ValueError(f"--attention_resolutions {unknown} are no levels of the network: use any of {shorter}")
     down = tuple("AttnDownBlock2D" if side in attention else "DownBlock2D" for side in shorter)
     up = tuple("AttnUpBlock2D" if side in attention else "UpBlock2D" for side in reversed(shorter))
-    head_dim = math.gcd(8, *widths)
     return UNet2DModel(
         sample_size=resolution_of(height, width),
         in_channels=METHODS[args.method].input_factor(args) * channels,
@@ -130,7 +125,7 @@ def new_unet(
         block_out_channels=tuple(widths),
         layers_per_block=args.layers_per_block or (1 if small else 2),
         norm_num_groups=math.gcd(32, *widths),
-        attention_head_dim=head_dim,
+        attention_head_dim=math.gcd(8, *widths),
         dropout=args.dropout,
         num_class_embeds=num_class_embeds,
     )
@@ -169,8 +164,7 @@ def fit_unet(unet: Any, args: TrainingArguments, resolution: Resolution) -> Any:
         ValueError: for a size that the network cannot have, or a network that does not do what is asked.
     """
     size = sides(resolution)
-    levels = len(unet.config.get("block_out_channels") or [])
-    if levels:
+    if levels := len(unet.config.get("block_out_channels") or []):
         factor = 2 ** (levels - 1)
         if any(side % factor for side in size):
             words = size[0] if size[0] == size[1] else f"{size[0]} {size[1]}"
@@ -214,9 +208,8 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
 
 
 def make_unconditional(unet: Any) -> None:
-    """Technique 3 of NCSNv2: from now on the network ignores the timestep, here and wherever it is loaded.
-
-    The last weight of the time embedding becomes zero and stays so; its bias remains to be learned.
+    """Technique 3 of NCSNv2: from now on the network ignores the timestep, here and wherever it is loaded. The last
+    weight of the time embedding becomes zero and stays so; its bias remains to be learned.
 
     Raises:
         ValueError: for a network whose timestep enters elsewhere.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import dequantized
 from ..networks import answers_variance, asked, without_variance
+from ..processes.random import Draw
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
@@ -19,7 +20,8 @@ from .classes import told
 from .draws import Draws
 from .methods import METHODS
 from .methods.method import Batch
-from .options import TrainingArguments, changed_options
+from .option import given
+from .options import TrainingArguments
 from .plan import Plan
 
 # What a schedule of betas is described by.
@@ -36,17 +38,8 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         ValueError: if options say other levels.
     """
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
-    ours = (
-        "sigma_min",
-        "sigma_max",
-        "sigma_data",
-        "num_train_timesteps",
-        "prediction_type",
-        "objective",
-        "scale_input",
-    )
-    method = METHODS[args.method]
-    if args.model_name_or_path is None or not args.keep_noise_levels or "prediction_type" not in method.option_names:
+    own = METHODS[args.method].option_names
+    if args.model_name_or_path is None or not args.keep_noise_levels or "prediction_type" not in own:
         return args, answers
     try:
         config = GMLangevinScheduler.load_config(
@@ -58,31 +51,32 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     space, kind = source.noise_space, source.reading.prediction_type
     if space is None or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score")):
         return args, answers
-    given = [f"--{f.name}" for f in changed_options(args) if f.name in ours]
-    if given:
+    low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
+    score = kind == "scaled_score"
+    known: dict[str, Any] = {
+        "num_train_timesteps": str(space.num_train_timesteps),
+        "scale_input": space.scale_input,
+        "sigma_min": float(f"{low:.6g}"),
+        "sigma_max": f"{high:.6g}",
+        "sigma_data": space.sigma_data if kind == "edm" else None,
+        "prediction_type": "epsilon" if score else kind,
+        # Under Gaussian noise the two are the same.
+        "objective": "score" if score and "mixture_weights" in own else "denoiser",
+    }
+    if others := given(args, known):
         raise ValueError(
-            f"{given}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
+            f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
             "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
         )
-    low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
-    changes: dict[str, Any] = {"num_train_timesteps": str(space.num_train_timesteps), "scale_input": space.scale_input}
-    changes |= {"sigma_min": float(f"{low:.6g}"), "sigma_max": f"{high:.6g}"}
-    learned_score = (
-        kind == "scaled_score" and "mixture_weights" in METHODS[args.method].option_names
-    )  # of Gaussian noise, the two are the same
-    changes |= {"objective": "score" if learned_score else "denoiser"}
-    changes |= {"prediction_type": "epsilon" if kind == "scaled_score" else kind}
-    changes |= {"sigma_data": space.sigma_data} if kind == "edm" else {}
     # How often each level is seen is chosen anew for what the network answers.
-    changes |= dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
+    anew: dict[str, Any] = dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
-    return replace(args, **changes), answers | (betas if space.kind == "vp" else {})
+    return replace(args, **known, **anew), answers | (betas if space.kind == "vp" else {})
 
 
 def build_scheduler(args: TrainingArguments, plan: Plan, network: dict[str, Any] | None = None) -> Any:
-    """The scheduler that describes the network and its noise, with the sampler's options.
-
-    `network`: entries of its config that a pretrained network asks for.
+    """The scheduler that describes the network and its noise, with the sampler's options and what a pretrained
+    `network` asks for in its config.
 
     Raises:
         ValueError: if the sampler cannot run with `plan.validation_inference_steps` network calls.
@@ -114,25 +108,23 @@ class Objective:
     def __call__(
         self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None, classes: Tensor | None = None
     ) -> Tensor:
-        draws = draws or Draws.of(images)
+        draws = draws or Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
         if classes is None and self.null_class is not None:
             classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
         network = told(self._as_denoiser(network, images.shape[1]), classes)
         batch = Batch(network, images, self.labels(draws.levels), draws.noise)
-        return METHODS[self.args.method].loss(self.args, self.plan, self.scheduler, batch)
+        return METHODS[self.args.method].loss(self.args, self.scheduler, batch)
 
     def _as_denoiser(self, network: Callable[..., Any], channels: int) -> Callable[..., Any]:
         """The network as the losses call it, and without a variance that it answers besides."""
         if self.unet is None or (isinstance(self.unet, UNet2DModel) and not answers_variance(self.unet)):
             return network
         call = asked(network, self.unet)
-
-        def answer(*inputs: Any, **named: Any) -> SimpleNamespace:
-            return SimpleNamespace(sample=without_variance(call(*inputs, **named).sample, channels))
-
-        return answer
+        return lambda *inputs, **named: SimpleNamespace(
+            sample=without_variance(call(*inputs, **named).sample, channels)
+        )
 
     def labels(self, uniform: Tensor) -> Tensor:
         """Labels of noise levels, see `Method`."""

@@ -1,7 +1,8 @@
 """An option of a training: one field of a dataclass, whose metadata say everything there is to say about it."""
 
 import math
-from dataclasses import Field, dataclass, field
+from collections.abc import Container
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -62,15 +63,26 @@ def check_bounds(f: Field, value: Any) -> None:
     """Raise a ValueError if `value` is out of the bounds of the option `f`; None is in."""
     if value is None:
         return
-    least, choices = f.metadata["at_least"], f.metadata["choices"]
-    if choices is not None and value not in choices:
-        raise ValueError(f"--{f.name} must be one of {', '.join(choices)}, got {value!r}")
-    if least is not None and not value >= least:
-        raise ValueError(f"--{f.name} must be at least {least}, got {value}")
-    if f.metadata["positive"] and not (value > 0 and math.isfinite(value)):
+    said = Said(**f.metadata)
+    if said.choices is not None and value not in said.choices:
+        raise ValueError(f"--{f.name} must be one of {', '.join(said.choices)}, got {value!r}")
+    if said.at_least is not None and not value >= said.at_least:
+        raise ValueError(f"--{f.name} must be at least {said.at_least}, got {value}")
+    if said.positive and not 0 < value < math.inf:
         raise ValueError(f"--{f.name} must be positive, got {value}")
-    if f.metadata["below_one"] and not 0 <= value < 1:
+    if said.below_one and not 0 <= value < 1:
         raise ValueError(f"--{f.name} must be in [0, 1), got {value}")
+
+
+def changed_options(args: Any) -> list[str]:
+    """The options that were given another value than their default, `method` first."""
+    changed = [f.name for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
+    return sorted(changed, key=lambda name: name != "method")
+
+
+def given(args: Any, names: Container[str]) -> list[str]:
+    """Those of these options that were given, as on a command line."""
+    return [f"--{name}" for name in changed_options(args) if name in names]
 
 
 def number_or_auto(name: str, value: str, number: type) -> Any:

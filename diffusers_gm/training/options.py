@@ -1,7 +1,7 @@
 """The options of `train_gm_sgm.py`."""
 
 import importlib.util
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..extra import how_to_install
 from .methods import METHODS, MethodOptions, options_of_others
-from .option import check_bounds, data, hub, network, optimisation, output, sampler, trained
+from .option import check_bounds, data, given, hub, network, optimisation, output, sampler, trained
 
 # What describes a new network.
 SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dropout")
@@ -197,10 +197,7 @@ class TrainingArguments(MethodOptions):
         16, "Images in a grid; with --class_conditional a row for each class, as long as that leaves.", at_least=1
     )
     validation_inference_steps: int | None = output(
-        None,
-        "Network calls per image. [that of the pipeline]",
-        at_least=1,
-        aliases=("ddpm_num_inference_steps",),
+        None, "Network calls per image. [that of the pipeline]", at_least=1, aliases=("ddpm_num_inference_steps",)
     )
     eval_batch_size: int = output(16, "Images sampled at once.", at_least=1)
     logging_steps: int = output(10, "Steps between lines of the loss curve, each the mean since the last.", at_least=1)
@@ -225,24 +222,22 @@ class TrainingArguments(MethodOptions):
     def __post_init__(self) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
         self.left_open: set[str] = set()
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError("give --dataset_name or --train_data_dir, not both")
-        if self.model_name_or_path is not None and self.model_config is not None:
-            raise ValueError("give --model_name_or_path or --model_config, not both")
-        if self.model_name_or_path is not None or self.model_config is not None:
-            given = [f"--{name}" for name in SHAPE if getattr(self, name)]
-            if given:
-                raise ValueError(f"{given} describe a new network: leave them out, the model has its own")
+        for one, other in (("dataset_name", "train_data_dir"), ("model_name_or_path", "model_config")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"give --{one} or --{other}, not both")
+        if (self.model_name_or_path is not None or self.model_config is not None) and (shape := given(self, SHAPE)):
+            raise ValueError(f"{shape} describe a new network: leave them out, the model has its own")
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "digits"
         self._check_images()
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
-        foreign = options_of_others(self.method)
-        given = [f"--{f.name}" for f in changed_options(self) if f.name in foreign]
-        if given:
-            raise ValueError(f"{given} mean nothing for --method {self.method}: leave them out")
-        self._choose()
+        if foreign := given(self, options_of_others(self.method)):
+            raise ValueError(f"{foreign} mean nothing for --method {self.method}: leave them out")
+        chosen = METHODS[self.method].choose(self)
+        self.left_open = {name for name in chosen if getattr(self, name) is None}
+        for name in self.left_open:
+            setattr(self, name, chosen[name])
         METHODS[self.method].check(self)
         if self.report_to != "none" and self.report_to not in map(str, get_available_trackers()):
             command = how_to_install("trackers") if self.report_to == "tensorboard" else f"pip install {self.report_to}"
@@ -259,12 +254,6 @@ class TrainingArguments(MethodOptions):
                 raise ValueError(f"--push_to_hub needs --hub_model_id <user>/<name>, got {self.hub_model_id!r}")
             validate_repo_id(self.hub_model_id)
 
-    def _choose(self) -> None:
-        chosen = METHODS[self.method].choose(self)
-        self.left_open = {name for name in chosen if getattr(self, name) is None}
-        for name in self.left_open:
-            setattr(self, name, chosen[name])
-
     def _check_images(self) -> None:
         if isinstance(self.resolution, list) and len(self.resolution) == 1:
             (self.resolution,) = self.resolution
@@ -275,10 +264,6 @@ class TrainingArguments(MethodOptions):
             raise ValueError("--latents_cache_dir is for --vae: give an autoencoder, or leave it out")
         if self.vae is not None and self.dequantize is not None:
             raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
-
-    @property
-    def on_digits(self) -> bool:
-        return self.train_data_dir is None and self.dataset_name == "digits"
 
 
 def check_streaming(args: TrainingArguments) -> None:
@@ -304,22 +289,14 @@ def check_picture(path: str, dry_run: bool) -> None:
         raise ValueError(f"--first_batch {path!r}: there is no folder {str(Path(path).parent)!r}")
 
 
-def changed_options(args: TrainingArguments) -> list[Field]:
-    """The options that were given another value than their default, `method` first."""
-    changed = [f for f in fields(args) if getattr(args, f.name) != f.default and f.name not in args.left_open]
-    return sorted(changed, key=lambda f: f.name != "method")
-
-
 def names_of(kind: Literal["path", "private"]) -> set[str]:
     """The options that are of a kind."""
     return {f.name for f in fields(TrainingArguments) if f.metadata[kind]}
 
 
 def free_on_resume(args: TrainingArguments) -> set[str]:
-    """The options that may change when a training is resumed: they do not change what is learned.
-
-    How the images of a step are split is free; their number is not, see `TrainingData`.
-    """
+    """The options that may change when a training is resumed, as how the images of a step are split may; the number
+    of these may not, see `TrainingData`."""
     free = {f.name for f in fields(args) if f.metadata["free_on_resume"]} | options_of_others(args.method)
     if args.lr_scheduler in ("constant", "constant_with_warmup"):
         free.add("max_train_steps")  # other schedules are laid out for a length

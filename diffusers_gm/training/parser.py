@@ -38,13 +38,6 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, value != negated)
 
 
-class Refused(argparse.Action):
-    """An option that we do not have, with what to do instead."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        parser.error(f"{option_string}: {INSTEAD[self.dest]}")
-
-
 class OptionParser(Parser):
     """The parser of `train_gm_sgm.py`, made of the fields of `TrainingArguments`."""
 
@@ -70,8 +63,6 @@ class OptionParser(Parser):
             of_group = [f for f in fields(TrainingArguments) if f.metadata["group"] == name]
             for f in sorted(of_group, key=lambda f: f.name not in general):
                 add_option(group, f, types[f.name])
-        for name in INSTEAD:
-            self.add_argument(f"--{name}", nargs="?", action=Refused, help=argparse.SUPPRESS)
         # What it asks for is what we do: 16 and 32 bits per channel are read as they are.
         self.add_argument("--preserve_input_precision", action="store_true", help=argparse.SUPPRESS)
 
@@ -83,9 +74,7 @@ class OptionParser(Parser):
         given = self._values(words)
         name = given.pop("config", None)
         try:
-            if name is None:
-                return TrainingArguments(**given)
-            recipe = read_recipe(name, given)
+            recipe = {} if name is None else read_recipe(name, given)
             self.source = f"--config {name}: "
             recipe = self._values(as_words(recipe))
             self.source = ""
@@ -97,7 +86,8 @@ class OptionParser(Parser):
         namespace, unknown = self.parse_known_args(words)
         if unknown:
             word = unknown[0].partition("=")[0]
-            self.error(f"unknown option {word}" + self._guess(word))
+            instead = INSTEAD.get(word.removeprefix("--"))
+            self.error(f"{word}: {instead}" if instead else f"unknown option {word}{self._guess(word)}")
         values = vars(namespace)
         values.pop("preserve_input_precision", None)
         return values
@@ -106,8 +96,7 @@ class OptionParser(Parser):
         """Options that hold the word, or one that is nearly it; none is better than a wrong one."""
         known = [name for name in self._option_string_actions if not name.startswith("--no_")]
         near = [name for name in known if word.strip("-") in name]
-        if not 1 <= len(near) <= 3:
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        near = near if 1 <= len(near) <= 3 else difflib.get_close_matches(word, known, n=1, cutoff=0.8)
         return f": is it {' or '.join(near)}?" if near else ", see --help"
 
 

@@ -14,7 +14,8 @@ from ..processes.annealed import max_pairwise_distance
 from ..version import __version__
 from .methods import METHODS, options_of_others
 from .methods.method import Noise
-from .options import TrainingArguments, changed_options, names_of
+from .option import changed_options
+from .options import TrainingArguments, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,6 @@ class Plan(Noise):
     """Options that depend on the data, resolved. Fields have the names of the options."""
 
     resolution: Resolution
-    image_column: str | None
     train_batch_size: int
     validation_inference_steps: int
     max_train_steps: int
@@ -34,13 +34,11 @@ def make_plan(
     args: TrainingArguments,
     examination: Examination,
     num_images: int,
-    image_column: str | None,
     num_processes: int,
     largest_distance: Callable[[Tensor], float] = max_pairwise_distance,
 ) -> Plan:
-    """Resolve what was left open. Batches larger than the data are made as large as the data.
-
-    `largest_distance` of the images is asked for only where `sigma_max` needs it.
+    """Resolve what was left open. Batches larger than the data are made as large as the data; `largest_distance` of
+    the images is asked for only where `sigma_max` needs it.
 
     Raises:
         ValueError: for options that do not fit the data.
@@ -59,7 +57,7 @@ def make_plan(
         raise ValueError(f"--num_train_timesteps must be at least 2, got {noise.num_train_timesteps}")
 
     steps = args.max_train_steps
-    if steps is None and args.num_train_epochs is None and args.on_digits:
+    if steps is None and args.num_train_epochs is None and args.dataset_name == "digits":
         steps = 1500
     if steps is None:
         images_per_step = batch_size * num_processes * args.gradient_accumulation_steps
@@ -72,7 +70,6 @@ def make_plan(
     return Plan(
         **asdict(noise),
         resolution=examination.resolution,
-        image_column=image_column,
         train_batch_size=batch_size,
         validation_inference_steps=args.validation_inference_steps or method.pipeline.default_num_inference_steps,
         max_train_steps=steps,
@@ -101,16 +98,16 @@ def command_line(args: TrainingArguments, num_processes: int) -> str:
     several = f"accelerate launch --num_processes {num_processes} -m train_gm_sgm"
     words = ["diffusers-gm-train" if num_processes == 1 else several]
     private, paths = names_of("private"), names_of("path")
-    for f in changed_options(args):
-        value = getattr(args, f.name)
-        if f.name in private:
+    for name in changed_options(args):
+        value = getattr(args, name)
+        if name in private:
             continue
         if isinstance(value, bool):
-            words.append(f"--{f.name}" if value else f"--no_{f.name}")
+            words.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
-            words.append(f"--{f.name} {' '.join(map(str, value))}")
+            words.append(f"--{name} {' '.join(map(str, value))}")
         else:
-            words.append(f"--{f.name} {portable(value) if f.name in paths else value}")
+            words.append(f"--{name} {portable(value) if name in paths else value}")
     return " ".join(words)
 
 

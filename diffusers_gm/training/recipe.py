@@ -27,14 +27,8 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a recipe for a training that is also `given` some, which go first.
-
-    Args:
-        name: one of `recipe_names()`, or the path of a YAML file.
-        given: options by name, `method` perhaps among them.
-
-    Returns:
-        Option names with the values of the file, without those that are given, or mean nothing beside what is given.
+    """The options of a recipe, one of `recipe_names()` or the path of a YAML file, by name with the values of the file:
+    without those that are `given`, which go first, or mean nothing beside what is given.
 
     Raises:
         ValueError: if there is no such recipe, or it is none.

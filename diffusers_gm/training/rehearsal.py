@@ -18,8 +18,7 @@ MOST_STEPS, MOST_SECONDS = 5, 20.0
 
 def rehearse(take_step: Callable[[], None], num_steps: int, device: torch.device) -> str:
     """Take some of `num_steps` steps; say how long one lasts, how long all would, and the memory that they need."""
-    times = [time.monotonic()]
-    enough = 0
+    times, enough = [time.monotonic()], 0
     while len(times) <= num_steps and not enough:
         take_step()
         if device.type == "cuda":
@@ -43,7 +42,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def save_batch(images: Tensor, path: Path, most: int = 64) -> None:
-    """Training images `(B, 1 or 3, H, W)` in [-1, 1] as one picture, `most` of them."""
-    pixels = (images[:most].float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
+def save_batch(images: Tensor, path: Path) -> None:
+    """Training images `(B, 1 or 3, H, W)` in [-1, 1] as one picture, at most 64 of them."""
+    pixels = (images[:64].float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
     image_grid(DiffusionPipeline.numpy_to_pil(pixels)).save(path)

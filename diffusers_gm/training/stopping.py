@@ -1,15 +1,11 @@
 """Ending before the last step, with a checkpoint: time is up, or a signal came. All processes at the same step."""
 
-import math
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
-
-from ..launch import largest
 
 # Exit code of a training that a signal ended: its checkpoint is written, run it again (EX_TEMPFAIL of sysexits.h).
 INTERRUPTED = 75
@@ -66,28 +62,3 @@ def ignore_signals(worker: int) -> None:
     """In the processes that load data: the training needs them for its last step, and ends them itself."""
     for number in Signals.NOTED:
         signal.signal(number, signal.SIG_IGN)
-
-
-class Stopping:
-    """Whether to end here: asked by all processes after each step, with the same answer for all.
-
-    Args:
-        signals: those that this process received.
-        minutes: of training; None: any number.
-    """
-
-    def __init__(self, signals: Signals, minutes: float | None):
-        self.signals = signals
-        self.minutes = minutes
-        self.deadline = time.monotonic() + 60 * (minutes or math.inf)
-
-    def reason(self, last: bool) -> int:
-        """`NOTHING`, `TIME` (not after the last step) or `SIGNAL`; what is one for a process is one for all."""
-        out_of_time = time.monotonic() >= self.deadline and not last
-        return largest(SIGNAL if self.signals.look() else TIME if out_of_time else NOTHING)
-
-    def in_words(self, reason: int) -> str:
-        """What ended the training."""
-        if reason == TIME:
-            return f"--max_train_minutes {self.minutes:g} are over"
-        return f"ended by {self.signals.received or 'a signal to another process'}"

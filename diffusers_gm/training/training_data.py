@@ -8,11 +8,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..data import Examination, ImageSource, Labels, open_source, open_stream
+from ..data import Examination, ImageSource, Labels, open_source, open_stream, subset
+from ..launch import from_main
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
 from .plan import Plan
@@ -97,7 +96,8 @@ def open_training_data(args: TrainingArguments) -> ImageSource:
             "is black and white included"
         )
         return source
-    return open_source(*named, args.cache_dir, args.background)
+    images = open_source(*named, args.cache_dir, args.background)
+    return images if args.max_train_samples is None else subset(images, args.max_train_samples, args.seed)
 
 
 def training_data(
@@ -109,26 +109,26 @@ def training_data(
     labels: Labels | None = None,
 ) -> TrainingData:
     """What a checkpoint is to remember of the data."""
+    measured = args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
     return TrainingData(
         num_images=None if args.streaming else num_images,
         images_per_step=images_per_step,
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
-        largest_distance=plan.sigma_max
-        if args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
-        else None,
+        largest_distance=plan.sigma_max if measured else None,
         classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
     )
 
 
-def distance_measured_once(accelerator: Accelerator, checkpoint: Path | None) -> Callable[[Tensor], float]:
+def distance_measured_once(checkpoint: Path | None) -> Callable[[Tensor], float]:
     """The largest distance of images for all processes: what the checkpoint says, or the main process measures."""
 
     def largest_distance(images: Tensor) -> float:
         known = TrainingData.of(read_state(checkpoint)).largest_distance if checkpoint else None
-        # That a single image has none is for all processes to say: the others would wait for the main one.
-        if known is None and (accelerator.is_main_process or len(images) < 2):
-            known = max_pairwise_distance(images)
-        return broadcast_object_list([known])[0]
+        if known is not None:
+            return known
+        if len(images) < 2:  # for all processes to say: the others would wait for the main one
+            return max_pairwise_distance(images)
+        return from_main(lambda: max_pairwise_distance(images))
 
     return largest_distance
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from . import cld, ddpm, gm_sgm, ncsnv2
 from .cld import CLDOptions
 from .ddpm import DDPMOptions
-from .gm_sgm import MixtureOptions
-from .ladder import LadderOptions
+from .gm_sgm import GMSGMOptions
 from .method import Method
 
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in (gm_sgm, ncsnv2, cld, ddpm)}
 
 
 @dataclass
-class MethodOptions(DDPMOptions, CLDOptions, MixtureOptions, LadderOptions):
+class MethodOptions(DDPMOptions, CLDOptions, GMSGMOptions):
     """The options of all methods."""
 
 

@@ -1,6 +1,6 @@
 """Critically-damped Langevin diffusion (arXiv 2112.07068): images move with velocities, the noise acts on these."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,11 @@ from ...processes.cld import CLD
 from ...processes.mixture import GAUSSIAN
 from ...readings import CompanionReading
 from ...schedulers import CLDSSCSScheduler
+from ..option import given, sampler, trained
 from ..option import noise as option
-from ..option import number_or_auto, sampler, trained
 from . import ladder, levels
 from .levels import LevelOptions
-from .method import Advice, Batch, LargestDistance, Method, Noise
+from .method import Advice, Batch, LargestDistance, Method, Noise, number_of_times
 
 # The published training is on times from here to 1.
 FIRST_TIME = 1e-5
@@ -47,11 +47,6 @@ class CLDOptions(LevelOptions):
     )
 
 
-def _given(args: CLDOptions, names: tuple[str, ...]) -> list[str]:
-    defaults = {f.name: f.default for f in fields(args)}
-    return [f"--{name}" for name in names if getattr(args, name) != defaults[name]]
-
-
 # Options that describe the published loss, and those that it has no use for.
 PUBLISHED = ("cld_loss", "cld_mixed_score", "cld_weighting")
 OF_LEVELS = ("cld_feed_companion", "sigma_min", "sigma_max", "sigma_data", "snr_gamma")
@@ -62,19 +57,18 @@ def diffusion(args: CLDOptions) -> CLD:
 
 
 def choose(args: CLDOptions) -> dict[str, Any]:
-    objective = args.objective or ("score" if _given(args, PUBLISHED) else "denoiser")
+    objective = args.objective or ("score" if given(args, PUBLISHED) else "denoiser")
     return {"objective": objective, **levels.choose(args, preconditioned=objective == "denoiser")}
 
 
 def check(args: CLDOptions) -> None:
     diffusion(args)
     levels.check(args)
-    if number_or_auto("num_train_timesteps", args.num_train_timesteps, int) is None:
-        raise ValueError("--num_train_timesteps auto is for ladders of noise levels: cld needs a number")
-    if args.objective == "denoiser" and (given := _given(args, PUBLISHED)):
-        raise ValueError(f"{given} describe the published loss: set --objective score, or --config cld-paper")
-    if args.objective == "score" and (given := _given(args, OF_LEVELS)):
-        raise ValueError(f"{given} mean nothing for --objective score of cld, which has times: leave them out")
+    number_of_times(args)
+    if args.objective == "denoiser" and (published := given(args, PUBLISHED)):
+        raise ValueError(f"{published} describe the published loss: set --objective score, or --config cld-paper")
+    if args.objective == "score" and (of_levels := given(args, OF_LEVELS)):
+        raise ValueError(f"{of_levels} mean nothing for --objective score of cld, which has times: leave them out")
     if args.uncertainty_weighting and args.cld_weighting != "ell":
         raise ValueError(
             "--uncertainty_weighting learns weights that undo those of --cld_weighting: leave out one of them"
@@ -86,13 +80,11 @@ def check(args: CLDOptions) -> None:
 
 
 def noise(args: CLDOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
+    times = number_of_times(args)
     if args.objective == "score":
-        return Noise(int(args.num_train_timesteps))
-    sigma_max = levels.largest(args)
-    if sigma_max is None:
-        sigma_max = round(largest_distance(images), 4)
-    levels.check_ends(args, sigma_max)
-    return Noise(int(args.num_train_timesteps), args.sigma_min, sigma_max, levels.size_of_data(args, images))
+        return Noise(times)
+    sigma_max = levels.largest(args, images, largest_distance)
+    return Noise(times, args.sigma_min, sigma_max, levels.size_of_data(args, images))
 
 
 def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSCSScheduler:
@@ -117,8 +109,8 @@ def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSC
 
 
 def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
-    """Times that are uniform on the interval, or those of the levels that the options describe. A network that is fed
-    no companion is told these levels as those of EDM are."""
+    """Times that are uniform on the interval, or those of the levels that the options describe; without a companion
+    these levels, as those of EDM are told."""
     if args.objective == "score":
         return (FIRST_TIME + (1 - FIRST_TIME) * uniform) * noise.num_train_timesteps
     sigma = levels.drawn(args, noise, uniform)
@@ -128,9 +120,9 @@ def labels(args: CLDOptions, noise: Noise, uniform: Tensor) -> Tensor:
     return process.time(process.clock_of_sigma(sigma)) * noise.num_train_timesteps
 
 
-def loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+def loss(args: CLDOptions, scheduler: Any, batch: Batch) -> Tensor:
     if args.objective == "score":
-        return published_loss(args, noise, scheduler, batch)
+        return published_loss(args, scheduler, batch)
     if not args.cld_feed_companion:
         return ladder.loss(args, GAUSSIAN, scheduler, batch)
     # Ordinary denoising of y, beside a companion that says nothing of it.
@@ -150,21 +142,22 @@ def loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor
     )
 
 
-def published_loss(args: CLDOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+def published_loss(args: CLDOptions, scheduler: Any, batch: Batch) -> Tensor:
     process: CLD = scheduler.process
+    unit = scheduler.config["num_train_timesteps"]
     images, draw = batch.images, batch.draw
     both = draw.normal((len(images), 2 * images.shape[1], *images.shape[2:]))
     initial = draw.normal(images.shape) * (process.gamma * process.mass) ** 0.5 if args.cld_loss == "dsm" else None
     return cld_loss(
         lambda u, t: batch.network(u, t).sample,
         images,
-        batch.labels / noise.num_train_timesteps,
+        batch.labels / unit,
         both,
         process,
         scheduler.config["prediction_type"],
         initial,
         args.cld_weighting,
-        noise.num_train_timesteps,
+        unit,
     )
 
 
@@ -207,7 +200,7 @@ METHOD = Method(
     short_title="CLD",
     title="critically-damped Langevin diffusion (CLD)",
     pipeline=CLDPipeline,
-    options=(CLDOptions,),
+    options=CLDOptions,
     choose=choose,
     check=check,
     noise=noise,

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ...pipelines import UnconditionalPipeline
 from ..option import noise as option
-from ..option import number_or_auto
-from .method import Advice, Batch, LargestDistance, Method, Noise, TimeOptions
+from .method import Advice, Batch, Method, Noise, TimeOptions, number_of_times
 
 
 @dataclass
@@ -20,34 +19,16 @@ class DDPMOptions(TimeOptions):
 
 
 def check(args: Any) -> None:
-    if number_or_auto("num_train_timesteps", args.num_train_timesteps, int) is None:
-        raise ValueError("--num_train_timesteps auto is for ladders of noise levels: ddpm needs a number")
+    number_of_times(args)
     if args.algorithm_type is not None:
         raise ValueError(f"--algorithm_type {args.algorithm_type} means nothing for --method ddpm: leave it out")
 
 
-def noise(args: DDPMOptions, images: Tensor, largest_distance: LargestDistance) -> Noise:
-    return Noise(int(args.num_train_timesteps))
-
-
-def scheduler(args: DDPMOptions, noise: Noise, sampler: dict[str, Any]) -> DDPMScheduler:
-    return DDPMScheduler(noise.num_train_timesteps, beta_schedule=args.ddpm_beta_schedule, **sampler)
-
-
-def labels(args: DDPMOptions, noise: Noise, uniform: Tensor) -> Tensor:
-    """All times alike."""
-    return (uniform * noise.num_train_timesteps).long()
-
-
-def loss(args: DDPMOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
+def loss(args: DDPMOptions, scheduler: Any, batch: Batch) -> Tensor:
     """That of diffusers' example: the squared error of the predicted noise."""
     eps, timesteps = batch.draw.normal(batch.images.shape), batch.labels.to(batch.images.device)
     output = batch.network(scheduler.add_noise(batch.images, eps, timesteps), timesteps).sample
     return (output.to(eps.dtype) - eps).square().flatten(1).mean(1)
-
-
-def in_words(args: DDPMOptions, noise: Noise) -> str:
-    return f"{noise.num_train_timesteps} steps of a Gaussian diffusion, {args.ddpm_beta_schedule} betas"
 
 
 METHOD = Method(
@@ -55,13 +36,17 @@ METHOD = Method(
     short_title="DDPM",
     title="a denoising diffusion probabilistic model (DDPM)",
     pipeline=UnconditionalPipeline,
-    options=(DDPMOptions,),
+    options=DDPMOptions,
     check=check,
-    noise=noise,
-    scheduler=scheduler,
-    labels=labels,
+    noise=lambda args, images, largest_distance: Noise(number_of_times(args)),
+    scheduler=lambda args, noise, sampler: DDPMScheduler(
+        noise.num_train_timesteps, beta_schedule=args.ddpm_beta_schedule, **sampler
+    ),
+    labels=lambda args, noise, uniform: (uniform * noise.num_train_timesteps).long(),
     loss=loss,
-    noise_in_words=in_words,
+    noise_in_words=lambda args, noise: (
+        f"{noise.num_train_timesteps} steps of a Gaussian diffusion, {args.ddpm_beta_schedule} betas"
+    ),
     card="""\
 A network of $parameters parameters was trained to predict the noise of $steps steps of a Gaussian diffusion with
 $betas betas, for images in [-1, 1]: diffusers' own DDPM. Its network and scheduler are plain ones of diffusers, in the

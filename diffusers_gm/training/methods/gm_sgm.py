@@ -3,22 +3,21 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ...pipelines import GMSGMPipeline
 from ...processes.mixture import GaussianMixtureNoise
 from ...schedulers import GMLangevinScheduler
+from ..option import given
 from ..option import noise as option
-from . import ladder
+from . import ladder, levels
 from .ladder import LadderOptions
-from .method import Advice, Batch, Method, Noise
+from .method import Advice, Method, Noise
 
 EXPLICIT, STABLE, POWER = ("mixture_weights", "mixture_scales"), ("stable_alpha",), ("power_alpha", "power_base")
 COUNT = ("num_components",)
 
 
 @dataclass
-class MixtureOptions:
+class GMSGMOptions(LadderOptions):
     mixture_weights: list[float] | None = option(
         None, "Probabilities of the components.", in_place_of=STABLE + POWER + COUNT
     )
@@ -40,22 +39,17 @@ class MixtureOptions:
     mixture_per_element: bool = option(False, "Draw the component per element instead of per image.")
 
 
-@dataclass
-class GMSGMOptions(LadderOptions, MixtureOptions):
-    """Those of the ladder and of the mixture."""
-
-
-def build_mixture(args: MixtureOptions) -> GaussianMixtureNoise:
+def build_mixture(args: GMSGMOptions) -> GaussianMixtureNoise:
     """The noise law that the options describe, with `E[c^2] = 1`.
 
     Raises:
         ValueError: for options that describe none, or more than one.
     """
     kinds = [kind for kind in (EXPLICIT, STABLE, POWER) if any(getattr(args, name) is not None for name in kind)]
-    names = [*(name for kind in kinds for name in kind), *COUNT]
-    given = [f"--{name}" for name in names if getattr(args, name) is not None]
     if len(kinds) > 1 or (EXPLICIT in kinds and args.num_components is not None):
-        raise ValueError(f"{given} do not go together: describe the mixture in one way")
+        raise ValueError(
+            f"{given(args, EXPLICIT + STABLE + POWER + COUNT)} do not go together: describe the mixture in one way"
+        )
     per_element, num_components = args.mixture_per_element, args.num_components or 2
     try:
         if EXPLICIT in kinds:
@@ -68,7 +62,9 @@ def build_mixture(args: MixtureOptions) -> GaussianMixtureNoise:
         base = 2.0 if args.power_base is None else args.power_base
         return GaussianMixtureNoise.from_power_law(alpha, num_components, base, per_element)
     except ValueError as error:
-        raise ValueError(f"{given or ['--num_components']}: {error}") from error
+        raise ValueError(
+            f"{given(args, EXPLICIT + STABLE + POWER + COUNT) or ['--num_components']}: {error}"
+        ) from error
 
 
 def check(args: GMSGMOptions) -> None:
@@ -87,10 +83,6 @@ def scheduler(args: GMSGMOptions, noise: Noise, sampler: dict[str, Any]) -> GMLa
     )
 
 
-def loss(args: GMSGMOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
-    return ladder.loss(args, build_mixture(args), scheduler, batch)
-
-
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
     pairs = zip(record["mixture_weights"], record["mixture_scales"], strict=True)
     return ladder.on_card(record) | {
@@ -104,14 +96,14 @@ METHOD = Method(
     short_title="GM-SGM",
     title="a Gaussian-mixture score-based model (GM-SGM)",
     pipeline=GMSGMPipeline,
-    options=(GMSGMOptions,),
+    options=GMSGMOptions,
     choose=ladder.choose,
     check=check,
     noise=lambda args, images, largest_distance: ladder.noise(args, images, largest_distance, build_mixture(args)),
     scheduler=scheduler,
     labels=ladder.labels,
-    loss=loss,
-    noise_in_words=lambda args, noise: f"{build_mixture(args)}, {ladder.in_words(args, noise)}",
+    loss=lambda args, scheduler, batch: ladder.loss(args, build_mixture(args), scheduler, batch),
+    noise_in_words=lambda args, noise: f"{build_mixture(args)}, {levels.in_words(vars(args) | vars(noise))}",
     card="""\
 A network of $parameters parameters was trained to undo Gaussian-mixture noise, the tractable stand-in for heavy-tailed
 noise (one component per $per: $components); it learns $learns. It was trained at $levels, for

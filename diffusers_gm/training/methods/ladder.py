@@ -66,15 +66,10 @@ def noise(
     args: LadderOptions, images: Tensor, largest_distance: LargestDistance, mixture: GaussianMixtureNoise | None = None
 ) -> Noise:
     """The noise levels for these images, and the law of the noise on them."""
-    sigma_max = levels.largest(args)
-    if sigma_max is None:
-        sigma_max = round(largest_distance(images), 4)
-    levels.check_ends(args, sigma_max)
-    num_levels = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
-    if num_levels is None:
-        num_levels = ladder_length(sigma_max, args.sigma_min, images[0].numel())
+    sigma_max = levels.largest(args, images, largest_distance)
+    given = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
     return Noise(
-        num_train_timesteps=num_levels,
+        num_train_timesteps=given or ladder_length(sigma_max, args.sigma_min, images[0].numel()),
         sigma_min=args.sigma_min,
         sigma_max=sigma_max,
         sigma_data=levels.size_of_data(args, images) if args.prediction_type == "edm" else None,
@@ -83,7 +78,7 @@ def noise(
     )
 
 
-def network_config(prediction_type: str, noise: Noise) -> dict[str, Any]:
+def network_config(prediction_type: str | None, noise: Noise) -> dict[str, Any]:
     """What a config says of a network of this noise. A preconditioned one is told as diffusers' EDM schedulers tell
     it: its `sigma_data`, and `epsilon` for what it answers."""
     own = {"noise_space": "ve", "prediction_type": prediction_type}
@@ -98,7 +93,6 @@ def network_config(prediction_type: str, noise: Noise) -> dict[str, Any]:
 
 def config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[str, Any]:
     """The config of a scheduler of the ladder."""
-    assert args.prediction_type is not None
     return {
         "timestep_spacing": "even",
         "network_level": "chain",
@@ -111,12 +105,10 @@ def config(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> dict[s
     }
 
 
-def labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
+def labels(args: LadderOptions, noise: Any, uniform: Tensor) -> Tensor:
     """Labels of the levels that the options describe; of a ladder's own levels integers."""
     if args.timestep_sampling == "uniform" and args.prediction_type != "edm":
         return (uniform * noise.num_train_timesteps).long()
-    assert noise.sigma_min is not None
-    assert noise.sigma_max is not None
     ends = noise.sigma_min, noise.sigma_max, noise.num_train_timesteps
     space = NoiseSpace.edm(*ends) if args.prediction_type == "edm" else NoiseSpace.ve(*ends)
     return space.timestep(levels.drawn(args, noise, uniform))
@@ -124,22 +116,17 @@ def labels(args: LadderOptions, noise: Noise, uniform: Tensor) -> Tensor:
 
 def loss(args: LevelOptions, mixture: GaussianMixtureNoise, scheduler: Any, batch: Batch) -> Tensor:
     """The denoising loss, `(B,)`."""
-    images, labels, draw = batch.images, batch.labels, batch.draw
-    timesteps = (labels if labels.dtype == torch.int64 else labels.float()).to(images.device)
+    labels, draw = batch.labels, batch.draw
     return denoising_loss(
         lambda x, t: batch.network(x, t).sample,
-        images,
-        timesteps,
-        mixture.sample(images.shape, draw.generator, draw.device, draw.dtype),
+        batch.images,
+        (labels if labels.dtype == torch.int64 else labels.float()).to(batch.images.device),
+        mixture.sample(batch.images.shape, draw.generator, draw.device, draw.dtype),
         scheduler.noise_space,
         mixture,
         scheduler.reading.prediction_type,
         args.snr_gamma,
     )
-
-
-def in_words(args: LadderOptions, noise: Noise) -> str:
-    return levels.in_words(vars(args) | vars(noise))
 
 
 # What the network answers, by prediction type.
@@ -153,11 +140,11 @@ LEARNS = {
 
 def on_card(record: dict[str, Any]) -> dict[str, Any]:
     """What a card says of the levels and of what the network learned."""
-    unconditional = record["conditioning"] == "none"
+    told = {"sigma": "is told the noise level", "none": "is not told the noise level (Technique 3)"}
     score = record["objective"] == "score"
     return {
         "levels": levels.in_words(record),
-        "told": "is not told the noise level (Technique 3)" if unconditional else "is told the noise level",
+        "told": told[record["conditioning"]],
         "learns": "the score of the noisy images" if score else LEARNS[record["prediction_type"]],
     }
 

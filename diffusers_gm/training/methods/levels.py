@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..option import noise, number_or_auto, trained
-from .method import TimeOptions
+from ..option import given, noise, number_or_auto, trained
+from .method import LargestDistance, TimeOptions
 
 # The levels of EDM (arXiv 2206.00364) in ln sigma. Its own figures are -1.2 and 1.2; a higher mean did better here.
 P_MEAN, P_STD = -0.8, 1.2
@@ -59,32 +59,31 @@ def choose(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
 
 
 def check(args: LevelOptions) -> None:
-    if args.timestep_sampling != "log_normal":
-        given = [f"--{name}" for name in ("p_mean", "p_std") if getattr(args, name) is not None]
-        if given:
-            raise ValueError(f"{given} are for --timestep_sampling log_normal, not {args.timestep_sampling}")
+    if args.timestep_sampling != "log_normal" and (law := given(args, ("p_mean", "p_std"))):
+        raise ValueError(f"{law} are for --timestep_sampling log_normal, not {args.timestep_sampling}")
     if args.uncertainty_weighting and args.snr_gamma is not None:
         raise ValueError("--uncertainty_weighting learns weights that undo those of --snr_gamma: leave out one of them")
     number_or_auto("sigma_max", args.sigma_max, float)
     number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
 
 
-def largest(args: LevelOptions) -> float | None:
-    """The last level of the training as far as the options say it; None: to be measured on the data."""
-    given = number_or_auto("sigma_max", args.sigma_max, float)
-    if given is None and args.timestep_sampling == "log_normal":
-        mean, deviation = _law(args)
-        return round(math.exp(mean + REACH * deviation), 4)
-    return given
+def largest(args: Any, images: Tensor, largest_distance: LargestDistance) -> float:
+    """The last level of the training: given, as far as `log_normal` reaches, or measured on the images.
 
-
-def check_ends(args: LevelOptions, sigma_max: float) -> None:
+    Raises:
+        ValueError: if it is not above the first.
+    """
+    sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
+    measured = sigma_max is None and args.timestep_sampling != "log_normal"
+    if sigma_max is None:
+        end = largest_distance(images) if measured else math.exp(args.p_mean + REACH * args.p_std)
+        sigma_max = round(end, 4)
     if not args.sigma_min < sigma_max:
-        measured = args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
         raise ValueError(
             f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
             + (" (measured: are all images the same?)" if measured else "")
         )
+    return sigma_max
 
 
 def size_of_data(args: LevelOptions, images: Tensor) -> float:
@@ -99,33 +98,25 @@ def size_of_data(args: LevelOptions, images: Tensor) -> float:
     return max(round(float((images - images.mean(0)).square().mean().sqrt()), 3), args.sigma_min)
 
 
-def drawn(args: LevelOptions, noise: Any, uniform: Tensor) -> Tensor:
+def drawn(args: Any, noise: Any, uniform: Tensor) -> Tensor:
     """Noise levels, `(B,)` float64, from numbers that are uniform in [0, 1).
 
     `log_normal` and `log_uniform` are laws of sigma; what the first has beyond the ends is at the ends.
     """
     low, high = math.log(noise.sigma_min), math.log(noise.sigma_max)
     if args.timestep_sampling == "log_normal":
-        mean, deviation = _law(args)
-        return (mean + deviation * torch.special.ndtri(uniform)).clamp(low, high).exp()
+        return (args.p_mean + args.p_std * torch.special.ndtri(uniform)).clamp(low, high).exp()
     n = noise.num_train_timesteps
     share = uniform if args.timestep_sampling == "log_uniform" else (uniform * n).floor() / (n - 1)
     return (low + (high - low) * share).exp()
-
-
-def _law(args: LevelOptions) -> tuple[float, float]:
-    assert args.p_mean is not None
-    assert args.p_std is not None
-    return args.p_mean, args.p_std
 
 
 def in_words(record: Any) -> str:
     """Of the options as recorded, or of anything with `sigma_min` and the like by name."""
     ends = f"from {record['sigma_min']:g} to {record['sigma_max']:g}"
     if record["timestep_sampling"] == "log_normal":
-        return (
-            f"log-normal noise levels {ends} (ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g})"
-        )
+        law = f"ln sigma of mean {record['p_mean']:g} and deviation {record['p_std']:g}"
+        return f"log-normal noise levels {ends} ({law})"
     if record["timestep_sampling"] == "log_uniform":
         return f"log-uniform noise levels {ends}"
     return f"{record['num_train_timesteps']} noise levels {ends} on a geometric ladder"

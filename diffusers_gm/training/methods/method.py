@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ...processes.random import Draw
-from ..option import noise
+from ..option import noise, number_or_auto
 
 
 @dataclass
@@ -36,6 +36,14 @@ class Noise:
     mixture_scales: list[float] | None = None
 
 
+def number_of_times(args: Any) -> int:
+    """What `--num_train_timesteps` says; a ValueError for 'auto', for methods without a ladder."""
+    number = number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
+    if number is None:
+        raise ValueError(f"--num_train_timesteps auto is for ladders of noise levels: {args.method} needs a number")
+    return number
+
+
 LargestDistance = Callable[[Tensor], float]
 
 
@@ -47,7 +55,7 @@ class Batch:
         network: `(sample, timestep) -> output`, the output as `.sample`.
         images: `(B, C, H, W)` in [-1, 1].
         labels: of their noise levels, `(B,)` on the CPU.
-        draw: where their noise comes from.
+        draw: of their noise.
     """
 
     network: Callable[..., Any]
@@ -76,23 +84,19 @@ class Method:
     """All that tells one method of training from another. `args` are all options of a training, its own among them.
 
     Attributes:
-        name: value of `--method`.
-        short_title: its name in headings.
-        title: its name in sentences.
+        name, short_title, title: its name for `--method`, in headings, and in sentences.
         pipeline: the class that draws images from what was trained.
-        options: dataclasses of the options that say something about it, beside those for all methods.
+        options: a dataclass of the options that say something about it, beside those for all methods.
         check: `(args)` raises a ValueError for options that do not go together.
         noise: `(args, images, largest_distance)` is the `Noise` for images `(n, C, H, W)` like those of the training.
             The largest distance of two of them takes long to measure: a function, to be called where it is needed.
         scheduler: `(args, noise, sampler)` describes network and noise; `sampler` holds further entries of its config.
         labels: `(args, noise, uniform)` are the network's labels of noise levels, `(B,)` on the CPU, from numbers that
             are uniform in [0, 1), `(B,)` float64: what decides which levels are learned, and how often.
-        loss: `(args, noise, scheduler, batch)` is one loss per image, `(B,)`.
+        loss: `(args, scheduler, batch)` is one loss per image, `(B,)`.
         noise_in_words: `(args, noise)` is what the images are disturbed by.
         card: what the model card says of it, a template.
         card_values: `(record)` is what the template needs beside `$parameters`, from the options as recorded.
-        advice: which scheduler the model card advises.
-        citation: BibTeX.
         choose: `(args)` is what those of its options come to that were left open: None for what then means nothing.
         formerly: what version 0.1.0, whose records say nothing of them, had for some of those that `choose` names.
         input_factor: `(args)` is how many channels enter the network for each channel of an image.
@@ -102,12 +106,12 @@ class Method:
     short_title: str
     title: str
     pipeline: Any
-    options: tuple[type, ...]
+    options: type
     check: Callable[[Any], None]
     noise: Callable[[Any, Tensor, LargestDistance], Noise]
     scheduler: Callable[[Any, Noise, dict[str, Any]], Any]
     labels: Callable[[Any, Noise, Tensor], Tensor]
-    loss: Callable[[Any, Noise, Any, Batch], Tensor]
+    loss: Callable[[Any, Any, Batch], Tensor]
     noise_in_words: Callable[[Any, Noise], str]
     card: str
     card_values: Callable[[dict[str, Any]], dict[str, Any]]
@@ -119,4 +123,4 @@ class Method:
 
     @property
     def option_names(self) -> set[str]:
-        return {f.name for cls in self.options for f in fields(cls)}
+        return {f.name for f in fields(self.options)}

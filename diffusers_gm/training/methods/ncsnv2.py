@@ -1,38 +1,25 @@
 """NCSNv2 (arXiv 2006.09011): Gaussian noise on a ladder of levels."""
 
-from typing import Any
-
-from torch import Tensor
-
 from ...pipelines import NCSNv2Pipeline
 from ...processes.mixture import GAUSSIAN
 from ...schedulers import AnnealedLangevinScheduler
-from . import ladder
+from . import ladder, levels
 from .ladder import LadderOptions
-from .method import Advice, Batch, Method, Noise
-
-
-def scheduler(args: LadderOptions, noise: Noise, sampler: dict[str, Any]) -> AnnealedLangevinScheduler:
-    return AnnealedLangevinScheduler(**ladder.config(args, noise, sampler))
-
-
-def loss(args: LadderOptions, noise: Noise, scheduler: Any, batch: Batch) -> Tensor:
-    return ladder.loss(args, GAUSSIAN, scheduler, batch)
-
+from .method import Advice, Method
 
 METHOD = Method(
     name="ncsnv2",
     short_title="NCSNv2",
     title="NCSNv2",
     pipeline=NCSNv2Pipeline,
-    options=(LadderOptions,),
+    options=LadderOptions,
     choose=ladder.choose,
     check=ladder.check,
     noise=ladder.noise,
-    scheduler=scheduler,
+    scheduler=lambda args, noise, sampler: AnnealedLangevinScheduler(**ladder.config(args, noise, sampler)),
     labels=ladder.labels,
-    loss=loss,
-    noise_in_words=lambda args, noise: f"{GAUSSIAN}, {ladder.in_words(args, noise)}",
+    loss=lambda args, scheduler, batch: ladder.loss(args, GAUSSIAN, scheduler, batch),
+    noise_in_words=lambda args, noise: f"{GAUSSIAN}, {levels.in_words(vars(args) | vars(noise))}",
     card="""\
 A network of $parameters parameters was trained to undo Gaussian noise; it learns $learns. It was
 trained at $levels, for images in [-1, 1]. The network $told.
