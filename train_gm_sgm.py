@@ -208,7 +208,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             draws = step_draws.of_batch(start, first, len(images))
             with accelerator.accumulate(*models):
                 losses = objective(model, images, draws, labels)
-                weighted = uncertainty(losses, objective.sigma(draws.levels)) if uncertainty else losses
+                weighted = losses if uncertainty is None else uncertainty(losses, objective.sigma(draws.levels))
                 accelerator.backward(weighted.mean())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
