@@ -152,7 +152,7 @@ def test_the_martingale_defect_tells_a_network_that_errs():
 def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
     for n in (2, 5, 6, 50):
         assert stochasticity_for(-0.01, n, 64) == 0.0
-        assert stochasticity_for(-0.1, n, 64) == (0.7 if n >= 6 else 0.0)
+        assert stochasticity_for(-0.1, n, 64) == ((0.5, 1.0) if n >= 6 else 0.0)
         assert stochasticity_for(-0.1, n, 4) == 0.0  # by chance
         assert stochasticity_for(-0.5, n, 4) == (1.0 if n >= 6 else 0.5)
 
@@ -220,11 +220,11 @@ def test_real_images_choose_the_stochasticity():
     result = calibrate_in_full(
         pipe, (4,), effort="fast", images=images, progress=False, batch_size=64, output_type="np"
     )
-    assert result.stochasticity[4] in (0.0, 0.4, 0.7, 1.0)
+    assert result.stochasticity[4] in (0.0, 0.4, (0.5, 1.0), 1.0)
     assert result.network_calls == 48 + 56 + 4 * 2 * 4
-    given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=0.7, progress=False, batch_size=2)
-    assert given.stochasticity == {4: 0.7}
-    assert given.scheduler.config.calibration["stochasticity"] == {"4": 0.7}
+    given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=(0.5, 1.0), progress=False, batch_size=2)
+    assert given.stochasticity == {4: (0.5, 1.0)}
+    assert given.scheduler.config.calibration["stochasticity"] == {"4": [0.5, 1.0]}
 
 
 def test_the_sliced_distance_tells_sets_apart(generator):

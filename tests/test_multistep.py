@@ -81,7 +81,7 @@ def run_variance(sampler, n):
     return float(start * y[0] ** 2 + y[1:].square().sum())
 
 
-@pytest.mark.parametrize("tau", [0.4, 1.0])
+@pytest.mark.parametrize("tau", [0.4, 1.0, (0.5, 1.0)])
 @pytest.mark.parametrize(("order", "corrector", "expected"), [(1, False, 1), (2, False, 2), (1, True, 2), (2, True, 2)])
 def test_weak_order_of_the_reverse_diffusion(tau, order, corrector, expected):
     """At least the promised one; the spread of noise over a step is exact, D is what is approximated."""
@@ -111,7 +111,17 @@ def test_noise_between_near_levels_is_not_extrapolated(tau, variance):
     assert 0.9 < beside / alone < 1.4
 
 
-@pytest.mark.parametrize("arguments", [{"order": 4}, {"order": 0}, {"stochasticity": -1.0}])
+def test_two_stochasticities_are_those_above_and_below_noise_level_1():
+    sigmas = torch.tensor([20.0, 5.0, 1.0, 0.3, 0.1], **DOUBLE)
+    above, below, both = (Multistep(stochasticity=tau).plan(sigmas).steps for tau in (0.5, 1.0, (0.5, 1.0)))
+    factors = [step[1:3] for step in both]  # of y and of the noise
+    assert factors == [step[1:3] for step in (*above[:2], *below[2:])]
+    assert [step[3] for step in both] == [step[3] for step in (*above[:2], *below[2:])]  # the predictor
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"order": 4}, {"order": 0}, *({"stochasticity": tau} for tau in (-1.0, (1.0,), (0.5, -1.0)))]
+)
 def test_bad_samplers_are_named(arguments):
     with pytest.raises(ValueError, match=r"order|stochasticity"):
         Multistep(**arguments)

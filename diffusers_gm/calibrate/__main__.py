@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full
+from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
 from ..cli import Parser
 from ..evaluation.sampling import load_pipeline
@@ -27,7 +27,11 @@ def build_parser() -> Parser:
     parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
     parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: levels from a single run")
     parser.add_argument(
-        "--stochasticity", type=float, default=None, help="tau of the sampler [by the network's errors]"
+        "--stochasticity",
+        type=float,
+        nargs="+",
+        default=None,
+        help="tau of the sampler, or two: above noise level 1 and below [by the network's errors]",
     )
     parser.add_argument("--batch_size", type=int, default=None, help="images [64, fewer if they are large]")
     parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes [the folder]")
@@ -57,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
-        calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=args.stochasticity, **batch)
+        tau = args.stochasticity[0] if args.stochasticity and len(args.stochasticity) == 1 else args.stochasticity
+        calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=tau, **batch)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)
@@ -69,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if calibration.martingale_defect is not None:
         print(
             f"rho = {calibration.martingale_defect:.2f} (about 0 for an exact network, negative where it errs): "
-            f"stochasticity {', '.join(f'{tau:g}' for tau in sorted(set(calibration.stochasticity.values())))}"
+            f"stochasticity {', '.join(dict.fromkeys(map(in_words, calibration.stochasticity.values())))}"
         )
     beside, network = calibration.seconds
     print(f"{calibration.network_calls} network calls, {network:.1f} s, and {beside:.1f} s beside them")

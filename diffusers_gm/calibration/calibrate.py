@@ -19,6 +19,7 @@ from ..processes.random import Draw
 from ..readings import level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
 from ..samplers import Memory, Multistep, sample
+from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
 from .oracle import MANY, with_denoiser
 from .search import LocalDefects, fine_ladder, gram, nearest, search
@@ -40,8 +41,9 @@ ERRS = -0.4
 SPREAD = 0.3
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
-# some for a network that errs, as trained ones do; and all there is where errors dominate, half of it in shorter runs.
-SOME, ALL, ENOUGH = 0.7, 1.0, 6
+# some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
+# errs most; and all there is where errors dominate, half of it in shorter runs.
+SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
 
 # Stochasticities among which real images choose.
 CANDIDATES = (0.0, 0.4, SOME, ALL)
@@ -65,7 +67,7 @@ class Calibration:
             that the levels were not chosen on: of the fixed grid, and of what was found. None with `effort="fast"`, nor
             where errors dominate.
         martingale_defect: rho, see `martingale_defect`.
-        stochasticity: tau of each budget.
+        stochasticity: tau of each budget, one or two.
         network_calls: in all, each for the whole batch.
         seconds: of work beside the network, and of the network and the pipeline around it.
     """
@@ -75,7 +77,7 @@ class Calibration:
     fixed: dict[int, list[float]] = field(default_factory=dict)
     errors: dict[int, tuple[float, float]] = field(default_factory=dict)
     martingale_defect: float | None = None
-    stochasticity: dict[int, float] = field(default_factory=dict)
+    stochasticity: dict[int, Stochasticity] = field(default_factory=dict)
     network_calls: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
 
@@ -90,7 +92,7 @@ def calibrate(
     calls: Sequence[int] = CALLS,
     *,
     effort: Literal["full", "fast"] = "full",
-    stochasticity: float | None = None,
+    stochasticity: Stochasticity | None = None,
     images: Tensor | None = None,
     progress: bool = True,
     **arguments: Any,
@@ -105,11 +107,12 @@ def calibrate(
         pipe: a pipeline with a network and a scheduler; its scheduler is put back at the end.
         calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
         effort: `full`; or `fast`: one run, from whose denoised images the local errors of all steps are estimated.
-        stochasticity: tau of the sampler; 0 is the probability flow, deterministic. None: by the martingale defect of
-            the network and the number of calls, see `stochasticity_for`; or by `images`.
+        stochasticity: tau of the sampler; 0 is the probability flow, deterministic; or two, of the steps from levels
+            above 1 and of the others. None: by the martingale defect of the network and the number of calls, see
+            `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
-            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
-            = 0, 0.4, 0.7 and 1 is that of the samples which are closest to these, for each number of calls, in sliced
+            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among
+            `CANDIDATES` is that of the samples which are closest to these, for each number of calls, in sliced
             Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64,
@@ -133,7 +136,7 @@ def calibrate_in_full(
     calls: Sequence[int] = CALLS,
     *,
     effort: Literal["full", "fast"] = "full",
-    stochasticity: float | None = None,
+    stochasticity: Stochasticity | None = None,
     images: Tensor | None = None,
     progress: bool = True,
     **arguments: Any,
@@ -186,7 +189,9 @@ def calibrate_in_full(
         str(n): [float(f"{sigma:.6g}") for sigma in levels] for n, levels in result.levels.items()
     }
     if any(result.stochasticity.values()):
-        calibration["stochasticity"] = {str(n): tau for n, tau in result.stochasticity.items()}
+        calibration["stochasticity"] = {
+            str(n): list(tau) if isinstance(tau, Sequence) else tau for n, tau in result.stochasticity.items()
+        }
     if shift != 1.0:
         calibration["shift"] = shift
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
@@ -215,11 +220,11 @@ class Ladder:
             self.start.std()
         )
 
-    def closest(self, taus: Sequence[float], levels: list[float], images: Tensor) -> float:
+    def closest(self, taus: Sequence[Stochasticity], levels: list[float], images: Tensor) -> Stochasticity:
         """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
         sigmas = torch.tensor(levels, dtype=torch.float64)
 
-        def distance(tau: float) -> float:
+        def distance(tau: Stochasticity) -> float:
             sampler = replace(self.sampler, stochasticity=tau)
             batches = [
                 sample(sampler, self.denoiser, self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed))
@@ -281,12 +286,16 @@ def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
     return int((sigmas.log() - math.log(last)).abs().argmin())
 
 
-def stochasticity_for(defect: float, num_calls: int, num_images: int) -> float:
+def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochasticity:
     """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
     the levels before, if it has calls enough to follow it."""
     if defect < ERRS:
         return ALL if num_calls >= ENOUGH else ALL / 2
     return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
+
+
+def in_words(tau: Stochasticity) -> str:
+    return " then ".join(f"{t:g}" for t in tau) if isinstance(tau, Sequence) else f"{tau:g}"
 
 
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:

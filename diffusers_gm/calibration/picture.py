@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..pictures import curve_style, style
-from .calibrate import Calibration
+from .calibrate import Calibration, in_words
 
 
 def plot(calibration: Calibration, path: Path | BinaryIO) -> None:
@@ -29,7 +29,7 @@ def _figure(calibration: Calibration) -> Any:
         left.plot(points, rows, label=name, **{**curve_style(at), "linestyle": "none"})
     left.set(xscale="log", xlabel="noise level sigma", ylabel="network calls", title="levels before and after")
     left.invert_xaxis()
-    labels = [f"{n}, tau {calibration.stochasticity[n]:g}" for n in budgets]
+    labels = [f"{n}, tau {in_words(calibration.stochasticity[n])}" for n in budgets]
     left.set_yticks([row + 0.15 for row in range(len(budgets))], labels)
     left.invert_yaxis()
     for right in others:

@@ -10,6 +10,7 @@ reverse diffusion as SDE-DPM-Solver++ (arXiv 2211.01095) and SA-Solver (arXiv 23
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,13 @@ from .sampler import Memory, Plan, Stepped, one_a_level
 # the step over the one before: the difference of the two D's is of noise, which a longer step extrapolates.
 DAMPING = 0.2
 
+# Where the second of two stochasticities begins: above this noise level an image of [-1, 1] takes shape, below it has
+# its details.
+FINE = 1.0
+
+# tau, or that above `FINE` and that below.
+Stochasticity = float | Sequence[float]
+
 
 @dataclass(frozen=True)
 class Multistep:
@@ -33,18 +41,26 @@ class Multistep:
     Attributes:
         order: 1 to 3, the number of D's that a step is predicted from.
         corrector: see above.
-        stochasticity: tau >= 0.
+        stochasticity: tau >= 0; or two, of the steps from levels above `FINE` and of all others.
     """
 
     order: int = 2
     corrector: bool = True
-    stochasticity: float = 0.0
+    stochasticity: Stochasticity = 0.0
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):
             raise ValueError(f"the order must be 1, 2 or 3, got {self.order!r}")
-        if not 0 <= self.stochasticity < math.inf:
-            raise ValueError(f"stochasticity must be at least 0, got {self.stochasticity!r}")
+        taus = self._taus
+        if len(taus) != 2 or not all(0 <= tau < math.inf for tau in taus):
+            raise ValueError(
+                f"stochasticity must be a number that is at least 0, or two of them, got {self.stochasticity!r}"
+            )
+
+    @property
+    def _taus(self) -> Sequence[float]:
+        tau = self.stochasticity
+        return tau if isinstance(tau, Sequence) else (tau, tau)
 
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)
@@ -54,14 +70,16 @@ class Multistep:
         D's: the predictor's, the newest first, none for a step of no length; and the corrector's, of the new D and of
         those that led to it, which correct y before the step."""
         clock, n = -sigmas.log(), len(sigmas)
-        a, tau, h = 1 + self.stochasticity**2, self.stochasticity, clock.diff()
+        above, below = torch.tensor(self._taus, dtype=torch.float64)
+        tau, h = torch.where(sigmas[:-1] > FINE, above, below), clock.diff()
+        a = 1 + tau**2
         decay = torch.exp(-a * h).tolist()
         spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
         # The clocks of the last calls, each once, the newest first.
         known = [list(dict.fromkeys(reversed(clock[: i + 1].tolist())))[: self.order] for i in range(n - 1)]
         before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
         growth = (h / before).clamp(min=1)
-        blend = 1 / (1 + DAMPING * h**4 * growth) if tau else torch.ones_like(h)
+        blend = torch.where(tau > 0, 1 / (1 + DAMPING * h**4 * growth), 1.0)
         predictor: list[list[list[float]]] = [[] for _ in range(n)]
         corrector: list[list[list[float]]] = [[] for _ in range(n)]
         for k in range(1, self.order + 1):
@@ -70,11 +88,11 @@ class Multistep:
                 break
             nodes = torch.tensor([known[i][:k] for i in steps], dtype=torch.float64)
             start, end = clock[steps], clock[[i + 1 for i in steps]]
-            weights = exponential_weights(start, end, nodes, a)
-            first = exponential_weights(start, end, nodes[:, :1], a)
+            weights = exponential_weights(start, end, nodes, a[steps])
+            first = exponential_weights(start, end, nodes[:, :1], a[steps])
             weights = torch.lerp(torch.nn.functional.pad(first, (0, k - 1)), weights, blend[steps][:, None])
             # What corrects y: the weights of the new D and of the known ones, less those already used.
-            correction = exponential_weights(start, end, torch.cat([end[:, None], nodes], 1), a)
+            correction = exponential_weights(start, end, torch.cat([end[:, None], nodes], 1), a[steps])
             correction[:, 1:] -= weights
             for row, i in enumerate(steps):
                 predictor[i].append(weights[row].tolist())
@@ -107,7 +125,7 @@ def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor
     return total
 
 
-def exponential_weights(start: Tensor, end: Tensor, nodes: Tensor, a: float) -> Tensor:
+def exponential_weights(start: Tensor, end: Tensor, nodes: Tensor, a: float | Tensor) -> Tensor:
     """`int_start^end a e^{-a (end - r)} l_j(r) dr` for the Lagrange polynomials l_j of distinct nodes.
 
     The weights that integrate `1, u, u^2, ...` exactly, `u = (r - start) / (end - start)`.
@@ -115,6 +133,7 @@ def exponential_weights(start: Tensor, end: Tensor, nodes: Tensor, a: float) -> 
     Args:
         start, end: clocks `(...)`, float64, that differ.
         nodes: `(..., K)`.
+        a: a number, or one of each.
 
     Returns:
         `(..., K)`.

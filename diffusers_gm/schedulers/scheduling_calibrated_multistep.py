@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..readings.grids import calibrated_value
 from ..samplers import Multistep
+from ..samplers.multistep import Stochasticity
 from .base import SamplerScheduler
 from .network import network_noise
 from .options import with_common_options
@@ -26,8 +27,9 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     (`stochasticity` 0) and smooth denoisers.
 
     Args:
-        stochasticity: tau, from 0 (probability flow) to 1 (reverse diffusion) and beyond. None: what the calibration
-            says for the number of calls, 0 without one.
+        stochasticity: tau, from 0 (probability flow) to 1 (reverse diffusion) and beyond; or two, of the steps from
+            noise levels above 1 and of the others. None: what the calibration says for the number of calls, 0 without
+            one.
         corrector: redo every step once the denoiser at its end is known, at no extra call.
         multistep_order: 1 to 3, how many denoisers a step is predicted from.
         calibration: JSON: from the number of calls, as a string, to its noise levels (descending), the last one that of
@@ -52,7 +54,7 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     def __init__(
         self,
         grid: str | None = "calibrated",
-        stochasticity: float | None = None,
+        stochasticity: Stochasticity | None = None,
         corrector: bool = True,
         multistep_order: int = 2,
         algorithm_type: Literal["multistep"] = "multistep",

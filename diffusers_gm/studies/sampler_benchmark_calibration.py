@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import calibrate_in_full
-from ..calibration.calibrate import CALLS, LOW
+from ..calibration.calibrate import CALLS, LOW, in_words
 from ..calibration.oracle import MANY, with_denoiser
 from ..calibration.trajectory import Denoiser, Trajectories
 from ..evaluation.table import Table
@@ -57,7 +57,7 @@ class Calibrations:
         for name in [*VARIANTS, GITS]:
             if self._path(name).is_file():
                 kept = self._kept(name)
-                taus = ", ".join(f"{tau:g}" for tau in sorted(set(kept["stochasticity"].values())))
+                taus = ", ".join(dict.fromkeys(map(in_words, kept["stochasticity"].values())))
                 rows.append([
                     name, taus, kept["martingale_defect"] or "-", kept["network_calls"], kept["seconds"] or "-",
                 ])  # fmt: skip

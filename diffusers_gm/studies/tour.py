@@ -22,10 +22,12 @@ from PIL import Image
 from .. import calibrate
 from ..app.models import CALIBRATED, Model, Sampler
 from ..app.runs import Run, Settings, advance
+from ..calibration.calibrate import in_words
 from ..cli import Parser, at_least
 from ..evaluation.sampling import load_pipeline
 from ..pictures import image_grid
 from ..samplers import Multistep
+from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
 from .pictures import save_picture, show_grid
 
@@ -54,7 +56,7 @@ class Cell:
 
     image: Image.Image
     levels: list[float]
-    stochasticity: float | None
+    stochasticity: Stochasticity | None
 
 
 def sample_all(
@@ -119,7 +121,7 @@ def draw_levels(axis: Any, cells: Sequence[Cell]) -> None:
     for row, cell in enumerate(cells):
         axis.plot(cell.levels, [row] * len(cell.levels), "|", color="black", markersize=9, linestyle="none")
         if cell.stochasticity is not None:
-            axis.text(0.98, row, f"tau = {cell.stochasticity:g}", transform=axis.get_yaxis_transform(),
+            axis.text(0.98, row, f"tau = {in_words(cell.stochasticity)}", transform=axis.get_yaxis_transform(),
                       fontsize=8, ha="right", va="center")  # fmt: skip
     low, high = axis.dataLim.intervalx
     # Room for tau on the right.
