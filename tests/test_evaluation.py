@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from networks import tiny_network
 
 from diffusers_gm.evaluation import (
     Reference,
@@ -21,6 +23,7 @@ from diffusers_gm.evaluation import (
     sliced_wasserstein,
 )
 from diffusers_gm.evaluation.features import as_bytes, cached_features_of
+from diffusers_gm.evaluation.sampling import describe_model
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +276,15 @@ def test_packages_of_the_extra_are_imported_late_and_named_when_missing(monkeypa
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=r'pip install "diffusers-gm\[evaluation\]"'):
             call()
+
+
+def test_a_model_is_the_same_whatever_order_the_defaults_of_its_config_are_in():
+    """They come from a set, whose order each process has its own of."""
+    pipe = DDPMPipeline(tiny_network(), DDPMScheduler.from_config({"beta_end": 0.01}))
+    described = describe_model(pipe)
+    defaults = pipe.scheduler.config["_use_default_values"]
+    assert len(defaults) > 1
+    pipe.scheduler.register_to_config(_use_default_values=defaults[::-1])
+    assert describe_model(pipe) == described
+    pipe.scheduler.register_to_config(beta_end=0.02)
+    assert describe_model(pipe) != described

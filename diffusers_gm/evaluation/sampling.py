@@ -79,7 +79,10 @@ def image_shape(pipeline: Any) -> tuple[int, int, int]:
 
 def describe_model(pipeline: Any) -> str:
     """A hash of all weights and of the scheduler's config."""
-    content = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    config = dict(pipeline.scheduler.config)
+    if "_use_default_values" in config:  # of a set, in an order that each process has its own of
+        config["_use_default_values"] = sorted(config["_use_default_values"])
+    content = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, torch.nn.Module):
             for key, value in sorted(component.state_dict().items()):
