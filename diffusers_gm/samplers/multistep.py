@@ -12,6 +12,7 @@ reverse diffusion as SDE-DPM-Solver++ (arXiv 2211.01095) and SA-Solver (arXiv 23
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -66,9 +67,8 @@ class Multistep:
         return one_a_level(num_calls)
 
     def plan(self, sigmas: Tensor) -> Plan:
-        """Of each call, its level, the factors of its step on y and on the noise, and weights for each number of known
-        D's: the predictor's, the newest first, none for a step of no length; and the corrector's, of the new D and of
-        those that led to it, which correct y before the step."""
+        """Of each call, its level, the factors of its step on y and on the noise, and for each number of D's that are
+        remembered the weights of the new D and of these, the newest first."""
         clock, n = -sigmas.log(), len(sigmas)
         above, below = torch.tensor(self._taus, dtype=torch.float64)
         tau, h = torch.where(sigmas[:-1] > FINE, above, below), clock.diff()
@@ -98,31 +98,35 @@ class Multistep:
                 predictor[i].append(weights[row].tolist())
                 if self.corrector:
                     corrector[i + 1].append(correction[row].tolist())
-        rows = zip(sigmas.tolist(), [*decay, 0.0], [*spread, 0.0], predictor, corrector, strict=True)
-        return Plan(sigmas, list(rows))
+        decay, spread = [*decay, 0.0], [*spread, 0.0]
+        of_calls = [
+            [in_one(*step, remembered) for remembered in range(self.order + 1)]
+            for step in zip(decay, predictor, corrector, strict=True)
+        ]
+        return Plan(sigmas, list(zip(sigmas.tolist(), decay, spread, of_calls, strict=True)))
 
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        """The correction is added to the y that is given, so that an edit between two steps stays."""
+        """The correction of y goes with the step from it, so that an edit between two steps stays."""
         if i == len(plan.steps) - 1:
             return denoised, memory
-        sigma, decay, spread, predictor, corrector = plan.steps[i]
-        known = tuple(item for item in memory.denoised if item[0] > sigma)
-        if known and corrector:
-            y = combined(y, 1.0, corrector[len(known) - 1], [denoised, *(d for _, d in known)])
-        known = ((sigma, denoised), *known)[: self.order]
-        if predictor:  # not a step of no length
-            y = combined(y, decay, predictor[len(known) - 1], [d for _, d in known])
+        sigma, decay, spread, weights = plan.steps[i]
+        known = [item for item in memory.denoised if item[0] > sigma]
+        items = ((sigma, denoised), *known)
+        y = decay * y
+        for weight, (_, image) in zip(weights[len(known)], items, strict=False):
+            y = y.add_(image, alpha=weight)
         if spread:
             y = y.add_(draw.normal(y.shape), alpha=spread)
-        return y, memory._replace(denoised=known)
+        return y, memory._replace(denoised=items[: self.order])
 
 
-def combined(y: Tensor, factor: float, weights: list[float], images: list[Tensor]) -> Tensor:
-    """`factor * y` and the weighted images, a new tensor."""
-    total = torch.add(factor * y if factor != 1 else y, images[0], alpha=weights[0])
-    for weight, image in zip(weights[1:], images[1:], strict=True):
-        total.add_(image, alpha=weight)
-    return total
+def in_one(decay: float, predictor: list[list[float]], corrector: list[list[float]], remembered: int) -> list[float]:
+    """The weights of a call's D's, the newest first, that correct y and step on from it at once: `decay` of the
+    corrector's and the predictor's. Both are given for each number of known D's, the newest among the predictor's; none
+    of a step of no length."""
+    corrects = corrector[min(remembered, len(corrector)) - 1] if remembered and corrector else []
+    predicts = predictor[min(remembered + 1, len(predictor)) - 1] if predictor else []
+    return [decay * c + p for c, p in zip_longest(corrects, predicts, fillvalue=0.0)]
 
 
 def exponential_weights(start: Tensor, end: Tensor, nodes: Tensor, a: float | Tensor) -> Tensor:
