@@ -427,12 +427,15 @@ def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     pipe = NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0))
     pipe.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "diffusers_gm.calibrate", tmp_path / "model", "--calls", "5", "8"]
-    run = subprocess.run([*command, "--batch_size", "2"], capture_output=True, text=True, check=False)
+    command += ["--batch_size", "2", "--stochasticity", "0.5", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "5 calls: 20, " in run.stdout
+    assert "stochasticity 0.5 then 1\n" in run.stdout
     assert (tmp_path / "model" / "calibration.png").stat().st_size > 5000
     loaded = NCSNv2Pipeline.from_pretrained(tmp_path / "model")
     assert isinstance(loaded.scheduler, CalibratedMultistepScheduler)
+    assert loaded.scheduler.config.calibration["stochasticity"] == {"5": [0.5, 1.0], "8": [0.5, 1.0]}
     assert {"5", "8"} <= set(loaded.scheduler.config.calibration)
     assert json.loads((tmp_path / "model" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
     missing = subprocess.run([*command[:3], tmp_path / "none"], capture_output=True, text=True, check=False)

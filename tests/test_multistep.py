@@ -173,8 +173,9 @@ def test_what_is_no_calibration_is_refused(calibration):
 # --- The scheduler ---
 
 
-def test_its_configs_survive_the_disk_and_other_schedulers(tmp_path):
-    levels_of = {"3": [150.0, 2.0, 0.2], "stochasticity": {"3": 0.4}}
+@pytest.mark.parametrize("tau", [0.4, [0.5, 1.0]])
+def test_its_configs_survive_the_disk_and_other_schedulers(tmp_path, tau):
+    levels_of = {"3": [150.0, 2.0, 0.2], "stochasticity": {"3": tau}}
     ours = CalibratedMultistepScheduler.from_config(DDPMScheduler(beta_end=0.015).config, calibration=levels_of)
     ours.save_pretrained(tmp_path)
     for again in (
@@ -184,7 +185,7 @@ def test_its_configs_survive_the_disk_and_other_schedulers(tmp_path):
     ):
         again.set_timesteps(3)
         assert again.sigmas[1:3].tolist() == pytest.approx([2.0, 0.2], rel=1e-5)
-        assert again.sampler.stochasticity == 0.4
+        assert again.sampler.stochasticity == tau
         assert again.config.beta_end == 0.015
     theirs = UniPCMultistepScheduler.from_pretrained(tmp_path)
     assert theirs.config.beta_end == 0.015
