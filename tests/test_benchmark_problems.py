@@ -238,12 +238,17 @@ def test_what_is_against_us_is_said(tmp_path):
     assert "ahead of ours at 5 calls (UniPC, Karras, 1.00 against 2.00)" in settings.study([kept], 5).verdict
 
 
-def test_only_seeds_that_all_settings_have_count(tmp_path):
-    kept = results(tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0})
+def test_settings_are_compared_on_the_seeds_that_most_of_them_have(tmp_path):
+    kept = results(tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0, ("DEIS, AYS", 5): 0.5})
     kept.measure(OURS, 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 100.0})
     report = settings.study([kept], 5)
-    assert report.tables[0].rows == [["a", "2.00", "2.00"]]
+    assert report.tables[0].rows == [["a", "4.00", "4.00"]]
     assert "1 seed(s)" in report.conditions
+    # The luck of one seed is not compared with the mean of two.
+    kept.measure("UniPC, Karras", 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 50.0})
+    report = settings.study([kept], 5)
+    assert report.tables[0].rows == [["a", "2.00", "2.00"]]
+    assert "2 seed(s)" in report.conditions
 
 
 def test_settings_without_results(tmp_path, capsys):

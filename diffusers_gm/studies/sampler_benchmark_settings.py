@@ -56,11 +56,13 @@ class Measured:
         for results in kept:
             name = results.conditions["study"].removeprefix("samplers ")
             cells_of = groups(results)
-            # Samplers start from the same noise: settings are compared on the seeds that all of them have.
-            seeds = set.intersection(*({cell.seed for cell in cells} for cells in cells_of.values()))
+            # Samplers start from the same noise: settings are compared on the same seeds, those that most of them have.
+            counts = Counter(cell.seed for cells in cells_of.values() for cell in cells)
+            seeds = {seed for seed, count in counts.items() if 2 * count > len(cells_of)}
             for (scheduler, calls), cells in cells_of.items():
-                value = statistic([cell.scores for cell in cells if cell.seed in seeds], metric)
-                if calls is not None and value is not None:
+                counted = [cell.scores for cell in cells if cell.seed in seeds]
+                value = statistic(counted, metric)
+                if calls is not None and value is not None and len(counted) == len(seeds):
                     sampler, _, grid = scheduler.rpartition(", ")
                     values.setdefault((name, calls), {})[sampler, grid] = value.mean
                     spreads += [value.spread / value.mean] if value.spread is not None else []
