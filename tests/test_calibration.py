@@ -427,7 +427,7 @@ def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     pipe = NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0))
     pipe.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "diffusers_gm.calibrate", tmp_path / "model", "--calls", "5", "8"]
-    command += ["--batch_size", "2", "--stochasticity", "0.5", "1"]
+    command += ["--batch_size", "2", "--stochasticity", "0.5,1"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "5 calls: 20, " in run.stdout

@@ -148,7 +148,7 @@ def test_bad_arguments(pipeline):
         ({"ode_solver": "rk4"}, "unknown ode_solver 'rk4': use one of .*dopri5"),
         (
             {"ode_solver": "dopri5", "num_inference_steps": 50},
-            "num_inference_steps does not go with ode_solver=.dopri5., whose steps follow",
+            "num_inference_steps does not go with ode_solver=.dopri5., whose steps are its own",
         ),
         ({"ode_solver": "dopri5", "rtol": 0.0}, "rtol must be positive, got 0.0"),
         ({"ode_solver": "dopri5", "atol": -1.0}, "atol must be positive, got -1.0"),

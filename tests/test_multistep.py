@@ -120,7 +120,7 @@ def test_two_stochasticities_are_those_above_and_below_noise_level_1():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"order": 4}, {"order": 0}, *({"stochasticity": tau} for tau in (-1.0, (1.0,), (0.5, -1.0)))]
+    "arguments", [{"order": 4}, {"order": 0}, *({"stochasticity": tau} for tau in (-1.0, (1.0,), (0.5, -1.0), "12"))]
 )
 def test_bad_samplers_are_named(arguments):
     with pytest.raises(ValueError, match=r"order|stochasticity"):

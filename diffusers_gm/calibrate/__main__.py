@@ -19,6 +19,13 @@ from ..cli import Parser
 from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
 from ..files import write_json, write_text
+from ..samplers.multistep import Stochasticity
+
+
+def stochasticity(word: str) -> Stochasticity:
+    """Of `0.5`, or of `0.5,1`."""
+    taus = tuple(map(float, word.split(",")))
+    return taus if len(taus) > 1 else taus[0]
 
 
 def build_parser() -> Parser:
@@ -28,8 +35,8 @@ def build_parser() -> Parser:
     parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: levels from a single run")
     parser.add_argument(
         "--stochasticity",
-        type=float,
-        nargs="+",
+        type=stochasticity,
+        metavar="X[,X]",
         default=None,
         help="tau of the sampler, or two: above noise level 1 and below [by the network's errors]",
     )
@@ -61,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
-        tau = args.stochasticity[0] if args.stochasticity and len(args.stochasticity) == 1 else args.stochasticity
-        calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=tau, **batch)
+        calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=args.stochasticity, **batch)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)

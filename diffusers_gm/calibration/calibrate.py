@@ -111,9 +111,9 @@ def calibrate(
             above 1 and of the others. None: by the martingale defect of the network and the number of calls, see
             `stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
-            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among
-            `CANDIDATES` is that of the samples which are closest to these, for each number of calls, in sliced
-            Wasserstein distance.
+            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
+            = 0, 0.4, (0.5, 1) and 1 is that of the samples which are closest to these, for each number of calls, in
+            sliced Wasserstein distance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64,
             fewer where images are large, and all classes, unless told; others that have a `batch_size`, as

@@ -103,8 +103,9 @@ class CLDPipeline(UnconditionalPipeline):
         rtol, atol = (1e-4 if tolerance is None else tolerance for tolerance in (rtol, atol))
         labels, scale = arguments.pop("class_labels", None), arguments.pop("guidance_scale", 1.0)
         interval, *size = (arguments.pop(name, None) for name in ("guidance_interval", "height", "width"))
-        others = {"num_inference_steps": num_inference_steps, "callback_on_step_end": callback_on_step_end}
-        self._check_ode(ode_solver, rtol, atol, others | arguments)
+        counted = {"num_inference_steps": num_inference_steps, "callback_on_step_end": callback_on_step_end}
+        others = [name for name, value in counted.items() if value is not None]
+        self._check_ode(ode_solver, rtol, atol, [*others, *arguments])
         batch_size = self._batch_size(batch_size, labels, latents)
         shape = self._checked_shape(batch_size, generator, latents, output_type, *size)
         guidance = self._guidance(batch_size, labels, scale, interval, partial(self.draw_labels, batch_size, generator))
@@ -122,14 +123,13 @@ class CLDPipeline(UnconditionalPipeline):
         images = self._finished(image.float(), output_type)
         return ODEPipelineOutput(images, num_network_calls) if return_dict else (images, num_network_calls)
 
-    def _check_ode(self, solver: str, rtol: float, atol: float, others: dict[str, Any]) -> None:
+    def _check_ode(self, solver: str, rtol: float, atol: float, others: list[str]) -> None:
         if solver not in ODE_SOLVERS:
             raise ValueError(f"unknown ode_solver {solver!r}: use one of {ODE_SOLVERS}")
-        for name, value in others.items():
-            if value is not None:
-                raise ValueError(
-                    f"{name} does not go with ode_solver={solver!r}, whose steps follow from rtol and atol"
-                )
+        if others:
+            raise ValueError(
+                f"{', '.join(others)} does not go with ode_solver={solver!r}, whose steps are its own: leave it out"
+            )
         for name, value in (("rtol", rtol), ("atol", atol)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -162,7 +162,7 @@ def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:
     return blend.exp()
 
 
-def calibrated_value(calibration: dict[str, Any] | None, name: str, num_calls: int | None) -> float | None:
+def calibrated_value(calibration: dict[str, Any] | None, name: str, num_calls: int | None) -> Any:
     """What a calibration says of `name` for the nearest budget; None if nothing."""
     if calibration is None or name not in calibration or num_calls is None:
         return None

@@ -10,9 +10,10 @@ reverse diffusion as SDE-DPM-Solver++ (arXiv 2211.01095) and SA-Solver (arXiv 23
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Multistep:
         if self.order not in (1, 2, 3):
             raise ValueError(f"the order must be 1, 2 or 3, got {self.order!r}")
         taus = self._taus
-        if len(taus) != 2 or not all(0 <= tau < math.inf for tau in taus):
+        if len(taus) != 2 or not all(isinstance(tau, Real) and 0 <= tau < math.inf for tau in taus):
             raise ValueError(
                 f"stochasticity must be a number that is at least 0, or two of them, got {self.stochasticity!r}"
             )
@@ -61,7 +62,7 @@ class Multistep:
     @property
     def _taus(self) -> Sequence[float]:
         tau = self.stochasticity
-        return tau if isinstance(tau, Sequence) else (tau, tau)
+        return tuple(tau) if isinstance(tau, Iterable) else (tau, tau)
 
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)

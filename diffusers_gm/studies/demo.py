@@ -138,7 +138,8 @@ def together(models: dict[str, Results]) -> Results:
         for name, results in models.items()
         for cell in results.cells
     ]
-    return replace(first, conditions=first.conditions | {"model": " and ".join(models)}, cells=cells)
+    conditions = first.conditions | {"model": " and ".join(models)}
+    return replace(first, path=first.path.with_name("comparison"), conditions=conditions, cells=cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Class
         except OSError:  # a network alone, which has no names
             return classes
         before = by_index(config.get("class_names")) or labels.names
-        differ = next((pair for pair in zip(before, labels.names, strict=False) if pair[0] != pair[1]), None)
+        differ = next((pair for pair in zip_longest(before, labels.names) if pair[0] != pair[1]), None)
         if differ is not None:
             raise ValueError(
                 f"{option} {name} was trained on other classes, or in another order: the first that differs was "
