@@ -302,6 +302,10 @@ def test_fine_tuning_goes_on_with_the_same_classes(train, digits, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     refused = options + " --output_dir " + str(tmp_path / "refused")
     pets, ten = save_classes(tmp_path / "pets", dog=12, cat=6), {f"{i}": 2 for i in range(9)}
+    renamed = shutil.copytree(folder, tmp_path / "renamed")
+    index = json.loads((renamed / "model_index.json").read_text())
+    index["class_names"] = [*map(str, range(10)), "ten"]
+    (renamed / "model_index.json").write_text(json.dumps(index))
     for words, message in (
         (refused, r"needs a class for every image \(num_class_embeds = 11\).*add --class_conditional"),
         (
@@ -312,6 +316,11 @@ def test_fine_tuning_goes_on_with_the_same_classes(train, digits, tmp_path):
         (
             f"{refused} --class_conditional --train_data_dir {save_classes(tmp_path / 'ten', ten=2, **ten)}",
             "was trained on other classes, or in another order: the first that differs was '9' and is 'ten'",
+        ),
+        (
+            # As many embeddings, but what was learned for a class would stand for none.
+            refused.replace(str(folder), str(renamed)) + " --class_conditional",
+            "the first that differs was 'ten' and is None",
         ),
     ):
         with pytest.raises(ValueError, match=message):
