@@ -221,8 +221,9 @@ def commands_of(kind: str, folder: Path, images: Tensor, args: Any, cwd: Path) -
     """How to run the loops on images in one form with clocks, by their names."""
     options, their_data, channels = in_form(kind, folder, images, cwd)
     side, steps, config = images.shape[-1], args.steps + WARM_UP, cwd / f"{kind}.json"
+    shape = TrainingArguments(block_out_channels=args.block_out_channels)
     with torch.device("meta"):  # no weights are needed
-        unet = new_unet(TrainingArguments(block_out_channels=args.block_out_channels), side, channels)
+        unet = new_unet(shape, side, channels)
     config.write_text(json.dumps(dict(unet.config) | {"_class_name": "UNet2DModel"}))
     options += ["--block_out_channels", *unet.config["block_out_channels"], "--train_batch_size", args.train_batch_size,
                 "--max_train_steps", steps, "--checkpointing_steps", 0, "--validation_steps", 0,
