@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from networks import tiny_network
+from training import no_accelerator_left_behind, train  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -1,5 +1,5 @@
 """Checkpoints: which are taken, which are damaged, what may change between them, and that none is lost."""
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401 - fixtures of the other file
 
 import json
 import os
@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from images import save_images
 from PIL import Image
-from test_data import save_images
-from test_training import SMALL, TINY, WEIGHTS, arguments, load, no_accelerator_left_behind, plan_for, same_state, train
+from training import SMALL, TINY, WEIGHTS, arguments, load, plan_for, same_state
 
 from diffusers_gm import data, files
 from diffusers_gm.training.folder import LOG_FILE, find_checkpoint, list_checkpoints

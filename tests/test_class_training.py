@@ -8,27 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from images import corrupt, save_images, save_parquet
 from PIL import Image
-from test_data import corrupt, save_images, save_parquet
-from test_training import (
-    SMALL,
-    TINY,
-    WEIGHTS,
-    launch,
-    load,
-    no_accelerator_left_behind,
-    same_state,
-    train,
-)
 from test_training_networks import KINDS, SHORT, written
+from training import SMALL, TINY, WEIGHTS, launch, load, same_state
 
 from diffusers_gm import CLDPipeline, GMSGMPipeline, NCSNv2Pipeline, data
 from diffusers_gm.data import LabelledImages
 from diffusers_gm.evaluation.sampling import load_pipeline, sample
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.options import TrainingArguments
-
-assert all((train, no_accelerator_left_behind))  # fixtures
 
 PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}
 

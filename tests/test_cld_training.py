@@ -1,5 +1,5 @@
 """Critically-damped Langevin diffusion from the options to the card, the demo and the studies."""
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401 - fixtures of the other file
 
 import json
 import math
@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, plan_for, same_state, train
+from training import SMALL, WEIGHTS, arguments, load, plan_for, same_state
 
 from diffusers_gm import CalibratedMultistepScheduler, CLDPipeline, CLDSSCSScheduler, data
 from diffusers_gm.pictures import image_grid

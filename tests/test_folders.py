@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from images import corrupt, open_folder, save_images, save_parquet
 from PIL import Image
-from test_data import corrupt, open_folder, save_images, save_parquet
 
 import train_gm_sgm
 from diffusers_gm import data

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, LDMPipeline
 from hub_server import FakeHub
+from images import save_images
 from networks import Shuffle, seeded, tiny_autoencoder, tiny_network
 from PIL import Image
 from safetensors.torch import load_file
-from test_data import save_images
 from test_hub import TOKEN, Client
-from test_training import ROOT, WEIGHTS, launch, load, no_accelerator_left_behind, same_state, train  # noqa: F401
+from training import ROOT, WEIGHTS, launch, load, same_state
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -405,7 +405,7 @@ def autoencoder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2", "cld"])
-def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, method):  # noqa: F811
+def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, method):
     options = (
         f"{SMALL} --method {method} --vae {autoencoder} --random_flip --max_train_steps 3 --checkpointing_steps 2 "
         f"--validation_steps 2 --max_train_samples 300 --latents_cache_dir {tmp_path / CACHE}"
@@ -449,13 +449,13 @@ def test_two_processes_compute_latents_and_train_on_them(tmp_path, autoencoder):
     assert [entry["loss"] for entry in logs[0]] == pytest.approx([entry["loss"] for entry in logs[1]], rel=1e-3)
 
 
-def test_a_dry_run_computes_a_few_latents_and_writes_nothing(train, tmp_path, autoencoder, capsys):  # noqa: F811
+def test_a_dry_run_computes_a_few_latents_and_writes_nothing(train, tmp_path, autoencoder, capsys):
     train(SMALL, f"--vae {autoencoder} --dry_run --output_dir", tmp_path / "out")
     assert "1437 images of 1x8x8, as latents of 4x4x4" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
-def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(train, tmp_path, autoencoder):  # noqa: F811
+def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(train, tmp_path, autoencoder):
     """Latents that are there are not computed again, and those of a killed training are as good as others."""
     folder = save_images(tmp_path / "images", 600, size=(8, 8))
     options = f"{SMALL} --vae {autoencoder} --train_data_dir {folder} --max_train_steps 1 --eval_batch_size 1"
@@ -486,13 +486,13 @@ def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(train,
         ("--vae nowhere", "--vae nowhere holds no autoencoder"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_latents_are_computed(train, tmp_path, autoencoder, options, said):  # noqa: F811
+def test_what_does_not_go_together_is_said_before_latents_are_computed(train, tmp_path, autoencoder, options, said):
     with pytest.raises(ValueError, match=said):
         train(f"--block_out_channels 8 8 16 --vae {autoencoder} {options} --output_dir {tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_network_of_other_latents_or_of_latents_that_nothing_explains(train, tmp_path, autoencoder):  # noqa: F811
+def test_a_network_of_other_latents_or_of_latents_that_nothing_explains(train, tmp_path, autoencoder):
     tiny_network(3, 3).save_pretrained(tmp_path / "three")
     tiny_network(4, 4).save_pretrained(tmp_path / "four")
     with pytest.raises(ValueError, match="needs a network from 4 channels to 4, this one goes from 3 to 3"):
@@ -515,7 +515,7 @@ def test_options_that_do_not_go_together(options, said):
         TrainingArguments(**options)
 
 
-def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):  # noqa: F811
+def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):
     options = f"{SMALL} --vae {autoencoder} --max_train_steps 1 --max_train_samples 40 --output_dir {tmp_path / 'out'}"
     train(options)
     tiny_autoencoder("AutoencoderTiny", 1).save_pretrained(tmp_path / "other")
@@ -526,7 +526,7 @@ def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):  # n
     assert "AutoencoderTiny" in (tmp_path / "out" / CACHE / "latents.json").read_text()
 
 
-def test_latents_by_class(train, tmp_path, autoencoder):  # noqa: F811
+def test_latents_by_class(train, tmp_path, autoencoder):
     """Labels stay with their images, and a class can be asked for."""
     options = f"{SMALL} --vae {autoencoder} --class_conditional --max_train_steps 2 --max_train_samples 300"
     train(options, "--random_flip --output_dir", tmp_path / "out")

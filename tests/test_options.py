@@ -1,5 +1,4 @@
 """What a training is told: options, their names in diffusers, and what is said where they cannot be had."""
-# ruff: noqa: F401, F811 - fixtures of the other file
 
 import ast
 import json
@@ -9,8 +8,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from test_data import save_images
-from test_training import ROOT, TINY, arguments, no_accelerator_left_behind, plan_for, train
+from images import save_images
+from training import ROOT, TINY, arguments, plan_for
 
 from diffusers_gm import data
 from diffusers_gm.training.methods import METHODS, options_of_others

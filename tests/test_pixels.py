@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from images import open_folder
 from PIL import Image
-from test_data import open_folder
 
 from diffusers_gm import data
 from diffusers_gm.evaluation.sources import read_samples

@@ -1,5 +1,5 @@
 """Images that are read as they come: parts, order, and going on from any place to the bit."""
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401 - fixtures of the other file
 
 import io
 import json
@@ -11,8 +11,8 @@ from itertools import islice
 import pytest
 import torch
 from PIL import Image
-from test_training import SMALL, WEIGHTS, arguments, load, no_accelerator_left_behind, same_state, train
 from torch.utils.data import DataLoader
+from training import SMALL, WEIGHTS, arguments, load, same_state
 
 from diffusers_gm.data import Place, StreamedBatches, TrainingImages, open_stream
 from diffusers_gm.training.folder import list_checkpoints

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_data import save_images
+from images import save_images
 
 from diffusers_gm.studies import latent_caching, throughput
 from diffusers_gm.studies.report import Report

@@ -1,5 +1,4 @@
 """A training whose network diverges ends at that step, and what was good before stays."""
-# ruff: noqa: F401, F811 - fixtures of the other file
 
 import math
 import subprocess
@@ -10,18 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from test_training import (
-    ROOT,
-    SMALL,
-    TINY,
-    arguments,
-    launch,
-    load,
-    no_accelerator_left_behind,
-    plan_for,
-    small_unet,
-    train,
-)
+from training import ROOT, SMALL, TINY, arguments, launch, load, plan_for, small_unet
 
 from diffusers_gm import data
 from diffusers_gm.training.folder import read_log

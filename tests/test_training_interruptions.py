@@ -16,7 +16,7 @@ import psutil
 import pytest
 from networks import tiny_autoencoder
 from test_streaming import save_parquets
-from test_training import ROOT, SMALL, WEIGHTS, load, no_accelerator_left_behind, same_state, train
+from training import ROOT, SMALL, WEIGHTS, load, same_state
 
 from diffusers_gm.training.folder import LOG_FILE, find_checkpoint, list_checkpoints
 from diffusers_gm.training.options import TrainingArguments

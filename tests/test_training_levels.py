@@ -1,5 +1,4 @@
 """Preconditioned networks and the noise levels of their training: laws, weights, minimisers, and who reads them."""
-# ruff: noqa: F401, F811 - fixtures of the other file
 
 import math
 from types import SimpleNamespace
@@ -8,7 +7,7 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 from diffusers.training_utils import compute_snr
-from test_training import TINY, arguments, no_accelerator_left_behind, plan_for, train
+from training import TINY, arguments, plan_for
 
 from diffusers_gm import (
     CLDPipeline,

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from images import save_images
 from networks import build, seeded, tiny_autoencoder, tiny_network
-from test_data import save_images
-from test_training import no_accelerator_left_behind, plan_for, train  # noqa: F401
+from training import plan_for
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -71,7 +71,7 @@ def test_a_network_is_called_as_others_are(kind):
 
 @pytest.mark.parametrize("method", PIPELINES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_networks_of_other_classes_are_trained_saved_and_loaded(train, tmp_path, kind, method):  # noqa: F811
+def test_networks_of_other_classes_are_trained_saved_and_loaded(train, tmp_path, kind, method):
     times, words = (2, "cld --cld_feed_companion") if method == "cld" else (1, method)
     config = written(KINDS[kind](times, 1), tmp_path / "network")
     train(SHORT, f"--method {words} --model_config {config} --output_dir", tmp_path / "out")
@@ -83,7 +83,7 @@ def test_networks_of_other_classes_are_trained_saved_and_loaded(train, tmp_path,
     assert torch.allclose(pipeline(2, 4, seeded(0, 1), output_type="pt").images[1:], one, atol=1e-5)
 
 
-def test_a_transformer_learns_latents(train, tmp_path):  # noqa: F811
+def test_a_transformer_learns_latents(train, tmp_path):
     tiny_autoencoder(channels=1).save_pretrained(tmp_path / "vae")
     config = written(dit(4, sample_size=4), tmp_path / "network")
     train(SHORT, f"--model_config {config} --vae {tmp_path / 'vae'} --output_dir", tmp_path / "out")
@@ -131,7 +131,7 @@ def test_a_transformer_cannot_forget_the_timestep():
         fit_unet(dit(), TrainingArguments(method="ncsnv2", conditioning="none"), 8)
 
 
-def test_an_answer_that_holds_a_variance_is_trained_and_sampled_without(train, tmp_path):  # noqa: F811
+def test_an_answer_that_holds_a_variance_is_trained_and_sampled_without(train, tmp_path):
     tiny_network(1, 2).save_pretrained(tmp_path / "unet")
     train(SHORT, f"--model_name_or_path {tmp_path / 'unet'} --output_dir", tmp_path / "out")
     pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
@@ -146,7 +146,7 @@ def test_an_answer_that_holds_a_variance_is_trained_and_sampled_without(train, t
 
 
 @pytest.mark.parametrize("method", PIPELINES)
-def test_images_that_are_no_squares(train, tmp_path, method):  # noqa: F811
+def test_images_that_are_no_squares(train, tmp_path, method):
     folder = save_images(tmp_path / "images", 20, size=(30, 20), mode="RGB")
     options = f"{SHORT} --block_out_channels 8 8 --method {method} --train_data_dir {folder} --random_flip"
     train(options, "--resolution 16 24 --output_dir", tmp_path / "out")
@@ -162,7 +162,7 @@ def test_images_that_are_no_squares(train, tmp_path, method):  # noqa: F811
         train(options, "--resolution 16 --resume_from_checkpoint latest --output_dir", tmp_path / "out")
 
 
-def test_latents_of_images_that_are_no_squares(train, tmp_path):  # noqa: F811
+def test_latents_of_images_that_are_no_squares(train, tmp_path):
     tiny_autoencoder("AutoencoderTiny").save_pretrained(tmp_path / "vae")
     folder = save_images(tmp_path / "images", 20, size=(30, 20), mode="RGB")
     train(
@@ -221,7 +221,7 @@ def test_a_ddpm_network_goes_on_with_its_own_loss(tmp_path, prediction_type):
 
 
 @pytest.mark.parametrize("method", PIPELINES)
-def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):  # noqa: F811
+def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):
     before = save_ddpm(tmp_path / "ddpm")
     words = "cld --cld_feed_companion" if method == "cld" else method
     options = f"{SHORT} --learning_rate 1e-12 --method {words} --model_name_or_path {tmp_path / 'ddpm'}"

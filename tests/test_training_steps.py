@@ -1,5 +1,5 @@
 """What a step is made of: the draws of its images, losses by level, the optimizer, the compiler, trackers."""
-# ruff: noqa: F401, F811 - fixtures of the other file
+# ruff: noqa: F401 - fixtures of the other file
 
 import contextlib
 import importlib.util
@@ -14,19 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from test_training import (
-    ROOT,
-    SMALL,
-    TINY,
-    WEIGHTS,
-    arguments,
-    launch,
-    load,
-    no_accelerator_left_behind,
-    plan_for,
-    same_state,
-    train,
-)
+from training import ROOT, SMALL, TINY, WEIGHTS, arguments, launch, load, plan_for, same_state
 
 from diffusers_gm import data
 from diffusers_gm.processes.random import Draw

@@ -1,18 +1,8 @@
 """Loss weights that the training learns beside the network."""
-# ruff: noqa: F401, F811 - fixtures of the other file
 
 import pytest
 import torch
-from test_training import (
-    SMALL,
-    WEIGHTS,
-    arguments,
-    load,
-    no_accelerator_left_behind,
-    plan_for,
-    small_unet,
-    train,
-)
+from training import SMALL, WEIGHTS, arguments, load, plan_for, small_unet
 
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.optimizer import build_optimizer
