@@ -56,6 +56,9 @@ VARIANTS: dict[str, list[str]] = {
     "ncsnv2 log_uniform": [*LEVELS, "log_uniform", "--sigma_max", "30"],
     "ncsnv2 min-SNR": ["--method", "ncsnv2", "--snr_gamma", "5"],
     "ncsnv2 uncertainty": ["--method", "ncsnv2", "--uncertainty_weighting"],
+    "ncsnv2 sigma_data 0.7": ["--method", "ncsnv2", "--sigma_data", "0.7"],
+    "ncsnv2 sigma_data 1": ["--method", "ncsnv2", "--sigma_data", "1"],
+    "ncsnv2 sigma_data 1 uncertainty": ["--method", "ncsnv2", "--sigma_data", "1", "--uncertainty_weighting"],
     "cld companion": ["--method", "cld", "--cld_feed_companion"],
 }
 # Of the conditions of a report.
