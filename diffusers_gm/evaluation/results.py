@@ -37,6 +37,11 @@ class Cell:
     scoring_seconds: float = 0.0
     reason: str = ""
 
+    @property
+    def which(self) -> tuple[str, int | None, int | None]:
+        """What no two cells of one file share."""
+        return self.scheduler, self.calls, self.seed
+
     def __str__(self) -> str:
         where = self.scheduler if self.calls is None else f"{self.scheduler}, {self.calls} calls, seed {self.seed}"
         values = ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items())
@@ -132,7 +137,7 @@ class Results:
     def find(self, scheduler: str, calls: int | None, seed: int | None) -> Cell | None:
         """The finished cell, or None."""
         wanted = (scheduler, calls, seed)
-        return next((c for c in self.cells if (c.scheduler, c.calls, c.seed) == wanted), None)
+        return next((cell for cell in self.cells if cell.which == wanted), None)
 
     def measure(
         self,
@@ -183,7 +188,8 @@ class Results:
 
         def write() -> None:
             there = Results.read(self.path).cells if self.path.is_file() else []
-            cells = [*self.cells, *(c for c in there if self.find(c.scheduler, c.calls, c.seed) is None)]
+            ours = {cell.which for cell in self.cells}
+            cells = [*self.cells, *(cell for cell in there if cell.which not in ours)]
             content = {
                 "command": self.command,
                 "conditions": self.conditions,
