@@ -72,7 +72,8 @@ def cut(path):
 
 def as_of_version_0_1_0(checkpoint):
     state = json.loads((checkpoint / STATE_FILE).read_text())
-    for name in ("sigma_data", "timestep_sampling", "p_mean", "p_std", "snr_gamma", "cld_feed_companion"):
+    levels = ("sigma_data", "timestep_sampling", "p_mean", "p_std", "snr_gamma", "uncertainty_weighting")
+    for name in (*levels, "cld_feed_companion"):
         state["arguments"].pop(name)
     if state["arguments"]["method"] == "cld":
         state["arguments"]["objective"] = None
@@ -157,11 +158,13 @@ def test_trainings_of_version_0_1_0_go_on_as_they_were(train, tmp_path, method, 
         train(options(8), method, other, "--output_dir", resumed)
 
 
-def test_checkpoints_of_version_0_1_0_load(train, trained):
+def test_checkpoints_of_version_0_1_0_load(train, tmp_path):
+    trained = tmp_path / "out"
+    train(options(), "--prediction_type epsilon --output_dir", trained)
     for checkpoint in list_checkpoints(trained):
         as_of_version_0_1_0(checkpoint)
         state = json.loads((checkpoint / STATE_FILE).read_text())
-        state["arguments"] |= {"prediction_type": "epsilon", "sigma_max": 9.6299}
+        state["arguments"]["sigma_max"] = 9.6299
         (checkpoint / STATE_FILE).write_text(json.dumps(state))
     with pytest.raises(ValueError, match="in steps of 16 images and these options make 32"):
         train(options(6, "--train_batch_size 32"), "--output_dir", trained, "--resume_from_checkpoint latest")
@@ -289,7 +292,7 @@ def test_a_checkpoint_remembers_the_largest_distance(train, tmp_path, monkeypatc
 
 def test_a_number_in_place_of_the_measured_one_is_another_training(train, trained):
     resume = "--output_dir", trained, "--resume_from_checkpoint latest"
-    with pytest.raises(ValueError, match=r"--sigma_max was 29.9641 and is 5.0"):
+    with pytest.raises(ValueError, match=r"--sigma_max was 80.0 and is 5.0"):
         train(options(6), *resume, "--sigma_max 5")
 
 

@@ -314,11 +314,13 @@ def test_records_hold_what_the_method_has():
         assert not {"cache_dir", "hub_token", "logging_dir"} & set(records[method])
         assert {name for name in options_of_others(method) if records[method][name] is not None} == set()
     assert records["gm-sgm"]["mixture_weights"] == pytest.approx([0.739, 0.261], abs=1e-3)
-    assert records["ncsnv2"]["sigma_max"] == records["cld"]["sigma_max"] == 29.9641
-    assert records["ncsnv2"]["sigma_data"] == records["cld"]["sigma_data"] == 0.541
+    assert records["ncsnv2"]["sigma_max"] == records["cld"]["sigma_max"] == 80
+    assert records["ncsnv2"]["sigma_data"] == records["cld"]["sigma_data"] == 1
     assert records["cld"]["mass"] == 0.25
     args = arguments(method="ncsnv2", timestep_sampling="uniform")
     assert training_record(args, plan_for(args))["sigma_max"] == 9.6299
+    args = arguments(method="ncsnv2", sigma_data="auto")
+    assert training_record(args, plan_for(args))["sigma_data"] == 0.541
 
 
 def test_what_a_command_line_says_is_what_it_was(tmp_path):

@@ -116,7 +116,18 @@ def test_the_study_trains_measures_and_goes_on(tmp_path, capfd):
 
 @pytest.mark.slow  # seven trainings in processes of their own
 def test_equal_seconds_are_steps_that_are_kept(tmp_path, capfd):
-    words = ["--kinds", "ncsnv2", "ncsnv2 uncertainty", "--cpu_seconds", "1", "--seeds", "1", "--draws", "2", "--calls"]
+    words = [
+        "--kinds",
+        "ncsnv2",
+        "ncsnv2 unit weights",
+        "--cpu_seconds",
+        "1",
+        "--seeds",
+        "1",
+        "--draws",
+        "2",
+        "--calls",
+    ]
     words += ["4", "--num_samples", "114", "--samplers", "multistep", "--output", str(tmp_path)]
     small = ["--training", "--train_batch_size", "16", "--block_out_channels", "8", "8"]
     equal_budget.main([*words, *small])
@@ -127,17 +138,17 @@ def test_equal_seconds_are_steps_that_are_kept(tmp_path, capfd):
     for kind, number in steps.items():
         record = json.loads((path.parent / f"equal-budget digits {kind} 0" / "training_args.json").read_text())
         assert record["max_train_steps"] == number > 1
-        assert record["uncertainty_weighting"] == ("uncertainty" in kind)
+        assert record["uncertainty_weighting"] == (kind == "ncsnv2")
         milliseconds = float(re.search(rf": {kind} (\S+) ms", said)[1])
         assert number * milliseconds == pytest.approx(1000, rel=0.05)
     over, distances, every, seconds = report.tables
     assert [row[1] for row in seconds.rows] == list(steps.values())
     assert "over that of ncsnv2 (by training)" in over.caption
     values = {row[0]: float(row[3].split()[0]) for row in distances.rows}
-    ratio = values["ncsnv2 uncertainty"] / values["ncsnv2"]
+    ratio = values["ncsnv2 unit weights"] / values["ncsnv2"]
     assert [float(text.strip("()")) for text in over.rows[0][1].split()] == pytest.approx([ratio] * 2, abs=0.02)
     assert len(every.rows) == 6
-    assert f"is {'lower' if ratio < 1 else 'not lower'} for ncsnv2 uncertainty (" in report.verdict
+    assert f"is {'lower' if ratio < 1 else 'not lower'} for ncsnv2 unit weights (" in report.verdict
     equal_budget.main([*words, *small])
     assert json.loads(path.read_text()) == steps
     assert " ms" not in capfd.readouterr().out, "timed once"

@@ -347,7 +347,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(train, tmp_path, capsys):
     for said in (
         "651,041 parameters",
         "1437 images of 1x8x8",
-        "log-normal noise levels from 0.01 to 29.9641 (ln sigma of mean -0.8 and deviation 1.2)",
+        "log-normal noise levels from 0.01 to 80 (ln sigma of mean -1.2 and deviation 1.2)",
         "0 to 1500 of 128",
         "for the first step, then ",
         "GiB",

@@ -274,7 +274,7 @@ def test_a_preconditioned_network_keeps_what_it_is_preconditioned_for(tmp_path):
     made = build_scheduler(args, plan_for(args), of_network)
     assert made.reading.prediction_type == "edm"
     assert [made.config[name] for name in ("sigma_data", "sigma_min", "sigma_max")] == [0.4, 0.02, 40.0]
-    assert (args.timestep_sampling, args.p_mean) == ("log_normal", -0.8)
+    assert (args.timestep_sampling, args.p_mean) == ("log_normal", -1.2)
 
 
 def test_velocities_are_added_to_ordinary_networks_alone():

@@ -60,7 +60,7 @@ def test_bad_options_are_named_with_what_would_be_right(options, said, monkeypat
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sigma_min": 30.0}, "--sigma_min 30.0 must be smaller than --sigma_max 29.9641"),
+        ({"sigma_min": 90.0}, "--sigma_min 90.0 must be smaller than --sigma_max 80.0"),
         ({"sigma_min": 10.0, "prediction_type": "epsilon"}, "10.0 must be smaller than --sigma_max 9.6299"),
         ({"num_train_timesteps": "1"}, "--num_train_timesteps must be at least 2, got 1"),
         (

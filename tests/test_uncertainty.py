@@ -71,8 +71,8 @@ def test_it_changes_what_is_learned_and_not_what_is_logged(train, tmp_path, meth
     still += " --max_grad_norm 1e-20 --adam_epsilon 1e-4 --checkpointing_steps 3"
     moves = still.replace("1e-20", "1")
     for name, words in {"still": still, "moves": moves}.items():
-        for more, folder in (("", tmp_path / name), ("--uncertainty_weighting", tmp_path / f"{name} weighted")):
-            train(words, more, "--output_dir", folder.parent / folder.name.replace(" ", "-"))
+        for no, folder in (("no_", tmp_path / name), ("", tmp_path / f"{name} weighted")):
+            train(words, f"--{no}uncertainty_weighting --output_dir", folder.parent / folder.name.replace(" ", "-"))
     losses = [[entry["loss"] for entry in read_log(tmp_path / name)] for name in ("still", "still-weighted")]
     assert losses[0] == losses[1]
     assert not torch.equal(*(load(tmp_path / name / WEIGHTS)["conv_in.weight"] for name in ("moves", "moves-weighted")))

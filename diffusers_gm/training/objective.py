@@ -68,8 +68,9 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
             f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
             "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
         )
-    # How often each level is seen is chosen anew for what the network answers.
-    anew: dict[str, Any] = dict.fromkeys(args.left_open & {"timestep_sampling", "p_mean", "p_std"})
+    # How often each level is seen, and its weight, are chosen anew for what the network answers.
+    chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
+    anew: dict[str, Any] = dict.fromkeys(args.left_open & chosen_anew)
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **known, **anew), answers | (betas if space.kind == "vp" else {})
 

@@ -239,6 +239,6 @@ Samplers, values of the `algorithm_type` of `CLDSSCSScheduler`:
   url = {https://arxiv.org/abs/2112.07068}
 }
 ```""",
-    formerly={"objective": "score", "timestep_sampling": "uniform"},
+    formerly={"objective": "score", **ladder.FORMERLY},
     input_factor=lambda args: 2 if args.objective == "score" or args.cld_feed_companion else 1,
 )

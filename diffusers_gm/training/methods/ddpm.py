@@ -38,6 +38,7 @@ METHOD = Method(
     pipeline=UnconditionalPipeline,
     options=DDPMOptions,
     check=check,
+    choose=lambda args: {"uncertainty_weighting": False},
     noise=lambda args, images, largest_distance: Noise(number_of_times(args)),
     scheduler=lambda args, noise, sampler: DDPMScheduler(
         noise.num_train_timesteps, beta_schedule=args.ddpm_beta_schedule, **sampler

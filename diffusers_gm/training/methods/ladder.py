@@ -38,7 +38,7 @@ class LadderOptions(LevelOptions):
 
 
 # Version 0.1.0 trained on a ladder of levels, all as often.
-FORMERLY = {"timestep_sampling": "uniform"}
+FORMERLY = {"timestep_sampling": "uniform", "uncertainty_weighting": False}
 
 
 def choose(args: LadderOptions) -> dict[str, Any]:

@@ -10,11 +10,16 @@ from torch import Tensor
 from ..option import given, noise, number_or_auto, trained
 from .method import LargestDistance, TimeOptions
 
-# The levels of EDM (arXiv 2206.00364) in ln sigma. Its own figures are -1.2 and 1.2; a higher mean did better here.
-P_MEAN, P_STD = -0.8, 1.2
+# The noise levels of EDM (arXiv 2206.00364): ln sigma of this mean and deviation, and where a run starts. Few images of
+# a training are that noisy; but from a lower start images come out too much alike in what is large in them.
+P_MEAN, P_STD, SIGMA_MAX = -1.2, 1.2, 80.0
 
 # A log-normal training has next to no images beyond so many deviations.
 REACH = 3.5
+
+# EDM preconditions for the deviation of the data, about 0.5; with 1, where its answer is the velocity of DDPM networks,
+# images were better.
+SIGMA_DATA = "1"
 
 
 @dataclass
@@ -29,12 +34,13 @@ class LevelOptions(TimeOptions):
     sigma_min: float = noise(0.01, "Smallest noise level, for images in [-1, 1].", positive=True)
     sigma_max: str = noise(
         "auto",
-        "Largest noise level; 'auto': what log_normal reaches, else measured on the data (Technique 1 of NCSNv2).",
+        f"Largest noise level; 'auto': of log_normal {SIGMA_MAX:g}, or more where it reaches more, of other levels "
+        "measured on the data (Technique 1 of NCSNv2).",
     )
-    sigma_data: float | None = noise(
+    sigma_data: str | None = noise(
         None,
-        "Deviation of a pixel that an edm network is preconditioned for. [measured, about its mean over images]",
-        positive=True,
+        "Deviation of a pixel that an edm network is preconditioned for; 'auto': measured, about its mean over images. "
+        f"[{SIGMA_DATA}]",
     )
     timestep_sampling: Literal["uniform", "log_uniform", "log_normal"] | None = noise(
         None,
@@ -52,10 +58,16 @@ class LevelOptions(TimeOptions):
 
 
 def choose(args: LevelOptions, preconditioned: bool) -> dict[str, Any]:
-    """What is chosen where the options of the levels say nothing; `sigma_data` is then measured."""
+    """What is chosen where the options of the levels say nothing."""
     sampling = args.timestep_sampling or ("log_normal" if preconditioned else "uniform")
     normal = (P_MEAN, P_STD) if sampling == "log_normal" else (None, None)
-    return {"timestep_sampling": sampling, "p_mean": normal[0], "p_std": normal[1], "sigma_data": None}
+    return {
+        "timestep_sampling": sampling,
+        "p_mean": normal[0],
+        "p_std": normal[1],
+        "sigma_data": SIGMA_DATA if preconditioned else None,
+        "uncertainty_weighting": preconditioned and args.snr_gamma is None,
+    }
 
 
 def check(args: LevelOptions) -> None:
@@ -65,10 +77,12 @@ def check(args: LevelOptions) -> None:
         raise ValueError("--uncertainty_weighting learns weights that undo those of --snr_gamma: leave out one of them")
     number_or_auto("sigma_max", args.sigma_max, float)
     number_or_auto("num_train_timesteps", args.num_train_timesteps, int)
+    if args.sigma_data is not None:
+        number_or_auto("sigma_data", args.sigma_data, float)
 
 
 def largest(args: Any, images: Tensor, largest_distance: LargestDistance) -> float:
-    """The last level of the training: given, as far as `log_normal` reaches, or measured on the images.
+    """The last level of the training: given, that of EDM or as far as `log_normal` reaches, or measured on the images.
 
     Raises:
         ValueError: if it is not above the first.
@@ -76,7 +90,8 @@ def largest(args: Any, images: Tensor, largest_distance: LargestDistance) -> flo
     sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
     measured = sigma_max is None and args.timestep_sampling != "log_normal"
     if sigma_max is None:
-        end = largest_distance(images) if measured else math.exp(args.p_mean + REACH * args.p_std)
+        reached = SIGMA_MAX if measured else max(SIGMA_MAX, math.exp(args.p_mean + REACH * args.p_std))
+        end = largest_distance(images) if measured else reached
         sigma_max = round(end, 4)
     if not args.sigma_min < sigma_max:
         raise ValueError(
@@ -86,14 +101,10 @@ def largest(args: Any, images: Tensor, largest_distance: LargestDistance) -> flo
     return sigma_max
 
 
-def size_of_data(args: LevelOptions, images: Tensor) -> float:
-    """`sigma_data`: how far a pixel is from its mean over the images, root mean square.
-
-    That is what noise hides of a pixel. The size about zero is half as much again for digits, and a network that was
-    preconditioned for it was a quarter further from held-out digits after the same training.
-    """
-    if args.sigma_data is not None:
-        return args.sigma_data
+def size_of_data(args: Any, images: Tensor) -> float:
+    """`sigma_data`: given, or how far a pixel is from its mean over the images, root mean square: what noise hides."""
+    if (sigma_data := number_or_auto("sigma_data", args.sigma_data, float)) is not None:
+        return sigma_data
     images = images.float()
     return max(round(float((images - images.mean(0)).square().mean().sqrt()), 3), args.sigma_min)
 

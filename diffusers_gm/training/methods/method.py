@@ -19,8 +19,10 @@ class TimeOptions:
         "Number of noise levels, for cld the unit of the times; 'auto' is Technique 2 of NCSNv2.",
         aliases=("ddpm_num_steps",),
     )
-    uncertainty_weighting: bool = noise(
-        False, "Learn the weights of the noise levels, so that each counts as much (EDM2, arXiv 2312.02696)."
+    uncertainty_weighting: bool | None = noise(
+        None,
+        "Learn the weights of the noise levels, so that each counts as much (EDM2, arXiv 2312.02696). [true of "
+        "preconditioned networks without --snr_gamma, else false]",
     )
 
 
