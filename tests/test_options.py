@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from dataclasses import fields, replace
 
@@ -321,6 +322,27 @@ def test_records_hold_what_the_method_has():
     assert training_record(args, plan_for(args))["sigma_max"] == 9.6299
     args = arguments(method="ncsnv2", sigma_data="auto")
     assert training_record(args, plan_for(args))["sigma_data"] == 0.541
+    args = arguments(method="ncsnv2", p_mean=3.0, p_std=1.0)
+    assert training_record(args, plan_for(args))["sigma_max"] == pytest.approx(math.exp(6.5), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "learned"),
+    [
+        ({"method": "ncsnv2"}, True),
+        ({"method": "cld"}, True),
+        ({"method": "gm-sgm", "snr_gamma": 5.0}, False),
+        ({"method": "gm-sgm", "prediction_type": "epsilon"}, False),
+        ({"method": "cld", "objective": "score"}, False),
+        ({"method": "ddpm"}, False),
+        ({"method": "ddpm", "uncertainty_weighting": True}, True),
+        ({"method": "ncsnv2", "uncertainty_weighting": False}, False),
+    ],
+)
+def test_weights_are_learned_for_preconditioned_networks(options, learned):
+    args = arguments(**options)
+    assert args.uncertainty_weighting is learned
+    assert training_record(args, plan_for(args))["uncertainty_weighting"] is learned
 
 
 def test_what_a_command_line_says_is_what_it_was(tmp_path):
