@@ -48,20 +48,20 @@ KINDS: dict[str, list[str]] = {
     "cld": ["--method", "cld"],
     "cld-paper": ["--method", "cld", "--config", "cld-paper"],
 }
-# The same with another parametrisation, other noise levels or weights than the default; asked for by name. Those of
-# -0.8 see more noise, but none above 30, and have unit weights and the deviation of the data, unless they say more.
+# The same with another parametrisation, other noise levels or weights than the default; asked for by name. The noisier
+# see more noise, but none above 30, and have unit weights and the deviation of the data, unless they say more.
 NETWORKS = ("--method", "ncsnv2", "--prediction_type")
 NOISIER = ("--p_mean", "-0.8", "--sigma_max", "29.9641")
 UNIT = ("--method", "ncsnv2", "--sigma_data", "auto", "--no_uncertainty_weighting")
 NOISIER_EDM = ("--method", "ncsnv2", *NOISIER, "--sigma_data")
 VARIANTS: dict[str, list[str]] = {
-    "ncsnv2 -0.8": [*UNIT, *NOISIER],
-    "ncsnv2 -0.8 learned weights": [*NOISIER_EDM, "auto"],
-    "ncsnv2 -0.8 sigma_data 0.7": [*NOISIER_EDM, "0.7", "--no_uncertainty_weighting"],
-    "ncsnv2 -0.8 sigma_data 1": [*NOISIER_EDM, "1", "--no_uncertainty_weighting"],
-    "ncsnv2 -0.8 sigma_data 1 learned weights": [*NOISIER_EDM, "1"],
-    "ncsnv2 -0.8 v_prediction": [*NETWORKS, "v_prediction", "--timestep_sampling", "log_normal", *NOISIER],
-    "ncsnv2 -0.8 min-SNR": [*UNIT, *NOISIER, "--snr_gamma", "5"],
+    "ncsnv2 noisier": [*UNIT, *NOISIER],
+    "ncsnv2 noisier learned weights": [*NOISIER_EDM, "auto"],
+    "ncsnv2 noisier sigma_data 0.7": [*NOISIER_EDM, "0.7", "--no_uncertainty_weighting"],
+    "ncsnv2 noisier sigma_data 1": [*NOISIER_EDM, "1", "--no_uncertainty_weighting"],
+    "ncsnv2 noisier sigma_data 1 learned weights": [*NOISIER_EDM, "1"],
+    "ncsnv2 noisier v_prediction": [*NETWORKS, "v_prediction", "--timestep_sampling", "log_normal", *NOISIER],
+    "ncsnv2 noisier min-SNR": [*UNIT, *NOISIER, "--snr_gamma", "5"],
     "ncsnv2 log_uniform": [*UNIT, "--timestep_sampling", "log_uniform", "--sigma_max", "30"],
     "ncsnv2 epsilon": [*NETWORKS, "epsilon"],
     "cld companion": ["--method", "cld", "--cld_feed_companion"],
