@@ -28,6 +28,7 @@ from diffusers_gm.studies.digits import (
     over_floor,
     parts_of,
     quality,
+    trained,
 )
 from diffusers_gm.studies.page import GLOSSARY, answer, page
 from diffusers_gm.studies.report import Report
@@ -104,6 +105,22 @@ def test_two_studies_that_train_the_same_network_do_not_disturb_each_other(tmp_p
 
     kept_unet(tmp_path / "net", meanwhile)
     assert (tmp_path / "net" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["ncsnv2", "ddpm"])
+def test_networks_of_studies_learn_with_the_weights_that_the_training_learns(tmp_path, method):
+    """A default of the options is one of the studies': the network is the one that was asked for."""
+    small = {"method": method, "max_train_steps": 3, "train_batch_size": 16, "block_out_channels": [8, 8]}
+    networks = {
+        learned: trained(tmp_path / str(learned), uncertainty_weighting=learned, **small)[0]
+        for learned in (True, False)
+    }
+    default, _ = trained(tmp_path / "default", **small)
+    same = {
+        learned: all(map(torch.equal, network.parameters(), default.parameters()))
+        for learned, network in networks.items()
+    }
+    assert same == {True: method == "ncsnv2", False: method == "ddpm"}
 
 
 def test_a_network_is_trained_once_and_kept(tmp_path, tiny_unet):

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from ..files import fresh_folder, publish_folder, write_json, write_text
 from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
+from ..training.draws import Draws
 from ..training.network import fit_unet, new_unet
 from ..training.objective import Objective, build_scheduler
 from ..training.optimizer import build_ema, build_lr_scheduler, build_optimizer
 from ..training.option import changed_options
 from ..training.options import TrainingArguments
 from ..training.plan import Plan, make_plan
+from ..training.uncertainty import Uncertainty
 
 # Ratios of single seeds closer than this are called equal: one network has ratios so far apart at several seeds of
 # 256 samples.
@@ -47,17 +49,40 @@ def plan_for_digits(args: TrainingArguments) -> Plan:
     return make_plan(args, Examination(train), len(train), num_processes=1)
 
 
-def train_on_digits(args: TrainingArguments, loss: Callable[[Any, Tensor], Tensor], name: str) -> Any:
+@dataclass(frozen=True)
+class Loss:
+    """What `train_gm_sgm.py` minimises for these options: `loss(network, images)`, `(B,)`."""
+
+    objective: Objective
+    uncertainty: Uncertainty | None
+
+    @classmethod
+    def of(cls, objective: Objective) -> "Loss":
+        return cls(objective, Uncertainty() if objective.args.uncertainty_weighting else None)
+
+    def __call__(self, network: Callable[..., Any], images: Tensor) -> Tensor:
+        draws = Draws.of(images)
+        losses = self.objective(network, images, draws)
+        return losses if self.uncertainty is None else self.uncertainty(losses, self.objective.sigma(draws.levels))
+
+
+def train_on_digits(
+    args: TrainingArguments,
+    loss: Callable[[Any, Tensor], Tensor],
+    name: str,
+    uncertainty: Uncertainty | None = None,
+) -> Any:
     """A network trained with the recipe of `train_gm_sgm.py` (optimizer, schedule, average) on the training digits.
 
-    The global random state is the caller's again afterwards.
+    The weights of the loss are learned beside it, if there are any. The global random state is the caller's again
+    afterwards.
     """
     images, _ = split_digits()
     plan, start = plan_for_digits(args), time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         unet = fit_unet(new_unet(args, plan.resolution, 1), args, plan.resolution)
-        optimizer = build_optimizer(args, plan, unet)
+        optimizer = build_optimizer(args, plan, unet, uncertainty)
         schedule = build_lr_scheduler(args, plan, optimizer)
         average = build_ema(args, unet, torch.device("cpu"))
         stream = iter(ImageStream(len(images), args.train_batch_size, args.seed))
@@ -121,8 +146,9 @@ def trained(output: Path, **options: Any) -> tuple[Any, Any]:
     args = TrainingArguments(**options)
     plan, name = plan_for_digits(args), name_of(args)
     scheduler = build_scheduler(args, plan)
-    objective = Objective(args, plan, scheduler)
-    return kept_unet(parts_of(output) / name, lambda: train_on_digits(args, objective, name), asdict(args)), scheduler
+    loss = Loss.of(Objective(args, plan, scheduler))
+    train = partial(train_on_digits, args, loss, name, loss.uncertainty)
+    return kept_unet(parts_of(output) / name, train, asdict(args)), scheduler
 
 
 def name_of(args: TrainingArguments) -> str:

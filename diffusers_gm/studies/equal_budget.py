@@ -54,6 +54,7 @@ NCSNV2, NOISIER = ("--method", "ncsnv2"), ("--p_mean", "-0.8", "--sigma_max", "2
 EDM, LEARNED = ("--sigma_data", "auto", "--no_uncertainty_weighting"), ("--uncertainty_weighting", "--sigma_data")
 LOG_NORMAL, LOG_UNIFORM = (("--timestep_sampling", name) for name in ("log_normal", "log_uniform"))
 VARIANTS: dict[str, list[str]] = {
+    "ncsnv2 unit weights": [*NCSNV2, "--no_uncertainty_weighting"],
     "ncsnv2 noisier": [*NCSNV2, *NOISIER, *EDM],
     "ncsnv2 noisier learned weights": [*NCSNV2, *NOISIER, *LEARNED, "auto"],
     "ncsnv2 noisier sigma_data 0.7": [*NCSNV2, *NOISIER, "--no_uncertainty_weighting", "--sigma_data", "0.7"],

@@ -24,7 +24,7 @@ from ..training.optimizer import build_optimizer
 from ..training.options import TrainingArguments
 from .cld_training import as_network
 from .command import parse, study_parser
-from .digits import parts_of, plan_for_digits, trained
+from .digits import Loss, parts_of, plan_for_digits, trained
 from .pictures import save_picture
 from .report import Report
 
@@ -63,13 +63,14 @@ def curve(args: TrainingArguments, at: Sequence[int]) -> list[float]:
         plan = plan_for_digits(args)
         unet = fit_unet(unet or new_unet(args, plan.resolution, 1), args, plan.resolution)
         scheduler = build_scheduler(args, plan, of_network)
-        objective, optimizer = Objective(args, plan, scheduler, unet), build_optimizer(args, plan, unet)
+        loss = Loss.of(Objective(args, plan, scheduler, unet))
+        optimizer = build_optimizer(args, plan, unet, loss.uncertainty)
         stream, errors = iter(ImageStream(len(images), args.train_batch_size, args.seed)), {}
         for step in range(max(at) + 1):
             if step in at:
                 errors[step] = error(scheduler, unet.eval())
                 unet.train()
-            objective(unet, images[[index for _, index in next(stream)]]).mean().backward()
+            loss(unet, images[[index for _, index in next(stream)]]).mean().backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

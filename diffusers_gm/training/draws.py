@@ -27,6 +27,11 @@ class Draws:
     noise: Draw
 
     @staticmethod
+    def of(images: Tensor) -> "Draws":
+        """Levels and noise by the global generators."""
+        return Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
+
+    @staticmethod
     def always_the_same(images: Tensor) -> "Draws":
         """Levels evenly spread, and noise, that depend on the number of images alone."""
         levels = (torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..data import dequantized
 from ..networks import answers_variance, asked, without_variance
-from ..processes.random import Draw
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
@@ -109,7 +108,7 @@ class Objective:
     def __call__(
         self, network: Callable[..., Any], images: Tensor, draws: Draws | None = None, classes: Tensor | None = None
     ) -> Tensor:
-        draws = draws or Draws(torch.rand(len(images), dtype=torch.float64), Draw.like(images))
+        draws = draws or Draws.of(images)
         if classes is None and self.null_class is not None:
             classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
