@@ -50,22 +50,23 @@ KINDS: dict[str, list[str]] = {
 }
 # The same with another parametrisation, other noise levels or weights than the default; asked for by name. The noisier
 # see more noise, but none above 30, and have unit weights and the deviation of the data, unless they say more.
-NCSNV2, NOISIER = ("--method", "ncsnv2"), ("--p_mean", "-0.8", "--sigma_max", "29.9641")
-EDM, LEARNED = ("--sigma_data", "auto", "--no_uncertainty_weighting"), ("--uncertainty_weighting", "--sigma_data")
-LOG_NORMAL, LOG_UNIFORM = (("--timestep_sampling", name) for name in ("log_normal", "log_uniform"))
+NOISIER, UNIT = "--p_mean -0.8 --sigma_max 29.9641", "--no_uncertainty_weighting"
 VARIANTS: dict[str, list[str]] = {
-    "ncsnv2 unit weights": [*NCSNV2, "--no_uncertainty_weighting"],
-    "ncsnv2 noisier": [*NCSNV2, *NOISIER, *EDM],
-    "ncsnv2 noisier learned weights": [*NCSNV2, *NOISIER, *LEARNED, "auto"],
-    "ncsnv2 noisier sigma_data 0.7": [*NCSNV2, *NOISIER, "--no_uncertainty_weighting", "--sigma_data", "0.7"],
-    "ncsnv2 noisier sigma_data 1": [*NCSNV2, *NOISIER, "--no_uncertainty_weighting", "--sigma_data", "1"],
-    "ncsnv2 noisier sigma_data 1 learned weights": [*NCSNV2, *NOISIER, *LEARNED, "1"],
-    "ncsnv2 noisier v_prediction": [*NCSNV2, *NOISIER, *LOG_NORMAL, "--prediction_type", "v_prediction"],
-    "ncsnv2 noisier min-SNR": [*NCSNV2, *NOISIER, *EDM, "--snr_gamma", "5"],
-    "ncsnv2 log_uniform": [*NCSNV2, *EDM, *LOG_UNIFORM, "--sigma_max", "30"],
-    "ncsnv2 epsilon": [*NCSNV2, "--prediction_type", "epsilon"],
-    "gm-sgm noisier": ["--method", "gm-sgm", *NOISIER, *EDM],
-    "cld companion": ["--method", "cld", "--cld_feed_companion"],
+    name: f"--method {name.split()[0]} {words}".split()
+    for name, words in {
+        "ncsnv2 unit weights": UNIT,
+        "ncsnv2 noisier": f"{NOISIER} {UNIT} --sigma_data auto",
+        "ncsnv2 noisier learned weights": f"{NOISIER} --sigma_data auto",
+        "ncsnv2 noisier sigma_data 0.7": f"{NOISIER} {UNIT} --sigma_data 0.7",
+        "ncsnv2 noisier sigma_data 1": f"{NOISIER} {UNIT} --sigma_data 1",
+        "ncsnv2 noisier sigma_data 1 learned weights": f"{NOISIER} --sigma_data 1",
+        "ncsnv2 noisier v_prediction": f"{NOISIER} --prediction_type v_prediction --timestep_sampling log_normal",
+        "ncsnv2 noisier min-SNR": f"{NOISIER} --sigma_data auto --snr_gamma 5",
+        "ncsnv2 log_uniform": f"{UNIT} --sigma_data auto --timestep_sampling log_uniform --sigma_max 30",
+        "ncsnv2 epsilon": "--prediction_type epsilon",
+        "gm-sgm noisier": f"{NOISIER} {UNIT} --sigma_data auto",
+        "cld companion": "--cld_feed_companion",
+    }.items()
 }
 # Of the conditions of a report.
 SAME_NETWORK = (

@@ -89,10 +89,10 @@ def largest(args: Any, images: Tensor, largest_distance: LargestDistance) -> flo
     """
     sigma_max = number_or_auto("sigma_max", args.sigma_max, float)
     measured = sigma_max is None and args.timestep_sampling != "log_normal"
-    if sigma_max is None:
-        reached = SIGMA_MAX if measured else max(SIGMA_MAX, math.exp(args.p_mean + REACH * args.p_std))
-        end = largest_distance(images) if measured else reached
-        sigma_max = round(end, 4)
+    if measured:
+        sigma_max = round(largest_distance(images), 4)
+    elif sigma_max is None:
+        sigma_max = round(max(SIGMA_MAX, math.exp(args.p_mean + REACH * args.p_std)), 4)
     if not args.sigma_min < sigma_max:
         raise ValueError(
             f"--sigma_min {args.sigma_min} must be smaller than --sigma_max {sigma_max}"
