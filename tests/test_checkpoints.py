@@ -1,5 +1,4 @@
 """Checkpoints: which are taken, which are damaged, what may change between them, and that none is lost."""
-# ruff: noqa: F401 - fixtures of the other file
 
 import json
 import os
@@ -12,7 +11,7 @@ import pytest
 import torch
 from images import save_images
 from PIL import Image
-from training import SMALL, TINY, WEIGHTS, arguments, load, plan_for, same_state
+from training import SMALL, WEIGHTS, arguments, load, same_state
 
 from diffusers_gm import data, files
 from diffusers_gm.training.folder import LOG_FILE, find_checkpoint, list_checkpoints

@@ -1,12 +1,10 @@
 """Critically-damped Langevin diffusion from the options to the card, the demo and the studies."""
-# ruff: noqa: F401 - fixtures of the other file
 
 import json
 import math
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +21,6 @@ from diffusers_gm.studies.report import Report
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.network import native_shape, new_unet
 from diffusers_gm.training.objective import Objective, build_scheduler
-from diffusers_gm.training.options import TrainingArguments
-from diffusers_gm.training.plan import Plan
 from diffusers_gm.training.samples import sample_images
 
 FOUR_STEPS = f"{SMALL} --method cld --max_train_steps 4 --checkpointing_steps 2 --validation_steps 0 --logging_steps 1"

@@ -1,10 +1,8 @@
 """Images that are read as they come: parts, order, and going on from any place to the bit."""
-# ruff: noqa: F401 - fixtures of the other file
 
 import io
 import json
 import tarfile
-from collections import Counter
 from dataclasses import asdict
 from itertools import islice
 

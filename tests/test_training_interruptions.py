@@ -1,5 +1,4 @@
 """Signals, dead launchers and dead processes: a training ends with a checkpoint, and goes on from it to the bit."""
-# ruff: noqa: F401 - fixtures of the other file
 
 import contextlib
 import json
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest

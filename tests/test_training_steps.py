@@ -1,5 +1,4 @@
 """What a step is made of: the draws of its images, losses by level, the optimizer, the compiler, trackers."""
-# ruff: noqa: F401 - fixtures of the other file
 
 import contextlib
 import importlib.util
@@ -13,13 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from training import ROOT, SMALL, TINY, WEIGHTS, arguments, launch, load, plan_for, same_state
 
-from diffusers_gm import data
-from diffusers_gm.processes.random import Draw
-from diffusers_gm.training.draws import Draws, StepDraws
-from diffusers_gm.training.folder import LOG_FILE, read_log
+from diffusers_gm.training.draws import StepDraws
+from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.objective import Objective, build_scheduler
 
