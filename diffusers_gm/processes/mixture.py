@@ -46,6 +46,7 @@ class GaussianMixtureNoise:
             raise ValueError(f"weights must be non-negative and sum to one, got {self.weights.tolist()}")
         if not bool((self.scales > 0).all() and torch.isfinite(self.scales).all()):
             raise ValueError(f"scales must be positive and finite, got {self.scales.tolist()}")
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         # Whether this is unit Gaussian noise: one component of scale 1.
         self.is_standard_gaussian = self.scales.tolist() == [1.0]
 
@@ -137,11 +138,11 @@ class GaussianMixtureNoise:
         `probabilities`, shape `(B, K, ...)` as `responsibilities` returns them, replaces the weights.
         """
         index_shape = tuple(shape) if self.per_element else (shape[0],) + (1,) * (len(shape) - 1)
-        scales = self.scales.to(draw.dtype).to(draw.device)
+        weights, scales, _ = self._on(draw.dtype, torch.device(draw.device))
         if len(self) == 1:
             return scales.expand(index_shape)
         if probabilities is None:
-            probabilities = self.weights.to(draw.dtype).to(draw.device)[(None, ...) + (None,) * (len(shape) - 1)]
+            probabilities = weights[(None, ...) + (None,) * (len(shape) - 1)]
         elif not self.per_element:
             probabilities = probabilities[(...,) + (None,) * (len(shape) - 1)]
         u = draw.uniform(index_shape)[:, None]
@@ -152,9 +153,9 @@ class GaussianMixtureNoise:
 
     def log_prob(self, eta: Tensor, sigma: Tensor | float = 1.0) -> Tensor:
         """Log density of noise `eta` at level `sigma`, shape `(B,)`, in nats."""
-        joint = self._log_joint(eta, sigma)
-        log_prob = torch.logsumexp(joint, 1)
-        return log_prob.flatten(1).sum(1) if self.per_element else log_prob
+        log_prob = torch.logsumexp(self._log_joint(eta, sigma), 1).reshape(eta.shape[0], -1).sum(1)
+        log_sigma = torch.log(torch.as_tensor(sigma, dtype=eta.dtype, device=eta.device)).flatten()
+        return log_prob - eta[0].numel() * (log_sigma + 0.5 * math.log(2 * math.pi))
 
     def responsibilities(self, eta: Tensor, sigma: Tensor | float = 1.0) -> Tensor:
         """Posterior `rho_k(eta)` of the components: `(B, K)`, or `(B, K, ...)` if `per_element`; sums to one over k."""
@@ -167,7 +168,7 @@ class GaussianMixtureNoise:
 
     def precision(self, responsibilities: Tensor, ndim: int) -> Tensor:
         """`sum_k r_k / c_k^2`, shape `(B, 1, ...)` of `ndim` dimensions, or `(B, ...)` if `per_element`."""
-        precisions = (self.scales**-2).to(responsibilities.dtype).to(responsibilities.device)
+        precisions = self._on(responsibilities.dtype, responsibilities.device)[2]
         if self.per_element:
             return torch.einsum("bk...,k->b...", responsibilities, precisions)
         return (responsibilities @ precisions)[(...,) + (None,) * (ndim - 1)]
@@ -194,20 +195,25 @@ class GaussianMixtureNoise:
         return self.precision(inverse.responsibilities(displacement, sigma), displacement.ndim)
 
     def _log_joint(self, eta: Tensor, sigma: Tensor | float) -> Tensor:
-        """`log(pi_k N(eta; 0, (c_k sigma)^2))`: `(B, K)`, or elementwise `(B, K, ...)`."""
-        sigma = _per_sample(sigma, eta)
-        squares = (eta / sigma) ** 2
-        log_sigma = torch.log(torch.as_tensor(sigma, dtype=eta.dtype, device=eta.device))
+        """`log(pi_k N(eta; 0, (c_k sigma)^2))`: `(B, K)`, or elementwise `(B, K, ...)`; without what all components
+        share, `-log(sqrt(2 pi) sigma)` of each element."""
         if self.per_element:
-            dim, squares, tail = 1, squares[:, None], (None,) * (eta.ndim - 1)
-            log_sigma = log_sigma.expand(eta.shape[0], *(1,) * (eta.ndim - 1))[:, None]
+            dim, squares, sigma = 1, eta**2, _per_sample(sigma, eta)
         else:
-            dim, squares, tail = eta[0].numel(), squares.flatten(1).sum(1)[:, None], ()
-            log_sigma = log_sigma.flatten().expand(eta.shape[0])[:, None]
-        scales, log_weights = (t.to(eta.dtype).to(eta.device) for t in (self.scales, self.weights.log()))
-        scales, log_weights = (t[(None, slice(None), *tail)] for t in (scales, log_weights))
-        log_normal = -dim * (scales.log() + log_sigma + 0.5 * math.log(2 * math.pi))
-        return log_weights + log_normal - squares / (2 * scales**2)
+            dim, squares = eta[0].numel(), eta.flatten(1).square().sum(1)
+            sigma = sigma.flatten() if isinstance(sigma, Tensor) else sigma
+        tables = self._on(eta.dtype, eta.device)
+        weights, scales, precisions = (table[(slice(None),) + (None,) * (squares.ndim - 1)] for table in tables)
+        return weights.log() - dim * scales.log() - (squares / (2 * sigma**2))[:, None] * precisions
+
+    def _on(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, scales and `1 / scales^2` there; moved once, as a device waits for what it is sent."""
+        if (dtype, device) not in self._tables:
+            weights, scales, precisions = (
+                table.to(dtype).to(device) for table in (self.weights, self.scales, self.scales**-2)
+            )
+            self._tables[dtype, device] = weights, scales, precisions
+        return self._tables[dtype, device]
 
 
 # Unit Gaussian noise: one component of scale 1.

@@ -39,7 +39,7 @@ class Draw:
         return Draw(generator, sample.device, sample.dtype)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers of `shape` `(B, ...)`."""
+        """Standard normal numbers of `shape` `(B, ...)`, a tensor of the caller's own."""
         return self._numbers(torch.randn, shape)
 
     def uniform(self, shape: Sequence[int]) -> Tensor:

@@ -126,9 +126,8 @@ def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float |
     Stationary law: the density of `y` up to O(a) (Euler-Maruyama, weak order 1).
     """
     spread = (2 * a) ** 0.5 * sigma
-    if isinstance(a, float) and isinstance(spread, float):
-        return torch.lerp(y, denoised, a).add_(noise, alpha=spread)
-    return y + a * (denoised - y) + spread * noise
+    mean = torch.lerp(y, denoised, a)
+    return mean.add_(noise, alpha=spread) if isinstance(spread, float) else mean.addcmul_(spread, noise)
 
 
 def exponential_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:

@@ -113,11 +113,9 @@ class Multistep:
         sigma, decay, spread, weights = plan.steps[i]
         known = [item for item in memory.denoised if item[0] > sigma]
         items = ((sigma, denoised), *known)
-        y = decay * y
+        y = draw.normal(y.shape).mul_(spread).add_(y, alpha=decay) if spread else decay * y
         for weight, (_, image) in zip(weights[len(known)], items, strict=False):
             y = y.add_(image, alpha=weight)
-        if spread:
-            y = y.add_(draw.normal(y.shape), alpha=spread)
         return y, memory._replace(denoised=items[: self.order])
 
 

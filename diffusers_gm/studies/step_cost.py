@@ -90,7 +90,8 @@ class Drawn(Draw):
     noise: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        return self.noise[: math.prod(shape)].view(tuple(shape))
+        # What is drawn is the sampler's own, to write to; compiled, no copy is made.
+        return self.noise[: math.prod(shape)].view(tuple(shape)).clone()
 
 
 @torch.no_grad()
