@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from networks import tiny_network
 from training import no_accelerator_left_behind, train  # noqa: F401
 
@@ -63,3 +63,11 @@ def tiny_unet() -> UNet2DModel:
 def tiny_velocity_unet() -> UNet2DModel:
     """An untrained velocity network for 8x8 gray images, always the same."""
     return tiny_network(2, 1)
+
+
+@pytest.fixture
+def ddpm(tiny_unet, tmp_path):
+    """A folder with a DDPMPipeline."""
+    folder = tmp_path / "ddpm"
+    DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(folder)
+    return str(folder)

@@ -1,7 +1,10 @@
 """Folders of images in tests."""
 
+import io
+
 import datasets
 import numpy as np
+import torch
 from PIL import Image
 
 from diffusers_gm import data
@@ -33,3 +36,27 @@ def corrupt(path):
 
 def open_folder(folder, **options):
     return data.open_source(None, train_data_dir=str(folder), cache_dir=str(folder.parent / "cache"), **options)
+
+
+# --- In shards ---
+
+SHARDS, ROWS = 4, 10
+
+
+def png(number):
+    """An image whose corner tells its number."""
+    pixels = torch.full((8, 8, 3), 7, dtype=torch.uint8)
+    pixels[0, 0] = torch.tensor([number, 255 - number, 128])
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "png")
+    return file.getvalue()
+
+
+def save_parquets(folder, shards=SHARDS, broken=()):
+    folder.mkdir()
+    for shard in range(shards):
+        numbers = range(shard * ROWS, (shard + 1) * ROWS)
+        rows = [{"bytes": b"broken" if n in broken else png(n), "path": f"{n}.png"} for n in numbers]
+        table = datasets.Dataset.from_dict({"image": rows, "label": list(numbers)})
+        table.cast_column("image", datasets.Image()).to_parquet(folder / f"part-{shard}.parquet")
+    return folder

@@ -3,7 +3,14 @@
 import math
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 
 from diffusers_gm.processes.cld import lift
 from diffusers_gm.readings import CompanionReading, VelocityReading
@@ -71,6 +78,25 @@ class Shuffle(torch.nn.Module):
 
     def forward(self, x, *_):
         return torch.nn.functional.pixel_shuffle(x, 2) if self.up else torch.nn.functional.pixel_unshuffle(x, 2)
+
+
+def exact_autoencoder():
+    """One that loses nothing: pixels of 2x2 squares are the channels of a latent."""
+    vae = tiny_autoencoder(channels=1, use_quant_conv=False)
+    vae.encoder, vae.decoder = Padded(), Shuffle(up=True)
+    torch.nn.init.dirac_(vae.post_quant_conv.weight)
+    torch.nn.init.zeros_(vae.post_quant_conv.bias)
+    return vae
+
+
+class Padded(Shuffle):
+    """As AutoencoderKL has it: mean and log variance."""
+
+    def __init__(self):
+        super().__init__(up=False)
+
+    def forward(self, x):
+        return torch.nn.functional.pad(super().forward(x), (0, 0, 0, 0, 0, 4))
 
 
 def perfect_network(scheduler, denoiser):
@@ -200,3 +226,28 @@ def final_variance(sampler, sigmas, variance, start=None):
     for i, sigma in enumerate(plan.sigmas.tolist()):
         y, memory = sampler.step(plan, i, y, variance / (variance + sigma**2) * y, memory, draw)
     return float(y.square().sum())
+
+
+# --- Of other classes than UNet2DModel ---
+
+
+def dit(channels=1, out_channels=None, **config):
+    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "norm_num_groups": 4}
+    shape |= {"num_embeds_ada_norm": 10, "in_channels": channels, "out_channels": out_channels}
+    return build(DiTTransformer2DModel, **shape | config)
+
+
+def conditional(channels=1, out_channels=1, **config):
+    """A UNet2DConditionModel without attention to a text."""
+    shape = {"sample_size": 8, "in_channels": channels, "out_channels": out_channels, "block_out_channels": (8, 8)}
+    shape |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
+    return build(UNet2DConditionModel, **shape | {"mid_block_type": None, "layers_per_block": 1} | config)
+
+
+KINDS = {"dit": dit, "conditional": conditional}
+
+
+def written(unet, folder):
+    """The path of a network's config."""
+    unet.save_config(folder)
+    return folder / "config.json"

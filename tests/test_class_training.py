@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from images import corrupt, save_images, save_parquet
+from networks import KINDS, written
 from PIL import Image
-from test_training_networks import KINDS, SHORT, written
-from training import SMALL, TINY, WEIGHTS, launch, load, same_state
+from training import SHORT, SMALL, TINY, WEIGHTS, launch, load, same_state
 
 from diffusers_gm import CLDPipeline, GMSGMPipeline, NCSNv2Pipeline, data
 from diffusers_gm.data import LabelledImages

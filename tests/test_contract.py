@@ -14,21 +14,10 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import logging as diffusers_logging
+from schedulers import SCHEDULERS, VP, every_scheduler, every_spaced_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, GMLangevinScheduler
-from diffusers_gm.schedulers.scheduling_cld_sscs import CLDSSCSScheduler
 
-# Every scheduler that swaps into pipelines of diffusers.
-SCHEDULERS = {
-    "annealed": AnnealedLangevinScheduler,
-    "gm": GMLangevinScheduler,
-    "cld": CLDSSCSScheduler,
-    "calibrated": CalibratedMultistepScheduler,
-}
-every_scheduler = pytest.mark.parametrize("cls", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-# Those whose levels are the spacings of diffusers and ours, rather than a calibration's.
-every_spaced_scheduler = pytest.mark.parametrize("cls", list(SCHEDULERS.values())[:3], ids=list(SCHEDULERS)[:3])
-VP = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 FLOW = FlowMatchEulerDiscreteScheduler().config
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_matrix import READINGS, SAMPLERS, make
+from schedulers import READINGS, SAMPLERS, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 

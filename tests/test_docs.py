@@ -6,7 +6,7 @@ import time
 from urllib.parse import unquote
 
 import pytest
-from test_readme import blocks
+from pages import blocks
 
 from diffusers_gm.docs import build, notebook
 

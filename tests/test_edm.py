@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from networks import CPU, check_four_points, four_points, samples_of
-from test_contract import every_scheduler, every_spaced_scheduler
+from schedulers import every_scheduler, every_spaced_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler
 

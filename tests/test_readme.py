@@ -20,9 +20,10 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers_pipelines import stable_diffusion
 from networks import tiny_autoencoder, tiny_network
+from pages import blocks, commands, inline_commands, snippets
 from PIL import Image
-from test_swap_pipelines import stable_diffusion
 
 import train_gm_sgm
 from diffusers_gm import (
@@ -44,34 +45,6 @@ PAGES = [README, *sorted((ROOT / "diffusers_gm").rglob("*.md")), ROOT / "model_c
 PAGES.append(ROOT / ".github" / "CONTRIBUTING.md")
 PAGES = [page for page in PAGES if page.parent.name != "templates"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-def snippets(page):
-    """The Python of a page; of one that is a notebook too, the code cells of the notebook."""
-    notebook = page.with_suffix(".ipynb")
-    if not notebook.is_file():
-        return blocks(page, "python")
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-def commands(page):
-    """The commands of the shell blocks of a page, lines that go on in one, as words."""
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").replace(" && ", "\n").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
-
-
-def inline_commands(page):
-    """The modules that the text of a page tells people to run, with their arguments, FOLDER for <folder>."""
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    found = [
-        shlex.split(re.sub(r"[<>]", "", words)) for words in re.findall(r"`python\s-m\s(diffusers_gm[^`]*)`", text)
-    ]
-    return [(module.removesuffix("."), words) for module, *words in found]
 
 
 # --- The pages themselves ---

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from networks import CPU, seeded, tiny_network
-from test_contract import VP, every_scheduler
+from schedulers import VP, every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMSGMPipeline
 

@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
+from images import ROWS, SHARDS, png, save_parquets
 from PIL import Image
 from torch.utils.data import DataLoader
 from training import SMALL, WEIGHTS, arguments, load, same_state
@@ -15,29 +16,6 @@ from training import SMALL, WEIGHTS, arguments, load, same_state
 from diffusers_gm.data import Place, StreamedBatches, TrainingImages, open_stream
 from diffusers_gm.training.folder import list_checkpoints
 from diffusers_gm.training.training_data import STATE_FILE
-
-SHARDS, ROWS = 4, 10
-
-
-def png(number):
-    """An image whose corner tells its number."""
-    pixels = torch.full((8, 8, 3), 7, dtype=torch.uint8)
-    pixels[0, 0] = torch.tensor([number, 255 - number, 128])
-    file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, "png")
-    return file.getvalue()
-
-
-def save_parquets(folder, shards=SHARDS, broken=()):
-    import datasets
-
-    folder.mkdir()
-    for shard in range(shards):
-        numbers = range(shard * ROWS, (shard + 1) * ROWS)
-        rows = [{"bytes": b"broken" if n in broken else png(n), "path": f"{n}.png"} for n in numbers]
-        table = datasets.Dataset.from_dict({"image": rows, "label": list(numbers)})
-        table.cast_column("image", datasets.Image()).to_parquet(folder / f"part-{shard}.parquet")
-    return folder
 
 
 def save_tars(folder):

@@ -12,7 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from networks import POINTS, WEIGHTS, check_four_points, four_points, perfect_network, run
-from test_contract import every_scheduler
+from schedulers import every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES

@@ -12,8 +12,8 @@ import time
 
 import psutil
 import pytest
+from images import save_parquets
 from networks import tiny_autoencoder
-from test_streaming import save_parquets
 from training import ROOT, SMALL, WEIGHTS, load, same_state
 
 from diffusers_gm.training.folder import LOG_FILE, find_checkpoint, list_checkpoints

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from images import save_images
-from networks import build, seeded, tiny_autoencoder, tiny_network
-from training import plan_for
+from networks import KINDS, conditional, dit, seeded, tiny_autoencoder, tiny_network, written
+from training import SHORT, plan_for
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -24,32 +24,6 @@ from diffusers_gm.training.objective import Objective, build_scheduler, levels_o
 from diffusers_gm.training.options import TrainingArguments
 
 PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}
-SHORT = (
-    "--train_batch_size 8 --validation_inference_steps 4 --num_validation_images 4 --max_train_steps 3 "
-    "--validation_steps 2 --checkpointing_steps 3"
-)
-
-
-def dit(channels=1, out_channels=None, **config):
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "norm_num_groups": 4}
-    shape |= {"num_embeds_ada_norm": 10, "in_channels": channels, "out_channels": out_channels}
-    return build(DiTTransformer2DModel, **shape | config)
-
-
-def conditional(channels=1, out_channels=1, **config):
-    """A UNet2DConditionModel without attention to a text."""
-    shape = {"sample_size": 8, "in_channels": channels, "out_channels": out_channels, "block_out_channels": (8, 8)}
-    shape |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
-    return build(UNet2DConditionModel, **shape | {"mid_block_type": None, "layers_per_block": 1} | config)
-
-
-KINDS = {"dit": dit, "conditional": conditional}
-
-
-def written(unet, folder):
-    """The path of a network's config."""
-    unet.save_config(folder)
-    return folder / "config.json"
 
 
 # --- Other classes ---

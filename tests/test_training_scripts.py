@@ -10,8 +10,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from test_contract import every_scheduler
-from test_matrix import READINGS, make
+from schedulers import READINGS, every_scheduler, make
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -25,6 +25,10 @@ SECRET = "hf_not_a_real_token"
 # A network of 42,000 parameters and few steps: what is tested here does not depend on either.
 SMALL = "--block_out_channels 8 16 --train_batch_size 16 --validation_inference_steps 4 --num_validation_images 4"
 TINY = f"{SMALL} --max_train_steps 2 --checkpointing_steps 0 --validation_steps 0"
+SHORT = (
+    "--train_batch_size 8 --validation_inference_steps 4 --num_validation_images 4 --max_train_steps 3 "
+    "--validation_steps 2 --checkpointing_steps 3"
+)
 
 
 def launch(*options, launcher=("launch", "--cpu", "--num_processes", "1"), env=None):

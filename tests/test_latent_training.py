@@ -1,0 +1,164 @@
+"""Networks that learn latents."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from images import save_images
+from networks import seeded, tiny_autoencoder, tiny_network
+from PIL import Image
+from training import ROOT, SMALL, WEIGHTS, launch, load, same_state
+
+from diffusers_gm import (
+    CLDPipeline,
+    GMSGMPipeline,
+    NCSNv2Pipeline,
+)
+from diffusers_gm.autoencoders import fingerprint, load_autoencoder
+from diffusers_gm.training.folder import list_checkpoints, read_log
+from diffusers_gm.training.options import TrainingArguments
+
+CACHE = "latents"
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A path of an untrained autoencoder of gray images."""
+    folder = tmp_path_factory.mktemp("autoencoder") / "vae"
+    tiny_autoencoder(channels=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2", "cld"])
+def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, method):
+    options = (
+        f"{SMALL} --method {method} --vae {autoencoder} --random_flip --max_train_steps 3 --checkpointing_steps 2 "
+        f"--validation_steps 2 --max_train_samples 300 --latents_cache_dir {tmp_path / CACHE}"
+    )
+    train(options, "--output_dir", tmp_path / "whole")
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / CACHE).glob("*.safetensors")}
+    assert len(made) == 2
+    train(options, "--output_dir", tmp_path / "sliced", "--max_train_minutes 1e-9")
+    train(options, "--output_dir", tmp_path / "sliced", "--resume_from_checkpoint latest")
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "computed once"
+    for name in (WEIGHTS, "checkpoint-3/model.safetensors", "checkpoint-3/optimizer.bin"):
+        assert same_state(load(tmp_path / "whole" / name), load(tmp_path / "sliced" / name)), name
+    assert read_log(tmp_path / "whole") != []
+
+    pipeline = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}[method].from_pretrained(
+        tmp_path / "whole"
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert fingerprint(pipeline.vae) == fingerprint(load_autoencoder(str(autoencoder)))
+    assert pipeline(1, 4, seeded(0), output_type="latent").images.shape == (1, 4, 4, 4)
+    assert pipeline(1, 4, seeded(0)).images[0].size == (8, 8)
+    assert Image.open(tmp_path / "whole" / "samples.png").size == (132, 132), "decoded: 2 x 2 images, 8 times as large"
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "This is a latent model" in card
+    assert "generation of 8x8 images" in card
+    record = json.loads((tmp_path / "whole" / "training_args.json").read_text())
+    assert (record["vae"], record["resolution"]) == ("vae", 8)
+    assert "latents_cache_dir" not in record
+
+
+@pytest.mark.slow
+def test_two_processes_compute_latents_and_train_on_them(tmp_path, autoencoder):
+    """As one process does with accumulated gradients."""
+    options = f"{SMALL} --vae {autoencoder} --random_flip --max_train_steps 3 --max_train_samples 300 --logging_steps 1"
+    two = ("launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "29613")
+    launch(options, "--output_dir", tmp_path / "two", launcher=two, env={"ACCELERATE_USE_CPU": "true"})
+    launch(options, "--gradient_accumulation_steps 2 --output_dir", tmp_path / "one")
+    for path in (tmp_path / "one" / CACHE).glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / CACHE / path.name).read_bytes()
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert [entry["loss"] for entry in logs[0]] == pytest.approx([entry["loss"] for entry in logs[1]], rel=1e-3)
+
+
+def test_a_dry_run_computes_a_few_latents_and_writes_nothing(train, tmp_path, autoencoder, capsys):
+    train(SMALL, f"--vae {autoencoder} --dry_run --output_dir", tmp_path / "out")
+    assert "1437 images of 1x8x8, as latents of 4x4x4" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_killed_while_it_computes_latents_goes_on_where_it_was(train, tmp_path, autoencoder):
+    """Latents that are there are not computed again, and those of a killed training are as good as others."""
+    folder = save_images(tmp_path / "images", 600, size=(8, 8))
+    options = f"{SMALL} --vae {autoencoder} --train_data_dir {folder} --max_train_steps 1 --eval_batch_size 1"
+    command = [sys.executable, str(ROOT / "train_gm_sgm.py"), *options.split(), "--output_dir", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    cache = tmp_path / "out" / CACHE
+    deadline = time.monotonic() + 200
+    while not list(cache.glob("latents-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    made = {path: path.stat().st_mtime_ns for path in cache.glob("latents-*.safetensors")}
+    assert 1 <= len(made) < 3
+    train(options, "--output_dir", tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    train(options, "--output_dir", tmp_path / "whole")
+    assert same_state(load(tmp_path / "out" / WEIGHTS), load(tmp_path / "whole" / WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--resolution 9", "--vae makes one latent of 2x2 pixels, and the images are 9x9: set --resolution to multipl"),
+        ("--resolution 12", "--resolution 6 must be a multiple of 4, as the network has 3 levels"),
+        ("--lr_warmup_steps 9 --max_train_steps 3", "--lr_warmup_steps 9 must be smaller than the 3 steps"),
+        ("--algorithm_type gibbs", "unknown algorithm_type 'gibbs'"),
+        ("--vae nowhere", "--vae nowhere holds no autoencoder"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_latents_are_computed(train, tmp_path, autoencoder, options, said):
+    with pytest.raises(ValueError, match=said):
+        train(f"--block_out_channels 8 8 16 --vae {autoencoder} {options} --output_dir {tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_other_latents_or_of_latents_that_nothing_explains(train, tmp_path, autoencoder):
+    tiny_network(3, 3).save_pretrained(tmp_path / "three")
+    tiny_network(4, 4).save_pretrained(tmp_path / "four")
+    with pytest.raises(ValueError, match="needs a network from 4 channels to 4, this one goes from 3 to 3"):
+        train(f"--model_name_or_path {tmp_path / 'three'} --vae {autoencoder} --output_dir {tmp_path / 'out'}")
+    with pytest.raises(ValueError, match="goes from 4 to 4: for latents, give their autoencoder with --vae"):
+        train(f"--model_name_or_path {tmp_path / 'four'} --output_dir {tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"latents_cache_dir": "somewhere"}, "--latents_cache_dir is for --vae"),
+        ({"vae": "somewhere", "dequantize": 256}, "--dequantize is for images of few levels"),
+        ({"resolution": [8, 8, 8]}, "--resolution must be a side or a height and a width"),
+        ({"resolution": 0}, "--resolution must be a side or a height and a width, at least 1, got 0"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said):
+    with pytest.raises(ValueError, match=said):
+        TrainingArguments(**options)
+
+
+def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):
+    options = f"{SMALL} --vae {autoencoder} --max_train_steps 1 --max_train_samples 40 --output_dir {tmp_path / 'out'}"
+    train(options)
+    tiny_autoencoder("AutoencoderTiny", 1).save_pretrained(tmp_path / "other")
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    with pytest.raises(ValueError, match="holds the latents of another training set or autoencoder: vae was"):
+        train(options, f"--resume_from_checkpoint latest --vae {tmp_path / 'other'}")
+    train(options, f"--overwrite_output_dir --vae {tmp_path / 'other'}")
+    assert "AutoencoderTiny" in (tmp_path / "out" / CACHE / "latents.json").read_text()
+
+
+def test_latents_by_class(train, tmp_path, autoencoder):
+    """Labels stay with their images, and a class can be asked for."""
+    options = f"{SMALL} --vae {autoencoder} --class_conditional --max_train_steps 2 --max_train_samples 300"
+    train(options, "--random_flip --output_dir", tmp_path / "out")
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.num_classes == 10
+    assert pipeline(1, 4, seeded(0), class_labels=3, guidance_scale=2.0).images[0].size == (8, 8)
