@@ -125,7 +125,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     unet, vae, given = given_unet(args), given_vae(args), args
-    args, of_network = levels_of_network(args, unet)
+    args, of_network = levels_of_network(args, unet, resumed=checkpoint is not None)
     with accelerator.main_process_first():
         source = open_training_data(args)
     classes = classes_of(args, source, unet)
@@ -168,6 +168,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     unet = accelerator.unwrap_model(model, keep_torch_compile=False)
     if checkpoint:
         accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # batches of a step, which may be split in another way than before
         if ema:
             ema.to(device)
 

@@ -24,6 +24,7 @@ from diffusers_gm import (
     CalibratedMultistepScheduler,
     CLDPipeline,
     CLDSSCSScheduler,
+    GaussianMixtureNoise,
     NCSNv2Pipeline,
     UnconditionalPipeline,
     calibrate,
@@ -116,6 +117,20 @@ def test_dynamic_programming_finds_the_best_of_all_grids():
         assert (len(found), found[0], found[-1]) == (n, 0, end)
         assert total(found) == pytest.approx(min(map(total, every)), rel=1e-9)
         assert growth(sigmas, found) <= GROWTH
+
+
+def test_other_starts_are_of_the_law_of_the_noise(generator):
+    mixture = GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])
+    n = 4000
+    of_mixture = Ladder(points, start(8), HIGH, LOW, Multistep(), mixture).fresh_start(3)[:, 0, 0, 0]
+    assert len(of_mixture) == 8
+    big = Ladder(points, HIGH * mixture.sample((n, 1, 1, 1), generator), HIGH, LOW, Multistep(), mixture).fresh_start(3)
+    second, fourth = (float((big / HIGH).double().pow(k).mean()) for k in (2, 4))
+    spread = [
+        ((mixture.moment(2 * k) * f - (mixture.moment(k) * g) ** 2) / n) ** 0.5 for k, f, g in ((2, 3, 1), (4, 105, 3))
+    ]
+    assert abs(second - mixture.moment(2)) < 5 * spread[0]
+    assert abs(fourth - 3 * mixture.moment(4)) < 5 * spread[1]
 
 
 @pytest.mark.parametrize("made", [levels_from_one_run, levels_from_trajectories])
@@ -383,6 +398,35 @@ def test_pipelines_that_cannot_be_calibrated_are_named(tiny_unet):
     pipe.scheduler = type("Odd", (), {"config": {"rho": 7.0}})()
     with pytest.raises(ValueError, match="cannot be swapped: no noise space"):
         calibrate(pipe)
+
+
+@pytest.mark.parametrize("own", [{"stochasticity": 1.0}, {"grid": "karras"}, {"timestep_spacing": "trailing"}], ids=str)
+def test_what_was_calibrated_is_what_runs(own, tiny_unet):
+    """Whatever the pipeline's scheduler had been told before."""
+    scheduler = CalibratedMultistepScheduler.from_config(DDPMScheduler().config, **own)
+    found = calibrate_in_full(
+        UnconditionalPipeline(tiny_unet, scheduler),
+        (5,),
+        effort="fast",
+        stochasticity=0.5,
+        progress=False,
+        batch_size=2,
+    )
+    found.scheduler.set_timesteps(5)
+    levels = found.scheduler.reading.sigma(found.scheduler.timesteps.double())
+    torch.testing.assert_close(levels, torch.tensor(found.levels[5], dtype=torch.float64), rtol=1e-3, atol=0)
+    assert found.scheduler.sampler.stochasticity == 0.5
+
+
+@pytest.mark.parametrize(
+    "share",
+    [{"control_guidance_end": 0.3}, {"control_guidance_start": [0.0, 0.2]}, {"skip_guidance_layers": [7]}],
+    ids=str,
+)
+def test_arguments_that_act_in_a_share_of_a_run_are_refused(share, tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=f"{next(iter(share))}=.* acts in a share of a run"):
+        calibrate(pipe, (5,), progress=False, **share)
 
 
 def test_what_the_pipeline_raises_is_passed_on(tiny_unet):

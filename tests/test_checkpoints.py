@@ -245,6 +245,20 @@ def test_the_images_of_a_step_may_be_split_but_not_changed(train, trained):
     assert "checkpoint-6" in names(trained)
 
 
+def test_steps_that_are_split_in_another_way_are_the_same_steps(train, tmp_path):
+    """From a step that is no multiple of the parts: none is left over from those before."""
+    steps = "--adam_epsilon 1 --learning_rate 0.1 --no_use_ema"  # in proportion to the gradients
+    train(options(5).replace("steps 2", "steps 3"), steps, "--output_dir", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "split" / "checkpoint-3")
+    parts = options(5, "--train_batch_size 8 --gradient_accumulation_steps 2")
+    train(parts, steps, "--output_dir", tmp_path / "split", "--resume_from_checkpoint latest")
+    before = load(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
+    whole, split = (load(tmp_path / name / WEIGHTS) for name in ("whole", "split"))
+    moved = max(float((whole[name] - before[name]).abs().max()) for name in whole)
+    off = max(float((whole[name] - split[name]).abs().max()) for name in whole)
+    assert off < 1e-4 * moved
+
+
 def test_the_images_may_not_change(train, tmp_path):
     folder = save_images(tmp_path / "images", 40, size=(8, 8))
     command = options(), "--train_data_dir", folder, "--output_dir", tmp_path / "out"
@@ -293,6 +307,15 @@ def test_a_number_in_place_of_the_measured_one_is_another_training(train, traine
     resume = "--output_dir", trained, "--resume_from_checkpoint latest"
     with pytest.raises(ValueError, match=r"--sigma_max was 80.0 and is 5.0"):
         train(options(6), *resume, "--sigma_max 5")
+
+
+def test_what_auto_came_to_stays(train, tmp_path):
+    """Versions differ in it."""
+    resume = "--output_dir", tmp_path / "out", "--resume_from_checkpoint latest"
+    train(options(2), "--sigma_max 29.9641 --p_mean -0.8 --output_dir", tmp_path / "out")
+    train(options(4), *resume)
+    record = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    assert (record["sigma_max"], record["p_mean"]) == (29.9641, -0.8)
 
 
 # --- Files that are whole or not there ---

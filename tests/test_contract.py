@@ -163,6 +163,9 @@ def test_sources_that_say_little(cls):
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "count flow time backwards .invert_sigmas=True."),
         (diffusers.FlowMatchLCMScheduler(invert_sigmas=True), "invert_sigmas"),
         (diffusers.CMStochasticIterativeScheduler(), "a consistency model answers .* not a denoised image"),
+        (diffusers.LCMScheduler(), "distilled as one"),
+        (diffusers.TCDScheduler(), "distilled as one"),
+        (diffusers.FlowMatchLCMScheduler(), "distilled as one"),
         (diffusers.VQDiffusionScheduler(num_vec_classes=3), "no noise space can be inferred.*pass noise_space='vp'"),
     ],
     ids=lambda case: type(case).__name__,
@@ -242,6 +245,27 @@ def test_custom_timesteps_and_sigmas_are_one_network_call_each(cls):
     timesteps, n = retrieve_timesteps(scheduler, timesteps=[900, 20, 10], device="cpu")
     assert (timesteps.tolist(), n) == ([900, 20, 10], 3)
     assert retrieve_timesteps(scheduler, 7)[1] == 7
+
+
+@every_scheduler
+def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
+    """`sigmas=linspace(1, 1 / n, n)`: on the config's own grid where it has one, else as it is."""
+    passed = np.linspace(1.0, 1 / 6, 6)
+    calibration = {"6": [4096.0, 9.0, 2.0, 0.9, 0.4, 0.1], "shift": 3.0}
+    for own in ({"grid": "karras"}, {"grid": "calibrated", "calibration": calibration}, {"use_karras_sigmas": True}):
+        scheduler = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config, **ladder(cls), **own)
+        if own == {"use_karras_sigmas": True} and cls is CalibratedMultistepScheduler:
+            continue  # its grid is `calibrated`, which nothing is said of
+        runs = []
+        for arguments in ({"num_inference_steps": 6}, {"sigmas": passed}, {"sigmas": [1.0, 0.8, 0.6, 0.4, 0.3, 0.2]}):
+            scheduler.set_timesteps(**arguments)
+            runs.append(scheduler.sigmas[:6].tolist())
+        assert runs[0] == runs[1] != runs[2], own
+    plain = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    plain.set_timesteps(sigmas=passed)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=passed)
+    torch.testing.assert_close(plain.sigmas, theirs.sigmas, rtol=1e-6, atol=1e-6)
 
 
 @every_scheduler

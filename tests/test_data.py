@@ -188,6 +188,13 @@ def test_processes_share_the_stream():
     assert whole == [batch for pair in zip(*parts, strict=True) for batch in pair]
 
 
+@pytest.mark.parametrize("size", [(64, 64), (64, 80), (32, 48)])
+def test_crops_are_random_wherever_something_is_cropped(size, generator):
+    images = data.TrainingImages(data.TensorImages(torch.rand(1, 1, *size, generator=generator)), [32, 48], 1, seed=0)
+    different = {float(images[epoch, 0].sum()) for epoch in range(20)}
+    assert (len(different) > 5) == (size != (32, 48))
+
+
 def test_crops_and_flips_are_decided_by_seed_epoch_and_index():
     wide = torch.linspace(-1, 1, 8 * 30).reshape(1, 8, 30)
     source = data.TensorImages(wide.expand(40, -1, -1, -1))

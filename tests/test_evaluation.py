@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from networks import tiny_network
 
+from diffusers_gm import UnconditionalPipeline
 from diffusers_gm.evaluation import (
     Reference,
     features_of,
@@ -288,3 +289,11 @@ def test_a_model_is_the_same_whatever_order_the_defaults_of_its_config_are_in():
     assert describe_model(pipe) == described
     pipe.scheduler.register_to_config(beta_end=0.02)
     assert describe_model(pipe) != described
+
+
+def test_a_model_that_draws_its_classes_in_other_shares_is_another():
+    pipes = [
+        UnconditionalPipeline(tiny_network(num_class_embeds=2), DDPMScheduler(), class_shares=shares)
+        for shares in ([0.5, 0.5], [0.99, 0.01])
+    ]
+    assert describe_model(pipes[0]) != describe_model(pipes[1])

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from images import save_images
+import torch
+from images import corrupt, open_folder, save_images
 from networks import seeded, tiny_autoencoder, tiny_network
 from PIL import Image
 from training import ROOT, SMALL, WEIGHTS, launch, load, same_state
@@ -19,6 +20,7 @@ from diffusers_gm import (
     NCSNv2Pipeline,
 )
 from diffusers_gm.autoencoders import fingerprint, load_autoencoder
+from diffusers_gm.data import LabelledImages, LatentCache, TrainingImages, TrainingLatents
 from diffusers_gm.training.folder import list_checkpoints, read_log
 from diffusers_gm.training.options import TrainingArguments
 
@@ -162,3 +164,19 @@ def test_latents_by_class(train, tmp_path, autoencoder):
     pipeline = GMSGMPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.num_classes == 10
     assert pipeline(1, 4, seeded(0), class_labels=3, guidance_scale=2.0).images[0].size == (8, 8)
+
+
+def test_an_image_in_place_of_one_that_cannot_be_read_has_its_own_class(tmp_path):
+    for name in ("a", "b"):
+        save_images(tmp_path / "images" / name, 10)
+    corrupt(tmp_path / "images" / "a" / "009.png")
+    images = TrainingImages(open_folder(tmp_path / "images"), 8, 1, seed=0)
+    encode = lambda pixels: torch.nn.functional.pixel_unshuffle(pixels, 2)
+    cache = LatentCache(tmp_path / "latents", images, encode, "of no autoencoder", (4, 4, 4), False)
+    with cache.being_filled():
+        cache.fill(8)
+    latents = TrainingLatents(cache, seed=0)
+    labels = [0] * 10 + [1] * 10
+    shown = LabelledImages(latents, labels, null=2, dropout=0.0, seed=0).__getitems__([(0, i) for i in range(20)])
+    assert torch.equal(shown[9][0], shown[10][0])
+    assert [label for _, label in shown] == [0] * 9 + [1] * 11

@@ -50,6 +50,27 @@ def test_sigma_may_differ_per_sample(mixture, generator):
         torch.testing.assert_close(function(eta, sigma), one_by_one)
 
 
+@pytest.mark.parametrize("per_element", [False, True])
+def test_half_precision_is_computed_in_single(per_element, generator):
+    mixture = GaussianMixtureNoise([0.8, 0.2], [0.5, 2.0], per_element)
+    for sigma in (1e-4, 50.0):
+        eta = mixture.sample((2, 3, 8, 8), generator, sigma=sigma).half()
+        half, single = (mixture.responsibilities(each, sigma) for each in (eta, eta.float()))
+        torch.testing.assert_close(half.float(), single, rtol=0, atol=1e-3)
+
+
+def test_tables_serve_gradients_and_autocast_too(generator):
+    """Whoever is first, without gradients or not."""
+    mixture = GaussianMixtureNoise([0.8, 0.2], [0.5, 2.0])
+    eta = torch.randn(2, 3, 8, 8, generator=generator)
+    with torch.inference_mode():
+        mixture.score(eta)
+    mixture.log_prob(eta.clone().requires_grad_()).sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = mixture.residual_precision(eta, 1.0)
+    assert torch.equal(rounded, mixture.residual_precision(eta, 1.0))
+
+
 def test_responsibilities_are_a_posterior(generator):
     for mixture, shape in ((MIXTURE, (5, 3)), (PER_ELEMENT, (5, 3, 2, 4, 4))):
         r = mixture.responsibilities(torch.randn(5, 2, 4, 4, generator=generator), 0.7)

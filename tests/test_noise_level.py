@@ -9,6 +9,7 @@ from networks import perfect_network, seeded, tiny_autoencoder, tiny_network
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
     CLDPipeline,
     CLDSSCSScheduler,
     GaussianMixtureNoise,
@@ -189,6 +190,27 @@ def test_every_image_of_a_batch_is_run_from_its_own_level():
     again = pipe.denoise(y, None, 6, seeded(0, 1), output_type="np").images
     assert again.shape == (2, 8, 8, 1)
     assert (again[..., 0] == together[:, 0].numpy()).all()
+
+
+def test_a_run_is_of_its_own_length_whatever_ran_before():
+    """A calibration has its noise for a number of calls."""
+    levels = {str(n): torch.logspace(1, -1, n).tolist() for n in (5, 20)}
+    calibration = levels | {"stochasticity": {"5": 0.0, "20": 1.0}}
+    scheduler = CalibratedMultistepScheduler(sigma_max=10.0, calibration=calibration)
+    pipe = pipeline(scheduler)
+    _, y = noisy_digits(2, 0.7)
+
+    def denoised(num_calls):
+        return pipe.denoise(y / 2 + 0.5, 0.7, num_calls, seeded(0, 1), output_type="pt").images
+
+    before = [denoised(5), denoised(20)]
+    pipe(1, 20, seeded(0))
+    assert torch.equal(denoised(5), before[0])
+    pipe(1, 5, seeded(0))
+    assert torch.equal(denoised(20), before[1])
+    scheduler.register_to_config(stochasticity=0.0)
+    assert torch.equal(denoised(5), before[0])
+    assert not torch.equal(denoised(20), before[1]), "with noise, as calibrated"
 
 
 def test_class_conditional_networks_are_told_the_class():

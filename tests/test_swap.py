@@ -1,11 +1,14 @@
 """Right, not merely running: the law of the samples when a scheduler is swapped onto a network of known data."""
 
+import json
+
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ScoreSdeVeScheduler,
@@ -14,7 +17,12 @@ from diffusers import (
 from networks import POINTS, WEIGHTS, check_four_points, four_points, perfect_network, run
 from schedulers import every_scheduler
 
-from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
+    CLDSSCSScheduler,
+    GMLangevinScheduler,
+)
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
 from diffusers_gm.studies.exact import ExactDenoiser
 
@@ -60,6 +68,123 @@ def test_equal_networks_of_other_prediction_types_give_equal_samples(cls, name):
         results[prediction_type] = run(scheduler, perfect_network(scheduler, denoiser), sample, generator)
     for prediction_type, result in results.items():
         torch.testing.assert_close(result, results["sample"], rtol=1e-4, atol=1e-4, msg=prediction_type)
+
+
+# --- What is left unsaid ---
+
+
+def grid_of(scheduler, num_calls=6):
+    scheduler.set_timesteps(num_calls)
+    return scheduler.timesteps.tolist()
+
+
+GRIDS = {
+    "leading": DDIMScheduler(timestep_spacing="leading", steps_offset=1),
+    "trailing": DDIMScheduler(timestep_spacing="trailing"),
+    "karras": DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "edm": EDMEulerScheduler(),
+    "edm, exponential": EDMEulerScheduler(sigma_schedule="exponential"),
+    "svd": EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True),
+}
+
+
+@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler, CLDSSCSScheduler])
+@pytest.mark.parametrize("source", GRIDS.values(), ids=GRIDS)
+def test_a_sampler_has_its_grid_back_after_a_calibrated_one(cls, source):
+    between = CalibratedMultistepScheduler.from_config(source.config)
+    assert grid_of(cls.from_config(between.config)) == grid_of(cls.from_config(source.config))
+
+
+@every_scheduler
+@pytest.mark.parametrize("theirs", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_the_ends_of_our_ladder_do_not_leak_into_others(cls, theirs, tmp_path):
+    source = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ours = cls.from_config(source.config)
+    ours.save_pretrained(tmp_path)
+    options = {"use_karras_sigmas": True, "timestep_spacing": "leading"}
+    direct = theirs.from_config(source.config, **options)
+    for way in (ours.config, theirs.load_config(tmp_path)):
+        back = theirs.from_config(way, **options)
+        assert grid_of(back) == grid_of(direct)
+        assert torch.equal(back.sigmas, direct.sigmas)
+
+
+@every_scheduler
+def test_ends_that_a_source_has_itself_are_kept(cls, tmp_path):
+    source = EulerDiscreteScheduler(sigma_min=0.1, sigma_max=10.0, use_exponential_sigmas=True)
+    ours = cls.from_config(source.config)
+    ours.save_pretrained(tmp_path)
+    for config in (ours.config, EulerDiscreteScheduler.load_config(tmp_path)):
+        back = EulerDiscreteScheduler.from_config(config)
+        assert (back.config.sigma_min, back.config.sigma_max) == (0.1, 10.0)
+
+
+@every_scheduler
+@pytest.mark.parametrize(
+    "source", [DDPMScheduler(clip_sample=True), DDIMScheduler(steps_offset=1)], ids=["ddpm", "ddim"]
+)
+def test_a_file_of_diffusers_says_what_its_class_leaves_unsaid(cls, source, tmp_path):
+    """Files of older versions have fewer fields than the class has today."""
+    source.save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    content = json.loads(file.read_text())
+    for name in ("clip_sample", "timestep_spacing", "thresholding"):
+        content.pop(name)
+    file.write_text(json.dumps(content))
+    loaded, direct = cls.from_pretrained(tmp_path), cls.from_config(source.config)
+    assert loaded.config.clip_sample is direct.config.clip_sample is True
+    calls = 7  # one for a repeated level
+    assert grid_of(loaded, calls) == grid_of(direct, calls)
+
+
+@every_scheduler
+@pytest.mark.parametrize(
+    ("source", "space"),
+    [(SOURCES["flow"], "flow"), (EDMEulerScheduler(), "edm"), (DDPMScheduler(clip_sample=True), "vp")],
+    ids=["flow", "edm", "vp"],
+)
+def test_naming_the_noise_space_changes_nothing_else(cls, source, space):
+    named, inferred = cls.from_config(source.config, noise_space=space), cls.from_config(source.config)
+    assert dict(named.config) == dict(inferred.config)
+
+
+@every_scheduler
+def test_a_network_that_is_told_sigma_itself(cls, generator):
+    """As `ScoreSdeVePipeline` calls NCSN++: `network(y, sigma)`, which answers the score."""
+    mean, width = 0.3, 0.5
+    scheduler = cls.from_config(ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=50.0).config)
+    scheduler.set_timesteps(201)
+    n = 4000
+    sample = scheduler.init_noise_sigma * torch.randn(n, 1, 1, 2, generator=generator)
+    for t in scheduler.timesteps:
+        assert 0.01 - 1e-6 <= float(t) <= 50.0 + 1e-3, "sigma, not an index"
+        score = (mean - scheduler.scale_model_input(sample, t)) / (width**2 + t**2)
+        sample = scheduler.step(score, t, sample, generator=generator).prev_sample
+    # Five standard errors, and what Langevin steps of this size do.
+    bias = 0.15 if cls is AnnealedLangevinScheduler else 0.02
+    assert abs(float(sample.mean()) - mean) < 5 * width / (2 * n) ** 0.5 + bias * mean
+    assert abs(float(sample.std()) / width - 1) < 5 / (4 * n) ** 0.5 + bias
+
+
+def test_solvers_of_diffusers_sample_a_flow_network(generator):
+    """From memory, by `diffusers_config`: their words for a flow."""
+    mean, width = 0.3, 0.5
+    ours = CLDSSCSScheduler.from_config(SOURCES["flow"].config)
+    theirs = UniPCMultistepScheduler.from_config(ours.diffusers_config())
+    theirs.set_timesteps(40)
+    sample = torch.randn(4000, 1, 1, 2, generator=generator)
+    for t in theirs.timesteps:
+        s = float(t) / 1000
+        variance = (1 - s) ** 2 * width**2 + s**2
+        off = sample - (1 - s) * mean
+        velocity = s / variance * off - mean - (1 - s) * width**2 / variance * off
+        sample = theirs.step(velocity, t, sample).prev_sample
+    assert abs(float(sample.mean()) - mean) < 5 * width / 8000**0.5 + 0.01
+    assert abs(float(sample.std()) / width - 1) < 0.05
+
+
+# --- Quality ---
 
 
 @pytest.mark.slow

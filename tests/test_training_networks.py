@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from images import save_images
 from networks import KINDS, conditional, dit, seeded, tiny_autoencoder, tiny_network, written
 from training import SHORT, plan_for
@@ -19,9 +19,11 @@ from diffusers_gm import (
     data,
 )
 from diffusers_gm.networks import asked
+from diffusers_gm.training.methods import levels
 from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet, with_velocities
 from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
 from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.parser import OptionParser
 
 PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeline}
 
@@ -249,6 +251,58 @@ def test_a_preconditioned_network_keeps_what_it_is_preconditioned_for(tmp_path):
     assert made.reading.prediction_type == "edm"
     assert [made.config[name] for name in ("sigma_data", "sigma_min", "sigma_max")] == [0.4, 0.02, 40.0]
     assert (args.timestep_sampling, args.p_mean) == ("log_normal", -1.2)
+
+
+@pytest.mark.parametrize("sampling", ["log_normal", "log_uniform"])
+def test_a_network_of_betas_sees_the_levels_that_are_asked_for(tmp_path, sampling):
+    """By its own labels, which count other levels than a ladder's."""
+    network = save_ddpm(tmp_path)
+    options = TrainingArguments(method="ncsnv2", model_name_or_path=str(tmp_path), timestep_sampling=sampling)
+    args, of_network = levels_of_network(options, network)
+    plan = plan_for(args)
+    uniform = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    seen = Objective(args, plan, build_scheduler(args, plan, of_network), network).sigma(uniform)
+    assert torch.allclose(seen, levels.drawn(args, plan, uniform), rtol=1e-3)
+
+
+def test_cld_goes_on_with_a_preconditioned_network_as_the_others_do(tmp_path):
+    """The network is the same: what it is preconditioned for, and its levels."""
+    scheduler = GMLangevinScheduler(noise_space="edm", sigma_data=0.4, sigma_min=0.02, sigma_max=40.0)
+    GMSGMPipeline(tiny_network(), scheduler).save_pretrained(tmp_path)
+    args, of_network = levels_of_network(
+        TrainingArguments(method="cld", model_name_or_path=str(tmp_path)), tiny_network()
+    )
+    config = build_scheduler(args, plan_for(args), of_network).config
+    assert [config[name] for name in ("sigma_data", "sigma_min", "sigma_max")] == [0.4, 0.02, 40.0]
+    with pytest.raises(ValueError, match=r"\['--sigma_max'\]: the network .* has the noise levels"):
+        levels_of_network(TrainingArguments(method="cld", model_name_or_path=str(tmp_path), sigma_max="5"), None)
+
+
+@pytest.mark.parametrize("method", ["gm-sgm", "ncsnv2", "cld"])
+def test_levels_and_answers_that_are_not_kept_are_told(tmp_path, method, caplog):
+    DDPMPipeline(tiny_network(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    options = TrainingArguments(method=method, model_name_or_path=str(tmp_path))
+    assert levels_of_network(options, tiny_network())[0].sigma_max == "auto"
+    assert f"(flow, flow_prediction) is not kept by --method {method}" in caplog.text
+
+
+@pytest.mark.parametrize("words", ["--sigma_min 0.01", "--num_train_timesteps 1000", "--sigma_max auto"])
+def test_levels_that_are_named_by_their_default_are_named(tmp_path, words):
+    GMSGMPipeline(tiny_network(), GMLangevinScheduler(sigma_max=7.0, num_train_timesteps=200)).save_pretrained(tmp_path)
+    args = OptionParser("").parse([*f"--method ncsnv2 {words} --model_name_or_path".split(), str(tmp_path)])
+    with pytest.raises(ValueError, match=rf"\['{words.split()[0]}'\]: the network"):
+        levels_of_network(args, tiny_network())
+
+
+def test_a_fine_tuning_goes_on_by_the_defaults_that_it_began_with(train, tmp_path):
+    scheduler = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=40.0)
+    NCSNv2Pipeline(tiny_network(), scheduler).save_pretrained(tmp_path / "before")
+    options = f"{SHORT} --method ncsnv2 --model_name_or_path {tmp_path / 'before'} --output_dir {tmp_path / 'out'}"
+    steps = "--lr_scheduler constant --checkpointing_steps 1 --max_train_steps"
+    train(options, steps, 1, "--timestep_sampling uniform --no_uncertainty_weighting")
+    train(options, steps, 2, "--resume_from_checkpoint latest")
+    record = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    assert (record["timestep_sampling"], record["uncertainty_weighting"]) == ("uniform", False)
 
 
 def test_velocities_are_added_to_ordinary_networks_alone():

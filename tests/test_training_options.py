@@ -23,6 +23,7 @@ from diffusers_gm.training.network import fit_unet, new_unet
 from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.optimizer import averaged_weights, build_lr_scheduler
 from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.parser import OptionParser
 
 # --- Options ---
 
@@ -299,3 +300,16 @@ def test_config_files_that_spread_networks_are_refused_in_a_sentence(tmp_path, k
     assert f"train_gm_sgm.py: error: accelerate is set up for {kind}, which spreads a network" in ended.stderr
     assert "exitcode  : 2" in ended.stderr, "no traceback of the training"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("words", ["--cld_loss hsm", "--cld_weighting ell", "--cld_mixed_score", "--cld_loss dsm"])
+def test_naming_the_published_loss_of_cld_asks_for_it_whatever_its_default(words):
+    assert OptionParser("").parse(f"--method cld {words}".split()).objective == "score"
+    assert OptionParser("").parse(["--method", "cld"]).objective == "denoiser"
+
+
+def test_a_constant_rate_has_no_warm_up():
+    assert plan_for(arguments(lr_scheduler="constant", max_train_steps=100)).lr_warmup_steps == 0
+    assert plan_for(arguments(lr_scheduler="constant_with_warmup", max_train_steps=100)).lr_warmup_steps == 10
+    with pytest.raises(ValueError, match="--lr_scheduler constant has none, constant_with_warmup has"):
+        plan_for(arguments(lr_scheduler="constant", lr_warmup_steps=3, max_train_steps=100))

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..autoencoders import as_learned
 from ..networks import channels_of, images_at_once, size_of
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
 from ..readings import level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
@@ -51,6 +52,18 @@ CANDIDATES = (0.0, 0.4, SOME, ALL)
 # Images of a pipeline that makes a single one unless told, and what else tells it how many.
 NUM_IMAGES = 16
 TELLS_HOW_MANY = ("batch_size", "num_images_per_prompt", "prompt", "image", "latents", "class_labels")
+
+# What a pipeline's scheduler may have been told, and a calibration says anew.
+OWN_GRID: dict[str, Any] = {"grid": "calibrated", "stochasticity": None}
+
+# Arguments of diffusers' pipelines that act in a share of a run, and what they are where they act in all or none of it.
+SHARES = {
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
+    "skip_guidance_layers": None,
+    "adapter_conditioning_factor": 1.0,
+    "cfg_trunc_ratio": 1.0,
+}
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
@@ -166,7 +179,7 @@ def calibrate_in_full(
 
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
-        ladder = Ladder(timed, start, high, max(low, LOW), sampler)
+        ladder = Ladder(timed, start, high, max(low, LOW), sampler, scheduler.model_mixture)
         if result.errs:
             found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
@@ -194,7 +207,7 @@ def calibrate_in_full(
         }
     if shift != 1.0:
         calibration["shift"] = shift
-    result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, calibration=calibration)
+    result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, **OWN_GRID, calibration=calibration)
     result.seconds = (time.perf_counter() - began - in_network, in_network)
     return result
 
@@ -205,20 +218,22 @@ Found = dict[int, tuple[list[float], tuple[float, float] | None]]
 
 @dataclass(frozen=True)
 class Ladder:
-    """A pipeline as a denoiser, the y that its run starts from, the range of noise levels, and the sampler without
-    noise: levels that follow the probability flow serve every stochasticity."""
+    """A pipeline as a denoiser, the y that its run starts from, the range of noise levels, the sampler without noise
+    (levels that follow the probability flow serve every stochasticity), and the law of the network's noise."""
 
     denoiser: Denoiser
     start: Tensor
     high: float
     low: float
     sampler: Multistep
+    noise: GaussianMixtureNoise = GAUSSIAN
 
     def fresh_start(self, seed: int) -> Tensor:
         """Another y of the same kind."""
-        return torch.randn(self.start.shape, generator=torch.Generator().manual_seed(seed)).to(self.start) * (
-            self.start.std()
-        )
+        generator = torch.Generator().manual_seed(seed)
+        # A batch of mixture noise does not tell how wide it is.
+        scale = self.start.std() if self.noise.is_standard_gaussian else self.high
+        return self.noise.sample(self.start.shape, generator).to(self.start) * scale
 
     def closest(self, taus: Sequence[Stochasticity], levels: list[float], images: Tensor) -> Stochasticity:
         """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
@@ -336,7 +351,7 @@ def _swapped(pipe: Any) -> CalibratedMultistepScheduler:
     if scheduler is None or not hasattr(scheduler, "config"):
         raise ValueError(f"a {type(pipe).__name__} has no scheduler that can be swapped: calibrate needs one")
     try:
-        return CalibratedMultistepScheduler.from_config(scheduler.config, calibration=None)
+        return CalibratedMultistepScheduler.from_config(scheduler.config, **OWN_GRID, calibration=None)
     except ValueError as error:
         raise ValueError(f"the scheduler of this {type(pipe).__name__} cannot be swapped: {error}") from error
 
@@ -345,6 +360,13 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the call: many steps, a seed, and no decoding, where the pipeline knows of these."""
     if "num_inference_steps" in given:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
+    for name, whole in SHARES.items():
+        value = given.get(name, whole)
+        if any(share != whole for share in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(
+                f"{name}={value!r} acts in a share of a run, and a calibration makes no run as long as yours: leave it "
+                "out"
+            )
     parameters = inspect.signature(pipe.__call__).parameters
     if "num_inference_steps" not in parameters:
         raise ValueError(f"a {type(pipe).__name__} takes no num_inference_steps: it cannot be calibrated")

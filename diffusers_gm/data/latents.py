@@ -124,19 +124,22 @@ class LatentCache:
             for start in range(0, len(some), batch_size)
         ]
         own = torch.Generator()  # of which nothing is drawn that matters
-        loader = iter(DataLoader(self.images, batch_sampler=batches, num_workers=num_workers, generator=own))
+        loader = iter(DataLoader(_Shown(self.images), batch_sampler=batches, num_workers=num_workers, generator=own))
         total = sum(map(len, missing.values()))
         with tqdm(total=total, desc="latents", unit="image", disable=not total or process_index > 0) as bar:
             for path, some in missing.items():
                 made: list[Tensor] = []
+                shown: list[Tensor] = []
                 while sum(map(len, made)) < len(some):
-                    made.append(self._encoded(next(loader).to(device)))
+                    images, indices = next(loader)
+                    made.append(self._encoded(images.to(device)))
+                    shown.append(indices)
                     bar.update(len(made[-1]))
                 latents = torch.cat(made)
                 channels = latents.double().transpose(0, 2).flatten(1)
                 sums = {"sum": channels.sum(1), "squares": channels.square().sum(1)}
                 with files.replacing(path) as temporary:
-                    save_file({"latents": latents, **sums}, temporary)
+                    save_file({"latents": latents, "shown": torch.cat(shown), **sums}, temporary)
 
     def _encoded(self, images: Tensor) -> Tensor:
         """`(B, 1 or 2, C, h, w)` float16 on the CPU: of the images, and of their mirror images."""
@@ -170,6 +173,17 @@ class LatentCache:
         return mean, std
 
 
+class _Shown(Dataset):
+    """Images with the index of what is shown: another where one cannot be read."""
+
+    def __init__(self, images: TrainingImages):
+        self.images = images
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        read = self.images.__getitems__(keys)
+        return [(image, self.images.shown_for(index)) for image, (_, index) in zip(read, keys, strict=True)]
+
+
 class TrainingLatents(Dataset):
     """Latents of training images by `(epoch, index)`, as `ImageStream` deals them out: `(C, h, w)` float32, of mean 0
     and standard deviation 1 in every channel. Flips are decided by `(seed, epoch, index)`.
@@ -185,6 +199,17 @@ class TrainingLatents(Dataset):
         self.mean, self.std = (values.float()[:, None, None] for values in cache.statistics())
         self.seed = seed
         self.random_flip = random_flip
+
+    @cached_property
+    def _shown(self) -> list[int]:
+        shards = [load_file(path) for path in self.paths]
+        if not all("shown" in shard for shard in shards):  # of before this was kept
+            return list(range(self.num_images))
+        return torch.cat([shard["shown"] for shard in shards]).tolist()
+
+    def shown_for(self, index: int) -> int:
+        """The image whose latents these are: another where one cannot be read."""
+        return self._shown[index]
 
     @cached_property
     def _shards(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .examination import MAX_UNREADABLE
-from .pixels import Resolution, as_channels, fit, scaled
+from .pixels import Resolution, as_channels, fit, scaled, sides
 from .seeds import AUGMENTATION, ORDER, generator_for, order_for
 from .sources import ImageSource
 
@@ -87,7 +87,8 @@ class TrainingImages(Dataset):
     def augmented(self, image: Tensor, key: Sequence[int]) -> Tensor:
         """An image of the source as it is learned, cropped and flipped as the key says."""
         image = as_channels(image, self.channels)
-        random_crop = not self.center_crop and image.shape[-2] != image.shape[-1]
+        height, width = sides(self.resolution)
+        random_crop = not self.center_crop and image.shape[-2] * width != image.shape[-1] * height
         if not (random_crop or self.random_flip):
             return fit(image, self.resolution)
         vertical, horizontal, flip = torch.rand(3, generator=generator_for(self.seed, AUGMENTATION, *key)).tolist()

@@ -77,9 +77,14 @@ def image_shape(pipeline: Any) -> tuple[int, int, int]:
     return tuple(images.shape[1:])  # type: ignore[return-value]
 
 
+# Of a pipeline's own config: what it draws by, see `pipelines`.
+DECIDING = ("class_shares", "latents_mean", "latents_std")
+
+
 def describe_model(pipeline: Any) -> str:
-    """A hash of all weights and of the scheduler's config."""
+    """A hash of all weights, of the scheduler's config, and of what else decides the pipeline's samples."""
     config = dict(pipeline.scheduler.config)
+    config |= {name: value for name in DECIDING if (value := pipeline.config.get(name)) is not None}
     if "_use_default_values" in config:  # of a set, in an order that each process has its own of
         config["_use_default_values"] = sorted(config["_use_default_values"])
     content = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

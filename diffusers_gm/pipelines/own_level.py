@@ -70,7 +70,7 @@ class OwnLevel:
     def clean(self, y: Tensor, tau: Tensor, num_calls: int) -> Tensor:
         """What is behind the noise of level `tau` `(B,)` of `y`: D, or the end of a run of the scheduler's sampler,
         all of whose calls are from that level down."""
-        denoiser, sampler = self.denoiser(y), self.scheduler.sampler
+        denoiser, sampler = self.denoiser(y), self.scheduler.sampler_for(num_calls)
         if num_calls == 1:
             return denoiser(y, tau)
         assert len(tau.unique()) == 1, "a run has one level at a time"

@@ -169,9 +169,9 @@ class GaussianMixtureNoise:
     def precision(self, responsibilities: Tensor, ndim: int) -> Tensor:
         """`sum_k r_k / c_k^2`, shape `(B, 1, ...)` of `ndim` dimensions, or `(B, ...)` if `per_element`."""
         precisions = self._on(responsibilities.dtype, responsibilities.device)[2]
-        if self.per_element:
-            return torch.einsum("bk...,k->b...", responsibilities, precisions)
-        return (responsibilities @ precisions)[(...,) + (None,) * (ndim - 1)]
+        # No matrix product, which autocast would round.
+        precision = (responsibilities * precisions[(slice(None),) + (None,) * (responsibilities.ndim - 2)]).sum(1)
+        return precision if self.per_element else precision[(...,) + (None,) * (ndim - 1)]
 
     # --- Score <-> denoiser ---
 
@@ -196,7 +196,8 @@ class GaussianMixtureNoise:
 
     def _log_joint(self, eta: Tensor, sigma: Tensor | float) -> Tensor:
         """`log(pi_k N(eta; 0, (c_k sigma)^2))`: `(B, K)`, or elementwise `(B, K, ...)`; without what all components
-        share, `-log(sqrt(2 pi) sigma)` of each element."""
+        share, `-log(sqrt(2 pi) sigma)` of each element. In float32 or better: half precision has no such squares."""
+        eta = eta.to(torch.promote_types(eta.dtype, torch.float32))
         if self.per_element:
             dim, squares, sigma = 1, eta**2, _per_sample(sigma, eta)
         else:
@@ -209,9 +210,10 @@ class GaussianMixtureNoise:
     def _on(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, scales and `1 / scales^2` there; moved once, as a device waits for what it is sent."""
         if (dtype, device) not in self._tables:
-            weights, scales, precisions = (
-                table.to(dtype).to(device) for table in (self.weights, self.scales, self.scales**-2)
-            )
+            with torch.inference_mode(False):  # a gradient may pass through a later use
+                weights, scales, precisions = (
+                    table.to(dtype).to(device) for table in (self.weights, self.scales, self.scales**-2)
+                )
             self._tables[dtype, device] = weights, scales, precisions
         return self._tables[dtype, device]
 

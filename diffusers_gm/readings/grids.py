@@ -50,8 +50,8 @@ def level_grid(
 
     The spacings of `sigma_grid`, between the ends of the trained range. `linspace`, `leading` and `trailing` are
     those of diffusers' DDPM (arXiv 2305.08891, table 2), except that a `ve` ladder, whose labels may be fractional, is
-    not rounded; `edm` networks, which have no ladder, have none of them. `shift` and `shift_terminal`: `flow`, see
-    `shift_flow`.
+    not rounded; `edm` networks and those that are told sigma, which have no ladder, have none of them. `shift` and
+    `shift_terminal`: `flow`, see `shift_flow`.
 
     Raises:
         ValueError: for an unknown spacing.
@@ -61,13 +61,14 @@ def level_grid(
     if spacing in SIGMA_SPACINGS:
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
         grid = space.timestep(sigma_grid(high, low, num_levels, spacing))
-        if space.kind != "edm":  # exact integers where they should be: learned embeddings take nothing else
+        if space.counts_levels:  # exact integers where they should be: learned embeddings take nothing else
             grid = grid.mul(1e8).round().div(1e8)
         grid[0] = last  # also where its sigma is capped
         if space.kind == "vp" and spacing == "even":  # what any network of diffusers takes that is swapped
             grid = distinct_labels(grid, last)
-    elif space.kind == "edm":
-        raise ValueError(f"timestep_spacing {spacing!r} is not offered in edm space: use one of {SIGMA_SPACINGS}")
+    elif not space.counts_levels:
+        where = "edm space" if space.kind == "edm" else "a network that is told sigma"
+        raise ValueError(f"timestep_spacing {spacing!r} is not offered in {where}: use one of {SIGMA_SPACINGS}")
     elif spacing == "linspace":
         grid = torch.linspace(last, first, num_levels, dtype=torch.float64)
     elif spacing == "leading":

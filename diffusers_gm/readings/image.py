@@ -63,7 +63,7 @@ class ImageReading:
     @property
     def counts_levels(self) -> bool:
         """Whether labels count noise levels, so that integers are exact."""
-        return self.space.kind != "edm"
+        return self.space.counts_levels
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Noise levels at labels, any shape, float64."""

@@ -33,7 +33,7 @@ class NoiseSpace:
     | kind | alpha(sigma) | timestep label |
     |---|---|---|
     | `vp` | `1 / sqrt(1 + sigma^2)` | index t of the beta schedule, in `[0, N - 1]` |
-    | `ve` | as `vp`, or 1 if not `scale_input` | index on a geometric ladder, 0 = smallest sigma |
+    | `ve` | as `vp`, or 1 if not `scale_input` | index on a geometric ladder, 0 = smallest sigma; or sigma itself |
     | `flow` | `1 / (1 + sigma)` | `N * s` with `sigma = s / (1 - s)`, in `[0, N]` |
     | `edm` | `1 / sqrt(sigma_data^2 + sigma^2)` | `log(sigma) / 4` (arXiv 2206.00364) |
 
@@ -45,6 +45,7 @@ class NoiseSpace:
         log_sigmas: float64, increasing: `log sigma` at the integer labels, `(N,)` (`vp`, `ve`); at the ends of the
             trained range, `(2,)` (`edm`); none in `flow`.
         scale_input: `ve` only: whether the network is fed `y / sqrt(1 + sigma^2)` (True) or `y` itself.
+        sigma_labels: `ve` only: whether the network is told sigma (NCSN++, arXiv 2011.13456), not an index.
         zero_terminal_snr: `vp` only: whether the last label is pure noise, `sigma` infinite.
         sigma_data: `edm` only: standard deviation of the data that the network was preconditioned for.
     """
@@ -55,6 +56,7 @@ class NoiseSpace:
     scale_input: bool = True
     zero_terminal_snr: bool = False
     sigma_data: float = 1.0
+    sigma_labels: bool = False
 
     @classmethod
     def vp(cls, alphas_cumprod: Tensor) -> "NoiseSpace":
@@ -64,11 +66,18 @@ class NoiseSpace:
         return cls("vp", len(abar), log_sigmas, zero_terminal_snr=bool(alphas_cumprod[-1] == 0))
 
     @classmethod
-    def ve(cls, sigma_min: float, sigma_max: float, num_train_timesteps: int, scale_input: bool = True) -> "NoiseSpace":
+    def ve(
+        cls,
+        sigma_min: float,
+        sigma_max: float,
+        num_train_timesteps: int,
+        scale_input: bool = True,
+        sigma_labels: bool = False,
+    ) -> "NoiseSpace":
         """The space of a variance-exploding network on a geometric ladder of `num_train_timesteps` levels."""
         ends = _log_ends(sigma_min, sigma_max)
         ladder = torch.linspace(float(ends[0]), float(ends[1]), num_train_timesteps, dtype=torch.float64)
-        return cls("ve", num_train_timesteps, ladder, scale_input)
+        return cls("ve", num_train_timesteps, ladder, scale_input, sigma_labels=sigma_labels)
 
     @classmethod
     def flow(cls, num_train_timesteps: int) -> "NoiseSpace":
@@ -86,6 +95,11 @@ class NoiseSpace:
     def carries_y(self) -> bool:
         """Whether the sample in a pipeline is y itself; elsewhere it is `alpha * y`, what the network is fed."""
         return self.kind in ("ve", "edm")
+
+    @property
+    def counts_levels(self) -> bool:
+        """Whether labels count noise levels, so that integers are exact."""
+        return self.kind != "edm" and not self.sigma_labels
 
     def betas(self) -> Tensor:
         """The betas of the DDPM network that a network fed `y / sqrt(1 + sigma^2)` is: `(N,)` float64 in (0, 1).
@@ -107,6 +121,8 @@ class NoiseSpace:
             return 1.0, float(self.num_train_timesteps)
         if self.kind == "edm":
             return float(self.log_sigmas[0]) / 4, float(self.log_sigmas[1]) / 4
+        if self.sigma_labels:
+            return math.exp(self.log_sigmas[0]), math.exp(self.log_sigmas[-1])
         return 0.0, self.num_train_timesteps - 1.0
 
     def sigma(self, timestep: Tensor) -> Tensor:
@@ -118,6 +134,8 @@ class NoiseSpace:
         t = _precise(timestep)
         if self.kind == "edm":
             return (4 * t).clamp(*(4 * end for end in self.timestep_range)).exp()
+        if self.sigma_labels:
+            return t.clamp(*self.timestep_range)
         if self.kind == "flow":
             return torch.logit(t / self.num_train_timesteps).exp().clamp(max=MAX_SIGMA)
         ladder = self.log_sigmas.to(t.dtype).to(t.device)
@@ -137,6 +155,8 @@ class NoiseSpace:
         log_sigma = sigma.log().clamp(float(self.log_sigmas[0]), float(self.log_sigmas[-1]))
         if self.kind == "edm":
             return log_sigma / 4
+        if self.sigma_labels:
+            return log_sigma.exp()
         ladder = self.log_sigmas.to(sigma.dtype).to(sigma.device)
         high = torch.searchsorted(ladder, log_sigma.contiguous()).clamp(1, len(ladder) - 1)
         below, above = ladder[high - 1], ladder[high]

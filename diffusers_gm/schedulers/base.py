@@ -82,6 +82,10 @@ class SamplerScheduler(Calls, Swappable):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
+    def sampler_for(self, num_calls: int) -> Sampler:
+        """What a run of so many calls does."""
+        return self.sampler
+
     # --- The calls of a run ---
 
     def set_timesteps(
@@ -101,7 +105,8 @@ class SamplerScheduler(Calls, Swappable):
             timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number. Calls with equal
                 labels are Langevin steps on one level; the last call is the final denoising (`denoise`), so repeat the
                 last label for Langevin steps there. With both, the network is told `timesteps` at the levels `sigmas`.
-                `flow`: `sigmas` are s, before the shift; a final 0 is left out.
+                `flow`: `sigmas` are s, before the shift; a final 0 is left out; those that pipelines pass unasked, 1,
+                1 - 1/n, ..., stand for a number where the config has a calibration or another grid of its own.
             mu: `flow` with `use_dynamic_shifting`: the shift, as pipelines compute it from the image's size.
 
         Raises:
@@ -109,6 +114,8 @@ class SamplerScheduler(Calls, Swappable):
         """
         if (num_inference_steps is not None) + (timesteps is not None or sigmas is not None) != 1:
             raise ValueError("give exactly one of num_inference_steps and custom timesteps or sigmas")
+        if sigmas is not None and timesteps is None and self.passed_by_pipelines(sigmas):
+            num_inference_steps, sigmas = len(sigmas), None
         if num_inference_steps is None:
             labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:

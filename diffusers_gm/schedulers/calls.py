@@ -29,6 +29,16 @@ class Calls:
 
     # --- Of a run ---
 
+    def passed_by_pipelines(self, sigmas: Levels) -> bool:
+        """Whether these are what pipelines of flow networks pass where their user gave no levels: s = 1, 1 - 1/n, ...,
+        in place of which a grid of the config's own is meant."""
+        config, given = self.config, torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
+        own = config.grid not in (None, "trailing") or any(config[flag] for flag in SPACING_FLAGS)
+        if not self.is_flow or not own or (config.grid == "calibrated" and config.calibration is None):
+            return False
+        n = max(len(given), 1)
+        return torch.allclose(given, torch.linspace(1, 1 / n, n, dtype=torch.float64)[: len(given)], rtol=0, atol=1e-6)
+
     def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:
         """The labels of `num_levels` levels on the config's grid; `mu`: see `resolution_shift`.
 
@@ -116,11 +126,11 @@ class Calls:
     def trained_labels(self) -> Tensor:
         """What training scripts draw from before any run: labels that the network was trained at, `(N,)`.
 
-        As schedulers of diffusers hold them: in `flow` space shifted, unless by the image's size; in `edm` space those
-        of EDM's own grid.
+        As schedulers of diffusers hold them: in `flow` space shifted, unless by the image's size; where labels are not
+        counted those of EDM's own grid.
         """
         n = self.config.num_train_timesteps
-        if self.noise_space is not None and self.noise_space.kind == "edm":
+        if self.noise_space is not None and not self.noise_space.counts_levels:
             return self.reading.grid(n, "karras")
         first, last = self.reading.timestep_range
         labels = torch.linspace(last, first, n, dtype=torch.float64)

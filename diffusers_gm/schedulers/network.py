@@ -41,7 +41,7 @@ def reading_from_config(config: Any) -> Reading:
     if kind == "vp":
         space = NoiseSpace.vp(betas_from_config(config)[1])
     elif kind == "ve":
-        space = NoiseSpace.ve(config.sigma_min, config.sigma_max, n, config.scale_input)
+        space = NoiseSpace.ve(config.sigma_min, config.sigma_max, n, config.scale_input, config.sigma_labels)
     elif kind == "flow":
         space = NoiseSpace.flow(n)
     elif kind == "edm":

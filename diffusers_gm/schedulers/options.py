@@ -15,13 +15,17 @@ SPACING_FLAGS = {
     "use_beta_sigmas": "beta",
 }
 
+# The ends of a ladder of ours that nothing else is said of.
+SIGMA_MIN, SIGMA_MAX = 0.01, 50.0
+
 
 def common(
     num_train_timesteps: int = 1000,
     noise_space: Literal["vp", "ve", "flow", "edm"] | None = None,
-    sigma_min: float = 0.01,
-    sigma_max: float = 50.0,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
     scale_input: bool = True,
+    sigma_labels: bool = False,
     sigma_data: float | None = None,
     beta_start: float = 0.0001,
     beta_end: float = 0.02,

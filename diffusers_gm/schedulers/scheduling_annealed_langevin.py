@@ -28,6 +28,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             schedule means `vp`, a flow config (`shift`, `flow_prediction`) `flow`, `sigma_data` `edm`, else `ve`.
         sigma_min, sigma_max: ends of the `ve` ladder, or of the range trained on in `edm` space, in the image's units.
         scale_input: `ve`: whether the network is fed `y / sqrt(1 + sigma^2)` rather than `y`.
+        sigma_labels: `ve`: whether the network is told the noise level itself (NCSN++) rather than its place.
         sigma_data: `edm`: standard deviation of the data that the network was preconditioned for; its `epsilon` is then
             the output of that preconditioning, as in diffusers. None: 1, and `epsilon` is the noise.
         beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, snr_shift_scale: `vp`: as in
@@ -62,7 +63,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
             where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls, and
-            what swaps from schedulers of diffusers and new trainings take.
+            what new trainings take; swaps from schedulers of diffusers take `ladder`.
 
     Raises:
         ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few

@@ -64,9 +64,10 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         model_noise: Literal["gaussian", "mixture"] = "gaussian",
     ):
         self.mixture, self.model_mixture = network_noise(self.config)
-        self._setup(self._sampler_for(None))
+        self._setup(self.sampler_for(None))
 
-    def _sampler_for(self, num_calls: int | None) -> Multistep:
+    def sampler_for(self, num_calls: int | None) -> Multistep:
+        """The calibration may say how stochastic a run of this length is."""
         config = self.config
         tau = config.stochasticity
         if tau is None:
@@ -74,6 +75,5 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         return Multistep(config.multistep_order, config.corrector, tau)
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
-        """The calibration may say how stochastic a run of this length is."""
-        self.sampler = self._sampler_for(len(labels))
+        self.sampler = self.sampler_for(len(labels))
         super()._prepare(labels, levels, device)

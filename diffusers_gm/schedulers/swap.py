@@ -1,13 +1,15 @@
 """Swaps: what schedulers of diffusers and ours may read of the other's configs."""
 
+import inspect
 from typing import Any, ClassVar
 
+import diffusers
 from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ..readings import NoiseSpace
-from .options import SPACING_FLAGS
+from .options import SIGMA_MAX, SIGMA_MIN, SPACING_FLAGS
 
 # Values of `algorithm_type` of diffusers' schedulers, whose configs may come from ours and go back to them.
 SOLVERS = {"dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"}
@@ -34,58 +36,89 @@ def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others:
     return config
 
 
-def from_source_config(config: dict[str, Any]) -> dict[str, Any]:
+def from_source_config(config: dict[str, Any], noise_space: str | None = None) -> dict[str, Any]:
     """A config of a scheduler of diffusers, with what that scheduler leaves unsaid added in our words.
 
     - Values that the source left at its defaults count as given: they describe the network. diffusers drops them from
-      configs in memory, and keeps them in the same configs read from disk.
+      configs in memory, and keeps them in the same configs read from disk; files of older versions leave out what was
+      new later.
     - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
       at few calls: `grid="even"` takes their place, and they stay in the config for the way back.
     - `algorithm_type` is the source's own, and left out.
     - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
-      pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space.
+      pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space; its network is told sigma itself.
     - EDM schedulers (`sigma_data`) and Stable Video Diffusion (`timestep_type="continuous"`) tell the network
       `log(sigma) / 4`: the noise space `edm`, and EDM's grid, `karras`, unless theirs is `exponential`.
+
+    Args:
+        config: of another scheduler.
+        noise_space: as its user gives it; None: it is inferred.
 
     Raises:
         ValueError: if the config describes no noise space of ours.
     """
-    config = {key: value for key, value in config.items() if key not in ("_use_default_values", "algorithm_type")}
-    if config.get("invert_sigmas"):
-        raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
-    if "s_noise" in config or "s_tmin" in config:
-        raise ValueError(
-            "a consistency model answers the end of the probability flow, not a denoised image: no sampler of ours "
-            "can read it"
-        )
-    flagged = any(config.get(flag) for flag in SPACING_FLAGS)
-    if config.get("sigma_data") is not None and "solver_order" in config and "thresholding" not in config:
-        raise ValueError(
-            "CosineDPMSolverMultistepScheduler tells its network the arc tangent of sigma: no noise space of ours"
-        )
+    config = with_defaults(config)
+    refuse_unreadable(config)
     if config.get("sigma_data") is not None:
-        grid = "log_snr" if config.get("sigma_schedule") == "exponential" else "karras"
-        return {**config, "noise_space": "edm", "grid": grid}
-    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        config |= {"noise_space": "edm"}
+    elif config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
         if config.get("sigma_min") is None or config.get("sigma_max") is None:  # then the ends of its betas
             levels = EulerDiscreteScheduler.from_config(config).sigmas
             config |= {"sigma_min": float(levels[-2]), "sigma_max": float(levels[0])}
-        return {**config, "noise_space": "edm", **({} if flagged else {"grid": "karras"})}
-    if config.get("timestep_spacing") in ("leading", "linspace") and not flagged:
-        config["grid"] = "even"
+        config |= {"noise_space": "edm"}
+    if grid := sampler_grid(config):
+        config["grid"] = grid
+    if config.get("noise_space") == "edm":
+        return config
     if config.get("use_flow_sigmas"):
         config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), "prediction_type": "flow_prediction"}
     elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
         if config.get("shift") is not None:
             config = {"prediction_type": "flow_prediction", "timestep_spacing": "trailing", **config}
         elif "correct_steps" in config:
-            config = {"noise_space": "ve", "prediction_type": "score", "scale_input": False, **config}
-        elif not config.keys() & {"sigma_min", "sigma_max"}:
+            of_network = {"noise_space": "ve", "prediction_type": "score", "scale_input": False, "sigma_labels": True}
+            config = of_network | config
+        elif noise_space is None and not config.keys() & {"sigma_min", "sigma_max"}:
             raise ValueError(
                 "no noise space can be inferred from this config: pass noise_space='vp' with beta_schedule, "
                 "noise_space='flow' with shift, or noise_space='ve' with sigma_min and sigma_max"
             )
     return config
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What the class of a config makes of it, without what belongs to its sampler."""
+    source = getattr(diffusers, str(config.get("_class_name")), None)
+    if source is not None and "_use_default_values" not in config:  # a file
+        options = inspect.signature(source.__init__).parameters.values()
+        config = {option.name: option.default for option in options if option.default is not option.empty} | config
+    return {key: value for key, value in config.items() if key not in ("_use_default_values", "algorithm_type")}
+
+
+def refuse_unreadable(config: dict[str, Any]) -> None:
+    """Raise a ValueError for a network that no noise space or no sampler of ours can read."""
+    if config.get("invert_sigmas"):
+        raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
+    if config.keys() & {"s_noise", "s_tmin", "original_inference_steps", "scale_factors"}:
+        raise ValueError(
+            "a consistency model answers the end of the probability flow, not a denoised image, and so does a network "
+            "that was distilled as one (LCM, TCD): no sampler of ours can read it"
+        )
+    if config.get("sigma_data") is not None and "solver_order" in config and "thresholding" not in config:
+        raise ValueError(
+            "CosineDPMSolverMultistepScheduler tells its network the arc tangent of sigma: no noise space of ours"
+        )
+
+
+def sampler_grid(config: dict[str, Any]) -> str | None:
+    """The grid that a network of diffusers gets with a sampler of ours, see `from_source_config`; None: that which the
+    config names."""
+    if any(config.get(flag) for flag in SPACING_FLAGS):
+        return None
+    spacing = config.get("timestep_spacing")
+    if config.get("noise_space") == "edm" and spacing in (None, "log_snr", *THEIR_SPACINGS):
+        return "log_snr" if config.get("sigma_schedule") == "exponential" else "karras"
+    return "even" if spacing in ("leading", "linspace") else None
 
 
 # --- From ours to others ---
@@ -115,8 +148,7 @@ def saved_config(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
     changed: dict[str, Any] = {"algorithm_type": None}
     if config["timestep_spacing"] not in THEIR_SPACINGS:
         changed["timestep_spacing"] = "trailing"
-    if space is not None and space.kind in ("vp", "flow"):
-        changed |= {"sigma_min": None, "sigma_max": None}  # of our `ve` ladder; others would cut their grids there
+    changed |= dict.fromkeys(ends_of_no_ladder(config))
     if space is not None and space.kind == "flow":
         changed |= {"use_flow_sigmas": True, "flow_shift": 1.0 if config.shift is None else config.shift}
     if space is not None and space.kind == "ve" and config.scale_input:
@@ -128,17 +160,27 @@ def saved_config(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
     return saved | {OWN: {"values": values, "added": sorted(changed.keys() - values.keys())}}
 
 
+def ends_of_no_ladder(config: Any) -> list[str]:
+    """The names of the ends of our `ve` ladder where the network has none and nothing was said of them: schedulers of
+    diffusers would cut their grids there."""
+    ends = {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX}
+    unsaid = all(config[name] == end for name, end in ends.items())
+    return list(ends) if unsaid and config["noise_space"] in ("vp", "flow") else []
+
+
 class SwapConfig(FrozenDict):
     """A config of ours, of which schedulers of diffusers take what they understand.
 
     They leave out the fields named under `_use_default_values`, for which they have defaults of their own. Here these
-    are the ones that stand for "not given", our algorithms, and our spacings; everything else means the same to both.
+    are the ones that stand for "not given", our algorithms, our spacings and the ends of our ladder where a network has
+    none; everything else means the same to both.
     """
 
     def get(self, key: str, default: Any = None) -> Any:
         if key != "_use_default_values":
             return super().get(key, default)
         own = {"algorithm_type", *(["timestep_spacing"] if self["timestep_spacing"] not in THEIR_SPACINGS else [])}
+        own |= set(ends_of_no_ladder(self))
         return sorted(own | {name for name, value in self.items() if value is None})
 
 
@@ -167,8 +209,8 @@ class Swappable(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             others = {algorithm for c in _ours() for algorithm in c.algorithms}
             config = from_own_config(config, cls.algorithms, others)
-            if "noise_space" not in config and "noise_space" not in kwargs:
-                config = from_source_config(config)
+            if "noise_space" not in config:
+                config = from_source_config(config, kwargs.get("noise_space"))
             if _of_mixture_noise(config) and not cls.reads_mixtures:
                 raise ValueError(
                     f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
@@ -178,7 +220,7 @@ class Swappable(SchedulerMixin, ConfigMixin):
             if cls.calibrates and "corrector" not in config:
                 config = {**config, "grid": "calibrated"}
             elif not cls.calibrates and config.get("grid") == "calibrated":
-                config = {**config, "grid": None}
+                config = {**config, "grid": sampler_grid(config)}
         if "timestep_spacing" in kwargs:
             kwargs = {"grid": None, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -209,9 +251,10 @@ class Swappable(SchedulerMixin, ConfigMixin):
         """The config by which schedulers of diffusers sample the network of this scheduler:
         `UniPCMultistepScheduler.from_config(pipe.scheduler.diffusers_config())`.
 
-        In `vp` and `flow` space our own config serves. A `ve` network that is fed `y / sqrt(1 + sigma^2)` is a DDPM
-        network, whose betas (`NoiseSpace.betas`) are worked out, with `trailing` timesteps. `edm` networks are those of
-        diffusers' `EDM...` schedulers, or of Stable Video Diffusion.
+        In `vp` space our own config serves, and in `flow` space with the words of solvers that serve both. A `ve`
+        network that is fed `y / sqrt(1 + sigma^2)` is a DDPM network, whose betas (`NoiseSpace.betas`) are worked out,
+        with `trailing` timesteps. `edm` networks are those of diffusers' `EDM...` schedulers, or of Stable Video
+        Diffusion.
 
         Raises:
             ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
@@ -225,6 +268,9 @@ class Swappable(SchedulerMixin, ConfigMixin):
             raise ValueError(f"no scheduler of diffusers reads a network that answers a {kind}")
         if _of_mixture_noise(config):
             raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
+        if space.kind == "flow":
+            shift = 1.0 if config.shift is None else config.shift
+            return SwapConfig(config | {"use_flow_sigmas": True, "flow_shift": shift})
         if space.kind != "ve":
             return config
         shared = {name: config[name] for name in SHARED if config[name] is not None}

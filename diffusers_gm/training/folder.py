@@ -71,12 +71,18 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
 
 
 def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArguments:
-    """The options; those that were left open are as the training of the checkpoint had them."""
+    """The options; those that were left open, or to what is measured, are as the training of the checkpoint had them.
+
+    What `auto` comes to is not the same in every version.
+    """
     if checkpoint is None:
         return args
     record = recorded_options(read_state(checkpoint), args.method)
     recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
-    resumed = replace(args, **recorded)
+    if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        recorded |= {name: str(value) for name, value in numbers.items() if getattr(args, name, None) == "auto"}
+    resumed = replace(args, **recorded, named=args.named_options)
     resumed.left_open |= args.left_open
     return resumed
 
@@ -85,6 +91,8 @@ def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:
     """The options in a checkpoint's state file, and what those came to that were not there yet."""
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
     record, formerly = defaults | content["arguments"], METHODS[method].formerly
+    if record["lr_scheduler"] == "constant":
+        record["lr_warmup_steps"] = 0  # there was none, whatever was written down
     return record | {name: value for name, value in formerly.items() if record.get(name) is None}
 
 

@@ -1,5 +1,6 @@
 """What is minimised: the loss of the network at noise levels, which a scheduler describes."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,17 +18,21 @@ from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
 from .classes import told
 from .draws import Draws
-from .methods import METHODS
+from .methods import METHODS, levels
 from .methods.method import Batch
 from .option import given
 from .options import TrainingArguments
 from .plan import Plan
 
+logger = logging.getLogger(__name__)
+
 # What a schedule of betas is described by.
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 
 
-def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArguments, dict[str, Any]]:
+def levels_of_network(
+    args: TrainingArguments, unet: Any, resumed: bool = False
+) -> tuple[TrainingArguments, dict[str, Any]]:
     """The options with the noise levels that a pretrained network knows, and what the scheduler's config needs of them.
 
     A network that was trained at the levels and labels of a beta schedule (DDPM) or of a ladder goes on with them: the
@@ -38,7 +43,9 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     """
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
     own = METHODS[args.method].option_names
-    if args.model_name_or_path is None or not args.keep_noise_levels or "prediction_type" not in own:
+    # Whoever has levels and no prediction type learns a preconditioned denoiser.
+    edm_alone = "sigma_data" in own and "prediction_type" not in own and METHODS[args.method].input_factor(args) == 1
+    if args.model_name_or_path is None or not args.keep_noise_levels or not ("prediction_type" in own or edm_alone):
         return args, answers
     try:
         config = GMLangevinScheduler.load_config(
@@ -48,7 +55,13 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
     except (OSError, ValueError):  # a network alone, or a scheduler that says nothing of noise levels
         return args, answers
     space, kind = source.noise_space, source.reading.prediction_type
-    if space is None or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score")):
+    if space is None:
+        return args, answers
+    if not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
+        logger.warning(
+            f"--model_name_or_path {args.model_name_or_path}: what its scheduler says of noise levels and answers "
+            f"({space.kind}, {kind}) is not kept by --method {args.method}: the network learns others from here on"
+        )
         return args, answers
     low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
     score = kind == "scaled_score"
@@ -62,6 +75,7 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         # Under Gaussian noise the two are the same.
         "objective": "score" if score and "mixture_weights" in own else "denoiser",
     }
+    known = {name: value for name, value in known.items() if name in own}
     if others := given(args, known):
         raise ValueError(
             f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
@@ -69,7 +83,7 @@ def levels_of_network(args: TrainingArguments, unet: Any) -> tuple[TrainingArgum
         )
     # How often each level is seen, and its weight, are chosen anew for what the network answers.
     chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
-    anew: dict[str, Any] = dict.fromkeys(args.left_open & chosen_anew)
+    anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)
     betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **known, **anew), answers | (betas if space.kind == "vp" else {})
 
@@ -128,7 +142,12 @@ class Objective:
 
     def labels(self, uniform: Tensor) -> Tensor:
         """Labels of noise levels, see `Method`."""
-        return METHODS[self.args.method].labels(self.args, self.plan, uniform)
+        labels = METHODS[self.args.method].labels(self.args, self.plan, uniform)
+        space = getattr(self.scheduler, "noise_space", None)
+        if space is not None and space.kind == "vp" and labels.is_floating_point():
+            # A network of a beta schedule counts other levels than a ladder does.
+            return space.timestep(levels.drawn(self.args, self.plan, uniform))
+        return labels
 
     def sigma(self, uniform: Tensor) -> Tensor:
         """The noise levels themselves, same shape, on the CPU; for cld those of the image in `(x, v)`."""

@@ -81,8 +81,9 @@ def changed_options(args: Any) -> list[str]:
 
 
 def given(args: Any, names: Container[str]) -> list[str]:
-    """Those of these options that were given, as on a command line."""
-    return [f"--{name}" for name in changed_options(args) if name in names]
+    """Those of these options that were given, as on a command line, be it with the value that they have without."""
+    changed = changed_options(args)
+    return [f"--{name}" for name in [*changed, *sorted(args.named_options - {*changed})] if name in names]
 
 
 def number_or_auto(name: str, value: str, number: type) -> Any:

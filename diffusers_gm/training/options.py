@@ -1,7 +1,8 @@
 """The options of `train_gm_sgm.py`."""
 
 import importlib.util
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import InitVar, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ..extra import how_to_install
 from .methods import METHODS, MethodOptions, options_of_others
-from .option import check_bounds, data, given, hub, network, optimisation, output, sampler, trained
+from .option import changed_options, check_bounds, data, given, hub, network, optimisation, output, sampler, trained
 
 # What describes a new network.
 SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dropout")
@@ -219,9 +220,13 @@ class TrainingArguments(MethodOptions):
     )
     hub_token: str | None = hub(None, "Access token, never saved. [the one of `hf auth login`]", private=True)
 
-    def __post_init__(self) -> None:
+    # The options that were named, whatever their values: on a command line or in a recipe.
+    named: InitVar[Collection[str]] = ()
+
+    def __post_init__(self, named: Collection[str]) -> None:
         """Raise a ValueError for whatever is wrong before any data are seen."""
         self.left_open: set[str] = set()
+        self.named_options = set(named)
         for one, other in (("dataset_name", "train_data_dir"), ("model_name_or_path", "model_config")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"give --{one} or --{other}, not both")
@@ -232,7 +237,8 @@ class TrainingArguments(MethodOptions):
         self._check_images()
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
-        if foreign := given(self, options_of_others(self.method)):
+        others = options_of_others(self.method)
+        if foreign := [f"--{name}" for name in changed_options(self) if name in others]:
             raise ValueError(f"{foreign} mean nothing for --method {self.method}: leave them out")
         chosen = METHODS[self.method].choose(self)
         self.left_open = {name for name in chosen if getattr(self, name) is None}

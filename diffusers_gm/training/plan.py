@@ -63,7 +63,11 @@ def make_plan(
         images_per_step = batch_size * num_processes * args.gradient_accumulation_steps
         steps = math.ceil((args.num_train_epochs or 100) * num_images / images_per_step)
     warmup = args.lr_warmup_steps
-    if warmup is None:
+    if args.lr_scheduler == "constant":
+        if warmup:
+            raise ValueError("--lr_warmup_steps: --lr_scheduler constant has none, constant_with_warmup has")
+        warmup = 0
+    elif warmup is None:
         warmup = round(0.3 * steps) if args.lr_scheduler == "one_cycle" else min(500, steps // 10)
     elif warmup >= steps:
         raise ValueError(f"--lr_warmup_steps {warmup} must be smaller than the {steps} steps of the training")
