@@ -313,3 +313,18 @@ def test_a_constant_rate_has_no_warm_up():
     assert plan_for(arguments(lr_scheduler="constant_with_warmup", max_train_steps=100)).lr_warmup_steps == 10
     with pytest.raises(ValueError, match="--lr_scheduler constant has none, constant_with_warmup has"):
         plan_for(arguments(lr_scheduler="constant", lr_warmup_steps=3, max_train_steps=100))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--class_dropout 0.2", "--class_dropout means nothing without --class_conditional"),
+        ("--shuffle_buffer_size 9", "--shuffle_buffer_size means nothing without --streaming"),
+        ("--revision main", "--revision means nothing without --model_name_or_path or --vae"),
+        ("--config digits --config=cld-paper", "--config: one recipe at a time"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        OptionParser("").parse(words.split())
+    assert message in capsys.readouterr().err

@@ -15,6 +15,14 @@ from ..extra import how_to_install
 from .methods import METHODS, MethodOptions, options_of_others
 from .option import changed_options, check_bounds, data, given, hub, network, optimisation, output, sampler, trained
 
+# Options that mean nothing without one of others.
+NEEDS = {
+    "class_dropout": ("class_conditional",),
+    "shuffle_buffer_size": ("streaming",),
+    "revision": ("model_name_or_path", "vae"),
+    "variant": ("model_name_or_path", "vae"),
+}
+
 # What describes a new network.
 SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dropout")
 shape = partial(network, in_place_of=("model_name_or_path", "model_config"))
@@ -110,8 +118,8 @@ class TrainingArguments(MethodOptions):
     variant: str | None = network(None, "Variant of their weights, such as fp16.")
     keep_noise_levels: bool = network(
         True,
-        "(gm-sgm, ncsnv2) Fine-tune a network of a pipeline at the noise levels, labels and prediction type that "
-        "the pipeline's scheduler says it has.",
+        "(gm-sgm, ncsnv2; cld, of preconditioned denoisers) Fine-tune a network of a pipeline at the noise levels, "
+        "labels and prediction type that the pipeline's scheduler says it has.",
         free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = shape(None, "Channels of each level. [chosen by --resolution]")
@@ -240,6 +248,7 @@ class TrainingArguments(MethodOptions):
         others = options_of_others(self.method)
         if foreign := [f"--{name}" for name in changed_options(self) if name in others]:
             raise ValueError(f"{foreign} mean nothing for --method {self.method}: leave them out")
+        check_needs(self)
         chosen = METHODS[self.method].choose(self)
         self.left_open = {name for name in chosen if getattr(self, name) is None}
         for name in self.left_open:
@@ -270,6 +279,12 @@ class TrainingArguments(MethodOptions):
             raise ValueError("--latents_cache_dir is for --vae: give an autoencoder, or leave it out")
         if self.vae is not None and self.dequantize is not None:
             raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
+
+
+def check_needs(args: TrainingArguments) -> None:
+    for name in NEEDS.keys() & changed_options(args):
+        if not any(getattr(args, other) for other in NEEDS[name]):
+            raise ValueError(f"--{name} means nothing without --{' or --'.join(NEEDS[name])}: leave it out")
 
 
 def check_streaming(args: TrainingArguments) -> None:

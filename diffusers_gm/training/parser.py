@@ -72,6 +72,8 @@ class OptionParser(Parser):
     def parse(self, words: Sequence[str]) -> TrainingArguments:
         """The options that the words of a command line give, or the end of the program."""
         given = self._values(words)
+        if sum(word.partition("=")[0] == "--config" for word in words) > 1:
+            self.error("--config: one recipe at a time")
         name = given.pop("config", None)
         try:
             recipe = {} if name is None else read_recipe(name, given)
