@@ -381,3 +381,10 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     assert ended.value.code == 2
     said = 'error: gradio is not installed: pip install "diffusers-gm[app]" (in a clone: pip install -e ".[app]")\n'
     assert capsys.readouterr().err == said
+
+
+def test_an_emptied_box_of_the_guidance_is_none():
+    from diffusers_gm.app.page import chosen_settings
+
+    assert chosen_settings(0, 4, "3", None).guidance_scale == 1.0
+    assert chosen_settings(0, 4, "3", 0).guidance_scale == 0.0

@@ -309,6 +309,20 @@ def test_a_number_in_place_of_the_measured_one_is_another_training(train, traine
         train(options(6), *resume, "--sigma_max 5")
 
 
+@pytest.mark.parametrize("was_told", ["--method cld --cld_loss hsm", "--lr_warmup_steps 1"])
+def test_trainings_of_before_go_on_by_their_own_command(train, tmp_path, was_told):
+    """Versions that took an option named by its default for none, and a warm-up for one of a constant rate."""
+    steps, folder = options(4), tmp_path / "out"
+    train(options(2), was_told.partition("--cld_loss")[0].replace("--lr_warmup_steps 1", ""), "--output_dir", folder)
+    if "warmup" in was_told:
+        state = json.loads((folder / "checkpoint-2" / STATE_FILE).read_text())
+        state["arguments"]["lr_warmup_steps"] = 1
+        unsealed = {name: state[name] for name in ("state", "arguments")}
+        (folder / "checkpoint-2" / STATE_FILE).write_text(json.dumps(unsealed))
+    train(steps, was_told, "--output_dir", folder, "--resume_from_checkpoint latest")
+    assert "checkpoint-4" in names(folder)
+
+
 def test_what_auto_came_to_stays(train, tmp_path):
     """Versions differ in it."""
     resume = "--output_dir", tmp_path / "out", "--resume_from_checkpoint latest"

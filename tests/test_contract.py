@@ -252,7 +252,12 @@ def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
     """`sigmas=linspace(1, 1 / n, n)`: on the config's own grid where it has one, else as it is."""
     passed = np.linspace(1.0, 1 / 6, 6)
     calibration = {"6": [4096.0, 9.0, 2.0, 0.9, 0.4, 0.1], "shift": 3.0}
-    for own in ({"grid": "karras"}, {"grid": "calibrated", "calibration": calibration}, {"use_karras_sigmas": True}):
+    for own in (
+        {"grid": "karras"},
+        {"timestep_spacing": "karras"},
+        {"grid": "calibrated", "calibration": calibration},
+        {"use_karras_sigmas": True},
+    ):
         scheduler = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config, **ladder(cls), **own)
         if own == {"use_karras_sigmas": True} and cls is CalibratedMultistepScheduler:
             continue  # its grid is `calibrated`, which nothing is said of

@@ -30,6 +30,7 @@ from diffusers_gm.evaluation.report import plot, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.evaluation.sampling import NoGridError, build_scheduler, load_pipeline
 from diffusers_gm.evaluation.sources import read_samples
+from diffusers_gm.evaluation.table import command_line
 
 CPU = torch.device("cpu")
 
@@ -389,3 +390,18 @@ def test_two_processes_give_the_figures_of_one(ddpm, evaluate, tmp_path):
     assert theirs["floor"] == record["floor"]
     assert [cell["scores"] for cell in theirs["cells"]] == [cell["scores"] for cell in record["cells"]]
     assert record["cells"][0]["scores"]["FD-Lite0"] > record["floor"][0]["FD-Lite0"]
+
+
+def test_no_path_of_this_machine_is_written(evaluate, tmp_path):
+    """Neither of a folder that is named as a data set, nor of an option with an equals sign."""
+    train, _ = split_digits()
+    for name, some in (("samples", train[:20]), ("real", train[20:100])):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(some):
+            Image.fromarray(((image[0] + 1) * 127.5).round().byte().numpy()).save(tmp_path / name / f"{i}.png")
+    data = f"--dataset_name {tmp_path / 'real'} --cache_dir={tmp_path / 'cache-of-me'}"
+    quick = [word for word in QUICK if word not in ("--batch_size", "10")]
+    results, _ = evaluate("--samples", tmp_path / "samples", *quick[:4], "--num_reference", 40, data=data)
+    assert results["conditions"]["data"] == "real"
+    assert str(tmp_path.parent) not in (tmp_path / "out" / "results.md").read_text()
+    assert command_line(["--cache_dir=/home/me/some/cache"]).endswith(" --cache_dir=some/cache")

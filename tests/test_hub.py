@@ -506,6 +506,20 @@ def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):
             assert (folder / "README.md").read_text() == text
 
 
+def test_measurements_of_another_model_leave_the_repository_with_its_card(server, folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "documented", folder)
+    push = [sys.executable, "-m", "diffusers_gm.hub", str(folder), "me/measured"]
+    (folder / "quality.png").write_bytes(b"a picture")
+    Client(server, tmp_path / "home", TOKEN).command(push)
+    assert "quality.png" in server.repos["me/measured"].files
+    forget_quality(folder)
+    Client(server, tmp_path / "home", TOKEN).command(push)
+    files = server.repos["me/measured"].files
+    assert "quality.png" not in files
+    assert "model_index.json" in files
+
+
 def test_measurements_replace_those_of_before_and_nothing_else(tmp_path):
     text = "---\nlicense: mit\ntags: [mine]\n---\nMine.\n<!-- quality -->\nOld.\n<!-- end of quality -->\nAlso mine.\n"
     (tmp_path / "README.md").write_text(text)

@@ -57,6 +57,10 @@ def test_half_precision_is_computed_in_single(per_element, generator):
         eta = mixture.sample((2, 3, 8, 8), generator, sigma=sigma).half()
         half, single = (mixture.responsibilities(each, sigma) for each in (eta, eta.float()))
         torch.testing.assert_close(half.float(), single, rtol=0, atol=1e-3)
+    wide = mixture.sample((1, 3, 256, 256), generator, sigma=50.0).half()
+    torch.testing.assert_close(
+        mixture.log_prob(wide, 50.0).float(), mixture.log_prob(wide.float(), 50.0), rtol=1e-3, atol=0
+    )
 
 
 def test_tables_serve_gradients_and_autocast_too(generator):

@@ -6,8 +6,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from networks import seeded
+from PIL import Image
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -15,7 +23,9 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
     NCSNv2Pipeline,
+    UnconditionalPipeline,
 )
+from diffusers_gm.pipelines.inputs import as_images
 
 MIXTURE = GaussianMixtureNoise.from_power_law(1.5, 2)
 
@@ -170,3 +180,42 @@ def test_a_network_without_sample_size_is_named(pipeline):
     pipeline.unet.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="sample_size"):
         pipeline(1)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_that_do_not_say_what_is_white_are_refused(pipeline, mode):
+    picture = Image.fromarray(np.zeros((8, 8), {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    for call in (lambda: pipeline(1, 4, image=picture, strength=0.5), lambda: pipeline.denoise(picture, 0.1)):
+        with pytest.raises(ValueError, match=f"of mode {mode}, which does not say what is white"):
+            call()
+
+
+def test_whole_numbers_are_no_noisy_images(pipeline):
+    with pytest.raises(ValueError, match="holds whole numbers: give PIL images"):
+        pipeline.estimate_noise_level(torch.full((1, 1, 8, 8), 200, dtype=torch.uint8))
+
+
+def test_pictures_are_upright_and_on_white_as_a_training_reads_them(tmp_path):
+    clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    assert (as_images(clear, "image", (1, 3, 8, 8)) == 1).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "sideways.png", exif=exif)
+    sideways = Image.open(tmp_path / "sideways.png")
+    turned = as_images(sideways, "image", (1, 1, 8, 8))[0, 0] * 255
+    assert torch.equal(turned.round(), torch.arange(64.0).reshape(8, 8).rot90(-1))
+    assert sideways.getexif()[0x0112] == 6, "the user's image stays as it is"
+
+
+def test_a_run_that_cannot_begin_in_the_middle(tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, PNDMScheduler())
+    with pytest.raises(ValueError, match="a PNDMScheduler cannot begin in the middle"):
+        pipe(1, 20, seeded(0), image=torch.full((1, 1, 8, 8), 0.5), strength=0.3)
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True)
+    images = pipe(1, 20, seeded(0), image=torch.full((1, 1, 8, 8), 0.5), strength=0.3, output_type="latent").images
+    assert images.abs().max() < 10
+
+
+def test_a_scheduler_that_names_no_first_level(tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler())
+    assert pipe(1, 4, seeded(0), output_type="pt").images.shape == (1, 1, 8, 8)

@@ -205,3 +205,26 @@ def test_other_workers_would_be_another_order(train, tmp_path, folder):
         train(*options, "--dataloader_num_workers 2 --resume_from_checkpoint checkpoint-3")
     with pytest.raises(ValueError, match="--shuffle_buffer_size was 7 and is 8"):
         train(*options, "--shuffle_buffer_size 8 --resume_from_checkpoint checkpoint-3")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_held_out_files_are_not_streamed(tmp_path, kind, caplog):
+    save = {"parquet": save_parquets, "webdataset": save_tars}[kind]
+    parts = sorted(save(tmp_path / "stream").iterdir())
+    for number, part in enumerate(parts):
+        of = f"-of-{SHARDS:05d}" if kind == "parquet" else ""
+        part.rename(part.with_name(f"{'train' if number else 'test'}-{number:05d}{of}{part.suffix}"))
+    images = open_stream(train_data_dir=str(tmp_path / "stream"))
+    assert len(list(images.dataset)) == (SHARDS - 1) * ROWS
+    assert "not used are 1 files of the split 'test'" in caplog.text
+
+
+def test_pairs_of_images_are_told_apart_by_their_user(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "0.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(0))
+            tar.addfile(member, io.BytesIO(png(0)))
+    with pytest.raises(ValueError, match=r"images in the columns \['png', 'jpg'\]: say which with --image_column"):
+        open_stream(train_data_dir=str(tmp_path))
+    assert open_stream(train_data_dir=str(tmp_path), image_column="jpg").image_column == "jpg"

@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -147,6 +148,27 @@ def test_a_file_of_diffusers_says_what_its_class_leaves_unsaid(cls, source, tmp_
 def test_naming_the_noise_space_changes_nothing_else(cls, source, space):
     named, inferred = cls.from_config(source.config, noise_space=space), cls.from_config(source.config)
     assert dict(named.config) == dict(inferred.config)
+
+
+@every_scheduler
+@pytest.mark.parametrize("space", ["vp", "ve", "edm"])
+def test_ends_that_a_source_leaves_open_are_ours(cls, space):
+    config = cls.from_config(EulerDiscreteScheduler().config, noise_space=space).config
+    assert (config.sigma_min, config.sigma_max) == (0.01, 50.0)
+
+
+def test_an_ordinary_network_that_a_distilled_one_was_sampled_beside():
+    config = diffusers.LCMScheduler(beta_schedule="scaled_linear").config
+    assert CLDSSCSScheduler.from_config(config, noise_space="vp").config.beta_schedule == "scaled_linear"
+
+
+def test_a_network_that_is_told_sigma_is_none_of_betas(tmp_path):
+    scheduler = AnnealedLangevinScheduler(noise_space="ve", sigma_labels=True)
+    with pytest.raises(ValueError, match="sigma_labels=False"):
+        scheduler.diffusers_config()
+    scheduler.save_pretrained(tmp_path)
+    assert "trained_betas" not in AnnealedLangevinScheduler.load_config(tmp_path)
+    assert AnnealedLangevinScheduler.from_pretrained(tmp_path).noise_space.sigma_labels
 
 
 @every_scheduler

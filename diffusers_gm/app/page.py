@@ -63,7 +63,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def chosen_settings(seed: float, images: float, label: str, guidance: float) -> Settings:
-    return Settings(int(seed or 0), int(images), None if label == ALL else label, float(guidance or 0))
+    return Settings(
+        int(seed or 0), int(images), None if label == ALL else label, 1.0 if guidance is None else float(guidance)
+    )
 
 
 def compare(model: Model | None, names: list[str], calls: str, *chosen: Any) -> Iterator[dict[str, Any]]:

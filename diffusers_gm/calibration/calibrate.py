@@ -63,6 +63,8 @@ SHARES = {
     "skip_guidance_layers": None,
     "adapter_conditioning_factor": 1.0,
     "cfg_trunc_ratio": 1.0,
+    "denoising_start": None,
+    "denoising_end": None,
 }
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
@@ -362,7 +364,7 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
     for name, whole in SHARES.items():
         value = given.get(name, whole)
-        if any(share != whole for share in (value if isinstance(value, list | tuple) else [value])):
+        if any(share not in (None, whole) for share in (value if isinstance(value, list | tuple) else [value])):
             raise ValueError(
                 f"{name}={value!r} acts in a share of a run, and a calibration makes no run as long as yours: leave it "
                 "out"

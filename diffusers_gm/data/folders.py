@@ -112,6 +112,12 @@ def split_of_table(path: str) -> str | None:
     return next((name.lower() for name in names if name.lower() in TRAIN | HELD_OUT), None)
 
 
+def split_of_shard(path: str) -> str | None:
+    """As files of webdataset are named: `train-0000.tar`, or a folder `train`."""
+    numbered = PurePosixPath(path)
+    return split_of_table(str(numbered.with_name(re.sub(r"[-_.]?[0-9]+$", "", numbered.stem) or "0")))
+
+
 def training_part(paths: list[str], split_of: Callable[[str], str | None], left_out: Counter[str]) -> list[str]:
     """Those that are for training, where *all* are in splits of which one is; else all."""
     splits = [split_of(path) for path in paths]

@@ -1,6 +1,7 @@
 """Images that are read as they come, through `datasets`' streaming: data larger than the disk, or never counted."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .examination import MAX_UNREADABLE
-from .folders import list_folder
+from .folders import list_folder, split_of_shard, split_of_table, training_part
 from .pixels import Colour, colour, scaled
 from .seeds import ORDER, order_for, seed_for
 from .sources import EncodedImages, TableImages
@@ -65,8 +66,13 @@ def open_stream(
     folder = Path(str(name))
     if folder.is_dir():
         listing = list_folder(folder)
-        tars = sorted(str(path) for path in folder.rglob("*.tar"))
-        kind, paths = ("webdataset", tars) if tars else ("parquet", [str(folder / path) for path in listing.tables])
+        tars = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
+        left_out: Counter[str] = Counter()
+        found = training_part(tars or listing.tables, split_of_shard if tars else split_of_table, left_out)
+        if left_out:
+            words = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
+            logger.warning(f"{option} {str(name)!r}: {len(found)} files are used, not used are {words}")
+        kind, paths = "webdataset" if tars else "parquet", [str(folder / path) for path in found]
         if not paths:
             files = ", of which image files are read one by one anyway: leave out --streaming" if listing.images else ""
             raise ValueError(f"{option} {str(name)!r} holds no parquet or tar files to be streamed{files}")

@@ -46,6 +46,9 @@ def images_of(dataset: Any, image_column: str | None) -> tuple[Any, str]:
     import datasets
 
     columns = list(dataset.features or next(iter(dataset), {}))  # a stream may not know before it is read
+    several = [name for name in SUFFIXES if name in columns]
+    if image_column is None and len(several) > 1 and not set(USUAL_COLUMNS) & set(columns):
+        raise ValueError(f"there are images in the columns {several}: say which with --image_column")
     image_column = column_called("--image_column", image_column, USUAL_COLUMNS + SUFFIXES, columns)
     try:
         kind: Any = (dataset.features or {}).get(image_column)

@@ -79,11 +79,12 @@ def _demo_quality(found: dict[str, Any]) -> tuple[str, list[EvalResult]]:
 
 def _evaluation_quality(results: Results) -> tuple[str, list[EvalResult]]:
     conditions, data = results.conditions, results.conditions["data"]
+    of = f", of the classes {', '.join(conditions['classes'])} alone" if "classes" in conditions else ""
     entries = [
         _eval_result(
             (data, data),
             metric.lower().replace(" ", "-"),
-            f"{metric}, {scheduler}, {calls} network calls, n = {conditions['num_samples']} "
+            f"{metric}, {scheduler}, {calls} network calls{of}, n = {conditions['num_samples']} "
             f"(real images: {floor.mean:.4g})",
             round(value.mean, 4),
         )

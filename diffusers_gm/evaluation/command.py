@@ -58,7 +58,7 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
         "content": subject.content,
         "shape": list(subject.shape),
         "num_samples": n,
-        "data": args.dataset_name or name_of(args.train_data_dir),
+        "data": name_of(args.dataset_name or args.train_data_dir),
         "num_reference": len(real),
         "reference": fingerprint(real),
         "floor": fingerprint(floor[:n]),

@@ -54,6 +54,9 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
 
 
 def _neutral(word: str) -> str:
+    if word.startswith("--") and "=" in word:
+        option, _, value = word.partition("=")
+        return f"{option}={_neutral(value)}"
     path = Path(word)
     if not path.is_absolute():
         return word

@@ -80,6 +80,8 @@ def training_card(options: dict[str, Any], pipeline_class: str, result: Training
     on_hub, names = options["push_to_hub"], result.class_names
     name = options["hub_model_id"] if on_hub else Path(options["output_dir"]).name or options["method"]
     folder, dataset = options["train_data_dir"], options["dataset_name"]
+    if folder is None and dataset != "digits" and Path(dataset).is_dir():  # as `datasets` takes it, too
+        folder = dataset
     from_hub = folder is None and dataset != "digits"
     data = f"`{dataset}`" if from_hub else "handwritten digits"
     if folder is not None:

@@ -178,7 +178,8 @@ class ImagePipeline(HubPipeline):
     def _initial_sample(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
         if hasattr(self.scheduler, "initial_sample"):
             return self.scheduler.initial_sample(shape, generator, device, torch.float32)
-        return self.scheduler.init_noise_sigma * randn(shape, generator, device, torch.float32)
+        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # which schedulers of flow networks do not name
+        return scale * randn(shape, generator, device, torch.float32)
 
     def _as_learned(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] as the network takes them: their latents, with `vae`."""

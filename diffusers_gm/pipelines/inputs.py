@@ -6,7 +6,10 @@ from numbers import Integral
 from typing import Any
 
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
+
+from ..data.pixels import decode
 
 # One class for all images or one for each: indices, or names.
 ClassLabels = int | str | Sequence[int | str] | Tensor
@@ -66,15 +69,25 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: boo
     """Images of a user's, `(1 or B, C, H, W)` float32 in [0, 1].
 
     Args:
-        image: PIL images, arrays `(..., H, W, C)` or tensors `(..., C, H, W)` in [0, 1], one or a list.
+        image: PIL images, upright, on white where they are transparent; arrays `(..., H, W, C)` or tensors
+            `(..., C, H, W)` in [0, 1]; one or a list.
         argument: its name.
         shape: `(B, C, H, W)` of the run; None where anything will do.
         noisy: whether values may lie outside [0, 1].
 
     Raises:
-        ValueError: for another shape, or values out of [0, 1].
+        ValueError: for another shape, values out of [0, 1], or whole numbers or a mode of PIL of which it is not said
+            what is white.
     """
     channels = shape[1]
+    given = list(image) if isinstance(image, list | tuple) else [image]
+    if all(isinstance(one, Image.Image) for one in given):
+        image = [_as_read(one, argument) for one in given]
+    elif noisy and any("int" in str(getattr(one, "dtype", "")) for one in given):
+        raise ValueError(
+            f"{argument} holds whole numbers: give PIL images, or floating-point numbers of which 0 is black and 1 is "
+            "white"
+        )
     processor = VaeImageProcessor(
         do_resize=False, do_normalize=False, do_convert_rgb=channels == 3, do_convert_grayscale=channels == 1
     )
@@ -93,3 +106,13 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: boo
     if not noisy and not (low >= 0 and high <= 1):
         raise ValueError(f"{argument} must be in [0, 1], as pipelines return images; it goes from {low:g} to {high:g}")
     return images
+
+
+def _as_read(image: Image.Image, argument: str) -> Image.Image:
+    """A PIL image as a training reads it."""
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"{argument} is of mode {image.mode}, which does not say what is white: give an array or a tensor in "
+            "[0, 1], scaled as the training images were"
+        )
+    return Image.fromarray(decode(image.copy()))

@@ -6,7 +6,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 
 from ..version import __version__
@@ -96,9 +96,15 @@ def upload(
         content["README.md"] = card_of_repository((folder / "README.md").read_text(encoding="utf-8"), repo_id).encode()
     elif card is not None and not api.file_exists(repo_id, "README.md"):
         content["README.md"] = str(card).encode()
+    # Measurements of another model, whose card is replaced.
+    stale = [name for name in QUALITY_FILES if "README.md" in content and name not in content]
+    changes: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(name, data) for name, data in content.items()),
+        *(CommitOperationDelete(name) for name in stale if api.file_exists(repo_id, name)),
+    ]
     api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, data) for name, data in content.items()],
+        changes,
         commit_message=message or "Upload a pipeline of diffusers_gm",
         create_pr=create_pr,
     )

@@ -111,7 +111,7 @@ class UnconditionalPipeline(ImagePipeline):
         batch_size = self._batch_size(batch_size, class_labels, latents)
         shape = self._checked_shape(batch_size, generator, latents, output_type, height, width)
         picture = self._picture(shape, latents, image, strength, mask_image, num_resamples)
-        begins = [0] if picture is None else picture.begins(num_steps)
+        begins = [0] if picture is None else self._begins(picture, num_steps)
         draw = None
         if image is None:
             draw = partial(self.draw_labels, batch_size, generator)
@@ -271,6 +271,18 @@ class UnconditionalPipeline(ImagePipeline):
         self._image_shape(*images.shape[2:])
         check_generators(generator, len(images))
         return (2 * images - 1).to(self._execution_device)
+
+    def _begins(self, picture: Any, num_steps: int) -> list[int]:
+        """The steps at which the runs from a picture begin; a ValueError for a scheduler that begins nowhere else than
+        at the first."""
+        begins = picture.begins(num_steps)
+        in_parts = self.scheduler.config.get("skip_prk_steps") is False and not hasattr(self.scheduler, "reading")
+        if in_parts and any(begins):
+            raise ValueError(
+                f"a {type(self.scheduler).__name__} cannot begin in the middle of a run, as image asks for: make it "
+                "with skip_prk_steps=True"
+            )
+        return begins
 
     def _picture(
         self,

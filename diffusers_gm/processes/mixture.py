@@ -154,7 +154,7 @@ class GaussianMixtureNoise:
     def log_prob(self, eta: Tensor, sigma: Tensor | float = 1.0) -> Tensor:
         """Log density of noise `eta` at level `sigma`, shape `(B,)`, in nats."""
         log_prob = torch.logsumexp(self._log_joint(eta, sigma), 1).reshape(eta.shape[0], -1).sum(1)
-        log_sigma = torch.log(torch.as_tensor(sigma, dtype=eta.dtype, device=eta.device)).flatten()
+        log_sigma = torch.log(torch.as_tensor(sigma, dtype=log_prob.dtype, device=eta.device)).flatten()
         return log_prob - eta[0].numel() * (log_sigma + 0.5 * math.log(2 * math.pi))
 
     def responsibilities(self, eta: Tensor, sigma: Tensor | float = 1.0) -> Tensor:

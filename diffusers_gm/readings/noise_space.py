@@ -101,16 +101,24 @@ class NoiseSpace:
         """Whether labels count noise levels, so that integers are exact."""
         return self.kind != "edm" and not self.sigma_labels
 
+    @property
+    def is_of_betas(self) -> bool:
+        """Whether a schedule of betas has the network's inputs and labels."""
+        return self.kind in ("vp", "ve") and self.scale_input and not self.sigma_labels
+
     def betas(self) -> Tensor:
         """The betas of the DDPM network that a network fed `y / sqrt(1 + sigma^2)` is: `(N,)` float64 in (0, 1).
 
         `abar = 1 / (1 + sigma^2)`, so that `beta_t = (sigma_t^2 - sigma_(t-1)^2) / (1 + sigma_t^2)`.
 
         Raises:
-            ValueError: in `flow` and `edm` space, and in `ve` space without input scaling.
+            ValueError: in `flow` and `edm` space, and in `ve` space without input scaling or with `sigma_labels`.
         """
-        if self.kind not in ("vp", "ve") or not self.scale_input:
-            raise ValueError("only a network that is fed y / sqrt(1 + sigma^2) has betas: noise space vp, or ve with scale_input=True")  # fmt: skip # noqa: E501
+        if not self.is_of_betas:
+            raise ValueError(
+                "only a network that is fed y / sqrt(1 + sigma^2), and told an index, has betas: noise space vp, or ve "
+                "with scale_input=True and sigma_labels=False"
+            )
         variances = (2 * self.log_sigmas).exp()
         return variances.diff(prepend=torch.zeros(1, dtype=torch.float64)) / (1 + variances)
 

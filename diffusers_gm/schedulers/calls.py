@@ -33,11 +33,11 @@ class Calls:
         """Whether these are what pipelines of flow networks pass where their user gave no levels: s = 1, 1 - 1/n, ...,
         in place of which a grid of the config's own is meant."""
         config, given = self.config, torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-        own = config.grid not in (None, "trailing") or any(config[flag] for flag in SPACING_FLAGS)
+        own = (config.grid or config.timestep_spacing) != "trailing" or any(config[flag] for flag in SPACING_FLAGS)
         if not self.is_flow or not own or (config.grid == "calibrated" and config.calibration is None):
             return False
-        n = max(len(given), 1)
-        return torch.allclose(given, torch.linspace(1, 1 / n, n, dtype=torch.float64)[: len(given)], rtol=0, atol=1e-6)
+        n = len(given)
+        return n > 0 and torch.allclose(given, torch.linspace(1, 1 / n, n, dtype=torch.float64), rtol=0, atol=1e-6)
 
     def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:
         """The labels of `num_levels` levels on the config's grid; `mu`: see `resolution_shift`.

@@ -58,7 +58,7 @@ def from_source_config(config: dict[str, Any], noise_space: str | None = None) -
         ValueError: if the config describes no noise space of ours.
     """
     config = with_defaults(config)
-    refuse_unreadable(config)
+    refuse_unreadable(config, noise_space)
     if config.get("sigma_data") is not None:
         config |= {"noise_space": "edm"}
     elif config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
@@ -87,22 +87,27 @@ def from_source_config(config: dict[str, Any], noise_space: str | None = None) -
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """What the class of a config makes of it, without what belongs to its sampler."""
+    """What the class of a config makes of it, without what belongs to its sampler, and ends of levels that are None."""
     source = getattr(diffusers, str(config.get("_class_name")), None)
     if source is not None and "_use_default_values" not in config:  # a file
         options = inspect.signature(source.__init__).parameters.values()
         config = {option.name: option.default for option in options if option.default is not option.empty} | config
-    return {key: value for key, value in config.items() if key not in ("_use_default_values", "algorithm_type")}
+    left_out = {"_use_default_values", "algorithm_type"}
+    left_out |= {end for end in ("sigma_min", "sigma_max") if config.get(end) is None}
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
-def refuse_unreadable(config: dict[str, Any]) -> None:
-    """Raise a ValueError for a network that no noise space or no sampler of ours can read."""
+def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) -> None:
+    """Raise a ValueError for a network that no noise space or no sampler of ours can read. A `noise_space` that is
+    given says that the network is an ordinary one, whatever scheduler it has been sampled by."""
     if config.get("invert_sigmas"):
         raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
-    if config.keys() & {"s_noise", "s_tmin", "original_inference_steps", "scale_factors"}:
+    distilled = () if noise_space else ("original_inference_steps", "scale_factors")
+    if any(name in config for name in ("s_noise", "s_tmin", *distilled)):
         raise ValueError(
             "a consistency model answers the end of the probability flow, not a denoised image, and so does a network "
-            "that was distilled as one (LCM, TCD): no sampler of ours can read it"
+            "that was distilled as one (LCM, TCD): no sampler of ours can read it; if the network is an ordinary one, "
+            "give its noise_space"
         )
     if config.get("sigma_data") is not None and "solver_order" in config and "thresholding" not in config:
         raise ValueError(
@@ -151,7 +156,7 @@ def saved_config(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
     changed |= dict.fromkeys(ends_of_no_ladder(config))
     if space is not None and space.kind == "flow":
         changed |= {"use_flow_sigmas": True, "flow_shift": 1.0 if config.shift is None else config.shift}
-    if space is not None and space.kind == "ve" and config.scale_input:
+    if space is not None and space.kind == "ve" and space.is_of_betas:
         changed["trained_betas"] = space.betas().tolist()
     # None stands for "not given" in ours; to others it would be a value.
     changed |= {key: None for key, value in theirs.items() if value is None and key not in changed}
@@ -220,7 +225,9 @@ class Swappable(SchedulerMixin, ConfigMixin):
             if cls.calibrates and "corrector" not in config:
                 config = {**config, "grid": "calibrated"}
             elif not cls.calibrates and config.get("grid") == "calibrated":
-                config = {**config, "grid": sampler_grid(config)}
+                own = ("corrector", "multistep_order", "stochasticity")
+                config = {key: value for key, value in config.items() if key not in own}
+                config["grid"] = sampler_grid(config)
         if "timestep_spacing" in kwargs:
             kwargs = {"grid": None, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -258,7 +265,7 @@ class Swappable(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
-                one that answers a score, a `ve` network without input scaling.
+                one that answers a score, a `ve` network without input scaling, or one that is told sigma.
         """
         config, space = self.config, self.noise_space
         if space is None:

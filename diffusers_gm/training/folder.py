@@ -82,8 +82,11 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         recorded |= {name: str(value) for name, value in numbers.items() if getattr(args, name, None) == "auto"}
-    resumed = replace(args, **recorded, named=args.named_options)
+    if args.lr_scheduler == "constant":
+        recorded["lr_warmup_steps"] = 0  # also where a version that promised one was told of it
+    resumed = replace(args, **recorded)  # what was named was checked by the version that began
     resumed.left_open |= args.left_open
+    resumed.named_options = args.named_options
     return resumed
 
 
@@ -281,6 +284,10 @@ def read_checkpoint(
         if name not in free and before.get(name) != now[name]
     ]
     if changes:
+        if args.method == "cld" and args.model_name_or_path is not None and args.keep_noise_levels:
+            changes.append(
+                "(a fine-tuning that kept no levels, as those of cld did, goes on with --no_keep_noise_levels)"
+            )
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint.name} continues a training with other options: {'; '.join(changes)}"
         )

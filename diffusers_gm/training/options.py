@@ -228,7 +228,7 @@ class TrainingArguments(MethodOptions):
     )
     hub_token: str | None = hub(None, "Access token, never saved. [the one of `hf auth login`]", private=True)
 
-    # The options that were named, whatever their values: on a command line or in a recipe.
+    # The options that were named on a command line, whatever their values.
     named: InitVar[Collection[str]] = ()
 
     def __post_init__(self, named: Collection[str]) -> None:

@@ -80,7 +80,7 @@ class OptionParser(Parser):
             self.source = f"--config {name}: "
             recipe = self._values(as_words(recipe))
             self.source = ""
-            return TrainingArguments(**recipe | given, named=recipe.keys() | given.keys())
+            return TrainingArguments(**recipe | given, named=given.keys())
         except ValueError as error:
             self.error(str(error))
 
