@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -202,10 +202,13 @@ class TrainingLatents(Dataset):
 
     @cached_property
     def _shown(self) -> list[int]:
-        shards = [load_file(path) for path in self.paths]
-        if not all("shown" in shard for shard in shards):  # of before this was kept
-            return list(range(self.num_images))
-        return torch.cat([shard["shown"] for shard in shards]).tolist()
+        shown: list[int] = []
+        for path in self.paths:
+            with safe_open(path, "pt") as shard:  # of which the latents are not read
+                if "shown" not in shard.keys():  # noqa: SIM118 - of before this was kept
+                    return list(range(self.num_images))
+                shown += shard.get_tensor("shown").tolist()
+        return shown
 
     def shown_for(self, index: int) -> int:
         """The image whose latents these are: another where one cannot be read."""

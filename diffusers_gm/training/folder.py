@@ -284,7 +284,8 @@ def read_checkpoint(
         if name not in free and before.get(name) != now[name]
     ]
     if changes:
-        if args.model_name_or_path is not None and args.keep_noise_levels:
+        other_levels = any(change.startswith(("--sigma_", "--num_train_timesteps")) for change in changes)
+        if other_levels and args.model_name_or_path is not None and args.keep_noise_levels:
             changes.append("(a fine-tuning that kept no levels goes on with --no_keep_noise_levels)")
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint.name} continues a training with other options: {'; '.join(changes)}"
