@@ -21,6 +21,8 @@ from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler
 from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError, sample
 from diffusers_gm.pipelines.unconditional import UnconditionalPipeline
+from diffusers_gm.processes.cld import CLD
+from diffusers_gm.samplers import CriticallyDamped, Langevin, Memory, TwoStep
 from diffusers_gm.studies import sampler_benchmark as bench
 from diffusers_gm.studies import sampler_benchmark_models as models
 from diffusers_gm.studies import step_cost
@@ -275,3 +277,28 @@ def test_the_cost_of_a_step_is_that_of_every_scheduler(tmp_path, capsys):
             assert all(float(value) > 0 for value in row.split("|")[2:-1])
     assert "| Euler ancestral | 1.00 | 1.00 | 1.00 | 1.00 |" in of_peer
     assert "| UniPC | 1.00 | 1.00 | 1.00 | 1.00 |" in of_unipc
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_read", "num_written"),
+    [
+        (Langevin(1, 0.01), 3, 1),  # y, D and a noise
+        (TwoStep(), 3, 1),  # the D before
+        (CriticallyDamped(CLD()), 6, 2),  # the companion, the D before, two noises
+        (CriticallyDamped(CLD(), "euler_maruyama"), 5, 2),  # of its two noises one is next to nothing's
+        (CriticallyDamped(CLD(), "probability_flow"), 4, 2),
+    ],
+    ids=lambda value: getattr(value, "algorithm", type(value).__name__) if not isinstance(value, int) else "",
+)
+def test_a_compiled_step_is_compared_with_what_it_has_to_move(sampler, num_read, num_written):
+    y, denoised = torch.randn((2, 1, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    noise, memory = torch.randn(32, generator=torch.Generator().manual_seed(1)), Memory()
+    plan = sampler.plan(torch.logspace(1, -1, 10, dtype=torch.float64))
+    for i in range(3):
+        _, memory = sampler.step(plan, i, y, denoised, memory, step_cost.Drawn(noise=noise))
+
+    def step(y, denoised, noise):
+        return sampler.step(plan, 3, y, denoised, memory, step_cost.Drawn(noise=noise))
+
+    read, written = step_cost.moved(step, y, denoised, noise, memory)
+    assert (len(read), written) == (num_read, num_written)

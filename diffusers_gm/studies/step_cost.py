@@ -5,7 +5,8 @@
 Every scheduler of this package, swapped onto a DDPM network's config, over `EulerAncestralDiscreteScheduler` and
 `UniPCMultistepScheduler` on the same tensors. The runs take turns, so that a busy machine slows all alike, and CPU time
 of the process counts, not wall time; medians. With --compiled also what `torch.compile` makes of the samplers' steps,
-without a break, over one fused read-and-write of as many tensors as the simplest of them has; noise is drawn before.
+without a break, over fused read-and-writes: of three tensors into one, as the simplest of them does, and of the very
+tensors that each has to move (CLD's step has two images and two noises in it); noise is drawn before.
 """
 
 import math
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +96,20 @@ class Drawn(Draw):
         return self.noise[: math.prod(shape)].view(tuple(shape)).clone()
 
 
+def read_and_write(*images: Tensor, written: int = 1) -> tuple[Tensor, ...]:
+    """So many different sums of all these."""
+    return tuple(sum(((k + i) * image for i, image in enumerate(images, 1)), images[0]) for k in range(written))
+
+
 @torch.no_grad()
-def compiled_costs(shape: Shape, num_steps: int) -> dict[str, float]:
-    """CPU time of the compiled step of each sampler that draws no components, over a fused read-and-write."""
+def compiled_costs(shape: Shape, num_steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """CPU time of the compiled step of each sampler that draws no components: over a fused read-and-write of three
+    tensors into one, as the simplest of them does, and over one of the tensors that the step itself has to move. All
+    three take turns."""
     generator = torch.Generator().manual_seed(0)
     y, denoised, other = torch.randn((3, *shape), generator=generator)
     noise = torch.randn(2 * y.numel(), generator=generator)
-
-    def median(function: Callable[..., Any], *tensors: Tensor) -> float:
-        return statistics.median([milliseconds(function, *tensors) for _ in range(num_steps + WARM_UP)][WARM_UP:])
-
-    def read_and_write(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return a + 2 * b + 3 * c
-
-    least = median(torch.compile(read_and_write, fullgraph=True), y, denoised, other)
-    found = {}
+    over_least, over_same = {}, {}
     for name, scheduler in all_schedulers().items():
         if name in PEERS or "jump" in name or "exponential" in name:
             continue
@@ -122,8 +123,37 @@ def compiled_costs(shape: Shape, num_steps: int) -> dict[str, float]:
         def step(y: Tensor, denoised: Tensor, noise: Tensor, memory: Any = memory, plan: Any = plan) -> Any:
             return sampler.step(plan, WARM_UP, y, denoised, memory, Drawn(noise=noise))  # noqa: B023
 
-        found[name] = median(torch.compile(step, fullgraph=True), y, denoised, noise) / least
-    return found
+        read, written = moved(step, y, denoised, noise, memory)
+        functions = [
+            partial(torch.compile(step, fullgraph=True), y, denoised, noise),
+            partial(torch.compile(read_and_write, fullgraph=True), y, denoised, other),
+            partial(torch.compile(partial(read_and_write, written=written), fullgraph=True), *read),
+        ]
+        times = [[milliseconds(function) for function in functions] for _ in range(num_steps + WARM_UP)][WARM_UP:]
+        of_step, least, same = (statistics.median(of) for of in zip(*times, strict=True))
+        over_least[name], over_same[name] = of_step / least, of_step / same
+    return over_least, over_same
+
+
+def moved(
+    step: Callable[..., Any], y: Tensor, denoised: Tensor, noise: Tensor, memory: Memory
+) -> tuple[list[Tensor], int]:
+    """The tensors that a sampler's step reads, of the two noises in `noise` those that it really needs, and how many it
+    writes."""
+    read, noises = [y, denoised, *tensors_in(memory)], noise.view(2, *y.shape)
+    for k in (0, 1):
+        broken = noises.index_fill(0, torch.tensor(k), math.nan).flatten()
+        if any(bool(image.isnan().any()) for image in tensors_in(step(y, denoised, broken))):
+            read.append(noises[k])
+    known = {image.data_ptr() for image in read}
+    return read, sum(image.data_ptr() not in known for image in tensors_in(step(y, denoised, noise)))
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples."""
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def table_of(caption: str, found: Costs, places: int = 2, peer: str | None = None) -> Table:
@@ -135,13 +165,20 @@ def table_of(caption: str, found: Costs, places: int = 2, peer: str | None = Non
     return Table(caption, ["scheduler", *map(str, SHAPES)], rows)
 
 
-def report(found: Costs, compiled: Costs | None, num_steps: int) -> Report:
+def report(
+    found: Costs, compiled: dict[Shape, tuple[dict[str, float], dict[str, float]]] | None, num_steps: int
+) -> Report:
     names = list(found[SHAPES[0]])
     caption = "CPU time of `step` over that of {}, medians of {}."
     tables = [table_of(caption.format(peer, num_steps), found, peer=peer) for peer in PEERS]
     tables.append(table_of("CPU milliseconds.", found, 3))
     if compiled:
-        tables.append(table_of("Compiled, over one fused read-and-write.", compiled))
+        captions = (
+            "Compiled, over one fused read-and-write of three tensors into one.",
+            "Compiled, over one fused read-and-write of all tensors that the step itself reads and writes.",
+        )
+        for k, caption in enumerate(captions):
+            tables.append(table_of(caption, {shape: both[k] for shape, both in compiled.items()}))
 
     def dearest(peer: str, counts: Callable[[str], bool]) -> str:
         ratio, name = max((of[name] / of[peer], name) for of in found.values() for name in names if counts(name))
@@ -153,11 +190,15 @@ def report(found: Costs, compiled: Costs | None, num_steps: int) -> Report:
     alone = dearest("Euler ancestral", lambda name: name not in PEERS and not draws_more(name))
     more = dearest("Euler ancestral", draws_more)
     multistep = dearest("UniPC", lambda name: name.startswith(CalibratedMultistepScheduler.__name__))
+    verdict = f"Schedulers that draw one noise or none: {alone}; those that draw more: {more}. Multistep: {multistep}."
+    if compiled:
+        same, name = max((ratio, name) for _, over_same in compiled.values() for name, ratio in over_same.items())
+        verdict += f" Compiled: at most {same:.2f} times a fused read-and-write of the same tensors ({name})."
     return Report(
         "step_cost",
         "What a step costs",
         "How much CPU time does a scheduler's `step` take, beside those of diffusers on the same tensors?",
-        f"Schedulers that draw one noise or none: {alone}; those that draw more: {more}. Multistep: {multistep}.",
+        verdict,
         tables,
         conditions=f"{torch.get_num_threads()} thread(s); all take their steps in turn.",
     )
