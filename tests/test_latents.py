@@ -220,8 +220,11 @@ def test_a_scaling_that_makes_no_sense(arguments, said):
 
 ON_THE_HUB = """
 import sys, torch
+from types import SimpleNamespace
 from diffusers_gm import NCSNv2Pipeline
 from diffusers_gm.autoencoders import fingerprint, load_autoencoder
+from diffusers_gm.data.labels import Labels
+from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.network import given_unet
 from diffusers_gm.training.options import TrainingArguments
 NCSNv2Pipeline.from_pretrained(sys.argv[1]).push_to_hub("me/latent")
@@ -232,6 +235,13 @@ for revision in (None, "next"):
     print("VAE", fingerprint(load_autoencoder("me/vae", revision=revision)))
     args = TrainingArguments(model_name_or_path="me/net", revision=revision)
     print("NET", given_unet(args).conv_in.weight.sum().item())
+    # What the network's classes are called: those of the data are to be the same.
+    args = TrainingArguments(model_name_or_path="me/pets", revision=revision, class_conditional=True, class_dropout=0)
+    data = SimpleNamespace(labels=lambda column: Labels(["cat", "dog"], [0, 1]))
+    try:
+        print("CLASSES", classes_of(args, data, given_unet(args)).names)
+    except ValueError as error:
+        print("CLASSES", error)
 """
 
 
@@ -251,6 +261,15 @@ def test_latent_models_and_revisions_on_the_hub(tmp_path):
                 saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
             hub.add(name, saved[0])
             hub.repos[name].commit("next", saved[1])
+        for branch, names in {"main": ["dog", "cat"], "next": ["cat", "dog"]}.items():
+            conditional = NCSNv2Pipeline(tiny_network(num_class_embeds=2), ladder(), class_names=names)
+            conditional.save_pretrained(tmp_path / branch)
+            files = [path for path in (tmp_path / branch).rglob("*") if path.is_file()]
+            contents = {path.relative_to(tmp_path / branch).as_posix(): path.read_bytes() for path in files}
+            if branch == "main":
+                hub.add("me/pets", contents)
+            else:
+                hub.repos["me/pets"].commit(branch, contents)
         printed = Client(hub, tmp_path / "home", TOKEN).run(ON_THE_HUB, tmp_path / "pipeline").stdout.splitlines()
         assert "vae/config.json" in hub.repos["me/latent"].files
     said = [line.partition(" ")[::2] for line in printed]
@@ -260,3 +279,6 @@ def test_latent_models_and_revisions_on_the_hub(tmp_path):
     assert [value for name, value in said if name == "VAE"] == [fingerprint(vae) for vae in autoencoders]
     sums = [str(network.conv_in.weight.sum().item()) for network in networks]
     assert [value for name, value in said if name == "NET"] == sums
+    of_main, of_next = (value for name, value in said if name == "CLASSES")
+    assert "the first that differs was 'dog' and is 'cat'" in of_main
+    assert of_next == "['cat', 'dog']"

@@ -92,7 +92,7 @@ def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Class
         )
     if args.model_name_or_path:
         try:
-            config = DiffusionPipeline.load_config(name, cache_dir=args.cache_dir)
+            config = DiffusionPipeline.load_config(name, cache_dir=args.cache_dir, revision=args.revision)
         except OSError:  # a network alone, which has no names
             return classes
         before = by_index(config.get("class_names")) or labels.names
