@@ -227,7 +227,7 @@ def test_every_setting_alone(tmp_path, capsys):
     assert by_name["UniPC, Karras"][-1] == "1"
     assert by_name["UniPC, calibrated (1 cells lacking)"][-1] == "1"
     assert "DDPM, default (1 cells lacking)" in by_name
-    assert "the best single setting of diffusers (UniPC, Karras) has 1.41" in report.verdict
+    assert "the best single setting of diffusers that was run everywhere (UniPC, Karras) has 1.41" in report.verdict
     assert "ahead of ours at no number of calls" in report.verdict
 
 
@@ -236,6 +236,11 @@ def test_what_is_against_us_is_said(tmp_path):
         tmp_path, "a", {(OURS, 5): 2.0, (OURS, 8): 1.0, ("UniPC, Karras", 5): 1.0, ("UniPC, Karras", 8): 2.0}
     )
     assert "ahead of ours at 5 calls (UniPC, Karras, 1.00 against 2.00)" in settings.study([kept], 5).verdict
+    # A setting that was run at some numbers of calls alone is compared there.
+    kept.measure("DEIS, AYS", 8, 0, lambda: (None, 8), lambda _: {"sliced W2": 0.5})
+    verdict = settings.study([kept], 5).verdict
+    assert "5 calls (UniPC, Karras, 1.00 against 2.00), 8 calls (DEIS, AYS, 1.00 against 2.00)" in verdict
+    assert "run everywhere (UniPC, Karras)" in verdict
 
 
 def test_settings_are_compared_on_the_seeds_that_most_of_them_have(tmp_path):

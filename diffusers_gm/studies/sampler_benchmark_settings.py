@@ -228,23 +228,25 @@ def verdict_of(title: str, measured: Measured) -> str:
     """The calibrated sampler against the best choice, any one setting and the default, in words."""
     of_cells = ratios(measured, CALIBRATED, measured.best_peer)
     worst = max(of_cells, key=of_cells.__getitem__)
-    cells = set(of_cells)
-    peers = [s for s in measured.settings() if theirs(s)]
-    complete = {s: found for s in peers if set(found := ratios(measured, s, measured.best_peer)) >= cells}
+    peers = {s: ratios(measured, s, measured.best_peer) for s in measured.settings() if theirs(s)}
     text = (
         f"{title}: calibrated, ours has {geometric_mean(of_cells):.2f} times the best choice of a peer in the "
         f"geometric mean of {len(of_cells)} cells, {of_cells[worst]:.2f} in the worst ({worst[0]}, {worst[1]} calls)"
     )
-    if complete:
+    if complete := {s: found for s, found in peers.items() if found.keys() >= of_cells.keys()}:
         leader = min(complete, key=lambda s: geometric_mean(complete[s]))
         mean = geometric_mean(complete[leader])
-        text += f"; the best single setting of diffusers ({name_of(leader)}) has {mean:.2f}"
-        ahead = []
-        for n in sorted({n for _, n in of_cells}):
-            own, of_n = geometric_mean(of_cells, n), {s: geometric_mean(of, n) for s, of in complete.items()}
-            first = min(of_n, key=of_n.__getitem__)
-            if of_n[first] < own:
-                ahead.append(f"{n} calls ({name_of(first)}, {of_n[first]:.2f} against {own:.2f})")
+        text += f"; the best single setting of diffusers that was run everywhere ({name_of(leader)}) has {mean:.2f}"
+    ahead, compared = [], False
+    for n in sorted({n for _, n in of_cells}):
+        own, cells = geometric_mean(of_cells, n), {cell for cell in of_cells if cell[1] == n}
+        # Settings that other numbers of calls lack count too.
+        of_n = {s: geometric_mean(found, n) for s, found in peers.items() if found.keys() >= cells}
+        compared |= bool(of_n)
+        first = min(of_n, key=of_n.__getitem__, default=None)
+        if first is not None and of_n[first] < own:
+            ahead.append(f"{n} calls ({name_of(first)}, {of_n[first]:.2f} against {own:.2f})")
+    if compared:
         text += f"; a single setting is ahead of ours at {', '.join(ahead) or 'no number of calls'}"
     of_default = ratios(measured, CALIBRATED, measured.default)
     if of_default:
