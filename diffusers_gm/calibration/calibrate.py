@@ -4,7 +4,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from ..autoencoders import as_learned
 from ..networks import channels_of, images_at_once, size_of
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from ..readings import level_range
+from ..readings import ImageReading, level_range
 from ..readings.grids import POWER, calibrated_levels, power_levels
 from ..samplers import Memory, Multistep, sample
 from ..samplers.multistep import Stochasticity
@@ -30,6 +30,10 @@ CALLS = (5, 8, 10, 15, 20, 30, 50)
 
 # Network calls that a budget may cost, besides the teachers' runs: in units of itself, and in all.
 MAX_RUNS, MAX_CALLS = 40, 240
+
+# Up to so many calls, one whose input is nothing but noise is a large share of them: levels that begin lower are tried
+# too.
+SHORT = 7
 
 # Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
 NUM_FAST, NUM_MARTINGALE = 56, 48
@@ -182,6 +186,8 @@ def calibrate_in_full(
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
         result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler, scheduler.model_mixture)
+        if isinstance(scheduler.reading, ImageReading):
+            ladder = replace(ladder, deviation=scheduler.reading.start_deviation)
         if result.errs:
             found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
         else:
@@ -221,7 +227,8 @@ Found = dict[int, tuple[list[float], tuple[float, float] | None]]
 @dataclass(frozen=True)
 class Ladder:
     """A pipeline as a denoiser, the y that its run starts from, the range of noise levels, the sampler without noise
-    (levels that follow the probability flow serve every stochasticity), and the law of the network's noise."""
+    (levels that follow the probability flow serve every stochasticity), the law of the network's noise, and the
+    deviation of a y that a run starts from at a lower level, if it may."""
 
     denoiser: Denoiser
     start: Tensor
@@ -229,6 +236,11 @@ class Ladder:
     low: float
     sampler: Multistep
     noise: GaussianMixtureNoise = GAUSSIAN
+    deviation: Callable[[float], float] | None = None
+
+    def trajectories(self, start: Tensor, sigmas: Tensor) -> Trajectories:
+        """The runs from a y."""
+        return Trajectories(self.denoiser, start, sigmas, self.sampler, self.deviation)
 
     def fresh_start(self, seed: int) -> Tensor:
         """Another y of the same kind."""
@@ -241,10 +253,14 @@ class Ladder:
         """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
         sigmas = torch.tensor(levels, dtype=torch.float64)
 
+        lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
+
         def distance(tau: Stochasticity) -> float:
             sampler = replace(self.sampler, stochasticity=tau)
             batches = [
-                sample(sampler, self.denoiser, self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed))
+                sample(
+                    sampler, self.denoiser, lower * self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed)
+                )
                 for seed in (3, 4)
             ]
             return sliced_distance(torch.cat(batches), images)
@@ -271,11 +287,11 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
     """By the end of every run beside that of a very long one from the same start. The search goes by the mean square,
     which prefers runs that average: what was found is compared with what it was found from, as sets of images and from
     another start, and the closest one stays."""
-    trajectories = Trajectories(ladder.denoiser, ladder.start, fine_ladder(ladder.high, ladder.low), ladder.sampler)
+    trajectories = ladder.trajectories(ladder.start, fine_ladder(ladder.high, ladder.low))
     sigmas = trajectories.sigmas
     some = list(range(0, len(sigmas), 3))
     defects = LocalDefects(sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]))
-    others = Trajectories(ladder.denoiser, ladder.fresh_start(2), sigmas, ladder.sampler)
+    others = ladder.trajectories(ladder.fresh_start(2), sigmas)
     found: Found = {}
     for n in budgets:
         last = last_place(sigmas, scheduler, n)
@@ -283,12 +299,14 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
         wanted = [power_levels(ladder.high, float(sigmas[last]), n, POWER)]
         if found:  # what suits fewer calls, with levels in between
             wanted.append(calibrated_levels({str(m): levels for m, (levels, _) in found.items()}, n))
-        starts = [places for levels in wanted if (places := nearest(sigmas, levels)) is not None]
+        starts = [[0, *places[1:]] for levels in wanted if (places := nearest(sigmas, levels)) is not None]
         if n <= len(some) // 2:
             starts.append([some[k] for k in defects.best(n, last_place(sigmas[some], scheduler, n))])
         starts = [[*places[:-1], last] for places in starts if places[-2] < last]
-        best = search(trajectories, n, starts, last, min(MAX_RUNS * n, MAX_CALLS))
-        candidates = [best.index, *starts]
+        most = min(MAX_RUNS * n, MAX_CALLS)
+        candidates = [search(trajectories, n, starts, last, most).index, *starts]
+        if n <= SHORT and ladder.deviation is not None:
+            candidates.append(search(trajectories, n, starts, last, most, lower=True).index)
         errors = [
             sliced_distance(others.run(places).denoised[-1], others.teacher.denoised[-1]) for places in candidates
         ]

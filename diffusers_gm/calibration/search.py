@@ -12,6 +12,8 @@ from .trajectory import Run, Trajectories
 NUM_FINE = 160
 POWERS = (1.5, 2.0, 3.0)
 MOVES = (8, 4, 2, 1)
+# First levels below the top from which a search begins.
+LOWER = (40.0, 20.0, 10.0, 6.0)
 
 # How many times as long as the step before it a step may be: a longer one extrapolates what hardly differs, and with
 # noise between the two it extrapolates the noise.
@@ -24,18 +26,20 @@ def fine_ladder(high: float, low: float, num_levels: int = NUM_FINE) -> Tensor:
 
 
 def nearest(sigmas: Tensor, levels: Tensor) -> list[int] | None:
-    """The places of levels on the ladder, the first at its top; None if two fall on one."""
+    """The places of levels on the ladder; None if two fall on one."""
     places = (sigmas.log()[:, None] - levels.log()).abs().argmin(0).tolist()
-    places[0] = 0
     return places if len(set(places)) == len(places) and places == sorted(places) else None
 
 
-def search(trajectories: Trajectories, num_calls: int, starts: list[list[int]], last: int, max_calls: int) -> Run:
+def search(
+    trajectories: Trajectories, num_calls: int, starts: list[list[int]], last: int, max_calls: int, lower: bool = False
+) -> Run:
     """The best levels that are found with about `max_calls` network calls.
 
     Coordinate descent on the levels' places on the fine ladder, with halving moves, from the best of `starts` and of
     `power_levels` down to place `last`, where the last level stays. Levels are moved from the last to the first: a run
-    is the same up to the level that moves, so the last ones cost little. Steps stay within `GROWTH`.
+    is the same up to the level that moves, so the last ones cost little. Steps stay within `GROWTH`. `lower`: the first
+    level moves too, and the search begins below the top as well.
 
     Raises:
         ValueError: if the ladder has not as many levels.
@@ -44,18 +48,20 @@ def search(trajectories: Trajectories, num_calls: int, starts: list[list[int]], 
     if not 2 <= num_calls <= len(sigmas) // 2:
         raise ValueError(f"calls must be between 2 and {len(sigmas) // 2}, got {num_calls}")
     spent = trajectories.num_calls
-    wanted = [power_levels(float(sigmas[0]), float(sigmas[last]), num_calls, power) for power in POWERS]
+    high, low = float(sigmas[0]), float(sigmas[last])
+    tops = [high, *(top for top in LOWER if lower and low < top < high)]
+    wanted = [power_levels(top, low, num_calls, power) for top in tops for power in POWERS]
     candidates = [*starts, *(places for levels in wanted if (places := nearest(sigmas, levels)) is not None)]
     best = trajectories.run(candidates[0])
     for places in candidates[1:]:
         if trajectories.num_calls - spent < max_calls // 2:
             best = min(best, trajectories.run(places), key=lambda run: run.error)
     for move in MOVES:
-        for j in reversed(range(1, num_calls - 1)):
+        for j in reversed(range(0 if lower else 1, num_calls - 1)):
             for signed in (move, -move):
                 places = list(best.index)
                 places[j] += signed
-                falling = places[j - 1] < places[j] < places[j + 1]
+                falling = (places[j - 1] if j else -1) < places[j] < places[j + 1]
                 left = trajectories.num_calls - spent < max_calls
                 if not falling or not left or growth(sigmas, places) > max(GROWTH, growth(sigmas, best.index)):
                     continue

@@ -46,14 +46,24 @@ class Trajectories:
         start: y at the first level, `(B, ...)`.
         sigmas: the fine ladder, `(levels,)` float64, descending.
         sampler: without noise.
+        deviation: of a y that a run starts from, at a noise level: runs that begin below the first level start from the
+            same noise. None: all begin there.
         num_calls: counts the network calls made, for reports and limits.
 
     Raises:
         ValueError: if D is not finite.
     """
 
-    def __init__(self, denoiser: Denoiser, start: Tensor, sigmas: Tensor, sampler: Multistep):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        start: Tensor,
+        sigmas: Tensor,
+        sampler: Multistep,
+        deviation: Callable[[float], float] | None = None,
+    ):
         self.denoiser, self.start, self.sigmas, self.sampler = denoiser, start, sigmas, sampler
+        self.deviation = deviation
         self.draw = Draw.like(start)  # which no step asks for anything
         self.num_calls = 0
         self.teacher = self.run(list(range(len(sigmas))), keep=False)
@@ -70,7 +80,7 @@ class Trajectories:
             y, memory = run.states[-1]
             y, memory = self.sampler.step(plan, same - 1, y, run.denoised[-1], memory, self.draw)
         else:
-            y, memory = self.start, Memory()
+            y, memory = self.start_at(index[0]), Memory()
         for i in range(same, len(index)):
             denoised = self._denoised(y, index[i])
             if keep:
@@ -81,6 +91,13 @@ class Trajectories:
         if hasattr(self, "teacher"):
             run.error = float((run.denoised[-1] - self.teacher.denoised[-1]).float().square().mean())
         return run
+
+    def start_at(self, level: int) -> Tensor:
+        """y at the start of a run that begins at a level of the ladder."""
+        if level == 0:
+            return self.start
+        assert self.deviation is not None
+        return self.start * (self.deviation(float(self.sigmas[level])) / self.deviation(float(self.sigmas[0])))
 
     def _denoised(self, y: Tensor, level: int) -> Tensor:
         self.num_calls += 1

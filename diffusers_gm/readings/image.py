@@ -121,6 +121,11 @@ class ImageReading:
         """Standard deviation of the sample that a run at first level `sigma` starts from."""
         return sigma if self.space.carries_y else 1.0
 
+    def start_deviation(self, sigma: float) -> float:
+        """Standard deviation of the y of that sample: sigma, or what unit noise amounts to."""
+        visible = 1.0 if self.space.carries_y else float(self.space.alpha(torch.tensor(sigma, dtype=torch.float64)))
+        return self.initial_scale(sigma) / visible
+
     def initial_sample(self, noise: Tensor, sigma: float) -> Tensor:
         """The sample that a run at first level `sigma` starts from, of unit noise `(B, ...)` of its shape."""
         return self.initial_scale(sigma) * noise

@@ -11,6 +11,9 @@ from ..readings import NoiseSpace, Reading, level_range
 from ..readings.grids import calibrated_levels, even_levels, shift_flow
 from .options import SPACING_FLAGS
 
+# How near to the highest level a calibrated one is that stands for it.
+ROUNDED = 0.999
+
 # Noise levels or labels, as users give them.
 Levels = Sequence[float] | Tensor
 
@@ -52,9 +55,11 @@ class Calls:
                 "(num_inference_steps counts network calls; num_langevin_steps spends several on a level)"
             )
         if config.grid == "calibrated":
-            # The first call is at the end of what the network was trained at.
-            last = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
-            return torch.cat([last, self.reading.timestep(self.calibrated_or_even_levels(num_levels, shift))[1:]])
+            levels = self.calibrated_or_even_levels(num_levels, shift)
+            labels = self.reading.timestep(levels)
+            if levels[0] > ROUNDED * level_range(self.reading)[1]:  # calibrations have six digits
+                labels[0] = self.reading.timestep_range[1]
+            return labels
         flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
         spacing = flags[0] if flags else config.grid or config.timestep_spacing
         return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
@@ -112,13 +117,18 @@ class Calls:
 
     def calibrated_or_even_levels(self, num_levels: int, shift: float = 1.0) -> Tensor:
         """The noise levels of the config's calibration, or without one `even_levels`, between the ends of what the
-        network was trained at. `flow`: moved by the shift of the resolution."""
+        network was trained at. `flow`: moved by the shift of the resolution.
+
+        A calibration for few calls may begin below the highest level, which a run of more calls than it knows does not.
+        """
         low, high = level_range(self.reading)
         calibration = self.config.calibration
         if calibration is None:
             levels = even_levels(high, low, num_levels) * shift
         else:
             levels = calibrated_levels(calibration, num_levels) * (shift / calibration.get("shift", 1.0))
+            if num_levels == 1 or num_levels > max(int(key) for key in calibration if key.isdigit()):
+                levels[0] = high
         return levels.clamp(low, high)
 
     # --- What pipelines and training scripts read ---
