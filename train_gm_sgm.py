@@ -52,7 +52,9 @@ from diffusers_gm.training.folder import (
     append_log,
     as_recorded,
     check_output_dir,
+    claim,
     find_checkpoint,
+    is_published,
     read_checkpoint,
     read_log,
     save_checkpoint,
@@ -116,6 +118,11 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(output_dir / args.logging_dir)),
         kwargs_handlers=[PATIENCE],
     )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise ValueError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, and the environment variable "
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS says {accelerator.gradient_accumulation_steps}: unset it"
+        )
     check_processes(accelerator)
     check_precision(accelerator)
     device, num_processes = accelerator.device, accelerator.num_processes
@@ -233,7 +240,25 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         accelerator.print(f"loss: {level_losses.means()[0]:.4f}. Nothing was written{written}.")
         return
 
+    if accelerator.is_main_process:
+        _claimed = claim(output_dir)
+
     yield
+
+    def upload() -> str:
+        """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
+        repository = args.hub_model_id or "", args.hub_private_repo
+        try:
+            print(f"uploaded to {push.push_to_hub(output_dir, *repository, args.hub_token)}")
+        except Exception as error:
+            return push.failure(error, output_dir, *repository)
+        return ""
+
+    if state.step >= plan.max_train_steps and is_published(output_dir, record, state.images_seen):
+        accelerator.print(f"{output_dir} has the model of all {state.step} steps: there is nothing to do")
+        if args.push_to_hub and accelerator.is_main_process and (failed := upload()):
+            sys.exit(failed)
+        return
 
     # --- Training ---
     components = classes.for_pipeline()
@@ -289,15 +314,6 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
         forget_quality(output_dir)
         files.publish_contents(temporary, output_dir, last="model_index.json")
-
-    def upload() -> str:
-        """Empty, or what went wrong: whatever it is, the model is on disk, and the user needs to know how to go on."""
-        repository = args.hub_model_id or "", args.hub_private_repo
-        try:
-            print(f"uploaded to {push.push_to_hub(output_dir, *repository, args.hub_token)}")
-        except Exception as error:
-            return push.failure(error, output_dir, *repository)
-        return ""
 
     model.train()
     progress = tqdm(

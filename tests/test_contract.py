@@ -267,11 +267,22 @@ def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
             scheduler.set_timesteps(**arguments)
             runs.append(scheduler.sigmas[:6].tolist())
         assert runs[0] == runs[1] != runs[2], own
+    if cls is AnnealedLangevinScheduler:  # spends the last call of a number on a level that it has been at
+        return
     plain = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
     plain.set_timesteps(sigmas=passed)
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=passed)
     torch.testing.assert_close(plain.sigmas, theirs.sigmas, rtol=1e-6, atol=1e-6)
+
+
+def test_langevin_steps_are_spent_in_flow_pipelines_too():
+    """They pass `sigmas` unasked, on the grid that a swap has; the number is what counts."""
+    for options, levels in (({"num_langevin_steps": 5}, 3), ({"algorithm_type": "explore"}, 12)):
+        scheduler = AnnealedLangevinScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, **options)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20))
+        assert len(scheduler.timesteps) == 20
+        assert len(scheduler.timesteps.unique()) == levels
 
 
 @every_scheduler
@@ -307,6 +318,11 @@ def test_flow_sigmas_are_s_before_the_shift(cls):
         ours = cls.from_config(theirs.config, **ladder(cls))
         for scheduler in (theirs, ours):
             scheduler.set_timesteps(sigmas=s, mu=mu)
+        if cls is AnnealedLangevinScheduler:  # as a number, see above
+            by_number = cls.from_config(theirs.config)
+            by_number.set_timesteps(6, mu=mu)
+            assert torch.equal(ours.timesteps, by_number.timesteps)
+            continue
         torch.testing.assert_close(ours.timesteps.float(), theirs.timesteps, rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="needs mu"):

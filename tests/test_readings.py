@@ -115,9 +115,28 @@ def test_grids_in_sigma_span_the_trained_range(name, spacing):
     space = SPACES[name]
     grid = level_grid(space, 11, spacing)
     assert grid[[-1, 0]].tolist() == pytest.approx(space.timestep_range, abs=1e-12)
-    sigmas = space.sigma(grid)
-    transformed = sigmas.log() if spacing == "log_snr" else sigmas ** (1 / 7)
+    of = grid if (name, spacing) == ("flow", "karras") else space.sigma(grid)
+    transformed = of.log() if spacing == "log_snr" else of ** (1 / 7)
     torch.testing.assert_close(transformed.diff(), transformed.diff().mean().expand(10), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize(("shifts", "mu"), [({}, None), ({"use_dynamic_shifting": True}, 0.7)], ids=["plain", "shift"])
+def test_spacings_of_rectified_flow_are_of_s_as_in_diffusers(flag, shifts, mu):
+    theirs = FlowMatchEulerDiscreteScheduler(**shifts, **{flag: True})
+    ours = AnnealedLangevinScheduler.from_config(theirs.config, algorithm_type="consistent")
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(8, mu=mu)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve", "flow", "edm", "velocity"])
+def test_equal_labels_have_equal_levels(kind):
+    """Samplers compare them; what a matrix product makes of equal numbers may differ in the last bit."""
+    reading = VelocityReading(CLD(gamma=0.1), "velocity_score", 1000) if kind == "velocity" else SPACES[kind]
+    first, last = reading.timestep_range
+    for label in torch.linspace(first, last, 40, dtype=torch.float64).tolist():
+        assert len(reading.sigma(torch.full((45,), label, dtype=torch.float64)).unique()) == 1
 
 
 def test_infinite_noise_levels_start_at_a_large_finite_one():

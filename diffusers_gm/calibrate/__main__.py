@@ -16,6 +16,7 @@ import torch
 from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
 from ..cli import Parser
+from ..evaluation.card import forget_quality
 from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
 from ..files import write_json, write_text
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)
+    if forget_quality(folder):
+        print("what was measured with the scheduler before is removed: run `python -m diffusers_gm.evaluation` again")
     for n, levels in calibration.levels.items():
         print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
         if n in calibration.errors:

@@ -38,8 +38,12 @@ class AskedScheduler(CalibratedMultistepScheduler):
         mu: float | None = None,
     ) -> None:
         self.shift_of_run = self.resolution_shift(mu)
-        given = next((x for x in (timesteps, sigmas) if x is not None), None)
-        count = int(num_inference_steps) if given is None else len(given)  # type: ignore[arg-type]
+        if timesteps is not None or (sigmas is not None and not self.are_unasked(sigmas)):
+            raise ValueError(
+                "the pipeline gives its scheduler timesteps or sigmas of its own, in place of which no calibrated ones "
+                "would be used: it cannot be calibrated"
+            )
+        count = int(num_inference_steps) if sigmas is None else len(sigmas)  # type: ignore[arg-type]
         top = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
         super().set_timesteps(timesteps=top, device=device)
         # The loop holds views of this tensor: what is written into it is the timestep of a step to come.

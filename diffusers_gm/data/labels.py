@@ -47,6 +47,8 @@ def labels_of_files(paths: list[str]) -> Labels:
     for path, parts in zip(paths, folders, strict=True):
         if not parts:
             raise ValueError(f"--class_conditional: {path} is in no class folder; put images of a class into a folder")
+        if not parts[0].isprintable():  # as a name of another encoding is, which no file of JSON could hold
+            raise ValueError(f"--class_conditional: the folder {parts[0]!r} has no readable name, as of an old archive")
     return labels_from([parts[0] for parts in folders])
 
 

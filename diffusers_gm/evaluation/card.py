@@ -11,6 +11,9 @@ from ..pipelines.repository import BEST, QUALITY, QUALITY_FILES
 from .report import WITH_RATIO, best, curve_table, curves, statistic, table
 from .results import Results, Statistic
 
+# What a card says before.
+NOT_MEASURED = "Not measured."
+
 OF_DEMO = (
     "Sliced 2-Wasserstein distance of {n} samples to the training images, divided by that of held-out images "
     "({floor:.4f}): 1.00 is\nas good as real images by this measure, which sees projections of pixels and no content. "
@@ -51,10 +54,19 @@ def _between(marks: tuple[str, str], text: str, words: str) -> str:
     return "\n".join((before + first, words, last + rest.partition(last)[2]))
 
 
-def forget_quality(folder: Path) -> None:
-    """Remove measurements of a model that is about to be replaced."""
-    for name in QUALITY_FILES:
-        (folder / name).unlink(missing_ok=True)
+def forget_quality(folder: Path) -> bool:
+    """Remove measurements of a model, or of a scheduler, that is replaced, also from the card; whether there were
+    any."""
+    there = [folder / name for name in QUALITY_FILES if (folder / name).is_file()]
+    for measured in there:
+        measured.unlink()
+    path = folder / "README.md"
+    if there and path.is_file():
+        card = ModelCard.load(path)
+        card.text = _between(BEST, _between(QUALITY, card.text, NOT_MEASURED), "")
+        card.data.eval_results = None
+        write_text(path, str(card))
+    return bool(there)
 
 
 def _demo_quality(found: dict[str, Any]) -> tuple[str, list[EvalResult]]:

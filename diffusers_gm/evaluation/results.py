@@ -187,7 +187,13 @@ class Results:
         """Write the file; the main process does. What another run has added to it meanwhile stays."""
 
         def write() -> None:
-            there = Results.read(self.path).cells if self.path.is_file() else []
+            found = Results.read(self.path) if self.path.is_file() else self
+            if found.conditions != self.conditions:
+                raise ValueError(
+                    f"{self.path} has meanwhile got results under other conditions, of another run: take another "
+                    "--output_dir"
+                )
+            there = found.cells
             ours = {cell.which for cell in self.cells}
             cells = [*self.cells, *(cell for cell in there if cell.which not in ours)]
             content = {

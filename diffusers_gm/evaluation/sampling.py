@@ -2,6 +2,8 @@
 
 import hashlib
 import inspect
+import ast
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -145,13 +147,13 @@ def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
 
 
 def options_in(changes: Sequence[str]) -> dict[str, Any]:
-    """The options that words `option=value` give; values are JSON or else strings."""
+    """The options that words `option=value` give; values are those of JSON or of Python, or else strings."""
     options: dict[str, Any] = {}
     for option, _, value in (change.partition("=") for change in changes):
-        try:
-            options[option] = json.loads(value)
-        except json.JSONDecodeError:
-            options[option] = value
+        options[option] = value
+        for read in (ast.literal_eval, json.loads):
+            with contextlib.suppress(ValueError, SyntaxError):
+                options[option] = read(value)
     return options
 
 

@@ -37,6 +37,8 @@ def encode(
     reading = reader.reading
     scheduler.set_timesteps(num_steps, device=images.device)
     labels = scheduler.timesteps.cpu().double().unique()
+    if reader is not scheduler and reader.is_flow:  # of which some round their timesteps, but not their levels s
+        labels = len(reader) * scheduler.sigmas[:-1].cpu().double().unique()
     timesteps = reader.as_timesteps(labels).to(images.device)
     sigmas = reading.sigma(labels)
     calls = reading.calls(labels, sigmas)
@@ -55,9 +57,10 @@ def encode(
         plan = sampler.plan(sigmas)
         for i in range(len(sigmas) - 1):
             y, memory = sampler.step(plan, i, y, denoised(y, i), memory, draw)
-    if companion is not None or reader is scheduler:
+    # Schedulers of diffusers carry y or what ours do; of pure noise, as rectified flow begins with, y cannot be told by
+    # what they make of an image.
+    if companion is not None or reader is scheduler or getattr(scheduler, "init_noise_sigma", 1.0) == 1:
         return reading.visible(y, companion, calls[len(sigmas) - 1])
-    # What a scheduler of diffusers carries is a multiple of y.
     return noised(scheduler, y, scheduler.timesteps[0], torch.zeros_like(y))
 
 
@@ -82,6 +85,10 @@ def slerp(start: Tensor, end: Tensor, num_images: int) -> Tensor:
     if num_images < 2:
         raise ValueError(f"num_images must be at least 2, both ends: got {num_images}")
     lengths = one.norm(), other.norm()
+    if not lengths[0] * lengths[1] > 0:
+        raise ValueError(
+            "slerp goes around the origin, and latents that are all zero, or not finite, have no direction"
+        )
     cosine = (one * other).sum() / (lengths[0] * lengths[1])
     angle = cosine.clamp(-1, 1).acos()
     share = torch.linspace(0, 1, num_images, dtype=one.dtype, device=one.device).reshape(-1, 1, 1, 1)

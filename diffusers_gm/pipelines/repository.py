@@ -1,6 +1,7 @@
 """What lies in a repository of the Hub beside the weights: the files that belong there, and the model card."""
 
 import re
+from collections.abc import Collection
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -63,6 +64,24 @@ def card_of_repository(text: str, repo_id: str) -> str:
     return text.replace(HERE, load).replace(HERE_NOTE, "")
 
 
+# Weights as models of diffusers save them, whole or in parts, and the index of these.
+WEIGHTS = re.compile(
+    r"(?P<stem>.*/(?:diffusion_pytorch_)?model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)(?:\.index\.json)?"
+)
+
+
+def weights_before(there: Collection[str], content: Collection[str]) -> list[str]:
+    """The files of a repository that hold weights which `content` has in other files: of what is split into parts, and
+    of what is whole, diffusers reads the parts first."""
+
+    def stem(name: str) -> str | None:
+        found = WEIGHTS.fullmatch(name)
+        return found["stem"] if found else None
+
+    replaced = {stem(name) for name in content} - {None}
+    return [name for name in there if stem(name) in replaced and name not in content]
+
+
 def upload(
     folder: Path,
     repo_id: str,
@@ -98,9 +117,11 @@ def upload(
         content["README.md"] = str(card).encode()
     # Measurements of another model, whose card is replaced.
     stale = [name for name in QUALITY_FILES if "README.md" in content and name not in content]
+    there = api.list_repo_files(repo_id)
+    stale += weights_before(there, content)
     changes: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, data) for name, data in content.items()),
-        *(CommitOperationDelete(name) for name in stale if api.file_exists(repo_id, name)),
+        *(CommitOperationDelete(name) for name in stale if name in there),
     ]
     api.create_commit(
         repo_id,

@@ -108,6 +108,11 @@ def _moments(a: Tensor, fourth_moment: float) -> tuple[Tensor, Tensor]:
     return contraction, 2 * a / (1 - contraction)
 
 
+def check_criterion(criterion: str) -> None:
+    if criterion not in ("prop3", "fixed_point"):
+        raise ValueError(f"unknown step_size_criterion {criterion!r}: use 'prop3' or 'fixed_point'")
+
+
 def optimal_step_size(
     ratio: Tensor,
     num_steps: Tensor | float,
@@ -132,9 +137,8 @@ def optimal_step_size(
     Raises:
         ValueError: if no step in (0, max_step) lets the chain follow the ladder.
     """
-    variance = {"prop3": level_variance, "fixed_point": chain_variance}.get(criterion)
-    if variance is None:
-        raise ValueError(f"unknown step_size_criterion {criterion!r}: use 'prop3' or 'fixed_point'")
+    check_criterion(criterion)
+    variance = level_variance if criterion == "prop3" else chain_variance
     ratio = torch.as_tensor(ratio, dtype=torch.float64)[..., None]
     steps = torch.as_tensor(num_steps, dtype=torch.float64).expand(ratio.shape[:-1])[..., None]
     low = torch.full_like(ratio, math.log(1e-12))

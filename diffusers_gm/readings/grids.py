@@ -11,6 +11,8 @@ from .noise_space import NoiseSpace
 
 SIGMA_SPACINGS = ("even", "log_snr", "karras", "beta")
 TIME_SPACINGS = ("uniform", "quadratic")
+# Of s in rectified flow, where sigma goes to infinity.
+FLOW_SPACINGS = {"karras": "karras", "beta": "beta", "exponential": "log_snr"}
 
 
 def sigma_grid(high: float, low: float, num_levels: int, spacing: str) -> Tensor:
@@ -51,13 +53,17 @@ def level_grid(
     The spacings of `sigma_grid`, between the ends of the trained range. `linspace`, `leading` and `trailing` are
     those of diffusers' DDPM (arXiv 2305.08891, table 2), except that a `ve` ladder, whose labels may be fractional, is
     not rounded; `edm` networks and those that are told sigma, which have no ladder, have none of them. `shift` and
-    `shift_terminal`: `flow`, see `shift_flow`.
+    `shift_terminal`: `flow`, see `shift_flow`; there `karras`, `beta` and `exponential` are of s, between its shifted
+    ends, as in diffusers.
 
     Raises:
         ValueError: for an unknown spacing.
     """
     first, last = space.timestep_range
     n = space.num_train_timesteps
+    if space.kind == "flow" and spacing in FLOW_SPACINGS:
+        high, low = shift_flow(torch.tensor([last, first], dtype=torch.float64) / n, shift, shift_terminal).tolist()
+        return n * sigma_grid(high, low, num_levels, FLOW_SPACINGS[spacing])
     if spacing in SIGMA_SPACINGS:
         high, low = space.sigma(torch.tensor([last, first], dtype=torch.float64)).tolist()
         grid = space.timestep(sigma_grid(high, low, num_levels, spacing))
@@ -137,7 +143,9 @@ def check_calibration(calibration: dict[str, Any] | None) -> None:
     """Raise a ValueError unless `calibration` is None or maps numbers of calls to as many descending levels."""
     if calibration is None:
         return
-    budgets = [key for key in calibration if str(key).isdigit()]
+    if not all(isinstance(key, str) for key in calibration):
+        raise ValueError(f"the keys of a calibration must be strings, as in JSON, got {list(calibration)}")
+    budgets = [key for key in calibration if key.isdigit()]
     if not budgets:
         raise ValueError(f"calibration must map numbers of calls to noise levels, got the keys {sorted(calibration)}")
     for key in budgets:

@@ -63,7 +63,9 @@ class VelocityReading:
         return self.process.clock(timestep.cpu().double() / self.num_train_timesteps)
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        return self.process.sigma(self.clock(timestep))
+        # Samplers compare levels, and matrix products of many do not promise equal ones for equal labels.
+        distinct, places = torch.as_tensor(timestep).unique(return_inverse=True)
+        return self.process.sigma(self.clock(distinct))[places]
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return self.process.time(self.process.clock_of_sigma(sigma)) * self.num_train_timesteps

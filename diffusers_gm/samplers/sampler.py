@@ -102,6 +102,8 @@ def one_a_level(num_calls: Any, at_least: int = 1) -> list[int]:
 def levels_after(sigmas: Tensor, denoise: bool) -> list[float]:
     """The level that each call leads to, `(n,)`: the next one; after the last 0, where D ends the run, or one level
     more of the same ratio."""
+    if not denoise and len(sigmas) < 2:
+        raise ValueError("a run of a single call is the denoised image: it needs denoise=True")
     below = 0.0 if denoise else float(sigmas[-1] ** 2 / sigmas[-2])
     return [*sigmas[1:].tolist(), below]
 

@@ -106,7 +106,7 @@ class SamplerScheduler(Calls, Swappable):
                 labels are Langevin steps on one level; the last call is the final denoising (`denoise`), so repeat the
                 last label for Langevin steps there. With both, the network is told `timesteps` at the levels `sigmas`.
                 `flow`: `sigmas` are s, before the shift; a final 0 is left out; those that pipelines pass unasked, 1,
-                1 - 1/n, ..., stand for a number where the config has a calibration or another grid of its own.
+                1 - 1/n, ..., stand for a number, which a sampler spends and a config lays out as they will.
             mu: `flow` with `use_dynamic_shifting`: the shift, as pipelines compute it from the image's size.
 
         Raises:
@@ -120,8 +120,9 @@ class SamplerScheduler(Calls, Swappable):
             labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:
             counts = self.sampler.spend(num_inference_steps)
-            labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
-            levels = self.reading.sigma(labels)
+            labels, repeats = self.labels_of(len(counts), mu), torch.tensor(counts)
+            levels = self.reading.sigma(labels).repeat_interleave(repeats)
+            labels = labels.repeat_interleave(repeats)
         self._given = (num_inference_steps, mu)
         self._prepare(labels, levels, device)
 
@@ -208,7 +209,7 @@ class SamplerScheduler(Calls, Swappable):
                 v], 1)`.
             timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma.
         """
-        return self.reading.add_noise(original_samples, noise, timesteps)
+        return self.reading.add_noise(original_samples, noise, torch.as_tensor(timesteps))
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` as flow pipelines call it."""

@@ -33,12 +33,17 @@ class Calls:
     # --- Of a run ---
 
     def passed_by_pipelines(self, sigmas: Levels) -> bool:
-        """Whether these are what pipelines of flow networks pass where their user gave no levels: s = 1, 1 - 1/n, ...,
-        in place of which a grid of the config's own is meant."""
-        config, given = self.config, torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-        own = (config.grid or config.timestep_spacing) != "trailing" or any(config[flag] for flag in SPACING_FLAGS)
-        if not self.is_flow or not own or (config.grid == "calibrated" and config.calibration is None):
+        """Whether these are what pipelines of flow networks pass where their user gave no levels, s = 1, 1 - 1/n, ...:
+        a number of calls is meant, which the sampler spends and the config's grid lays out. A grid that waits for a
+        calibration has none of its own."""
+        if not self.is_flow or (self.config.grid == "calibrated" and self.config.calibration is None):
             return False
+        return self.are_unasked(sigmas)
+
+    @staticmethod
+    def are_unasked(sigmas: Levels) -> bool:
+        """Whether levels are s = 1, 1 - 1/n, ..., 1/n."""
+        given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
         n = len(given)
         return n > 0 and torch.allclose(given, torch.linspace(1, 1 / n, n, dtype=torch.float64), rtol=0, atol=1e-6)
 
@@ -62,6 +67,8 @@ class Calls:
             return labels
         flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
         spacing = flags[0] if flags else config.grid or config.timestep_spacing
+        if flags and self.is_flow and spacing == "log_snr":  # as diffusers means these flags
+            spacing = "exponential"
         return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
 
     def labels_and_levels(
@@ -113,6 +120,8 @@ class Calls:
             return 1.0 if config.shift is None else config.shift
         if mu is None:
             raise ValueError("use_dynamic_shifting=True needs mu in set_timesteps (pipelines compute it from the size)")
+        if config.time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f"unknown time_shift_type {config.time_shift_type!r}: use 'exponential' or 'linear'")
         return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
     def calibrated_or_even_levels(self, num_levels: int, shift: float = 1.0) -> Tensor:

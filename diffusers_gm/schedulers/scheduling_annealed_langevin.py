@@ -7,6 +7,7 @@ import torch
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
 
+from ..processes.annealed import check_criterion
 from ..samplers import Consistent, Explore, Langevin
 from ..samplers.langevin import DESCENT
 from .base import SamplerScheduler
@@ -59,7 +60,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             levels for the same calls; `num_langevin_steps` is not used, and `step_size=None` is the ancestral step.
             `explore`: all calls but a dozen are Langevin steps at the first level, `step_size=None` ones of a quarter
             of its variance; the rest is the probability flow, and all there is up to a dozen calls. For rare and far
-            modes, and for image-to-image that is to change its subject: a run that begins midway explores there.
+            modes, and for image-to-image that is to change its subject: a run that begins midway explores there, and so
+            would the second of two parts (SDXL's refiner), which it is not for.
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
             where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls, and
@@ -83,6 +85,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
         check_network_level(network_level)
+        check_criterion(step_size_criterion)
         if algorithm_type == "consistent":
             self._setup(Consistent(step_size, denoise))
         elif algorithm_type == "explore":

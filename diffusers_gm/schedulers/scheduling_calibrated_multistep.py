@@ -33,8 +33,9 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         corrector: redo every step once the denoiser at its end is known, at no extra call.
         multistep_order: 1 to 3, how many denoisers a step is predicted from.
         calibration: JSON: from the number of calls, as a string, to its noise levels (descending), the last one that of
-            the call that ends the run; and, optional, `"stochasticity"`: likewise to tau. The first one may be below the
-            highest of the network: a run of so few calls begins there. None: not calibrated.
+            the call that ends the run; and, optional, `"stochasticity"`: likewise to tau. The first may be below the
+            highest of the network: a run of so few calls begins there. Levels beyond those that the network was trained
+            at become these. None: not calibrated.
         grid: `calibrated`; another spacing (or None, then `timestep_spacing` and its flags) in place of these levels.
 
     All other arguments: see `AnnealedLangevinScheduler` and, for networks of mixture noise, `GMLangevinScheduler`. But
@@ -42,8 +43,7 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     the steps of a stochastic run add up.
 
     Raises:
-        ValueError: for a calibration that is none, or whose levels the network was not trained at; for arguments out of
-            range.
+        ValueError: for a calibration that is none; for arguments out of range.
     """
 
     algorithms = ("multistep",)

@@ -79,6 +79,8 @@ class CLDSSCSScheduler(SamplerScheduler):
             raise ValueError(f"splitting_order must be 1, 2 or None, got {splitting_order!r}")
         if network_at not in ("step_start", "half_step", None):
             raise ValueError(f"unknown network_at {network_at!r}: use 'step_start', 'half_step' or None")
+        if splitting_order == 2 and network_at == "half_step":
+            raise ValueError("network_at='half_step' is of splitting_order=1: leave one of them out")
         config = self.config
         self.process = CLD(config.beta_0, config.beta_1, config.mass, config.gamma)
         published = config.prediction_type in VELOCITY_PREDICTION_TYPES

@@ -5,6 +5,7 @@ from typing import Literal
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
 
+from ..processes.annealed import check_criterion
 from ..processes.mixture import GAUSSIAN
 from ..samplers import Ancestral, Langevin, TwoStep
 from .base import SamplerScheduler
@@ -74,6 +75,7 @@ class GMLangevinScheduler(SamplerScheduler):
         network_level: Literal["ladder", "chain"] = "ladder",
     ):
         check_network_level(network_level)
+        check_criterion(step_size_criterion)
         self.mixture, self.model_mixture = network_noise(self.config)
         if algorithm_type == "ode":
             self._setup(TwoStep(denoise))

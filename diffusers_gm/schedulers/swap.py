@@ -15,6 +15,9 @@ from .options import SIGMA_MAX, SIGMA_MIN, SPACING_FLAGS
 SOLVERS = {"dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"}
 SOLVERS |= {"data_prediction", "noise_prediction"}  # SASolver's
 
+# Words of diffusers' solvers that serve both DDPM and flow networks, as users pass them to `from_config`.
+SAID_OF_FLOW = ("use_flow_sigmas", "flow_shift")
+
 # Where a saved config keeps what diffusers would misread under its own name.
 OWN = "diffusers_gm"
 
@@ -102,8 +105,9 @@ def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) ->
     given says that the network is an ordinary one, whatever scheduler it has been sampled by."""
     if config.get("invert_sigmas"):
         raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
-    distilled = () if noise_space else ("original_inference_steps", "scale_factors")
-    if any(name in config for name in ("s_noise", "s_tmin", *distilled)):
+    distilled = () if noise_space else ("original_inference_steps", "scale_factors", "s_noise", "num_policy_substeps")
+    decoder = "sigma_data" in config and not config.keys() & {"sigma_max", "solver_order", "solver_type"}
+    if any(name in config for name in ("s_tmin", "stages", *distilled)) or decoder or "clip_denoised" in config:
         raise ValueError(
             "a consistency model answers the end of the probability flow, not a denoised image, and so does a network "
             "that was distilled as one (LCM, TCD): no sampler of ours can read it; if the network is an ordinary one, "
@@ -123,7 +127,8 @@ def sampler_grid(config: dict[str, Any]) -> str | None:
     spacing = config.get("timestep_spacing")
     if config.get("noise_space") == "edm" and spacing in (None, "log_snr", *THEIR_SPACINGS):
         return "log_snr" if config.get("sigma_schedule") == "exponential" else "karras"
-    return "even" if spacing in ("leading", "linspace") else None
+    of_betas = any(config.get(name) is not None for name in ("beta_schedule", "trained_betas"))
+    return "even" if spacing in ("leading", "linspace") or (spacing is None and of_betas) else None
 
 
 # --- From ours to others ---
@@ -215,7 +220,8 @@ class Swappable(SchedulerMixin, ConfigMixin):
             others = {algorithm for c in _ours() for algorithm in c.algorithms}
             config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config:
-                config = from_source_config(config, kwargs.get("noise_space"))
+                said = {name: kwargs.pop(name) for name in SAID_OF_FLOW if name in kwargs}
+                config = from_source_config({**config, **said}, kwargs.get("noise_space"))
             if _of_mixture_noise(config) and not cls.reads_mixtures:
                 raise ValueError(
                     f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
@@ -228,8 +234,14 @@ class Swappable(SchedulerMixin, ConfigMixin):
                 own = ("corrector", "multistep_order", "stochasticity")
                 config = {key: value for key, value in config.items() if key not in own}
                 config["grid"] = sampler_grid(config)
+        # What is asked for takes the place of what the source has.
+        flags = {flag: False for flag in SPACING_FLAGS if isinstance(config, dict) and config.get(flag)}
         if "timestep_spacing" in kwargs:
-            kwargs = {"grid": None, **kwargs}
+            kwargs = {"grid": None, **flags, **kwargs}
+        elif kwargs.get("grid") is not None:
+            kwargs = {**flags, **kwargs}
+        elif any(kwargs.get(flag) for flag in SPACING_FLAGS):
+            kwargs = {"grid": None, **flags, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -273,6 +285,10 @@ class Swappable(SchedulerMixin, ConfigMixin):
         kind = config.prediction_type
         if kind in ("score", "scaled_score", "edm") and not (space.kind == "edm" and config.sigma_data):
             raise ValueError(f"no scheduler of diffusers reads a network that answers a {kind}")
+        if space.kind == "edm" and not config.sigma_data:
+            if kind != "v_prediction":
+                raise ValueError(f"no scheduler of diffusers reads a network of edm space that answers {kind!r} alone")
+            return SwapConfig(config | {"sigma_data": 1.0})  # theirs is 0.5 unless told
         if _of_mixture_noise(config):
             raise ValueError("no scheduler of diffusers reads a network that was trained with mixture noise")
         if space.kind == "flow":

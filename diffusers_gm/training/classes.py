@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..data import ImageSource, LabelledImages, Labels
 from ..networks import num_class_embeds
 from ..pipelines.inputs import by_index
 from .options import TrainingArguments
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Class
         return Classes()
     labels = source.labels(args.label_column)
     classes = Classes(labels, args.class_dropout)
-    if len(labels.names) < 2:
-        raise ValueError(f"--class_conditional: all images are of one class, {labels.names[0]!r}")
+    seen = [name for name, count in zip(labels.names, labels.counts(), strict=True) if count]
+    if len(seen) < 2:
+        raise ValueError(f"--class_conditional: all images are of one class, {seen[0]!r}")
+    if missing := [name for name in labels.names if name not in seen]:
+        logger.warning(f"--class_conditional: of {len(missing)} classes there are no images, {missing[0]!r} first")
     if unet is None:
         return classes
     option = "--model_name_or_path" if args.model_name_or_path else "--model_config"

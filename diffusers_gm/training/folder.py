@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .. import files
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 ARGS_FILE = "training_args.json"
+LOCK = ".training.lock"
 LOG_FILE = "training_log.jsonl"
 LATENTS = "latents"
 SUPERSEDED = "superseded-"
@@ -82,6 +84,8 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         recorded |= {name: str(value) for name, value in numbers.items() if getattr(args, name, None) == "auto"}
+    if args.lr_warmup_steps is None:  # which follows from a length that may change
+        recorded["lr_warmup_steps"] = record["lr_warmup_steps"]
     if args.lr_scheduler == "constant":
         recorded["lr_warmup_steps"] = 0  # also where a version that promised one was told of it
     resumed = replace(args, **recorded)  # what was named was checked by the version that began
@@ -156,7 +160,12 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
         )
-    others = [path for path in folder.iterdir() if path.name != LATENTS or not is_cache(path)]
+    if (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"--output_dir {args.output_dir!r} holds a model, and no checkpoint to go on from: replace it with "
+            "--overwrite_output_dir, or choose another"
+        )
+    others = [path for path in folder.iterdir() if path.name != LOCK and (path.name != LATENTS or not is_cache(path))]
     if others and not (folder / ARGS_FILE).is_file():
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds files that are not from a training: choose another, or "
@@ -164,8 +173,35 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
         )
 
 
+# Options that say nothing of the model.
+OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "max_train_minutes", "push_to_hub")
+
+
+def is_published(folder: Path, record: dict[str, Any], images_seen: int) -> bool:
+    """Whether the folder has the pipeline that a training of this record makes of so many images."""
+    if not all((folder / name).is_file() for name in ("model_index.json", ARGS_FILE)):
+        return False
+    there = json.loads((folder / ARGS_FILE).read_bytes())
+    made = {name: value for name, value in record.items() if name not in OF_THE_RUN and not name.startswith("hub_")}
+    as_written = json.loads(json.dumps(made))
+    return there.get("images_seen") == images_seen and all(there.get(name) == as_written[name] for name in as_written)
+
+
 def _inside(checkpoint: Path | None, folder: Path) -> bool:
     return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+
+
+def claim(folder: Path) -> FileLock:
+    """A folder for one training, as long as what is returned is kept; a ValueError if it is another one's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--output_dir {str(folder)!r} is in use by another training: wait, or choose another"
+        ) from None
+    return lock
 
 
 def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | None, step: int) -> None:
@@ -189,7 +225,8 @@ def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | No
         _set_aside([target] if target.exists() else [])
         shutil.copytree(checkpoint, folder / f"{files.UNFINISHED}{target.name}")
         files.publish_folder(folder / f"{files.UNFINISHED}{target.name}", target)
-    files.write_json(folder / ARGS_FILE, record)
+    if not (folder / "model_index.json").is_file():  # else they are those of the model, until another one is there
+        files.write_json(folder / ARGS_FILE, record)
     kept = "".join(json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= step)
     files.write_text(folder / LOG_FILE, kept)
 

@@ -91,7 +91,8 @@ def latents_of(
     rehearse(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
-    if args.overwrite_output_dir and args.latents_cache_dir is None and not args.dry_run:
+    anew = args.overwrite_output_dir and args.resume_from_checkpoint is None
+    if anew and args.latents_cache_dir is None and not args.dry_run:
         with accelerator.main_process_first():
             if folder.is_dir():
                 files.discard(folder)

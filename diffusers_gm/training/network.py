@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 
 from ..autoencoders import downsampling, latent_channels
@@ -39,12 +39,24 @@ def given_unet(args: TrainingArguments) -> Any | None:
         cls = network_class(option, config, args.class_conditional)
         if not pretrained:
             return cls.from_config(config)
+        if folder is not None and args.vae is None:
+            refuse_latents(option, args)
         try:
             unet = cls.from_pretrained(name, variant=args.variant, **kwargs)
         except (OSError, ValueError) as error:
             raise ValueError(f"{option} cannot be loaded: {error}") from error
         return with_velocities(unet) if METHODS[args.method].input_factor(args) == 2 else unet
     raise ValueError(f"{option}: there is no network, neither in such a folder nor on the Hub")
+
+
+def refuse_latents(option: str, args: TrainingArguments) -> None:
+    """Raise a ValueError if the network of a pipeline learned latents: pixels may have as many channels."""
+    try:
+        index = DiffusionPipeline.load_config(args.model_name_or_path, cache_dir=args.cache_dir, revision=args.revision)
+    except OSError:  # a network in a folder of its own
+        return
+    if has := [name for name in ("vae", "vqvae", "movq") if index.get(name, (None, None))[0] is not None]:
+        raise ValueError(f"{option} makes latents, which its {has[0]} decodes: give it as --vae, with its subfolder")
 
 
 def network_class(option: str, config: dict[str, Any], conditional: bool) -> Any:

@@ -45,7 +45,8 @@ def levels_of_network(
     own = METHODS[args.method].option_names
     # Whoever has levels and no prediction type learns a preconditioned denoiser.
     edm_alone = "sigma_data" in own and "prediction_type" not in own and METHODS[args.method].input_factor(args) == 1
-    if args.model_name_or_path is None or not args.keep_noise_levels or not ("prediction_type" in own or edm_alone):
+    keeps = "prediction_type" in own or edm_alone
+    if args.model_name_or_path is None or not args.keep_noise_levels:
         return args, answers
     try:
         config = GMLangevinScheduler.load_config(
@@ -57,7 +58,10 @@ def levels_of_network(
     space, kind = source.noise_space, source.reading.prediction_type
     if space is None:
         return args, answers
-    if not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
+    goes_on = (space.kind, kind, config.get("beta_schedule", "linear"))
+    if goes_on == ("vp", "epsilon", getattr(args, "ddpm_beta_schedule", None)):  # a DDPM that stays one
+        return args, answers
+    if not keeps or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
         logger.warning(
             f"--model_name_or_path {args.model_name_or_path}: what its scheduler says of noise levels and answers "
             f"({space.kind}, {kind}) is not kept by --method {args.method}: the network learns others from here on"

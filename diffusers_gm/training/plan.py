@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,9 +110,9 @@ def command_line(args: TrainingArguments, num_processes: int) -> str:
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
-            words.append(f"--{name} {' '.join(map(str, value))}")
+            words.append(f"--{name} {shlex.join(map(str, value))}")
         else:
-            words.append(f"--{name} {portable(value) if name in paths else value}")
+            words.append(f"--{name} {shlex.quote(str(portable(value) if name in paths else value))}")
     return " ".join(words)
 
 
