@@ -1,9 +1,9 @@
 """Samples of any unconditional pipeline, with any scheduler, at a given number of network calls."""
 
-import hashlib
-import inspect
 import ast
 import contextlib
+import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence

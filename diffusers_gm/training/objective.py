@@ -58,8 +58,8 @@ def levels_of_network(
     space, kind = source.noise_space, source.reading.prediction_type
     if space is None:
         return args, answers
-    goes_on = (space.kind, kind, config.get("beta_schedule", "linear"))
-    if goes_on == ("vp", "epsilon", getattr(args, "ddpm_beta_schedule", None)):  # a DDPM that stays one
+    before = (space.kind, kind, config.get("beta_schedule", "linear"))
+    if "ddpm_beta_schedule" in own and before == ("vp", "epsilon", args.ddpm_beta_schedule):  # a DDPM that stays one
         return args, answers
     if not keeps or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
         logger.warning(

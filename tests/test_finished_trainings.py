@@ -1,0 +1,162 @@
+"""What is there when a training begins: a finished model, another training, a network of another kind."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
+from networks import tiny_autoencoder, tiny_network
+from training import SMALL, TINY, arguments
+
+from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline
+from diffusers_gm.data.labels import labels_of_files
+from diffusers_gm.training.folder import ARGS_FILE, claim
+from diffusers_gm.training.network import given_unet
+from diffusers_gm.training.objective import levels_of_network
+from diffusers_gm.training.plan import command_line
+
+OPTIONS = f"{SMALL} --max_train_steps 2 --checkpointing_steps 2 --validation_steps 0 --resume_from_checkpoint latest"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def test_a_finished_training_is_left_as_it_is(train, tmp_path, capsys):
+    """The command of a training in slices is run until it says that there is nothing left; what was made of the model
+    since, measurements, a calibration, a better card, stays."""
+    folder = tmp_path / "out"
+    train(OPTIONS, "--output_dir", folder)
+    for name in ("results.json", "README.md", "scheduler/scheduler_config.json"):
+        (folder / name).write_text((folder / name).read_text() + "\n" if (folder / name).is_file() else "{}")
+    before = contents(folder)
+    capsys.readouterr()
+    train(OPTIONS, "--output_dir", folder)
+    assert "has the model of all 2 steps: there is nothing to do" in capsys.readouterr().out
+    assert contents(folder) == before
+    # What a sampler of the model is to be may change: then it is written anew.
+    train(OPTIONS, "--num_langevin_steps 2", "--output_dir", folder)
+    assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["num_langevin_steps"] == 2
+    assert not (folder / "results.json").exists()
+
+
+def test_a_model_without_checkpoints_is_not_replaced(train, tmp_path):
+    folder = tmp_path / "out"
+    train(TINY, "--output_dir", folder)
+    before = contents(folder)
+    for more in ("", "--resume_from_checkpoint latest"):
+        with pytest.raises(ValueError, match="holds a model, and no checkpoint to go on from.*--overwrite_output_dir"):
+            train(TINY, more, "--method ncsnv2 --output_dir", folder)
+    assert contents(folder) == before
+    train(TINY, "--method ncsnv2 --overwrite_output_dir --output_dir", folder)
+    assert json.loads((folder / ARGS_FILE).read_text())["method"] == "ncsnv2"
+
+
+def test_options_beside_a_model_are_those_it_was_trained_with(train, tmp_path, monkeypatch):
+    """Until a training that is to replace it has a model of its own."""
+    folder = tmp_path / "out"
+    train(TINY, "--output_dir", folder)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.Tensor.backward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, "--method ncsnv2 --overwrite_output_dir --output_dir", folder)
+    assert json.loads((folder / ARGS_FILE).read_text())["method"] == "gm-sgm"
+
+
+def test_a_folder_is_that_of_one_training_at_a_time(train, tmp_path):
+    held = claim(tmp_path / "out")
+    with pytest.raises(ValueError, match="--output_dir .*out' is in use by another training"):
+        train(TINY, "--output_dir", tmp_path / "out")
+    held.release()
+    train(TINY, "--output_dir", tmp_path / "out")
+
+
+def test_the_environment_does_not_say_otherwise(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps is 1, and .* says 4: unset it"):
+        train(TINY, "--output_dir", tmp_path / "out")
+
+
+def test_the_command_of_a_card_can_be_pasted():
+    args = arguments(train_data_dir="my images", background="#808080", seed=3)
+    words = shlex.split(command_line(args, 1), comments=True)
+    assert words[words.index("--train_data_dir") + 1] == "my images"
+    assert words[words.index("--background") + 1] == "#808080"
+    assert words[words.index("--seed") + 1] == "3"
+
+
+def test_the_warm_up_of_a_training_that_is_lengthened_stays(train, tmp_path):
+    options = f"{SMALL} --lr_scheduler constant_with_warmup --checkpointing_steps 20 --validation_steps 0 --output_dir"
+    train("--max_train_steps 20", options, tmp_path / "out")
+    train("--max_train_steps 40 --resume_from_checkpoint latest", options, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / ARGS_FILE).read_text())
+    assert (record["max_train_steps"], record["lr_warmup_steps"]) == (40, 2)
+
+
+# --- Networks that are fine-tuned ---
+
+
+def test_a_network_of_latents_needs_its_autoencoder(tmp_path):
+    """Latents of three channels look like images."""
+    pipe = NCSNv2Pipeline(
+        tiny_network(4, 4),
+        AnnealedLangevinScheduler(),
+        vae=tiny_autoencoder(),
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe.save_pretrained(tmp_path / "latent")
+    with pytest.raises(ValueError, match="makes latents, which its vae decodes: give it as --vae"):
+        given_unet(arguments(model_name_or_path=str(tmp_path / "latent")))
+    GMSGMPipeline(tiny_network(), GMLangevinScheduler()).save_pretrained(tmp_path / "pixels")
+    assert given_unet(arguments(model_name_or_path=str(tmp_path / "pixels"))) is not None
+
+
+@pytest.mark.parametrize("method", ["ddpm", "cld"])
+def test_what_is_not_kept_of_a_network_is_said(method, tmp_path, caplog):
+    options = {"objective": "score"} if method == "cld" else {}
+    for kind, config in {
+        "cosine": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        "plain": {},
+    }.items():
+        DDPMPipeline(tiny_network(), DDPMScheduler(**config)).save_pretrained(tmp_path / kind)
+        caplog.clear()
+        levels_of_network(
+            arguments(method=method, model_name_or_path=str(tmp_path / kind), **options), tiny_network(), resumed=False
+        )
+        said = f"is not kept by --method {method}" in caplog.text
+        assert said == (kind == "cosine" or method == "cld")
+
+
+# --- Classes ---
+
+
+def test_names_of_classes_can_be_written_down():
+    with pytest.raises(ValueError, match=r"the folder 'caf\\udce9' has no readable name"):
+        labels_of_files(["caf\udce9/1.png", "dog/2.png"])
+    assert labels_of_files(["café/1.png", "犬/2.png", "two words/3.png"]).names == ["café", "two words", "犬"]
+
+
+def test_classes_without_images_are_said(train, tmp_path, caplog):
+    options = f"{TINY} --class_conditional --output_dir"
+    with pytest.raises(ValueError, match="all images are of one class"):
+        train(options, tmp_path / "one", "--max_train_samples 2 --seed 27")
+    train(options, tmp_path / "some", "--max_train_samples 6")
+    assert "classes there are no images" in caplog.text
+
+
+def test_a_calibration_of_a_measured_model_takes_the_measurements_away(tmp_path):
+    from diffusers_gm.calibrate import __main__ as command
+
+    pipe = NCSNv2Pipeline(tiny_network(), AnnealedLangevinScheduler())
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n<!-- quality -->\nOld.\n<!-- end of quality -->\n")
+    command.main([str(tmp_path), "--calls", "3", "--effort", "fast", "--batch_size", "2"])
+    assert not (tmp_path / "results.json").exists()
+    assert "Old." not in (tmp_path / "README.md").read_text()
+    assert "Not measured." in (tmp_path / "README.md").read_text()
