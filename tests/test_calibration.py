@@ -453,6 +453,15 @@ def test_pipelines_that_cannot_be_calibrated_are_named(tiny_unet):
         calibrate(pipe)
 
 
+def test_a_pipeline_with_levels_of_its_own_has_no_use_for_calibrated_ones(tiny_unet):
+    class Own(UnconditionalPipeline):
+        def __call__(self, num_inference_steps, **_):
+            self.scheduler.set_timesteps(timesteps=[999, 500, 1])
+
+    with pytest.raises(ValueError, match="timesteps or sigmas of its own, in place of which no calibrated ones"):
+        calibrate(Own(tiny_unet, DDPMScheduler()), (5,), progress=False)
+
+
 @pytest.mark.parametrize("own", [{"stochasticity": 1.0}, {"grid": "karras"}, {"timestep_spacing": "trailing"}], ids=str)
 def test_what_was_calibrated_is_what_runs(own, tiny_unet):
     """Whatever the pipeline's scheduler had been told before."""

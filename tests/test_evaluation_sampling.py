@@ -23,7 +23,14 @@ from diffusers_gm import (
 )
 from diffusers_gm.data import SAMPLES, generator_for
 from diffusers_gm.evaluation import num_steps_for
-from diffusers_gm.evaluation.sampling import NoGridError, build_scheduler, image_shape, load_pipeline, sample
+from diffusers_gm.evaluation.sampling import (
+    NoGridError,
+    build_scheduler,
+    image_shape,
+    load_pipeline,
+    options_in,
+    sample,
+)
 
 CPU = torch.device("cpu")
 
@@ -145,3 +152,21 @@ def test_no_scheduler_of_diffusers_is_given_noise_that_it_cannot_read(own, suits
         by_betas = {hasattr(cls(), "alphas_cumprod") and not cls().config.get("use_flow_sigmas") for cls in accepted}
         assert by_betas == {not isinstance(own, FlowMatchEulerDiscreteScheduler)}
     assert build_scheduler(own, [suits])
+
+
+def test_values_of_options_are_those_of_json_or_python():
+    """`False` is not the word of five letters, which is true."""
+    words = [
+        "a=False",
+        "b=false",
+        "c=None",
+        "d=null",
+        "e=1e-3",
+        "f=[1, 2]",
+        "g=trailing",
+        "h='trailing'",
+        'i={"5": [1.5]}',
+    ]
+    expected = [False, False, None, None, 1e-3, [1, 2], "trailing", "trailing", {"5": [1.5]}]
+    assert list(options_in(words).values()) == expected
+    assert options_in(["x="]) == {"x": ""}

@@ -27,6 +27,7 @@ from diffusers_gm import (
     NCSNv2Pipeline,
 )
 from diffusers_gm.evaluation.card import add_quality, forget_quality
+from diffusers_gm.pipelines.repository import weights_before
 
 ROOT = Path(__file__).parents[1]
 
@@ -504,6 +505,35 @@ def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):
             uploaded = server.repos[name].files["README.md"].decode()
             assert uploaded == card.replace('"."', f'"{name}"')
             assert (folder / "README.md").read_text() == text
+
+
+def test_no_weights_of_before_are_left_in_a_repository(server, folders, tmp_path):
+    """Where weights in parts lie beside whole ones, diffusers reads the parts."""
+    push = [sys.executable, "-m", "diffusers_gm.hub", str(tmp_path / "model"), "me/parts"]
+    pipeline = GMSGMPipeline.from_pretrained(folders / "gm")
+    pipeline.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    Client(server, tmp_path / "home", TOKEN).command(push)
+    parts = {name for name in server.repos["me/parts"].files if "-of-" in name or name.endswith(".index.json")}
+    assert len(parts) > 2
+    shutil.rmtree(tmp_path / "model")
+    pipeline.save_pretrained(tmp_path / "model")
+    Client(server, tmp_path / "home", TOKEN).command(push)
+    files = server.repos["me/parts"].files
+    assert parts.isdisjoint(files)
+    assert "unet/diffusion_pytorch_model.safetensors" in files
+
+
+def test_only_weights_that_are_replaced_are_stale():
+    there = [
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "unet/config.json",
+        "vae/diffusion_pytorch_model.bin", "mine.safetensors",
+    ]  # fmt: skip
+    whole = "unet/diffusion_pytorch_model.safetensors"
+    assert weights_before(there, [whole, "README.md"]) == [there[0], there[1], there[3]]
+    assert weights_before([whole, *there], there) == [whole]
+    assert weights_before(there, ["unet/diffusion_pytorch_model.fp16.safetensors"]) == [], "a variant beside"
 
 
 def test_measurements_of_another_model_leave_the_repository_with_its_card(server, folders, tmp_path):

@@ -255,6 +255,25 @@ def test_there_and_back(make, errors):
     assert abs(float(latents.std() / start.std()) - 1) < 0.15
 
 
+@pytest.mark.parametrize(
+    ("theirs", "most"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), 0.02),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), 0.02),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), 0.02),
+        (DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False), 0.1),
+    ],
+    ids=["flow", "UniPC", "DPMSolver", "zero SNR"],
+)
+def test_there_and_back_from_pure_noise(theirs, most):
+    """Of which schedulers of diffusers say nothing but that an image is not in it."""
+    pipeline, image = pipeline_of(theirs), (drawn(32).clamp(-1, 1) + 1) / 2
+    latents = pipeline.encode(image, 60, seeded(3)[0])
+    assert 0.5 < float(latents.std()) < 2
+    back = pipeline(num_inference_steps=60, generator=seeded(4)[0], latents=latents, output_type="pt").images
+    assert float((back - image).square().mean().sqrt()) < most
+
+
 def test_encoding_is_that_of_the_generator_and_of_each_image():
     pipeline = pipeline_of(CalibratedMultistepScheduler.from_config(OURS["cld"]().config))
     images = (drawn(3).clamp(-1, 1) + 1) / 2

@@ -66,6 +66,15 @@ def test_cells_of_seeds_are_all_there_or_none(tmp_path):
     assert [cell.reason for cell in results.cells] == ["", "no stable step"]
 
 
+def test_results_of_two_models_are_not_mixed(tmp_path):
+    """Two runs that begin at once, before there is a file that would tell them."""
+    one, other = (Results.open(tmp_path / "cells.json", {"model": name}) for name in ("a", "b"))
+    one.measure("DDIM", 5, 0, lambda: (None, 5), lambda _: {"score": 1.0})
+    with pytest.raises(ValueError, match="meanwhile got results under other conditions"):
+        other.measure("Euler", 5, 0, lambda: (None, 5), lambda _: {"score": 2.0})
+    assert [cell.scheduler for cell in Results.read(tmp_path / "cells.json").cells] == ["DDIM"]
+
+
 def test_what_two_runs_measure_at_once_is_kept(tmp_path):
     one, other = (Results.open(tmp_path / "cells.json", {}) for _ in range(2))
     one.of_seeds("a", 5, 1, lambda seed: {"error": 1.0})

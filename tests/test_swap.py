@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -140,6 +141,33 @@ def test_a_file_of_diffusers_says_what_its_class_leaves_unsaid(cls, source, tmp_
 
 
 @every_scheduler
+def test_what_is_asked_for_takes_the_place_of_what_the_source_has(cls):
+    """A shift, as pipelines of flow networks are told to pass it; a grid, whatever flags the source has."""
+    source = UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction").config
+    assert cls.from_config(source, flow_shift=3.0).config.shift == 3.0
+    assert cls.from_config(source).config.shift == 5.0
+    flow = FlowMatchEulerDiscreteScheduler().config
+    assert cls.from_config(flow, use_flow_sigmas=True, flow_shift=3.0).config.shift == 3.0
+    karras = DPMSolverMultistepScheduler(use_karras_sigmas=True).config
+
+    def levels(**options):
+        scheduler = cls.from_config(karras, **options)
+        scheduler.set_timesteps(12)
+        return scheduler.sigmas.tolist()
+
+    if cls is CLDSSCSScheduler:
+        assert levels() == levels(grid=None, timestep_spacing="karras", use_karras_sigmas=False)
+    assert levels(grid="even") == levels(grid="even", use_karras_sigmas=False)
+    assert levels(timestep_spacing="trailing") == levels(timestep_spacing="trailing", use_karras_sigmas=False)
+    assert levels(use_exponential_sigmas=True) == levels(grid=None, timestep_spacing="log_snr", use_karras_sigmas=False)
+
+
+def test_a_source_that_names_no_spacing_gets_even_levels():
+    scheduler = CLDSSCSScheduler.from_config(DPMSolverSinglestepScheduler().config)
+    assert scheduler.config.grid == "even"
+
+
+@every_scheduler
 @pytest.mark.parametrize(
     ("source", "space"),
     [(SOURCES["flow"], "flow"), (EDMEulerScheduler(), "edm"), (DDPMScheduler(clip_sample=True), "vp")],
@@ -234,6 +262,22 @@ def test_defaults_reach_the_floor_at_200_calls(cls):
         samples = run(scheduler, perfect_network(scheduler, ExactDenoiser(train, 0.1)), start, generator)
         distances.append(sliced_wasserstein(samples, reference))
     assert sum(distances) / seeds < 1.2 * floor, (distances, floor)
+
+
+def test_an_edm_network_without_a_size_of_its_data_goes_to_diffusers_as_it_is(generator):
+    """Theirs would take 0.5 for it: the size is 1, which is what no size means."""
+    own = GMLangevinScheduler(noise_space="edm", sigma_min=0.02, sigma_max=80.0, prediction_type="v_prediction")
+    scheduler = EDMEulerScheduler.from_config(own.diffusers_config())
+    denoiser = ExactDenoiser(torch.zeros(1, 1, 1, 1).double(), width=0.3)
+    scheduler.set_timesteps(100)
+    sample = scheduler.init_noise_sigma * torch.randn(4000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        fed = scheduler.scale_model_input(sample, t)
+        output = denoiser.network_output(fed, t.double(), own.noise_space, "v_prediction")
+        sample = scheduler.step(output, t, sample).prev_sample
+    assert float(sample.std()) == pytest.approx(0.3, rel=0.1)
+    with pytest.raises(ValueError, match="reads a network of edm space that answers 'epsilon'"):
+        GMLangevinScheduler(noise_space="edm", sigma_max=80.0).diffusers_config()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])

@@ -67,7 +67,6 @@ SHARES = {
     "skip_guidance_layers": None,
     "adapter_conditioning_factor": 1.0,
     "cfg_trunc_ratio": 1.0,
-    "strength": 1.0,
     "denoising_start": None,
     "denoising_end": None,
 }
