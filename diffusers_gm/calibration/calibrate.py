@@ -18,7 +18,7 @@ from ..networks import channels_of, images_at_once, size_of
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
 from ..readings import ImageReading, level_range
-from ..readings.grids import POWER, calibrated_levels, power_levels
+from ..readings.grids import POWER, calibrated_levels, even_levels, power_levels
 from ..samplers import Memory, Multistep, sample
 from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
@@ -45,9 +45,14 @@ ERRS = -0.4
 # How far it is off, of one image, with trained networks. Of four images its sign says nothing.
 SPREAD = 0.3
 
+# Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
+# noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
+# percent.
+HIDING = 10.0
+
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
-# errs most; and all there is where errors dominate, half of it in shorter runs.
+# errs most; and all there is where errors dominate.
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
 
 # Stochasticities among which real images choose.
@@ -184,12 +189,13 @@ def calibrate_in_full(
             return denoised
 
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
-        result.martingale_defect = martingale_defect(timed, start, high, max(low, LOW))
+        result.martingale_defect, drawn = reverse_diffusion(timed, start, high, max(low, LOW))
         ladder = Ladder(timed, start, high, max(low, LOW), sampler, scheduler.model_mixture)
         if isinstance(scheduler.reading, ImageReading):
             ladder = replace(ladder, deviation=scheduler.reading.start_deviation)
         if result.errs:
-            found: Found = {n: (scheduler.calibrated_or_even_levels(n).tolist(), None) for n in budgets}
+            top = high if ladder.deviation is None else min(high, HIDING * largest_deviation(drawn))
+            found: Found = {n: (levels_of_errors(top, low, n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
@@ -268,6 +274,12 @@ class Ladder:
         return min(taus, key=distance)
 
 
+def levels_of_errors(high: float, low: float, num_calls: int) -> Tensor:
+    """The fixed grid, of very few calls one that ends higher: what is below costs steps that the noise above needs."""
+    levels = even_levels(high, low, num_calls)
+    return power_levels(high, min(2 * float(levels[-1]), high / 2), num_calls, POWER) if num_calls < ENOUGH else levels
+
+
 def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
     """By the local errors of all steps, from the Gram matrix of the denoised images of one run."""
     sigmas = fine_ladder(ladder.high, ladder.low, NUM_FAST)
@@ -325,7 +337,7 @@ def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochas
     """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
     the levels before, if it has calls enough to follow it."""
     if defect < ERRS:
-        return ALL if num_calls >= ENOUGH else ALL / 2
+        return ALL
     return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
 
 
@@ -333,8 +345,23 @@ def in_words(tau: Stochasticity) -> str:
     return " then ".join(f"{t:g}" for t in tau) if isinstance(tau, Sequence) else f"{tau:g}"
 
 
+def largest_deviation(images: Tensor) -> float:
+    """The standard deviation of images `(n, ...)` along the direction in which they differ most."""
+    flat = images.flatten(1).float()
+    return float(torch.linalg.matrix_norm(flat - flat.mean(0), 2)) / max(len(flat) - 1, 1) ** 0.5
+
+
 def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
-    """`rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2` along a run of the reverse diffusion.
+    """rho of a network, see `reverse_diffusion`."""
+    return reverse_diffusion(denoiser, start, high, low, seed)[0]
+
+
+def reverse_diffusion(
+    denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1
+) -> tuple[float, Tensor]:
+    """A run of it: how far D is from a martingale, and the images at its end.
+
+    `rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2` along a run of the reverse diffusion.
 
     For an exact denoiser D is a martingale there, and rho about 0, or a little above; errors of a network that vary
     from level to level make it negative. Levels from sigma 40 to 0.05, where the network has them.
@@ -355,7 +382,7 @@ def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float
             squares += float(change.square().mean())
         before = denoised
         y, memory = sampler.step(plan, i, y, denoised, memory, draw)
-    return products / squares
+    return products / squares, denoised
 
 
 def _checked_calls(calls: Sequence[int]) -> list[int]:

@@ -218,7 +218,12 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(
             f"--cifar10 {args.cifar10}: no such folder; leave the model out, or say where the parquet files are"
         )
-    of_exact = ("dataset_name", "train_data_dir", "resolution", "num_images")
+    of_exact = [
+        "dataset_name",
+        "train_data_dir",
+        "resolution",
+        *(["num_images"] if "cifar10" not in args.models else []),
+    ]
     given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
     if given and "exact" not in args.models:
         parser.error(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
@@ -288,7 +293,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
     add("--train_data_dir", help="exact: a folder of images or of parquet files; --pipeline: what it is compared with")
     add("--resolution", type=at_least(1), help="side to which these images are resized [their own]")
-    add("--num_images", type=at_least(2), help="of these at most [2000, of the digits and with --pipeline all]")
+    add(
+        "--num_images",
+        type=at_least(2),
+        help="of these, or of CIFAR-10, at most [2000, of the digits and with --pipeline all]",
+    )
     add("--cifar10", type=Path, help="cifar10: folder of its parquet files")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     args = parser.parse_args(arguments)
