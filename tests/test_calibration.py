@@ -314,7 +314,7 @@ def test_one_run_is_enough_for_the_fast_effort():
 
 
 def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
-    """Levels that follow its runs would follow its errors. It begins where noise hides the images, as errors are largest
+    """Levels that follow its runs would follow its errors. It begins where noise hides images, as errors are largest
     above, and ends higher where calls are very few."""
     own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
     unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
@@ -329,7 +329,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     assert result.network_calls == 48
     assert result.stochasticity == {5: 1.0, 10: 1.0}
     top = result.levels[10][0]
-    assert 10 < top < 40, "ten times the deviation of the images, which is 0.8 in each of four pixels"
+    assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
     assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
     assert result.levels[5] == pytest.approx(power_levels(top, 0.2, 5, 3.0).tolist())
 
