@@ -130,7 +130,7 @@ def exact_model(points: Tensor, name: str, num_samples: int, output: Path, error
     conditions = f"Each of the {len(points)} images is a Gaussian of width {WIDTH}"
     if error:
         denoiser = Erring(denoiser, math.hypot(float(points.std()), WIDTH), error)
-        title += " plus score error"
+        title += f" plus a score error of {error:g}"
         conditions += f"; D is off by a smooth random field of {error} of its deviation, see `Erring`"
 
     def data(n: int, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,8 @@ NEEDS = {
     "shuffle_buffer_size": ("streaming",),
     "revision": ("model_name_or_path", "vae"),
     "variant": ("model_name_or_path", "vae"),
+    "ema_decay": ("use_ema",),
+    "checkpoints_total_limit": ("checkpointing_steps",),
 }
 
 # What describes a new network.
