@@ -48,7 +48,7 @@ SPREAD = 0.3
 # Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
 # noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
 # percent.
-HIDING = 10.0
+HIDING, MANY_IMAGES = 10.0, 16
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
@@ -194,7 +194,8 @@ def calibrate_in_full(
         if isinstance(scheduler.reading, ImageReading):
             ladder = replace(ladder, deviation=scheduler.reading.start_deviation)
         if result.errs:
-            top = high if ladder.deviation is None else min(high, HIDING * largest_deviation(drawn))
+            lower = ladder.deviation is not None and len(drawn) >= MANY_IMAGES  # of few the deviation is chance
+            top = min(high, HIDING * largest_deviation(drawn)) if lower else high
             found: Found = {n: (levels_of_errors(top, low, n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
