@@ -1,7 +1,8 @@
 """Pipelines of diffusers, around tiny untrained networks."""
 
 import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from networks import build
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -94,3 +95,31 @@ def sdxl(cls):
         ),
         add_watermarker=False,
     )
+
+
+def sd3(cls):
+    transformer = build(
+        diffusers.SD3Transformer2DModel,
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=8,
+        pooled_projection_dim=8,
+        out_channels=16,
+    )
+    nothing = dict.fromkeys(
+        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
+    )
+    return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(16), **nothing)
+
+
+def embeddings(sequence, pooled):
+    g = torch.Generator().manual_seed(2)
+    return {
+        "prompt_embeds": torch.randn(sequence, generator=g),
+        "pooled_prompt_embeds": torch.randn(pooled, generator=g),
+    }

@@ -364,7 +364,7 @@ def test_a_velocity_network(tiny_velocity_unet):
 
 def test_guidance_is_part_of_the_denoiser():
     """Stable Diffusion: the prompt, guidance and the latents of the pipeline's own run."""
-    from test_swap_pipelines import stable_diffusion
+    from diffusers_pipelines import stable_diffusion
 
     pipe = stable_diffusion(StableDiffusionPipeline)
     arguments = {"prompt": "a cat", "height": 16, "width": 16, "output_type": "latent", "num_images_per_prompt": 2}
@@ -381,7 +381,7 @@ def test_guidance_is_part_of_the_denoiser():
 
 def test_the_fixed_grid_is_shifted_once():
     """Stable Diffusion 3 with a network of errors alone: what is kept is the grid without a calibration."""
-    from test_swap_pipelines import embeddings, sd3
+    from diffusers_pipelines import embeddings, sd3
 
     pipe, generator = sd3(StableDiffusion3Pipeline), torch.Generator().manual_seed(0)
     pipe.transformer.register_forward_hook(

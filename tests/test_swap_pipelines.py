@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers_pipelines import SD, sdxl, stable_diffusion, text_encoder, tokenizer, unet, vae
+from diffusers_pipelines import SD, embeddings, sd3, sdxl, stable_diffusion, text_encoder, tokenizer, unet, vae
 from networks import build, seeded
 from schedulers import every_scheduler
 from transformers import (
@@ -157,34 +157,6 @@ def test_dit_with_a_learned_variance(cls):
     )
     pipeline = diffusers.DiTPipeline(transformer, vae(), DDIMScheduler(**SD))
     check(swapped(pipeline, cls), class_labels=[1, 2], num_inference_steps=5, output_type="np")
-
-
-def sd3(cls):
-    transformer = build(
-        diffusers.SD3Transformer2DModel,
-        sample_size=8,
-        patch_size=2,
-        in_channels=16,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        caption_projection_dim=8,
-        pooled_projection_dim=8,
-        out_channels=16,
-    )
-    nothing = dict.fromkeys(
-        ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
-    )
-    return cls(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(16), **nothing)
-
-
-def embeddings(sequence, pooled):
-    g = torch.Generator().manual_seed(2)
-    return {
-        "prompt_embeds": torch.randn(sequence, generator=g),
-        "pooled_prompt_embeds": torch.randn(pooled, generator=g),
-    }
 
 
 @every_scheduler
