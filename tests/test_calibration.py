@@ -32,12 +32,10 @@ from diffusers_gm import (
 from diffusers_gm.calibration.calibrate import (
     Ladder,
     calibrate_in_full,
-    largest_deviation,
     levels_from_one_run,
     levels_from_trajectories,
-    martingale_defect,
-    stochasticity_for,
 )
+from diffusers_gm.calibration.errors import hiding_level, largest_deviation, reverse_diffusion, stochasticity_for
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
 from diffusers_gm.calibration.trajectory import Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels, power_levels
@@ -201,14 +199,14 @@ def test_denoised_images_that_are_not_finite_are_named():
 
 
 def test_the_martingale_defect_tells_a_network_that_errs():
-    exact = martingale_defect(points, start(2000), HIGH, LOW)
+    exact = reverse_diffusion(points, start(2000), HIGH, LOW)[0]
     generator = torch.Generator().manual_seed(0)
 
     def errs(y, sigma):
         return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE)
 
     assert exact > -0.05
-    assert martingale_defect(errs, start(2000), HIGH, LOW) < -0.3
+    assert reverse_diffusion(errs, start(2000), HIGH, LOW)[0] < -0.3
 
 
 def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
@@ -332,6 +330,14 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
     assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
     assert result.levels[5] == pytest.approx(power_levels(top, 0.2, 5, 3.0).tolist())
+
+
+def test_where_a_run_of_a_network_of_errors_begins():
+    images = 2.0 * torch.randn((20, 1, 1, 1), generator=torch.Generator().manual_seed(0))
+    assert hiding_level(images, 100.0) == pytest.approx(10 * largest_deviation(images))
+    assert hiding_level(images, 5.0) == 5.0
+    assert hiding_level(images[:15], 100.0) == 100.0, "of few images nothing is concluded"
+    assert hiding_level(torch.ones(20, 1, 1, 1), 100.0) == 1.0, "of images that are all the same"
 
 
 def test_the_largest_deviation_is_that_of_the_widest_direction():

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from ..autoencoders import as_learned
 from ..networks import channels_of, images_at_once, size_of
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from ..processes.random import Draw
 from ..readings import ImageReading, level_range
-from ..readings.grids import POWER, calibrated_levels, even_levels, power_levels
-from ..samplers import Memory, Multistep, sample
+from ..readings.grids import POWER, calibrated_levels, power_levels
+from ..samplers import Multistep, sample
 from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
+from .errors import ALL, ERRS, SOME, hiding_level, levels_of_errors, reverse_diffusion, stochasticity_for
 from .oracle import MANY, with_denoiser
 from .search import LocalDefects, fine_ladder, gram, nearest, search
 from .trajectory import Denoiser, Trajectories, sliced_distance
@@ -35,25 +35,8 @@ MAX_RUNS, MAX_CALLS = 40, 240
 # too.
 SHORT = 7
 
-# Levels of the one run of `effort="fast"`, and of the one that measures `martingale_defect`.
-NUM_FAST, NUM_MARTINGALE = 56, 48
-
-# The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
-# trained as EDM says a little less, and those for epsilon, trained as long, clearly less.
-ERRS = -0.4
-
-# How far it is off, of one image, with trained networks. Of four images its sign says nothing.
-SPREAD = 0.3
-
-# Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
-# noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
-# percent.
-HIDING, MANY_IMAGES = 10.0, 16
-
-# Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
-# some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
-# errs most; and all there is where errors dominate.
-SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
+# Levels of the one run of `effort="fast"`.
+NUM_FAST = 56
 
 # Stochasticities among which real images choose.
 CANDIDATES = (0.0, 0.4, SOME, ALL)
@@ -90,7 +73,7 @@ class Calibration:
         errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's, from a start
             that the levels were not chosen on: of the fixed grid, and of what was found. None with `effort="fast"`, nor
             where errors dominate.
-        martingale_defect: rho, see `martingale_defect`.
+        martingale_defect: rho, see `errors.reverse_diffusion`.
         stochasticity: tau of each budget, one or two.
         network_calls: in all, each for the whole batch.
         seconds: of work beside the network, and of the network and the pipeline around it.
@@ -194,8 +177,7 @@ def calibrate_in_full(
         if isinstance(scheduler.reading, ImageReading):
             ladder = replace(ladder, deviation=scheduler.reading.start_deviation)
         if result.errs:
-            lower = ladder.deviation is not None and len(drawn) >= MANY_IMAGES  # of few the deviation is chance
-            top = min(high, HIDING * largest_deviation(drawn)) if lower else high
+            top = high if ladder.deviation is None else hiding_level(drawn, high)
             found: Found = {n: (levels_of_errors(top, low, n).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
@@ -259,7 +241,6 @@ class Ladder:
     def closest(self, taus: Sequence[Stochasticity], levels: list[float], images: Tensor) -> Stochasticity:
         """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
         sigmas = torch.tensor(levels, dtype=torch.float64)
-
         lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
 
         def distance(tau: Stochasticity) -> float:
@@ -273,12 +254,6 @@ class Ladder:
             return sliced_distance(torch.cat(batches), images)
 
         return min(taus, key=distance)
-
-
-def levels_of_errors(high: float, low: float, num_calls: int) -> Tensor:
-    """The fixed grid, of very few calls one that ends higher: what is below costs steps that the noise above needs."""
-    levels = even_levels(high, low, num_calls)
-    return power_levels(high, min(2 * float(levels[-1]), high / 2), num_calls, POWER) if num_calls < ENOUGH else levels
 
 
 def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
@@ -334,56 +309,8 @@ def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
     return int((sigmas.log() - math.log(last)).abs().argmin())
 
 
-def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochasticity:
-    """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
-    the levels before, if it has calls enough to follow it."""
-    if defect < ERRS:
-        return ALL
-    return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
-
-
 def in_words(tau: Stochasticity) -> str:
     return " then ".join(f"{t:g}" for t in tau) if isinstance(tau, Sequence) else f"{tau:g}"
-
-
-def largest_deviation(images: Tensor) -> float:
-    """The standard deviation of images `(n, ...)` along the direction in which they differ most."""
-    flat = images.flatten(1).float()
-    return float(torch.linalg.matrix_norm(flat - flat.mean(0), 2)) / max(len(flat) - 1, 1) ** 0.5
-
-
-def martingale_defect(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> float:
-    """rho of a network, see `reverse_diffusion`."""
-    return reverse_diffusion(denoiser, start, high, low, seed)[0]
-
-
-def reverse_diffusion(
-    denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1
-) -> tuple[float, Tensor]:
-    """A run of it: how far D is from a martingale, and the images at its end.
-
-    `rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2` along a run of the reverse diffusion.
-
-    For an exact denoiser D is a martingale there, and rho about 0, or a little above; errors of a network that vary
-    from level to level make it negative. Levels from sigma 40 to 0.05, where the network has them.
-    """
-    sigmas = torch.logspace(
-        math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
-    )
-    y = start * (float(sigmas[0]) / high)
-    sampler, memory = Multistep(1, corrector=False, stochasticity=1.0), Memory()
-    plan, before = sampler.plan(sigmas), None
-    draw = Draw.like(y, torch.Generator().manual_seed(seed))
-    products = squares = 0.0
-    for i, sigma in enumerate(sigmas.tolist()):
-        denoised = denoiser(y, sigma).float()
-        if before is not None:
-            change = denoised - before
-            products += float((before * change).mean())
-            squares += float(change.square().mean())
-        before = denoised
-        y, memory = sampler.step(plan, i, y, denoised, memory, draw)
-    return products / squares, denoised
 
 
 def _checked_calls(calls: Sequence[int]) -> list[int]:

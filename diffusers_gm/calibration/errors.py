@@ -1,0 +1,87 @@
+"""What a network's errors are, by a run of its own, and what a sampler does about them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..processes.random import Draw
+from ..readings.grids import POWER, even_levels, power_levels
+from ..samplers import Memory, Multistep
+from ..samplers.multistep import Stochasticity
+from .trajectory import Denoiser
+
+# Levels of the run that measures the martingale defect.
+NUM_MARTINGALE = 48
+
+# The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
+# trained as EDM says a little less, and those for epsilon, trained as long, clearly less.
+ERRS = -0.4
+
+# How far it is off, of one image, with trained networks. Of four images its sign says nothing.
+SPREAD = 0.3
+
+# Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
+# noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
+# percent.
+HIDING, MANY_IMAGES = 10.0, 16
+
+# Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
+# some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
+# errs most; and all there is where errors dominate.
+SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
+
+
+def largest_deviation(images: Tensor) -> float:
+    """The standard deviation of images `(n, ...)` along the direction in which they differ most."""
+    flat = images.flatten(1).float()
+    return float(torch.linalg.matrix_norm(flat - flat.mean(0), 2)) / max(len(flat) - 1, 1) ** 0.5
+
+
+def reverse_diffusion(
+    denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1
+) -> tuple[float, Tensor]:
+    """rho, how far D is from a martingale along a run of the reverse diffusion, and the images at its end.
+
+    `rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2`.
+
+    For an exact denoiser D is a martingale there, and rho about 0, or a little above; errors of a network that vary
+    from level to level make it negative. Levels from sigma 40 to 0.05, where the network has them.
+    """
+    sigmas = torch.logspace(
+        math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
+    )
+    y = start * (float(sigmas[0]) / high)
+    sampler, memory = Multistep(1, corrector=False, stochasticity=1.0), Memory()
+    plan, before = sampler.plan(sigmas), None
+    draw = Draw.like(y, torch.Generator().manual_seed(seed))
+    products = squares = 0.0
+    for i, sigma in enumerate(sigmas.tolist()):
+        denoised = denoiser(y, sigma).float()
+        if before is not None:
+            change = denoised - before
+            products += float((before * change).mean())
+            squares += float(change.square().mean())
+        before = denoised
+        y, memory = sampler.step(plan, i, y, denoised, memory, draw)
+    return products / squares, denoised
+
+
+def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochasticity:
+    """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
+    the levels before, if it has calls enough to follow it."""
+    if defect < ERRS:
+        return ALL
+    return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
+
+
+def hiding_level(images: Tensor, high: float) -> float:
+    """The noise level, from 1 to `high`, from which a run begins where errors dominate; of few images their deviation
+    would be chance."""
+    return min(high, max(1.0, HIDING * largest_deviation(images))) if len(images) >= MANY_IMAGES else high
+
+
+def levels_of_errors(high: float, low: float, num_calls: int) -> Tensor:
+    """The fixed grid, of very few calls one that ends higher: what is below costs steps that the noise above needs."""
+    levels = even_levels(high, low, num_calls)
+    return power_levels(high, min(2 * float(levels[-1]), high / 2), num_calls, POWER) if num_calls < ENOUGH else levels
