@@ -149,7 +149,7 @@ def test_classes_without_images_are_said(train, tmp_path, caplog):
     assert "classes there are no images" in caplog.text
 
 
-def test_a_calibration_of_a_measured_model_takes_the_measurements_away(tmp_path):
+def test_a_calibration_of_a_measured_model_sets_the_measurements_aside(tmp_path):
     from diffusers_gm.calibrate import __main__ as command
 
     pipe = NCSNv2Pipeline(tiny_network(), AnnealedLangevinScheduler())
@@ -158,5 +158,6 @@ def test_a_calibration_of_a_measured_model_takes_the_measurements_away(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n<!-- quality -->\nOld.\n<!-- end of quality -->\n")
     command.main([str(tmp_path), "--calls", "3", "--effort", "fast", "--batch_size", "2"])
     assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "results-before.json").read_text() == "{}", "what took long to measure is not lost"
     assert "Old." not in (tmp_path / "README.md").read_text()
     assert "Not measured." in (tmp_path / "README.md").read_text()

@@ -8,6 +8,7 @@ not dominate), how far the last images are from those of very many calls, before
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)
-    if forget_quality(folder):
-        print("what was measured with the scheduler before is removed: run `python -m diffusers_gm.evaluation` again")
+    if (measured := folder / "results.json").is_file():  # of the scheduler before; it may have taken long
+        shutil.copyfile(measured, kept := measured.with_name("results-before.json"))
+        forget_quality(folder)
+        print(f"measured with the scheduler before: now in {kept}; run `python -m diffusers_gm.evaluation` again")
     for n, levels in calibration.levels.items():
         print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
         if n in calibration.errors:

@@ -54,9 +54,8 @@ def _between(marks: tuple[str, str], text: str, words: str) -> str:
     return "\n".join((before + first, words, last + rest.partition(last)[2]))
 
 
-def forget_quality(folder: Path) -> bool:
-    """Remove measurements of a model, or of a scheduler, that is replaced, also from the card; whether there were
-    any."""
+def forget_quality(folder: Path) -> None:
+    """Remove measurements of a model, or of a scheduler, that is replaced, also from the card."""
     there = [folder / name for name in QUALITY_FILES if (folder / name).is_file()]
     for measured in there:
         measured.unlink()
@@ -66,7 +65,6 @@ def forget_quality(folder: Path) -> bool:
         card.text = _between(BEST, _between(QUALITY, card.text, NOT_MEASURED), "")
         card.data.eval_results = None
         write_text(path, str(card))
-    return bool(there)
 
 
 def _demo_quality(found: dict[str, Any]) -> tuple[str, list[EvalResult]]:
