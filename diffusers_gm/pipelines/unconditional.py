@@ -230,9 +230,10 @@ class UnconditionalPipeline(ImagePipeline):
             image: as in `estimate_noise_level`.
             noise_level: sigma of the images; None: each has its own, which is measured.
             num_inference_steps: 1: the mean of all images that may be behind the noise, which has the smallest squared
-                error. More: a run of the scheduler's sampler, or where it is one of diffusers of ours for its network,
-                all of it from the image's own level down, to one of these images: sharper, with a larger error. Where
-                levels are measured, each image has its own run. Langevin samplers forget on the way what the image was.
+                error. More: a run of the scheduler's sampler (with a scheduler of diffusers that of
+                `CalibratedMultistepScheduler`), all of it from the image's own level down, to one of these images:
+                sharper, with a larger error. Where levels are measured, each image has its own run. Langevin samplers
+                forget on the way what the image was.
             generator, output_type, return_dict: as in the call.
             class_labels: as in `estimate_noise_level`.
 

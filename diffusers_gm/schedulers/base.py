@@ -120,9 +120,8 @@ class SamplerScheduler(Calls, Swappable):
             labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:
             counts = self.sampler.spend(num_inference_steps)
-            labels, repeats = self.labels_of(len(counts), mu), torch.tensor(counts)
-            levels = self.reading.sigma(labels).repeat_interleave(repeats)
-            labels = labels.repeat_interleave(repeats)
+            labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
+            levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)
         self._prepare(labels, levels, device)
 

@@ -106,6 +106,7 @@ def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) ->
     if config.get("invert_sigmas"):
         raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
     distilled = () if noise_space else ("original_inference_steps", "scale_factors", "s_noise", "num_policy_substeps")
+    # EDM's and others that have the size of the data have ends of levels or a solver beside it.
     decoder = "sigma_data" in config and not config.keys() & {"sigma_max", "solver_order", "solver_type"}
     if any(name in config for name in ("s_tmin", "stages", *distilled)) or decoder or "clip_denoised" in config:
         raise ValueError(

@@ -218,13 +218,9 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(
             f"--cifar10 {args.cifar10}: no such folder; leave the model out, or say where the parquet files are"
         )
-    of_exact = [
-        "dataset_name",
-        "train_data_dir",
-        "resolution",
-        *(["num_images"] if "cifar10" not in args.models else []),
-    ]
-    given = [f"--{name}" for name in of_exact if getattr(args, name) not in (None, "digits")]
+    of_images = {"dataset_name", "train_data_dir", "resolution", "num_images"}
+    of_images -= {"num_images"} if "cifar10" in args.models else set()
+    given = [f"--{name}" for name in sorted(of_images) if getattr(args, name) not in (None, "digits")]
     if given and "exact" not in args.models:
         parser.error(f"{', '.join(given)}: what model 'exact' is made of, which is not among --models")
 

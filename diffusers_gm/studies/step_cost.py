@@ -192,8 +192,13 @@ def report(
     multistep = dearest("UniPC", lambda name: name.startswith(CalibratedMultistepScheduler.__name__))
     verdict = f"Schedulers that draw one noise or none: {alone}; those that draw more: {more}. Multistep: {multistep}."
     if compiled:
-        same, name = max((ratio, name) for _, over_same in compiled.values() for name, ratio in over_same.items())
-        verdict += f" Compiled: at most {same:.2f} times a fused read-and-write of the same tensors ({name})."
+        least, same = (
+            max((ratio, name) for both in compiled.values() for name, ratio in both[k].items()) for k in (0, 1)
+        )
+        verdict += (
+            f" Compiled: at most {least[0]:.2f} times a fused read-and-write of three tensors into one ({least[1]}), "
+            f"{same[0]:.2f} times one of the same tensors ({same[1]})."
+        )
     return Report(
         "step_cost",
         "What a step costs",

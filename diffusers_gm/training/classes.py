@@ -1,5 +1,6 @@
 """The classes of a class-conditional training."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..data import ImageSource, LabelledImages, Labels
@@ -15,7 +15,7 @@ from ..networks import num_class_embeds
 from ..pipelines.inputs import by_index
 from .options import TrainingArguments
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
