@@ -116,7 +116,7 @@ def calibrate(
         effort: `full`; or `fast`: one run, from whose denoised images the local errors of all steps are estimated.
         stochasticity: tau of the sampler; 0 is the probability flow, deterministic; or two, of the steps from levels
             above 1 and of the others. None: by the martingale defect of the network and the number of calls, see
-            `stochasticity_for`; or by `images`.
+            `errors.stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
             or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
             = 0, 0.4, (0.5, 1) and 1 is that of the samples which are closest to these, for each number of calls, in
