@@ -113,16 +113,31 @@ def results_in(folder):
     return results
 
 
+def best_of(model, calls, seeds, results, grids):
+    return bench.best_of_each(model, [("s", grid) for grid in grids], calls, seeds, results).get(("s", calls))
+
+
 def test_the_best_grid_and_nothing_is_measured_twice(tmp_path):
-    model = model_with(a=Grid(-0.7), b=Grid(-0.8))
-    best = bench.best_of(model, "s", 5, 3, results_in(tmp_path))
+    model = model_with(a=Grid(-0.78), b=Grid(-0.8))
+    best = best_of(model, 5, 3, results_in(tmp_path), "ab")
     assert best.grid == "b"
     assert best.ratio.spread == 0
-    again = bench.best_of(model, "s", 5, 3, results_in(tmp_path))
+    again = best_of(model, 5, 3, results_in(tmp_path), "ab")
     assert again == best
     assert [grid.asked for grid in model.samplers["s"].values()] == [3 * 5, 3 * 5]
-    assert bench.best_of(model, "s", 5, 3, results_in(tmp_path), ["a"]).grid == "a"
+    assert best_of(model, 5, 3, results_in(tmp_path), "a").grid == "a"
     assert str(bench.Best("b", Statistic.of([2.0, 2.0]), 1.0)) == "2.00 ± 0.00 b"
+
+
+def test_what_is_far_behind_has_one_seed(tmp_path):
+    """And what all are compared with has all of them."""
+    model = model_with(a=Grid(-0.7), b=Grid(-0.8))
+    model.samplers["DDPM"] = {"default": Grid(0.0)}
+    settings = [("s", "a"), ("s", "b"), ("DDPM", "default")]
+    bests = bench.best_of_each(model, settings, 5, 3, results_in(tmp_path))
+    assert [grid.asked for grid in model.samplers["s"].values()] == [5, 3 * 5]
+    assert bests["DDPM", 5].ratio.num_values == 3
+    assert best_of(model, 5, 3, results_in(tmp_path), "a").ratio.num_values == 3  # alone it is the best
 
 
 def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
@@ -135,7 +150,7 @@ def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
 
 def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
     model = model_with(nan=Grid(float("nan")), none=Grid(runs=1))
-    assert bench.best_of(model, "s", 5, 1, results_in(tmp_path)) is None
+    assert best_of(model, 5, 1, results_in(tmp_path), ["nan", "none"]) is None
     cells = {cell.scheduler: cell for cell in Results.read(tmp_path / "cells.json").cells}
     assert cells["s, nan"].scores == {"num_nan": 4}
     assert "no run of so many calls" in cells["s, none"].reason or "network calls" in cells["s, none"].reason

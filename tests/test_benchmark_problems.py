@@ -244,16 +244,20 @@ def test_what_is_against_us_is_said(tmp_path):
 
 
 def test_settings_are_compared_on_the_seeds_that_most_of_them_have(tmp_path):
-    kept = results(tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0, ("DEIS, AYS", 5): 0.5})
-    kept.measure(OURS, 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 100.0})
+    kept = results(
+        tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0, ("DEIS, AYS", 5): 0.8, ("DDPM, default", 5): 4.0}
+    )
+    kept.measure(OURS, 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 4.0})
     report = settings.study([kept], 5)
-    assert report.tables[0].rows == [["a", "4.00", "4.00"]]
+    assert report.tables[0].rows == [["a", "2.50", "2.50"]]
     assert "1 seed(s)" in report.conditions
     # The luck of one seed is not compared with the mean of two.
-    kept.measure("UniPC, Karras", 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 50.0})
+    kept.measure("UniPC, Karras", 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 2.0})
     report = settings.study([kept], 5)
     assert report.tables[0].rows == [["a", "2.00", "2.00"]]
     assert "2 seed(s)" in report.conditions
+    # What is far behind on the first has that alone.
+    assert report.tables[3].rows == [[OURS, "0.75", "0.75", "0.75 (a, 5 calls)"]]
 
 
 def test_settings_without_results(tmp_path, capsys):

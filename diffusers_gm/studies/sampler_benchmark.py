@@ -21,7 +21,7 @@ import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 from ..cli import Parser, at_least
 from ..data import examine, open_source, split_digits
 from ..evaluation.report import Curve, plot_curves
-from ..evaluation.results import Results, Statistic
+from ..evaluation.results import Cell, Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
@@ -42,13 +42,28 @@ from .digits import kept_results
 from .pictures import plot_behind, save_picture
 from .report import Report, by_calls
 from .sampler_benchmark_models import SHAPES, Model, ddpm_model, exact_model, mixture_model, own_model, saved_model
-from .sampler_benchmark_schedulers import MULTISTEP, OWN, PEERS, STOCHASTIC, Samplers
+from .sampler_benchmark_schedulers import (
+    CALIBRATED,
+    MULTISTEP,
+    OWN,
+    PEERS,
+    STOCHASTIC,
+    Samplers,
+    Setting,
+    name_of,
+)
 
 TRAINED = ("ddpm", "ncsnv2", "gm-sgm", "cld")
 MODELS = ("exact", "erring", "erring-much", *(f"mixture-{dimension}" for dimension in SHAPES), "cifar10", *TRAINED)
 
 # The errors of D, relative to the deviation of the image given what the network sees.
 ERRORS = {"erring": 0.2, "erring-much": 0.4}
+
+# Optimizer steps of the trained networks, unless told.
+STEPS = 1200
+
+# A setting that has so many times the least error on the first seed is not measured on others.
+CONTENDS = 1.25
 
 # Above this number of calls only the grid that was best at the number below is run.
 ALL_GRIDS_UP_TO = 20
@@ -82,29 +97,39 @@ class Best:
 Bests = dict[tuple[str, int], Best | None]
 
 
-def best_of(
-    model: Model, sampler: str, calls: int, seeds: int, results: Results, only: Collection[str] | None = None
-) -> Best | None:
-    """The best grid of a sampler, measured where it is not there; `only` of these, if given."""
-    n, found = results.conditions["num_samples"], []
-    floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
+def run(model: Model, setting: Setting, calls: int, seeds: Iterable[int], results: Results) -> list[Cell]:
+    """The cells of a setting, measured where they are not there; none where one of them has no distance."""
+    n, name, scheduler = results.conditions["num_samples"], name_of(setting), model.samplers[setting[0]][setting[1]]
+    seeds = list(seeds)
+    if callable(scheduler) and any(results.find(name, calls, seed) is None for seed in seeds):
+        scheduler = scheduler()
 
-    def draw(scheduler: Any, seed: int) -> tuple[Tensor, int]:
+    def draw(seed: int) -> tuple[Tensor, int]:
         return sample(model.pipeline, scheduler, budget(scheduler, calls), n, seed, n)
 
-    for grid, given in model.samplers[sampler].items():
-        if only is None or grid in only:
-            setting, scheduler = f"{sampler}, {grid}", given
-            if callable(given) and any(results.find(setting, calls, seed) is None for seed in range(seeds)):
-                scheduler = given()
-            cells = [
-                results.measure(setting, calls, seed, partial(draw, scheduler, seed), model.score)
-                for seed in range(seeds)
-            ]
-            if all(SLICED_WASSERSTEIN in cell.scores for cell in cells):  # neither without a grid nor with NaN
-                ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
-                found.append(Best(grid, ratio, statistics.mean(cell.sampling_seconds for cell in cells)))
-    return min(found, key=lambda best: best.ratio.mean, default=None)
+    cells = [results.measure(name, calls, seed, partial(draw, seed), model.score) for seed in seeds]
+    # Neither without a grid nor with NaN.
+    return cells if all(SLICED_WASSERSTEIN in cell.scores for cell in cells) else []
+
+
+def best_of_each(model: Model, settings: Iterable[Setting], calls: int, seeds: int, results: Results) -> Bests:
+    """The best grid of every sampler of `settings`. All are measured on the first seed; on the others those that are
+    within `CONTENDS` of the best one there, and what every setting is compared with."""
+    first = {s: cells[0].scores[SLICED_WASSERSTEIN] for s in settings if (cells := run(model, s, calls, [0], results))}
+    least = min(first.values(), default=math.inf)
+    floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
+    found: dict[str, list[Best]] = {}
+    for setting, value in first.items():
+        all_of_them = value <= CONTENDS * least or setting in (CALIBRATED, (OWN, "default"), ("DDPM", "default"))
+        wanted = [s for s in range(seeds) if all_of_them or results.find(name_of(setting), calls, s)]
+        if cells := run(model, setting, calls, wanted, results):
+            ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
+            seconds = statistics.mean(cell.sampling_seconds for cell in cells)
+            found.setdefault(setting[0], []).append(Best(setting[1], ratio, seconds))
+    return {
+        (sampler, calls): min(of, key=lambda best: (-best.ratio.num_values, best.ratio.mean))
+        for sampler, of in found.items()
+    }
 
 
 def benchmark(name: str, model: Model, args: argparse.Namespace, results: Results) -> Report:
@@ -112,14 +137,16 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
         results.floor = [model.score(draw) for draw in model.floor.split(args.num_samples)]
     bests: Bests = {}
     for i, calls in enumerate(args.calls):
-        for sampler in model.samplers:
-            below = bests.get((sampler, args.calls[i - 1])) if i else None
+        settings = [(sampler, grid) for sampler, grids in model.samplers.items() for grid in grids]
+        if i and calls > ALL_GRIDS_UP_TO:
+            below = {s: best.grid for s in model.samplers if (best := bests.get((s, args.calls[i - 1])))}
             # The calibrated levels are always among them: they are what is judged.
-            only = {below.grid, "calibrated"} if below and calls > ALL_GRIDS_UP_TO else None
-            best = best_of(model, sampler, calls, args.seeds, results, only)
-            if best is None and only:  # that grid has no run of so many calls
-                best = best_of(model, sampler, calls, args.seeds, results)
-            bests[sampler, calls] = best
+            settings = [s for s in settings if s[1] in (below.get(s[0], s[1]), "calibrated")]
+        found = best_of_each(model, settings, calls, args.seeds, results)
+        if lacking := {*model.samplers} - {sampler for sampler, _ in found}:  # that grid has no run of so many calls
+            others = [(sampler, grid) for sampler in lacking for grid in model.samplers[sampler]]
+            found |= best_of_each(model, others, calls, args.seeds, results)
+        bests |= {(sampler, calls): found.get((sampler, calls)) for sampler in model.samplers}
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
@@ -158,7 +185,8 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
         tables,
         [plot(curves, model.title, args.output / f"{stem}.png")],
         f"{model.conditions} n = {args.num_samples}, {args.seeds} seed(s), the same for all. The best grid is picked "
-        f"on the same samples; above {ALL_GRIDS_UP_TO} calls only the grid that was best before is run.",
+        f"on the same samples; above {ALL_GRIDS_UP_TO} calls only the grid that was best before is run. What has more "
+        f"than {CONTENDS} times the least error on the first seed need not have been measured on the others (no ±).",
     )
 
 
@@ -228,10 +256,12 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
 def model_of(name: str, args: argparse.Namespace) -> tuple[str, Model]:
     """The model called `name`, and the stem of its files."""
     n, output = args.num_samples, args.output
-    if name == "ddpm":
-        return name, ddpm_model(n, args.steps, output)
     if name in TRAINED:
-        return name, own_model(name, n, args.steps, output)
+        make = ddpm_model if name == "ddpm" else partial(own_model, name)
+        if args.steps == STEPS:
+            return name, make(n, STEPS, output)
+        model = make(n, args.steps, output)
+        return f"{name}-{args.steps}", replace(model, title=f"{model.title}, {args.steps} steps")
     if name.startswith("mixture"):
         return name, mixture_model(int(name.removeprefix("mixture-")), n, output)
     if name == "cifar10":
@@ -283,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
     add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
-    add("--steps", type=at_least(1), default=1200, help="optimizer steps of the trained networks")
+    add("--steps", type=at_least(1), default=STEPS, help="optimizer steps of the trained networks")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")

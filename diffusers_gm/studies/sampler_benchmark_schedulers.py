@@ -53,7 +53,11 @@ EDM: dict[str, tuple[str, dict[str, Any]]] = {
     "EDM SDE-DPM-Solver++(2M)": ("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
 }
 PEERS = STOCHASTIC | DETERMINISTIC | EDM
+# A sampler and its grid.
+Setting = tuple[str, str]
+
 MULTISTEP = "calibrated multistep"
+CALIBRATED: Setting = (MULTISTEP, "calibrated")
 OWN = "as it comes"  # the scheduler that a network of ours was saved with
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "CLD, sscs": (CLDSSCSScheduler, {}),
@@ -79,6 +83,11 @@ OWN_GRIDS: dict[type, tuple[str, ...]] = {
     GMLangevinScheduler: ("log_snr", "karras"),
     CLDSSCSScheduler: ("quadratic", "log_snr"),
 }
+
+
+def name_of(setting: Setting) -> str:
+    return ", ".join(setting)
+
 
 # Schedulers by sampler, then by grid; or functions that make one, where that takes long.
 Samplers = dict[str, dict[str, Any]]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..cli import Parser, at_least
 from ..evaluation.report import groups, statistic
@@ -20,15 +21,12 @@ from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
 from .digits import parts_of
 from .report import Report, by_calls
+from .sampler_benchmark import CONTENDS
 from .sampler_benchmark_models import FRECHET
-from .sampler_benchmark_schedulers import MULTISTEP, OUR_GRIDS, PEERS
+from .sampler_benchmark_schedulers import CALIBRATED, MULTISTEP, OUR_GRIDS, PEERS, Setting, name_of
 
-# A sampler and its grid.
-Setting = tuple[str, str]
 # A network and a number of calls.
 Cell = tuple[str, int]
-
-CALIBRATED: Setting = (MULTISTEP, "calibrated")
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,18 @@ class Measured:
         for results in kept:
             name = results.conditions["study"].removeprefix("samplers ")
             cells_of = groups(results)
+            ahead = contending(cells_of, metric)
             # Samplers start from the same noise: settings are compared on the same seeds, those that most of them have.
-            counts = Counter(cell.seed for cells in cells_of.values() for cell in cells)
-            seeds = {seed for seed, count in counts.items() if 2 * count > len(cells_of)}
-            for (scheduler, calls), cells in cells_of.items():
-                counted = [cell.scores for cell in cells if cell.seed in seeds]
-                value = statistic(counted, metric)
-                if calls is not None and value is not None and len(counted) == len(seeds):
-                    sampler, _, grid = scheduler.rpartition(", ")
-                    values.setdefault((name, calls), {})[sampler, grid] = value.mean
+            # What is far behind on the first may have that alone.
+            counts = Counter(cell.seed for which in ahead for cell in cells_of[which])
+            seeds = {seed for seed, count in counts.items() if 2 * count > len(ahead)}
+            for which, cells in cells_of.items():
+                counted = [cell.scores for cell in sorted(cells, key=lambda cell: cell.seed or 0) if cell.seed in seeds]
+                complete = len(counted) == len(seeds)
+                value = statistic(counted if complete else counted[:1], metric)
+                if which[1] is not None and value is not None and (complete or which not in ahead):
+                    sampler, _, grid = which[0].rpartition(", ")
+                    values.setdefault((name, which[1]), {})[sampler, grid] = value.mean
                     spreads += [value.spread / value.mean] if value.spread is not None else []
             said = results.conditions
             defaults[name] = (said["default"][0], said["default"][1])
@@ -89,6 +90,26 @@ class Measured:
         return list(dict.fromkeys(setting for by_setting in self.values.values() for setting in by_setting))
 
 
+# A setting's name and a number of calls, as in `Results`.
+Which = tuple[str, int | None]
+
+
+def contending(cells_of: Mapping[Which, Sequence[Any]], metric: str) -> set[Which]:
+    """What `sampler_benchmark` measures on every seed: ours, and what is among the best on the first."""
+    first = {
+        which: cell.scores[metric]
+        for which, cells in cells_of.items()
+        for cell in cells
+        if cell.seed == 0 and metric in cell.scores
+    }
+    least = {calls: min(value for (_, n), value in first.items() if n == calls) for _, calls in first}
+    return {
+        which
+        for which, value in first.items()
+        if value <= CONTENDS * least[which[1]] or which[0] == name_of(CALIBRATED)
+    }
+
+
 def theirs(setting: Setting) -> bool:
     """Whether people have it without us."""
     return setting[0] in PEERS and setting[1] not in OUR_GRIDS
@@ -104,10 +125,6 @@ def ratios(measured: Measured, mine: Setting, other: Callable[[Cell], float]) ->
     """A setting over something else, in every cell that has both."""
     found = {cell: by[mine] / other(cell) for cell, by in measured.values.items() if mine in by}
     return {cell: ratio for cell, ratio in found.items() if not math.isnan(ratio)}
-
-
-def name_of(setting: Setting) -> str:
-    return f"{setting[0]}, {setting[1]}"
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
