@@ -3,13 +3,16 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from images import save_images
 from networks import tiny_autoencoder, tiny_network
 
 from diffusers_gm import (
@@ -259,6 +262,18 @@ def test_no_distance_without_data(folders, tmp_path):
     assert distance(model, torch.full((4, 1, 8, 8), float("nan"))) is None
     model.name = str(tmp_path)
     assert distance(model, torch.zeros(4, 1, 8, 8)) is None
+
+
+@pytest.mark.parametrize(("number", "found"), [(24, True), (25, False)])
+def test_the_folder_of_a_training_is_known_by_its_bare_name(folders, tmp_path, monkeypatch, number, found):
+    """Another of the same name is not taken for it."""
+    save_images(tmp_path / "train")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders["ncsnv2"], "m")
+    said = {"train_data_dir": "train", "num_images": number, "resolution": 8}
+    Path("m", "training_args.json").write_text(json.dumps(said))
+    images = torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(-1, 1, 8, 8)
+    assert (distance(Model.load("m"), images) is not None) == found
 
 
 def test_it_is_said_why_there_is_no_distance(folders):

@@ -3,10 +3,11 @@
 import logging
 import pickle
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from images import corrupt, open_folder, save_images, save_parquet
+from images import corrupt, open_folder, png, save_images, save_parquet
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -226,6 +227,32 @@ def test_a_batch_is_what_its_images_are_one_by_one(tmp_path, flip, channels):
         alone = data.TrainingImages(source, 8, channels, seed=0, random_flip=flip)
         assert all(torch.equal(image, alone[key]) for image, key in zip(together, keys, strict=True))
         assert all(image.dtype == torch.float32 for image in together)
+
+
+def test_colours_that_are_made_gray_are_said_once(caplog):
+    images = data.TrainingImages(data.TensorImages(torch.zeros(4, 3, 8, 8)), 8, 1, 0)
+    images.__getitems__([(0, 2), (0, 3)])
+    images.__getitems__([(1, 1)])
+    (record,) = caplog.records
+    assert "there are colour images among the training images, such as image 2" in record.getMessage()
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_images_are_told_from_others_without_decoding_them(tmp_path, tables):
+    def source(name, longer=""):
+        if tables:
+            (tmp_path / name).mkdir()
+            rows = [{"bytes": png(n) + longer.encode() * (n == 1), "path": None} for n in range(3)]
+            datasets.Dataset.from_dict({"image": rows}).to_parquet(str(tmp_path / name / "rows.parquet"))
+        else:
+            with (save_images(tmp_path / name, 3) / "001.png").open("a") as file:
+                file.write(longer)
+        return open_folder(tmp_path / name)
+
+    one = source("a")
+    assert one.fingerprint() == source("b").fingerprint()
+    assert one.fingerprint() != source("c", "more").fingerprint()
+    assert data.subset(one, 2, 0).fingerprint() != data.subset(one, 1, 0).fingerprint()
 
 
 def test_an_unreadable_image_that_a_batch_holds_twice_is_counted_once(tmp_path):

@@ -1,5 +1,7 @@
 """The cache of the latents of a training set."""
 
+import json
+
 import pytest
 import torch
 from networks import exact_autoencoder, seeded, tiny_autoencoder
@@ -78,6 +80,7 @@ def test_processes_share_the_work_and_what_is_there_stays(tmp_path):
         ({"images": images_of(20, (12, 8))}, r"size was \[8, 8\] and is \[12, 8\]"),
         ({"images": images_of(19)}, "num_images was 20 and is 19"),
         ({"images": images_of(20) * 0.5 + 0.5}, "the images were others, or in another order"),
+        ({"images": torch.cat([images_of(20)[:-1], images_of(20)[:1]])}, "the images were others"),
         ({"flips": False}, "flips was True and is False"),
     ],
 )
@@ -87,6 +90,15 @@ def test_latents_of_something_else_are_refused(tmp_path, change, said):
     with pytest.raises(ValueError, match=f"{said}.*; give another --latents_cache_dir, or remove"):
         cache_of(tmp_path / CACHE, **{"images": images_of(20)} | change)
     assert {path.name: path.read_bytes() for path in (tmp_path / CACHE).iterdir()} == before
+
+
+def test_a_cache_of_before_goes_on(tmp_path):
+    """Of when a cache did not know which files its images were from."""
+    path = filled(cache_of(tmp_path / CACHE, images_of(20))).folder / "latents.json"
+    contents = json.loads(path.read_text())
+    del contents["images"]
+    path.write_text(json.dumps(contents))
+    filled(cache_of(tmp_path / CACHE, images_of(20)))
 
 
 def test_a_folder_of_other_files_is_no_cache(tmp_path):

@@ -3,6 +3,8 @@
 import logging
 import pickle
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -89,6 +91,30 @@ def test_wide_pixels_are_scaled_by_what_the_set_holds(tmp_path, caplog, dtype, w
     assert_is_the_ramp(source.read(0), step + 1e-6)
     assert torch.allclose((source.read(1) + 1) * 5 - 1, source.read(0), atol=5 * step + 1e-5)
     assert torch.equal(pickle.loads(pickle.dumps(source)).read(1), source.read(1))
+
+
+def png_of_16_bits(path, white):
+    """A colour image, which PIL reads and does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pixels = np.repeat((RAMP * white).round().astype(">u2")[..., None], 3, 2)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(("white", "said"), [(4095, True), (65535, False)])
+def test_colours_of_16_bits(tmp_path, caplog, white, said):
+    png_of_16_bits(tmp_path / "a.png", white)
+    source = open_folder(tmp_path)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * said
+    if said:
+        assert "largest value is below 4096 are read as dark ones" in caplog.text
+    else:
+        assert_is_the_ramp(source.read(0)[:1], 2 / 255)
 
 
 def test_floats_from_minus_one(tmp_path):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import diffusers
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..calibration import calibrate_in_full
 from ..calibration.picture import plot as plot_calibration
+from ..data import open_source
 from ..evaluation import sliced_wasserstein
 from ..evaluation.options import build_parser
 from ..evaluation.sampling import image_shape
@@ -55,7 +57,7 @@ def _real_images(model: Model, n: int) -> tuple[Tensor, Tensor] | None:
     folder = trained.get("train_data_dir")
     if trained.get("dataset_name") == "digits":
         words = ["--dataset_name", "digits"]
-    elif folder and Path(folder).is_dir():
+    elif folder and Path(folder).is_dir() and _holds(folder, trained):
         words = ["--train_data_dir", folder]
     else:
         return None
@@ -65,6 +67,15 @@ def _real_images(model: Model, n: int) -> tuple[Tensor, Tensor] | None:
     args = build_parser("").parse_args([model.name, *words, "--seeds", *map(str, range(8))])
     reference, others, _ = real_images(args, image_shape(model.pipe), n)
     return reference, others
+
+
+def _holds(folder: str, trained: dict[str, Any]) -> bool:
+    """Whether a folder, which is known by its bare name, has as many images as a model was trained on."""
+    try:
+        source = open_source(None, train_data_dir=folder, image_column=trained.get("image_column"))
+    except ValueError:
+        return False
+    return source.num_images == trained.get("num_images")
 
 
 # --- Calibration ---

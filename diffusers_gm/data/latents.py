@@ -38,8 +38,8 @@ def is_cache(folder: Path) -> bool:
 
 class LatentCache:
     """A folder of latents: `latents-00000.safetensors` ..., each there when it is whole, and `latents.json`, which says
-    what they were made of: the arguments below, the height and width of the images, their number, and the means of
-    some of them, by which others are noticed.
+    what they were made of: the arguments below, the height and width of the images, their number, a hash of the names
+    and sizes of their files, and the means of some of them, by which others are noticed.
 
     Args:
         folder: where it is, or is to be.
@@ -71,6 +71,7 @@ class LatentCache:
             "shape": list(shape),
             "flips": flips,
             "num_images": self.num_images,
+            "images": images.source.fingerprint(),
             "brightness": [round(float(image.mean()), 3) for image in told_by],
         }
         self.shard_size = max(SHARD, math.ceil(self.num_images / MAX_SHARDS))
@@ -82,8 +83,10 @@ class LatentCache:
         if (self.folder / CONTENTS).is_file():
             before, now = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8")), dict(self.contents)
             brightness = zip(before.pop("brightness"), now.pop("brightness"), strict=False)
+            other_files = before.pop("images", now["images"]) != now.pop("images")  # older caches do not know
             changes = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
-            if not changes and any(abs(one - other) > SAME_BRIGHTNESS for one, other in brightness):
+            other_pixels = any(abs(one - other) > SAME_BRIGHTNESS for one, other in brightness)
+            if not changes and (other_files or other_pixels):
                 changes = ["the images were others, or in another order"]
             if changes:
                 raise ValueError(

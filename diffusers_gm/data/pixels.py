@@ -61,6 +61,11 @@ def decode(image: Image.Image, background: Colour = (255, 255, 255)) -> np.ndarr
     return np.array(image if image.mode == mode else image.convert(mode))
 
 
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether the file, not decoded yet, has a colour image of 16 bits a channel, of which PIL keeps the upper 8."""
+    return image.mode[0] not in "IF" and any(";16" in str(tile[-1]) for tile in getattr(image, "tile", ()))
+
+
 # --- Ranges ---
 
 

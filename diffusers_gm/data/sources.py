@@ -1,21 +1,23 @@
 """Where images are read from: tensors, files of a folder, tables."""
 
 import glob
+import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from .digits import split_digit_labels, split_digits
 from .folders import list_folder, split_of_image, split_of_table, training_part
 from .labels import Labels, labels_from, labels_of_files, labels_of_table
-from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, range_of, scaled
+from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, has_16_bits, range_of, scaled
 from .seeds import SAMPLES, order_for
 from .tables import holds_images, images_of, load_table
 
@@ -46,6 +48,17 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """What a person would look for: a file, or a row of a table."""
+
+    def fingerprint(self) -> str:
+        """A hash that tells these images, in this order, from others, without decoding them: of the names and sizes of
+        their files."""
+        content = hashlib.sha256()
+        for part in self._told_by():
+            content.update(part)
+        return content.hexdigest()
+
+    @abstractmethod
+    def _told_by(self) -> Iterable[bytes]: ...
 
     @abstractmethod
     def labels(self, label_column: str | None = None) -> Labels:
@@ -79,6 +92,9 @@ class TensorImages(ImageSource):
     def name(self, index: int) -> str:
         return f"image {index}"
 
+    def _told_by(self) -> Iterable[bytes]:
+        yield self.images.cpu().numpy().tobytes()
+
     def labels(self, label_column: str | None = None) -> Labels:
         if self.classes is None:
             raise ValueError("--class_conditional: these images have no classes")
@@ -99,14 +115,19 @@ class EncodedImages(ImageSource):
         self.background = background
         self.ranges: dict[str, PixelRange] = {}
         extremes: dict[str, tuple[float, float]] = {}
+        deep: list[int] = []  # largest values of colour images of 16 bits, of which PIL keeps the upper 8
         for index in range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1):
             (row,) = self._rows([index])
             try:
                 with self._open(row) as image:
-                    if image.mode[0] not in "IF":
+                    of_16_bits = has_16_bits(image)
+                    if image.mode[0] not in "IF" and not of_16_bits:
                         continue
                     pixels = decode(image, background)
             except Exception:  # counted where images are read
+                continue
+            if of_16_bits:
+                deep.append(int(pixels.max()))
                 continue
             low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
             extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
@@ -115,6 +136,11 @@ class EncodedImages(ImageSource):
             logger.warning(
                 f"{KINDS[kind]} images whose smallest value is {low:g} and largest value is {high:g}: read as "
                 f"{self.ranges[kind].words}"
+            )
+        if deep and max(deep) < 64:
+            logger.warning(
+                f"colour images of 16 bits whose largest value is below {(max(deep) + 1) * 256} are read as dark ones, "
+                "with 65535 as white: if they are of fewer bits, save them with 8"
             )
 
     @abstractmethod
@@ -155,6 +181,10 @@ class FolderImages(EncodedImages):
     def name(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
 
+    def _told_by(self) -> Iterable[bytes]:
+        for path in self.paths:
+            yield f"{path} {Path(self.folder, path).stat().st_size}\n".encode()
+
     def labels(self, label_column: str | None = None) -> Labels:
         if label_column is not None:
             raise ValueError(
@@ -186,6 +216,13 @@ class TableImages(EncodedImages):
     def name(self, index: int) -> str:
         return f"row {index} of {self.dataset_name}"
 
+    def _told_by(self) -> Iterable[bytes]:
+        import pyarrow.compute as pc
+
+        for rows in self.dataset.data.column(self.image_column).chunks:
+            sizes = pc.fill_null(pc.binary_length(pc.struct_field(rows, "bytes")), 0)
+            yield sizes.to_numpy(zero_copy_only=False).astype(np.int64).tobytes()
+
     def labels(self, label_column: str | None = None) -> Labels:
         return labels_of_table(self.table, label_column)
 
@@ -204,6 +241,9 @@ class Subset(ImageSource):
 
     def name(self, index: int) -> str:
         return self.source.name(self.chosen[index])
+
+    def _told_by(self) -> Iterable[bytes]:
+        yield f"{self.source.fingerprint()} {self.chosen}".encode()
 
     def labels(self, label_column: str | None = None) -> Labels:
         names, of_images = self.source.labels(label_column)

@@ -69,6 +69,7 @@ class TrainingImages(Dataset):
     center_crop: bool = False
     random_flip: bool = False
     unreadable: set[int] = field(default_factory=set)
+    said: bool = False  # that there are colour images among gray ones
 
     def __len__(self) -> int:
         return self.source.num_images
@@ -86,6 +87,12 @@ class TrainingImages(Dataset):
 
     def augmented(self, image: Tensor, key: Sequence[int]) -> Tensor:
         """An image of the source as it is learned, cropped and flipped as the key says."""
+        if len(image) > self.channels and not self.said:
+            self.said = True
+            logger.warning(
+                f"there are colour images among the training images, such as {self.source.name(key[-1])}: they are "
+                "made gray, as those that were examined are, or as the network takes them"
+            )
         image = as_channels(image, self.channels)
         height, width = sides(self.resolution)
         random_crop = not self.center_crop and image.shape[-2] * width != image.shape[-1] * height

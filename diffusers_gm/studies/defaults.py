@@ -25,7 +25,7 @@ from .command import parse, study_parser
 from .digits import kept_results
 from .pictures import as_curves, save_picture
 from .report import Report, table_of
-from .sampler_benchmark import best_of
+from .sampler_benchmark import best_of_each
 from .sampler_benchmark_models import Model, exact_model, own_model
 
 GRIDS = ("even", "log_snr", "karras", "trailing")
@@ -65,8 +65,12 @@ def defaults(args: argparse.Namespace) -> Report:
         results = kept_results(f"defaults {title}", n, args.output, content=model.content)
         results.floor = [model.score(model.floor[:n])]
         for name in model.samplers:
+            settings = [(name, grid) for grid in model.samplers[name]]
             found = [
-                [best_of(model, name, calls, args.seeds, results, only) for only in (["default"], None)]
+                [
+                    best_of_each(model, some, calls, args.seeds, results).get((name, calls))
+                    for some in ([(name, "default")], settings)
+                ]
                 for calls in args.calls
             ]
             pairs = [(own.ratio.mean if own else math.inf, best) for own, best in found if best]
