@@ -294,6 +294,14 @@ def test_where_there_is_no_checkpoint(tmp_path):
 # --- The output folder ---
 
 
+@pytest.mark.parametrize("below", ["", "/sub/folder"])
+def test_a_file_is_no_output_folder(train, tmp_path, below):
+    (tmp_path / "thesis").write_text("years of work")
+    with pytest.raises(ValueError, match="--output_dir '.*': '.*/thesis' is a file"):
+        train(TINY, "--output_dir", f"{tmp_path}/thesis{below}", "--overwrite_output_dir")
+    assert (tmp_path / "thesis").read_text() == "years of work"
+
+
 def test_a_folder_with_other_files_is_left_alone(train, tmp_path):
     folder = tmp_path / "out"
     (folder / "unet").mkdir(parents=True)

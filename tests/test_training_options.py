@@ -226,23 +226,36 @@ def test_averaged_weights_are_used_inside_and_only_there():
     assert unet.training
 
 
-@pytest.mark.parametrize("name", ["one_cycle", "cosine", "linear", "constant_with_warmup"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 50])
-def test_learning_rates_rise_to_the_peak_and_last_to_the_end(name, steps):
-    args = arguments(lr_scheduler=name, max_train_steps=steps, learning_rate=0.5)
+def rates_of(args):
+    """Learning rates of all steps."""
     plan = plan_for(args)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=plan.learning_rate)
-    schedule = build_lr_scheduler(args, plan, optimizer)
-    rates = []
-    for _ in range(steps):
+    schedule, rates = build_lr_scheduler(args, plan, optimizer), []
+    for _ in range(args.max_train_steps):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "cosine", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_learning_rates_rise_to_the_peak_and_last_to_the_end(name, steps):
+    rates = rates_of(arguments(lr_scheduler=name, max_train_steps=steps, learning_rate=0.5))
     assert all(0 <= rate <= 0.5 for rate in rates)
     if steps == 50:
         assert max(rates) == pytest.approx(0.5)
         assert rates.index(max(rates)) == {"one_cycle": 14}.get(name, 5)
         assert rates[-1] == 0.5 if name.startswith("constant") else rates[-1] < 0.03
+
+
+def test_cycles_and_powers_of_learning_rates():
+    options = {"max_train_steps": 40, "learning_rate": 0.5, "lr_warmup_steps": 0}
+    once, twice = (rates_of(arguments(lr_scheduler="cosine_with_restarts", lr_num_cycles=n, **options)) for n in (1, 2))
+    assert twice[:20] == pytest.approx(once[::2])
+    assert twice[20:] == pytest.approx(once[::2])
+    straight, bent = (rates_of(arguments(lr_scheduler="polynomial", lr_power=n, **options)) for n in (1.0, 2.0))
+    assert bent == pytest.approx([0.5 * (rate / 0.5) ** 2 for rate in straight], abs=1e-5)
 
 
 def test_processes_that_do_not_know_of_each_other(monkeypatch):
@@ -318,6 +331,8 @@ def test_a_constant_rate_has_no_warm_up():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("--lr_num_cycles 2 --lr_scheduler cosine", "means nothing without --lr_scheduler cosine_with_restarts"),
+        ("--lr_power 2", "--lr_power means nothing without --lr_scheduler polynomial"),
         ("--class_dropout 0.2", "--class_dropout means nothing without --class_conditional"),
         ("--shuffle_buffer_size 9", "--shuffle_buffer_size means nothing without --streaming"),
         ("--revision main", "--revision means nothing without --model_name_or_path or --vae"),

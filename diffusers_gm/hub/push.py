@@ -36,13 +36,20 @@ STATUS = {
     429: "too many requests, wait a while",
 }
 
+NETWORKING = ("httpx", "httpcore", "requests", "urllib3")
+
 
 def explain(error: Exception) -> str:
     """Why an upload failed, in one line where the Hub answered."""
     if isinstance(error, ValueError):
         return str(error)
     if not isinstance(error, HfHubHTTPError):
-        return f"no connection to the Hub ({type(error).__name__}: {error})"
+        named = f"{type(error).__name__}: {error}"
+        # The Hub's client has one of its own for what a network does, in some versions no OSError.
+        of_network = (
+            isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in NETWORKING
+        )
+        return f"no connection to the Hub ({named})" if of_network else named
     status = error.response.status_code
     reason = STATUS.get(status, "the Hub has a problem, try again later" if status >= 500 else str(error))
     return f"{reason} (HTTP {status})"

@@ -151,8 +151,9 @@ def _seal(content: dict[str, Any]) -> int:
 def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
     """Raise a ValueError if training into `output_dir` would mix with or replace what it must not."""
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {args.output_dir!r} is a file")
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise ValueError(f"--output_dir {args.output_dir!r}: {str(path)!r} is a file")
     if not folder.is_dir() or args.overwrite_output_dir or _inside(checkpoint, folder):
         return
     if checkpoints := list_checkpoints(folder):

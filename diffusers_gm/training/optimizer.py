@@ -38,7 +38,12 @@ def build_lr_scheduler(args: TrainingArguments, plan: Plan, optimizer: torch.opt
     """The schedule, to be stepped once per optimizer step, whatever the number of processes."""
     if args.lr_scheduler != "one_cycle":
         return get_scheduler(
-            args.lr_scheduler, optimizer, num_warmup_steps=plan.lr_warmup_steps, num_training_steps=plan.max_train_steps
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=plan.lr_warmup_steps,
+            num_training_steps=plan.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
         )
     # PyTorch divides by the length of either half less one.
     total_steps = max(plan.max_train_steps, 4)

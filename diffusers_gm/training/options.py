@@ -25,6 +25,9 @@ NEEDS = {
     "checkpoints_total_limit": ("checkpointing_steps",),
 }
 
+# Options of one schedule of the learning rate.
+OF_SCHEDULES = {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}
+
 # What describes a new network.
 SHAPE = ("block_out_channels", "layers_per_block", "attention_resolutions", "dropout")
 shape = partial(network, in_place_of=("model_name_or_path", "model_config"))
@@ -171,6 +174,8 @@ class TrainingArguments(MethodOptions):
     lr_warmup_steps: int | None = optimisation(
         None, "Steps until the peak. [30%% of one_cycle, 10%% but at most 500 of the others]", at_least=0
     )
+    lr_num_cycles: int = optimisation(1, "Times that cosine_with_restarts falls to 0.", at_least=1)
+    lr_power: float = optimisation(1.0, "Of polynomial; 1 is linear.", positive=True)
     adam_beta1: float = optimisation(0.9, "First moment decay of AdamW.", below_one=True)
     adam_beta2: float = optimisation(0.999, "Second moment decay of AdamW.", below_one=True)
     adam_weight_decay: float = optimisation(0.0, "Weight decay of AdamW.", at_least=0)
@@ -287,6 +292,9 @@ def check_needs(args: TrainingArguments) -> None:
     for name in NEEDS.keys() & changed_options(args):
         if not any(getattr(args, other) for other in NEEDS[name]):
             raise ValueError(f"--{name} means nothing without --{' or --'.join(NEEDS[name])}: leave it out")
+    for name in OF_SCHEDULES.keys() & changed_options(args):
+        if args.lr_scheduler != OF_SCHEDULES[name]:
+            raise ValueError(f"--{name} means nothing without --lr_scheduler {OF_SCHEDULES[name]}: leave it out")
 
 
 def check_streaming(args: TrainingArguments) -> None:
