@@ -36,7 +36,8 @@ STATUS = {
     429: "too many requests, wait a while",
 }
 
-NETWORKING = ("httpx", "httpcore", "requests", "urllib3")
+# What networks raise, whichever library the Hub's client is built on.
+OF_NETWORKS = {"ConnectionError", "TimeoutError", "TransportError", "RequestException"}
 
 
 def explain(error: Exception) -> str:
@@ -45,10 +46,7 @@ def explain(error: Exception) -> str:
         return str(error)
     if not isinstance(error, HfHubHTTPError):
         named = f"{type(error).__name__}: {error}"
-        # The Hub's client has one of its own for what a network does, in some versions no OSError.
-        of_network = (
-            isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in NETWORKING
-        )
+        of_network = any(cls.__name__ in OF_NETWORKS for cls in type(error).__mro__)
         return f"no connection to the Hub ({named})" if of_network else named
     status = error.response.status_code
     reason = STATUS.get(status, "the Hub has a problem, try again later" if status >= 500 else str(error))
