@@ -38,7 +38,6 @@ from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides
-from diffusers_gm.evaluation.card import forget_quality
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main, largest
 from diffusers_gm.pictures import image_grid
@@ -47,6 +46,7 @@ from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
+    TRAINING_ID,
     UNFINISHED_PIPELINE,
     TrainingState,
     append_log,
@@ -58,6 +58,7 @@ from diffusers_gm.training.folder import (
     read_checkpoint,
     read_log,
     save_checkpoint,
+    set_aside_measurements,
     start_output_dir,
 )
 from diffusers_gm.training.health import DivergedError, Health
@@ -153,7 +154,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     record |= {"mixed_precision": accelerator.mixed_precision, "image_column": source.image_column}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
     data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
-    state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState()
+    state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState.of_a_new_training()
 
     # --- Network, noise, optimizer ---
     unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
@@ -254,7 +255,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             return push.failure(error, output_dir, *repository)
         return ""
 
-    if state.step >= plan.max_train_steps and is_published(output_dir, record, state.images_seen):
+    if state.step >= plan.max_train_steps and is_published(args, record, state):
         accelerator.print(f"{output_dir} has the model of all {state.step} steps: there is nothing to do")
         if args.push_to_hub and accelerator.is_main_process and (failed := upload()):
             sys.exit(failed)
@@ -310,9 +311,10 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         with averaged_weights(unet, ema):
             pipeline.save_pretrained(temporary)
         grid.save(temporary / "samples.png")
-        files.write_json(temporary / ARGS_FILE, record | {"versions": versions()} | result.figures())
+        made_by = {"versions": versions(), TRAINING_ID: state.training_id}
+        files.write_json(temporary / ARGS_FILE, record | made_by | result.figures())
         cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
-        forget_quality(output_dir)
+        set_aside_measurements(output_dir)
         files.publish_contents(temporary, output_dir, last="model_index.json")
 
     model.train()

@@ -76,6 +76,7 @@ def as_of_version_0_1_0(checkpoint):
         state["arguments"].pop(name)
     if state["arguments"]["method"] == "cld":
         state["arguments"]["objective"] = None
+    state["state"].pop("training_id")
     (checkpoint / STATE_FILE).write_text(json.dumps({name: state[name] for name in ("state", "arguments")}))
 
 

@@ -5,9 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from images import save_images
 from networks import tiny_autoencoder, tiny_network
-from training import SMALL, TINY, arguments
+from PIL import Image
+from training import SMALL, TINY, WEIGHTS, arguments, load, same_state
 
 from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler, GMSGMPipeline, NCSNv2Pipeline
 from diffusers_gm.data.labels import labels_of_files
@@ -39,6 +41,68 @@ def test_a_finished_training_is_left_as_it_is(train, tmp_path, capsys):
     train(OPTIONS, "--num_langevin_steps 2", "--output_dir", folder)
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["num_langevin_steps"] == 2
     assert not (folder / "results.json").exists()
+    assert (folder / "results-before.json").read_text() == "{}", "what took long to measure is not lost"
+
+
+def test_a_finished_training_is_the_same_wherever_it_lies_and_however_it_is_watched(train, tmp_path, monkeypatch):
+    """Also as a version wrote it that had fewer options."""
+    monkeypatch.chdir(tmp_path)
+    train(OPTIONS, "--output_dir out")
+    record = json.loads(Path("out", ARGS_FILE).read_text())
+    Path("out", ARGS_FILE).write_text(json.dumps({name: record[name] for name in record.keys() - {"lr_num_cycles"}}))
+    Path("out/results.json").write_text("{}")
+    before = contents(tmp_path / "out")
+    watched = "--logging_steps 3 --eval_batch_size 2 --num_validation_images 2 --checkpointing_steps 1"
+    for more in ("--output_dir out/", f"--output_dir {tmp_path / 'out'}", f"--output_dir out {watched}"):
+        train(OPTIONS, more, "--train_batch_size 8 --gradient_accumulation_steps 2")
+        assert contents(tmp_path / "out") == before, more
+    Path("out").rename("moved")
+    before = contents(tmp_path / "moved")
+    train(OPTIONS, "--output_dir moved")
+    assert contents(tmp_path / "moved") == before
+    train(OPTIONS, "--timestep_spacing karras --output_dir moved")
+    assert not Path("moved/results.json").exists(), "another sampler is another model"
+
+
+def test_what_was_measured_of_a_model_is_set_aside_when_another_takes_its_place(train, tmp_path):
+    folder, measured = tmp_path / "out", ("results.json", "results.md", "results.png", "calibration.png")
+    options = f"{OPTIONS} --lr_scheduler constant --output_dir {folder}"
+    train(options)
+    for steps in (4, 6):  # longer, twice
+        for name in measured:
+            (folder / name).write_text(f"measured before {steps}")
+        train(options, f"--max_train_steps {steps}")
+        assert not {path.name for path in folder.iterdir()} & {*measured}
+    for name in map(Path, measured):
+        assert (folder / f"{name.stem}-before{name.suffix}").read_text() == "measured before 4"
+        assert (folder / f"{name.stem}-before-2{name.suffix}").read_text() == "measured before 6"
+
+
+def test_a_model_of_an_earlier_training_is_not_taken_for_that_of_the_last(train, tmp_path, monkeypatch):
+    """One that ended after its last checkpoint, before it had a pipeline."""
+    folder = save_images(tmp_path / "images", 20, size=(8, 8))
+    options = f"{OPTIONS} --train_data_dir {folder} --output_dir {tmp_path / 'out'}"
+    anew = options.replace("--resume_from_checkpoint latest", "--overwrite_output_dir")
+    train(options)
+    first = load(tmp_path / "out" / WEIGHTS)
+    for path in folder.iterdir():
+        Image.open(path).point(lambda value: 255 - value).save(path)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GMSGMPipeline, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(anew, "--cache_dir", tmp_path / "other")
+    assert same_state(load(tmp_path / "out" / WEIGHTS), first)
+    train(options)
+    second = load(tmp_path / "out" / "checkpoint-2" / "model.safetensors")
+    assert not same_state(load(tmp_path / "out" / WEIGHTS), first)
+    assert second.keys() == first.keys()
+    before = contents(tmp_path / "out")
+    train(options)
+    assert contents(tmp_path / "out") == before, "and is then the last's"
 
 
 def test_a_model_without_checkpoints_is_not_replaced(train, tmp_path):
@@ -161,3 +225,10 @@ def test_a_calibration_of_a_measured_model_sets_the_measurements_aside(tmp_path)
     assert (tmp_path / "results-before.json").read_text() == "{}", "what took long to measure is not lost"
     assert "Old." not in (tmp_path / "README.md").read_text()
     assert "Not measured." in (tmp_path / "README.md").read_text()
+    (tmp_path / "results.json").write_text("[]")
+    command.main([str(tmp_path), "--calls", "4", "--effort", "fast", "--batch_size", "2"])
+    assert (tmp_path / "results-before.json").read_text() == "{}"
+    assert (tmp_path / "results-before-2.json").read_text() == "[]"
+    # Anyone loads it as before.
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(pipe.scheduler).__name__ == "CalibratedMultistepScheduler"

@@ -122,6 +122,8 @@ def test_a_folder_that_a_training_wrote_to_itself(tmp_path):
     folder = save_images(tmp_path / "images", 6)
     (folder / ARGS_FILE).write_text("{}")
     picture(folder / "samples.png")
+    for name in ("results", "results-before", "results-before-2", "calibration-before"):
+        picture(folder / f"{name}.png")
     picture(folder / "samples" / "step-0000500.png")
     picture(folder / "samples" / "mine.png")
     assert count(folder) == 7

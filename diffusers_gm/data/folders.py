@@ -16,7 +16,7 @@ UNDECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 OF_TRAINING = ("model_index.json", "training_args.json", "training_log.jsonl", "training_state.json")
 OF_MEASUREMENT = ("results.json", "results.md")
 # The pictures that these leave, for data that lie in the very folder that was written to.
-OUTPUT_PICTURE = re.compile(r"samples\.png|results\.png|samples/step-\d+\.png")
+OUTPUT_PICTURE = re.compile(r"samples\.png|(results|calibration)(-before(-\d+)?)?\.png|samples/step-\d+\.png")
 
 TRAIN = {"train", "training"}
 HELD_OUT = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import uuid
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from .. import files
 from ..data.latents import is_cache
+from ..evaluation.card import forget_quality
+from ..pipelines.repository import QUALITY_FILES
 from .draws import DRAWS_VERSION
 from .methods import METHODS
-from .options import TrainingArguments, free_on_resume
+from .options import TrainingArguments, free_on_resume, of_the_model
 from .training_data import STATE_FILE, TrainingData, read_state
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ LOCK = ".training.lock"
 LOG_FILE = "training_log.jsonl"
 LATENTS = "latents"
 SUPERSEDED = "superseded-"
+TRAINING_ID = "training_id"
+# What was found out about a model, beside it.
+MEASURED = (*QUALITY_FILES, "calibration.png")
 UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
 
@@ -79,7 +85,7 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     """
     if checkpoint is None:
         return args
-    record = recorded_options(read_state(checkpoint), args.method)
+    record = recorded_options(read_state(checkpoint)["arguments"], args.method)
     recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
@@ -94,10 +100,10 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     return resumed
 
 
-def recorded_options(content: dict[str, Any], method: str) -> dict[str, Any]:
-    """The options in a checkpoint's state file, and what those came to that were not there yet."""
+def recorded_options(written: dict[str, Any], method: str) -> dict[str, Any]:
+    """The options of a training that were written down, and what those came to that were not there yet."""
     defaults = {f.name: f.default for f in fields(TrainingArguments)}
-    record, formerly = defaults | content["arguments"], METHODS[method].formerly
+    record, formerly = defaults | written, METHODS[method].formerly
     if record["lr_scheduler"] == "constant":
         record["lr_warmup_steps"] = 0  # there was none, whatever was written down
     return record | {name: value for name, value in formerly.items() if record.get(name) is None}
@@ -174,18 +180,16 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
         )
 
 
-# Options that say nothing of the model.
-OF_THE_RUN = ("resume_from_checkpoint", "overwrite_output_dir", "max_train_minutes", "push_to_hub")
-
-
-def is_published(folder: Path, record: dict[str, Any], images_seen: int) -> bool:
-    """Whether the folder has the pipeline that a training of this record makes of so many images."""
+def is_published(args: TrainingArguments, record: dict[str, Any], state: "TrainingState") -> bool:
+    """Whether the output folder has the pipeline that this training, of this record, makes of what it has seen."""
+    folder = Path(args.output_dir)
     if not all((folder / name).is_file() for name in ("model_index.json", ARGS_FILE)):
         return False
     there = json.loads((folder / ARGS_FILE).read_bytes())
-    made = {name: value for name, value in record.items() if name not in OF_THE_RUN and not name.startswith("hub_")}
-    as_written = json.loads(json.dumps(made))
-    return there.get("images_seen") == images_seen and all(there.get(name) == as_written[name] for name in as_written)
+    if (there.get(TRAINING_ID), there.get("images_seen")) != (state.training_id, state.images_seen):
+        return False
+    made, wanted = recorded_options(there, args.method), json.loads(json.dumps(record))
+    return all(made.get(name) == wanted[name] for name in of_the_model(args) & wanted.keys())
 
 
 def _inside(checkpoint: Path | None, folder: Path) -> bool:
@@ -232,6 +236,21 @@ def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | No
     files.write_text(folder / LOG_FILE, kept)
 
 
+def set_aside_measurements(folder: Path) -> None:
+    """Of a model that is replaced: keep what was measured of it, which may have taken long, under names that end in
+    `-before`; the card and the model that comes next have none of it."""
+    kept = []
+    for path in (folder / name for name in MEASURED):
+        if path.is_file():
+            kept.append(files.free_name(path.with_stem(f"{path.stem}-before")))
+            shutil.copyfile(path, kept[-1])
+    forget_quality(folder)
+    for name in MEASURED:
+        (folder / name).unlink(missing_ok=True)
+    if kept:
+        logger.warning(f"measured of the model before: now in {', '.join(path.name for path in kept)}")
+
+
 def _set_aside(checkpoints: list[Path]) -> None:
     """Rename checkpoints to `superseded-...`; each keeps the loss curve that led to it."""
     for path in checkpoints:
@@ -263,12 +282,18 @@ def append_log(folder: Path, entry: dict[str, Any]) -> None:
 @dataclass
 class TrainingState:
     """How far a training is. The data seen decide the order of the data and the noise that come next; of a stream,
-    `places` say where each process is, see `Batches`."""
+    `places` say where each process is, see `Batches`. The id is that of the training from its start on; None of one
+    that was begun before there were any."""
 
+    training_id: str | None = None
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
     places: list[Any] | None = None
+
+    @classmethod
+    def of_a_new_training(cls) -> "TrainingState":
+        return cls(training_id=uuid.uuid4().hex)
 
 
 def save_checkpoint(
@@ -315,7 +340,7 @@ def read_checkpoint(
     """
     content = read_state(checkpoint)
     free = free_on_resume(args)
-    before, now = recorded_options(content, args.method), json.loads(json.dumps(record))
+    before, now = recorded_options(content["arguments"], args.method), json.loads(json.dumps(record))
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now

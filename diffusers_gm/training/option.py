@@ -43,13 +43,14 @@ def option(group: str, default: Any, help: str, **said: Any) -> Any:
     return field(default=default, metadata=vars(Said(group, help, **said)))
 
 
+SAMPLER = "Sampler, as saved with the model"
 # The headings of `--help`, in its order.
 GROUPS = (
     "What is trained",
     "Data",
     "Network",
     "Noise",
-    "Sampler, as saved with the model",
+    SAMPLER,
     "Optimisation",
     "Checkpoints, samples and logs",
     "Hub",

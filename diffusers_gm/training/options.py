@@ -13,7 +13,19 @@ from PIL import Image
 
 from ..extra import how_to_install
 from .methods import METHODS, MethodOptions, options_of_others
-from .option import changed_options, check_bounds, data, given, hub, network, optimisation, output, sampler, trained
+from .option import (
+    SAMPLER,
+    changed_options,
+    check_bounds,
+    data,
+    given,
+    hub,
+    network,
+    optimisation,
+    output,
+    sampler,
+    trained,
+)
 
 # Options that mean nothing without one of others.
 NEEDS = {
@@ -332,3 +344,9 @@ def free_on_resume(args: TrainingArguments) -> set[str]:
     if args.lr_scheduler in ("constant", "constant_with_warmup"):
         free.add("max_train_steps")  # other schedules are laid out for a length
     return free
+
+
+def of_the_model(args: TrainingArguments) -> set[str]:
+    """The options that decide a model of so many images and what is saved with it."""
+    saved = {f.name for f in fields(args) if f.metadata["group"] == SAMPLER} - options_of_others(args.method)
+    return {f.name for f in fields(args)} - free_on_resume(args) | saved
