@@ -9,15 +9,17 @@ import time
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from images import corrupt, open_folder, save_images
 from networks import seeded, tiny_autoencoder, tiny_network
 from PIL import Image
-from training import ROOT, SMALL, WEIGHTS, launch, load, same_state
+from training import ROOT, SMALL, TINY, WEIGHTS, launch, load, same_state
 
 from diffusers_gm import (
     CLDPipeline,
     GMSGMPipeline,
     NCSNv2Pipeline,
+    UnconditionalPipeline,
 )
 from diffusers_gm.autoencoders import fingerprint, load_autoencoder
 from diffusers_gm.data import LabelledImages, LatentCache, TrainingImages, TrainingLatents
@@ -65,6 +67,16 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
     record = json.loads((tmp_path / "whole" / "training_args.json").read_text())
     assert (record["vae"], record["resolution"]) == ("vae", 8)
     assert "latents_cache_dir" not in record
+
+
+def test_a_ddpm_does_not_clip_latents(train, tmp_path, autoencoder):
+    """To [-1, 1], as it does with pixels."""
+    options = f"{TINY} --method ddpm --max_train_samples 40"
+    train(options, f"--vae {autoencoder} --output_dir", tmp_path / "latents")
+    train(options, "--output_dir", tmp_path / "pixels")
+    for name, clips in (("latents", False), ("pixels", True)):
+        scheduler = UnconditionalPipeline.from_pretrained(tmp_path / name).scheduler
+        assert (type(scheduler), scheduler.config["clip_sample"]) == (DDPMScheduler, clips)
 
 
 @pytest.mark.slow

@@ -196,6 +196,62 @@ def test_a_ddpm_network_goes_on_with_its_own_loss(tmp_path, prediction_type):
     assert torch.allclose(losses, expected, rtol=1e-3)
 
 
+BETAS = {
+    "short": {"num_train_timesteps": 400, "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0, "variance_type": "fixed_large"},
+    "by hand": {"trained_betas": [0.01 * i for i in range(1, 51)]},
+    "to pure noise": {"rescale_betas_zero_snr": True},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+}
+
+
+@pytest.mark.parametrize("config", BETAS.values(), ids=BETAS)
+def test_a_ddpm_network_that_stays_one_keeps_its_betas_and_what_is_clipped(train, tmp_path, config):
+    source = DDPMScheduler(**config)
+    DDPMPipeline(tiny_network(), source).save_pretrained(tmp_path / "ddpm")
+    options = f"{SHORT} --method ddpm --model_name_or_path {tmp_path / 'ddpm'} --output_dir {tmp_path / 'out'}"
+    train(options, "--max_train_minutes 1e-9")
+    train(options, "--resume_from_checkpoint latest")
+    made = DDPMScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    assert torch.equal(made.alphas_cumprod, source.alphas_cumprod)
+    for name in ("clip_sample", "clip_sample_range", "variance_type", "prediction_type"):
+        assert made.config[name] == source.config[name], name
+    record = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    assert record["num_train_timesteps"] == len(source.alphas_cumprod)
+    assert record["ddpm_beta_schedule"] == source.config["beta_schedule"]
+
+
+def test_other_levels_of_a_ddpm_network_are_those_that_were_asked_for(tmp_path, caplog):
+    DDPMPipeline(tiny_network(), DDPMScheduler(400, beta_end=0.012)).save_pretrained(tmp_path)
+    for words, kept in {
+        "--ddpm_beta_schedule linear": True,
+        "--ddpm_num_steps 400": True,
+        "--ddpm_num_steps 1000": False,
+        "--ddpm_beta_schedule squaredcos_cap_v2": False,
+        "--no_keep_noise_levels": False,
+    }.items():
+        args = OptionParser("").parse([*f"--method ddpm {words} --model_name_or_path".split(), str(tmp_path)])
+        args, of_network = levels_of_network(args, tiny_network())
+        config = build_scheduler(args, plan_for(args), of_network).config
+        assert (config["beta_end"] == 0.012) is (config["num_train_timesteps"] == 400) is kept, words
+        assert ("is not kept by --method ddpm" in caplog.text) is (not kept and "keep" not in words), words
+        caplog.clear()
+
+
+def test_a_ddpm_that_was_fine_tuned_before_its_betas_were_kept_goes_on_as_it_was(train, tmp_path):
+    DDPMPipeline(tiny_network(), DDPMScheduler(400, beta_end=0.012)).save_pretrained(tmp_path / "ddpm")
+    options = f"{SHORT} --method ddpm --model_name_or_path {tmp_path / 'ddpm'} --output_dir {tmp_path / 'out'}"
+    train(options, "--no_keep_noise_levels --max_train_minutes 1e-9")
+    path = tmp_path / "out" / "checkpoint-1" / "training_state.json"
+    content = json.loads(path.read_text())
+    del content["state"]["training_id"]
+    content["arguments"]["keep_noise_levels"] = True
+    path.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))
+    train(options, "--resume_from_checkpoint latest")
+    config = DDPMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config
+    assert (config["num_train_timesteps"], config["beta_end"]) == (1000, 0.02)
+
+
 @pytest.mark.parametrize("method", PIPELINES)
 def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):
     before = save_ddpm(tmp_path / "ddpm")

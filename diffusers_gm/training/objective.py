@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # What a schedule of betas is described by.
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
+# And what a DDPM sampler does beside.
+OF_SAMPLER = ("thresholding", "dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value", "variance_type")
 
 
 def levels_of_network(
@@ -58,9 +60,11 @@ def levels_of_network(
     space, kind = source.noise_space, source.reading.prediction_type
     if space is None:
         return args, answers
-    before = (space.kind, kind, config.get("beta_schedule", "linear"))
-    if "ddpm_beta_schedule" in own and before == ("vp", "epsilon", args.ddpm_beta_schedule):  # a DDPM that stays one
-        return args, answers
+    if "ddpm_beta_schedule" in own and (space.kind, kind) == ("vp", "epsilon"):  # a DDPM that stays one
+        number, betas = str(space.num_train_timesteps), source.config["beta_schedule"]
+        schedule = {"num_train_timesteps": number, "ddpm_beta_schedule": betas}
+        if not given(args, [name for name, value in schedule.items() if getattr(args, name) != value]):
+            return replace(args, **schedule), ddpm_config(source.config, args) | answers
     if not keeps or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
         logger.warning(
             f"--model_name_or_path {args.model_name_or_path}: what its scheduler says of noise levels and answers "
@@ -88,8 +92,14 @@ def levels_of_network(
     # How often each level is seen, and its weight, are chosen anew for what the network answers.
     chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
     anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)
-    betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
-    return replace(args, **known, **anew), answers | (betas if space.kind == "vp" else {})
+    of_betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
+    return replace(args, **known, **anew), answers | (of_betas if space.kind == "vp" else {})
+
+
+def ddpm_config(config: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """What a scheduler's config says of a DDPM network that goes on as one."""
+    kept = {name: config[name] for name in (*BETAS, *OF_SAMPLER) if config.get(name) is not None}
+    return kept | {"clip_sample": config["clip_sample"] and args.vae is None}
 
 
 def build_scheduler(args: TrainingArguments, plan: Plan, network: dict[str, Any] | None = None) -> Any:

@@ -41,7 +41,10 @@ METHOD = Method(
     choose=lambda args: {"uncertainty_weighting": False},
     noise=lambda args, images, largest_distance: Noise(number_of_times(args)),
     scheduler=lambda args, noise, sampler: DDPMScheduler(
-        noise.num_train_timesteps, beta_schedule=args.ddpm_beta_schedule, **sampler
+        num_train_timesteps=noise.num_train_timesteps,  # by name, or its config takes it for a default
+        beta_schedule=args.ddpm_beta_schedule,
+        clip_sample=args.vae is None,  # to [-1, 1], where pixels are and latents are not
+        **sampler,
     ),
     labels=lambda args, noise, uniform: (uniform * noise.num_train_timesteps).long(),
     loss=loss,
