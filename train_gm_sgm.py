@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
@@ -140,9 +141,17 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     num_images = args.num_train_samples or source.num_images
     side, channels = native_shape(unet, args, vae)
     examination = examine(source, args.seed, args.resolution or side, channels)
+    claimed: list[FileLock] = []
+
+    def claim_output_dir() -> None:
+        if accelerator.is_main_process and not claimed:
+            claimed.append(claim(output_dir))
+
     latents = space = None
     if vae is not None:
-        latents, examination, space = latents_of(args, vae, source, examination, accelerator, unet, of_network)
+        latents, examination, space = latents_of(
+            args, vae, source, examination, accelerator, unet, of_network, checkpoint, claim_output_dir
+        )
     largest_distance = distance_measured_once(checkpoint)
     plan = make_plan(args, examination, num_images, num_processes, largest_distance)
     if plan.train_batch_size < args.train_batch_size:
@@ -153,7 +162,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     record = training_record(args, plan)
     record |= {"mixed_precision": accelerator.mixed_precision, "image_column": source.image_column}
     images_per_step = plan.train_batch_size * num_processes * args.gradient_accumulation_steps
-    data = training_data(args, plan, examination, num_images, images_per_step, classes.labels)
+    data = training_data(args, plan, examination, num_images, images_per_step, classes.labels, space)
     state = read_checkpoint(checkpoint, args, record, data) if checkpoint else TrainingState.of_a_new_training()
 
     # --- Network, noise, optimizer ---
@@ -241,9 +250,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         accelerator.print(f"loss: {level_losses.means()[0]:.4f}. Nothing was written{written}.")
         return
 
-    if accelerator.is_main_process:
-        _claimed = claim(output_dir)
-
+    claim_output_dir()
     yield
 
     def upload() -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 from training import ROOT, SMALL, TINY, WEIGHTS, launch, load, same_state
 
 from diffusers_gm import (
+    AnnealedLangevinScheduler,
     CLDPipeline,
     GMSGMPipeline,
     NCSNv2Pipeline,
@@ -23,10 +24,15 @@ from diffusers_gm import (
 )
 from diffusers_gm.autoencoders import fingerprint, load_autoencoder
 from diffusers_gm.data import LabelledImages, LatentCache, TrainingImages, TrainingLatents
-from diffusers_gm.training.folder import list_checkpoints, read_log
+from diffusers_gm.training.folder import claim, list_checkpoints, read_log
 from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.training_data import STATE_FILE
 
 CACHE = "latents"
+OF_A_NETWORK = (
+    "--train_batch_size 16 --validation_inference_steps 4 --num_validation_images 4 --max_train_steps 2 "
+    "--validation_steps 0 --max_train_samples 40"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,69 @@ def test_training_on_latents_and_going_on_with_it(train, tmp_path, autoencoder, 
     record = json.loads((tmp_path / "whole" / "training_args.json").read_text())
     assert (record["vae"], record["resolution"]) == ("vae", 8)
     assert "latents_cache_dir" not in record
+
+
+def scaling_of(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    return [list(index[name].values()) for name in ("latents_mean", "latents_std")]
+
+
+@pytest.mark.parametrize("said_by", ["the pipeline", "the autoencoder"])
+def test_a_network_of_latents_goes_on_with_those_it_knows(train, tmp_path, said_by, caplog):
+    """Scaled as before, whatever the images are now; also after an interruption, and without its pipeline."""
+    vae = tiny_autoencoder(channels=1)
+    vae.register_to_config(scaling_factor=4.0, shift_factor=0.5)
+    scaling = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    known = {} if said_by == "the autoencoder" else scaling
+    before = NCSNv2Pipeline(tiny_network(4, 4), AnnealedLangevinScheduler(), vae=vae, **known)
+    before.save_pretrained(tmp_path / "before")
+    expected = list(scaling.values()) if known else [[0.5] * 4, [0.25] * 4]
+    options = f"--method ncsnv2 {OF_A_NETWORK} --vae {tmp_path / 'before'} --model_name_or_path {tmp_path / 'before'}"
+    train(options, "--dry_run --output_dir", tmp_path / "out")
+    train(options, "--max_train_minutes 1e-9 --output_dir", tmp_path / "out")
+    (tmp_path / "before" / "model_index.json").unlink()
+    train(options, "--resume_from_checkpoint latest --output_dir", tmp_path / "out")
+    for one, other in zip(scaling_of(tmp_path / "out"), expected, strict=True):
+        assert one == pytest.approx(other)
+    assert "not the autoencoder of" not in caplog.text
+
+
+def test_latents_of_another_autoencoder_are_measured_and_that_is_said(train, tmp_path, autoencoder, caplog):
+    scaling = {"latents_mean": [0.0] * 4, "latents_std": [9.0] * 4}
+    vae = tiny_autoencoder(channels=1)
+    torch.nn.init.constant_(vae.quant_conv.bias, 0.5)
+    before = NCSNv2Pipeline(tiny_network(4, 4), AnnealedLangevinScheduler(), vae=vae, **scaling)
+    before.save_pretrained(tmp_path / "before")
+    options = f"--method ncsnv2 {OF_A_NETWORK} --model_name_or_path {tmp_path / 'before'} --output_dir"
+    train(options, tmp_path / "measured", "--vae", autoencoder)
+    assert scaling_of(tmp_path / "measured")[1] != [9.0] * 4
+    assert "is not the autoencoder of --model_name_or_path" in caplog.text
+
+
+def test_a_fine_tuning_on_latents_that_was_begun_before_their_scaling_was_kept_goes_on(train, tmp_path, autoencoder):
+    options = f"{SMALL} --vae {autoencoder} --max_train_samples 40 --max_train_steps 3 --output_dir {tmp_path / 'out'}"
+    train(options, "--max_train_minutes 1e-9")
+    path = tmp_path / "out" / "checkpoint-1" / STATE_FILE
+    content = json.loads(path.read_text())
+    measured = content["data"].pop("latents_scaling")
+    path.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))
+    train(options, "--resume_from_checkpoint latest")
+    assert scaling_of(tmp_path / "out") == measured
+
+
+def test_latents_of_a_training_that_runs_are_left_alone(train, tmp_path, autoencoder):
+    """By one that is refused, as by one that would begin anew."""
+    options = f"{SMALL} --vae {autoencoder} --max_train_samples 40 --max_train_steps 1 --output_dir {tmp_path / 'out'}"
+    train(options)
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / CACHE).iterdir()}
+    tiny_autoencoder("AutoencoderTiny", 1).save_pretrained(tmp_path / "other")
+    held = claim(tmp_path / "out")
+    for more in ("", f"--vae {tmp_path / 'other'}"):
+        with pytest.raises(ValueError, match="is in use by another training"):
+            train(options, more, "--overwrite_output_dir")
+    assert {path: path.read_bytes() for path in (tmp_path / "out" / CACHE).iterdir()} == before
+    held.release()
+    train(options, "--overwrite_output_dir")
 
 
 def test_a_ddpm_does_not_clip_latents(train, tmp_path, autoencoder):

@@ -1,6 +1,7 @@
 """Training on the latents of an autoencoder: they are computed once, and take the place of the images."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,15 @@ from torch.utils.data import Dataset
 from .. import files
 from ..autoencoders import LatentSpace, downsampling, fingerprint, latent_channels, load_autoencoder
 from ..data import Examination, ImageSource, LatentCache, TrainingImages, TrainingLatents, sides
+from ..pipelines.inputs import by_index
 from .folder import LATENTS
-from .network import fit_unet, new_unet
+from .network import decoder_in, fit_unet, new_unet, pipeline_index
 from .objective import build_scheduler
 from .options import TrainingArguments
 from .plan import make_plan
+from .training_data import TrainingData, read_state
+
+logger = logging.getLogger(__name__)
 
 # Images whose latents say, before all are computed, whether the options go together.
 FEW = 16
@@ -52,6 +57,31 @@ def given_vae(args: TrainingArguments) -> Any | None:
     return vae
 
 
+def kept_space(args: TrainingArguments, vae: Any, checkpoint: Path | None) -> LatentSpace | None:
+    """The latents that the network knows: those of its training until the checkpoint, or of its pipeline. None where
+    their scaling is to be measured: for a new network, and in a training that was begun before this was kept."""
+    if checkpoint is not None:
+        scaling = TrainingData.of(read_state(checkpoint)).latents_scaling
+        return None if scaling is None else LatentSpace.of(vae, *scaling)
+    index = {} if args.model_name_or_path is None else pipeline_index(args)
+    if decoder_in(index) is None:
+        return None
+    mean, std = (by_index(index.get(name)) for name in ("latents_mean", "latents_std"))
+    if mean is not None:
+        its_own = load_autoencoder(
+            str(args.model_name_or_path), revision=args.revision, variant=args.variant, cache_dir=args.cache_dir
+        )
+        if fingerprint(its_own) != fingerprint(vae):
+            logger.warning(
+                f"--vae {args.vae} is not the autoencoder of --model_name_or_path {args.model_name_or_path}: the "
+                "scaling of its latents is measured, and the network learns others from here on"
+            )
+            return None
+    space = LatentSpace.of(vae, mean, std)
+    channels = latent_channels(vae)
+    return replace(space, mean=space.mean.expand(channels), std=space.std.expand(channels))
+
+
 def latents_of(
     args: TrainingArguments,
     vae: Any,
@@ -60,15 +90,20 @@ def latents_of(
     accelerator: Accelerator,
     unet: Any,
     network: dict[str, Any],
+    checkpoint: Path | None,
+    claim: Callable[[], None],
 ) -> tuple[Dataset, Examination, LatentSpace]:
     """The latents of the training images, computed where they are not kept already; call it on all processes. Whether
     the options go together is seen by a few, before all are computed, which may take hours.
 
     Args:
         unet, network: the network that was given, if any, and what the scheduler's config needs of it.
+        checkpoint: that the training goes on from, if any.
+        claim: makes the output folder this training's, or raises; called before anything changes there.
 
     Returns:
-        The latents by `(epoch, index)`, of mean 0 and standard deviation 1; what some are like; what decodes them.
+        The latents by `(epoch, index)`, as the network knows them (`kept_space`), else of mean 0 and standard deviation
+        1; what some are like; what decodes them.
 
     Raises:
         ValueError: for options, a network or images that do not suit the autoencoder, or a cache of other latents.
@@ -85,20 +120,23 @@ def latents_of(
     shape = (latent_channels(vae), *(side // factor for side in size))
     if few.shape[1:] != shape:
         raise ValueError(f"--vae makes latents {tuple(few.shape[1:])} of {size[0]}x{size[1]} pixels, not {shape}")
-    mean, std = few.mean((0, 2, 3)), few.std((0, 2, 3)).clamp(min=1e-12)
-    some = (few - mean[:, None, None]) / std[:, None, None]
+    kept = kept_space(args, vae, checkpoint)
+    of_few = kept or replace(space, mean=few.mean((0, 2, 3)), std=few.std((0, 2, 3)).clamp(min=1e-12))
+    some = (few - of_few.mean[:, None, None]) / of_few.std[:, None, None]
     rehearsed = Examination(some, examination.resolution)
     rehearse(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
     anew = args.overwrite_output_dir and args.resume_from_checkpoint is None
     if anew and args.latents_cache_dir is None and not args.dry_run:
+        claim()
         with accelerator.main_process_first():
             if folder.is_dir():
                 files.discard(folder)
     cache = LatentCache(folder, images, space.encode, fingerprint(vae), shape, args.random_flip)
     if args.dry_run:
-        return FewLatents(some), rehearsed, replace(space, mean=mean, std=std)
+        return FewLatents(some), rehearsed, of_few
+    claim()
     if accelerator.device.type == "cpu":
         vae.to(memory_format=torch.channels_last)  # a third faster there
     with cache.being_filled() if accelerator.is_main_process else nullcontext():
@@ -107,6 +145,8 @@ def latents_of(
         cache.fill(args.eval_batch_size, *share, args.dataloader_num_workers, accelerator.device)
         accelerator.wait_for_everyone()
     dataset = TrainingLatents(cache, args.seed, args.random_flip)
+    if kept is not None:
+        dataset.mean, dataset.std = kept.mean[:, None, None], kept.std[:, None, None]
     vae.to(memory_format=torch.contiguous_format)
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()  # a grid of samples needs no more memory than one

@@ -51,12 +51,21 @@ def given_unet(args: TrainingArguments) -> Any | None:
 
 def refuse_latents(option: str, args: TrainingArguments) -> None:
     """Raise a ValueError if the network of a pipeline learned latents: pixels may have as many channels."""
+    if has := decoder_in(pipeline_index(args)):
+        raise ValueError(f"{option} makes latents, which its {has} decodes: give it as --vae, with its subfolder")
+
+
+def pipeline_index(args: TrainingArguments) -> dict[str, Any]:
+    """What the pipeline that the network is from says of itself; nothing of a network in a folder of its own."""
     try:
-        index = DiffusionPipeline.load_config(args.model_name_or_path, cache_dir=args.cache_dir, revision=args.revision)
-    except OSError:  # a network in a folder of its own
-        return
-    if has := [name for name in ("vae", "vqvae", "movq") if index.get(name, (None, None))[0] is not None]:
-        raise ValueError(f"{option} makes latents, which its {has[0]} decodes: give it as --vae, with its subfolder")
+        return DiffusionPipeline.load_config(args.model_name_or_path, cache_dir=args.cache_dir, revision=args.revision)
+    except OSError:
+        return {}
+
+
+def decoder_in(index: dict[str, Any]) -> str | None:
+    """The component of a pipeline that decodes latents, if it has one."""
+    return next((name for name in ("vae", "vqvae", "movq") if index.get(name, (None, None))[0] is not None), None)
 
 
 def network_class(option: str, config: dict[str, Any], conditional: bool) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..autoencoders import LatentSpace
 from ..data import Examination, ImageSource, Labels, open_source, open_stream, subset
 from ..launch import from_main
 from ..processes.annealed import max_pairwise_distance
@@ -35,6 +36,7 @@ class TrainingData:
         brightness: means of some images that the seed chooses, so that others, or another order, are noticed.
         largest_distance: between two images, where it was measured.
         classes: of a conditional training, the name of each class and its number of images.
+        latents_scaling: of a training on latents, the mean and the deviation of each channel that they are scaled by.
     """
 
     num_images: int | None = None
@@ -42,6 +44,7 @@ class TrainingData:
     brightness: list[float] | None = None
     largest_distance: float | None = None
     classes: list[list[Any]] | None = None
+    latents_scaling: list[list[float]] | None = None
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "TrainingData":
@@ -107,6 +110,7 @@ def training_data(
     num_images: int,
     images_per_step: int,
     labels: Labels | None = None,
+    space: LatentSpace | None = None,
 ) -> TrainingData:
     """What a checkpoint is to remember of the data."""
     measured = args.sigma_max == "auto" and args.timestep_sampling != "log_normal"
@@ -116,6 +120,7 @@ def training_data(
         brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
         largest_distance=plan.sigma_max if measured else None,
         classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
+        latents_scaling=None if space is None else [space.mean.tolist(), space.std.tolist()],
     )
 
 
