@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def publish_contents(source: Path, folder: Path, last: str) -> None:
         path.replace(target)
     sync(folder)
     source.rmdir()
+
+
+def free_name(path: Path) -> Path:
+    """A path that is not there: this one, or the first of `name-2.suffix`, `name-3.suffix`, ..."""
+    names = (path if i == 1 else path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def discard(folder: Path) -> None:

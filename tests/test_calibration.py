@@ -1,6 +1,7 @@
 """Calibration: coupled trajectories, the search, and whole pipelines as denoisers."""
 
 import json
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -214,7 +215,7 @@ def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
         assert stochasticity_for(-0.01, n, 64) == 0.0
         assert stochasticity_for(-0.1, n, 64) == ((0.5, 1.0) if n >= 6 else 0.0)
         assert stochasticity_for(-0.1, n, 4) == 0.0  # by chance
-        assert stochasticity_for(-0.5, n, 4) == 1.0
+    assert [stochasticity_for(-0.5, n, 4) for n in (2, 3, 4, 6, 8, 50)] == pytest.approx([0, 0, 0.2, 0.6, 1, 1])
 
 
 # --- Pipelines ---
@@ -325,7 +326,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=16, output_type="np")
     assert result.martingale_defect < -0.4
     assert result.network_calls == 48
-    assert result.stochasticity == {5: 1.0, 10: 1.0}
+    assert result.stochasticity == {5: 0.4, 10: 1.0}
     top = result.levels[10][0]
     assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
     assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
@@ -334,10 +335,19 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
 
 def test_where_a_run_of_a_network_of_errors_begins():
     images = 2.0 * torch.randn((20, 1, 1, 1), generator=torch.Generator().manual_seed(0))
-    assert hiding_level(images, 100.0) == pytest.approx(10 * largest_deviation(images))
-    assert hiding_level(images, 5.0) == 5.0
-    assert hiding_level(images[:15], 100.0) == 100.0, "of few images nothing is concluded"
-    assert hiding_level(torch.ones(20, 1, 1, 1), 100.0) == 1.0, "of images that are all the same"
+
+    def ve(sigma):
+        return sigma
+
+    assert hiding_level(images, 100.0, ve) == pytest.approx(10 * largest_deviation(images))
+    assert hiding_level(images, 5.0, ve) == 5.0
+    assert hiding_level(images[:15], 100.0, ve) == 100.0, "of few images nothing is concluded"
+    alike = torch.ones(20, 1, 1, 1)
+    assert hiding_level(alike, 100.0, ve) == 1.0, "of images that are all the same"
+    # What unit noise has in place of an image is next to nothing there.
+    for deviation in (lambda sigma: math.hypot(1, sigma), lambda sigma: 1 + sigma):
+        level = hiding_level(alike, 4000.0, deviation)
+        assert 1.01 < deviation(level) / level < 1.02
 
 
 def test_the_largest_deviation_is_that_of_the_widest_direction():

@@ -10,9 +10,12 @@ from networks import final_variance
 from scipy import integrate
 
 from diffusers_gm import CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm.processes.mixture import GaussianMixtureNoise
+from diffusers_gm.readings import level_range
 from diffusers_gm.readings.grids import calibrated_levels, even_levels
 from diffusers_gm.samplers import Memory, Multistep, TwoStep, sample
 from diffusers_gm.samplers.multistep import exponential_moments, exponential_weights
+from diffusers_gm.studies.exact import ExactDenoiser
 
 DOUBLE = {"dtype": torch.float64}
 VARIANCE = 0.25
@@ -111,6 +114,18 @@ def test_noise_between_near_levels_is_not_extrapolated(tau, variance):
     assert 0.9 < beside / alone < 1.4
 
 
+def test_the_probability_flow_of_mixture_noise_keeps_the_law_of_the_images(generator):
+    """Heavy-tailed noise, whose components differ by factors. Noise between the steps, which is Gaussian, would not."""
+    noise = GaussianMixtureNoise.from_stable(1.2, 5)
+    sigmas, width = torch.logspace(math.log10(200), -2, 100, dtype=torch.float64), 0.3
+    denoiser = ExactDenoiser(torch.zeros(1, 1, 4, 4), width, noise)
+    y = noise.sample((1000, 1, 4, 4), generator) * 200.0
+    flow, noisy = (float(sample(Multistep(stochasticity=tau), denoiser, y, sigmas, generator).std()) for tau in (0, 1))
+    error = width / (2 * y.numel()) ** 0.5
+    assert flow == pytest.approx(width, abs=5 * error)
+    assert noisy > 1.2 * width
+
+
 def test_two_stochasticities_are_those_above_and_below_noise_level_1():
     sigmas = torch.tensor([20.0, 5.0, 1.0, 0.3, 0.1], **DOUBLE)
     above, below, both = (
@@ -160,6 +175,21 @@ def test_calibrated_levels_between_budgets():
     assert float(calibrated_levels(calibration, 2)[-1]) == pytest.approx(0.25)
     assert calibrated_levels(calibration, 1).tolist() == [16.0]
     assert len(calibrated_levels(calibration, 30)) == 30
+
+
+def test_runs_between_one_that_begins_lower_and_one_that_does_not_begin_as_the_nearer_one():
+    calibration = {"5": [6.0, 3.0, 1.0, 0.4, 0.1], "8": [80.0, 20.0, 8.0, 3.0, 1.0, 0.5, 0.2, 0.06]}
+    assert [float(calibrated_levels(calibration, n)[0]) for n in (4, 5, 6, 7, 8)] == pytest.approx([6, 6, 6, 80, 80])
+
+
+def test_runs_of_more_calls_than_a_calibration_knows():
+    """Begin at the top, unless runs of many calls, of a network of errors, do not."""
+    for most, first in (("5", 80.0), ("10", 6.0)):
+        levels = torch.logspace(math.log10(6), -1, int(most)).tolist()
+        edm = {"noise_space": "edm", "sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.01}
+        scheduler = CalibratedMultistepScheduler(**edm, calibration={most: levels})
+        scheduler.set_timesteps(20)
+        assert float(scheduler.sigmas[0]) == pytest.approx(first)
 
 
 @pytest.mark.parametrize(
@@ -215,14 +245,13 @@ def test_a_swap_uses_the_calibrated_grid_whatever_the_source_says():
 
 
 def test_levels_follow_the_shift_of_flow():
-    one, three = (
-        CalibratedMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=shift).config)
-        for shift in (1.0, 3.0)
-    )
-    for scheduler in (one, three):
-        scheduler.set_timesteps(6)
-    s_one, s_three = one.sigmas[1:6], three.sigmas[1:6]
-    torch.testing.assert_close(s_three / (1 - s_three), 3 * s_one / (1 - s_one), rtol=1e-4, atol=1e-5)
+    three = CalibratedMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    low, high = level_range(three.reading)
+    for n in (6, 50):
+        three.set_timesteps(n)
+        s = three.sigmas[1:n].double()
+        torch.testing.assert_close(s / (1 - s), 3 * even_levels(high / 3, low / 3, n)[1:], rtol=1e-4, atol=1e-5)
+        assert (three.timesteps.diff() < 0).all(), "no call is spent at the same level again"
     calibrated = CalibratedMultistepScheduler.from_config(
         three.config, calibration={"3": [100.0, 3.0, 0.3], "shift": 3.0}
     )

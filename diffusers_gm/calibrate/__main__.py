@@ -20,7 +20,8 @@ from ..cli import Parser
 from ..evaluation.card import forget_quality
 from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
-from ..files import write_json, write_text
+from ..files import free_name, write_json, write_text
+from ..pipelines.loading import write_component_loader
 from ..samplers.multistep import Stochasticity
 
 
@@ -57,6 +58,7 @@ def keep(calibration: Calibration, folder: Path) -> list[Path]:
         return [config]
     content = json.loads(index.read_text(encoding="utf-8"))
     content["scheduler"] = ["diffusers_gm", type(calibration.scheduler).__name__]
+    write_component_loader(folder, "scheduler", type(calibration.scheduler).__name__)
     write_json(index, content)
     return [config, index]
 
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)
     if (measured := folder / "results.json").is_file():  # of the scheduler before; it may have taken long
-        shutil.copyfile(measured, kept := measured.with_name("results-before.json"))
+        shutil.copyfile(measured, kept := free_name(measured.with_name("results-before.json")))
         forget_quality(folder)
         print(f"measured with the scheduler before: now in {kept}; run `python -m diffusers_gm.evaluation` again")
     for n, levels in calibration.levels.items():

@@ -17,11 +17,21 @@ from ..autoencoders import as_learned
 from ..networks import channels_of, images_at_once, size_of
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import ImageReading, level_range
-from ..readings.grids import POWER, calibrated_levels, power_levels
+from ..readings.grids import POWER, SHORT, calibrated_levels, power_levels
 from ..samplers import Multistep, sample
 from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
-from .errors import ALL, ERRS, SOME, hiding_level, levels_of_errors, reverse_diffusion, stochasticity_for
+from .errors import (
+    ALL,
+    ERRS,
+    FOLLOWED,
+    LOST,
+    SOME,
+    hiding_level,
+    levels_of_errors,
+    reverse_diffusion,
+    stochasticity_for,
+)
 from .oracle import MANY, with_denoiser
 from .search import LocalDefects, fine_ladder, gram, nearest, search
 from .trajectory import Denoiser, Trajectories, sliced_distance
@@ -30,10 +40,6 @@ CALLS = (5, 8, 10, 15, 20, 30, 50)
 
 # Network calls that a budget may cost, besides the teachers' runs: in units of itself, and in all.
 MAX_RUNS, MAX_CALLS = 40, 240
-
-# Up to so many calls, one whose input is nothing but noise is a large share of them: levels that begin lower are tried
-# too.
-SHORT = 7
 
 # Levels of the one run of `effort="fast"`.
 NUM_FAST = 56
@@ -75,6 +81,7 @@ class Calibration:
             where errors dominate.
         martingale_defect: rho, see `errors.reverse_diffusion`.
         stochasticity: tau of each budget, one or two.
+        elsewhere: of other numbers of calls, which follow noise more or less far; none where tau was given.
         network_calls: in all, each for the whole batch.
         seconds: of work beside the network, and of the network and the pipeline around it.
     """
@@ -85,6 +92,7 @@ class Calibration:
     errors: dict[int, tuple[float, float]] = field(default_factory=dict)
     martingale_defect: float | None = None
     stochasticity: dict[int, Stochasticity] = field(default_factory=dict)
+    elsewhere: dict[int, Stochasticity] = field(default_factory=dict)
     network_calls: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
 
@@ -92,6 +100,18 @@ class Calibration:
     def errs(self) -> bool:
         """Whether the network's errors dominate: levels that follow its runs would follow them."""
         return self.martingale_defect is not None and self.martingale_defect < ERRS
+
+    def in_config(self, shift: float) -> dict[str, Any]:
+        """As a scheduler's config has it; `shift`: the factor by which the pipeline moved levels for its resolution."""
+        content: dict[str, Any] = {  # six digits are plenty, and a config is to be read
+            str(n): [float(f"{sigma:.6g}") for sigma in levels] for n, levels in self.levels.items()
+        }
+        taus = dict(sorted((self.elsewhere | self.stochasticity).items()))
+        if any(taus.values()):
+            content["stochasticity"] = {
+                str(n): list(tau) if isinstance(tau, Sequence) else tau for n, tau in taus.items()
+            }
+        return content if shift == 1.0 else {**content, "shift": shift}
 
 
 def calibrate(
@@ -161,7 +181,7 @@ def calibrate_in_full(
     bar = tqdm(total=None, desc="calibrating", unit="call", mininterval=pace, disable=not progress)
     began, in_network = time.perf_counter(), 0.0
 
-    def work(denoiser: Denoiser, start: Tensor) -> None:
+    def work(denoiser: Denoiser, start: Tensor, shift: float) -> float:
         def timed(y: Tensor, sigma: float) -> Tensor:
             nonlocal in_network
             asked = time.perf_counter()
@@ -173,12 +193,12 @@ def calibrate_in_full(
 
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
         result.martingale_defect, drawn = reverse_diffusion(timed, start, high, max(low, LOW))
-        ladder = Ladder(timed, start, high, max(low, LOW), sampler, scheduler.model_mixture)
+        ladder = Ladder(timed, start, high, max(low, LOW), sampler, scheduler.model_mixture, shift)
         if isinstance(scheduler.reading, ImageReading):
             ladder = replace(ladder, deviation=scheduler.reading.start_deviation)
         if result.errs:
-            top = high if ladder.deviation is None else hiding_level(drawn, high)
-            found: Found = {n: (levels_of_errors(top, low, n).tolist(), None) for n in budgets}
+            top = high if ladder.deviation is None else hiding_level(drawn, high, ladder.deviation)
+            found: Found = {n: (levels_of_errors(top, low, n, shift).tolist(), None) for n in budgets}
         else:
             found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
         for n, (levels, errors) in found.items():
@@ -190,20 +210,15 @@ def calibrate_in_full(
                 result.stochasticity[n] = ladder.closest(CANDIDATES, levels, real)
             else:
                 result.stochasticity[n] = stochasticity_for(result.martingale_defect, n, len(start))
+        if stochasticity is None:
+            others = [n for n in range(LOST, FOLLOWED + 1) if n < budgets[0] or (real is None and n not in budgets)]
+            result.elsewhere = {n: stochasticity_for(result.martingale_defect, n, len(start)) for n in others}
+        return shift
 
     with bar, _quiet(pipe):
-        _, shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
-    shift = 1.0 if result.errs else shift  # the fixed grid is one before the shift
+        shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
     result.fixed = {n: scheduler.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
-    calibration: dict[str, Any] = {  # six digits are plenty, and a config is to be read
-        str(n): [float(f"{sigma:.6g}") for sigma in levels] for n, levels in result.levels.items()
-    }
-    if any(result.stochasticity.values()):
-        calibration["stochasticity"] = {
-            str(n): list(tau) if isinstance(tau, Sequence) else tau for n, tau in result.stochasticity.items()
-        }
-    if shift != 1.0:
-        calibration["shift"] = shift
+    calibration = result.in_config(shift)
     result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, **OWN_GRID, calibration=calibration)
     result.seconds = (time.perf_counter() - began - in_network, in_network)
     return result
@@ -216,8 +231,9 @@ Found = dict[int, tuple[list[float], tuple[float, float] | None]]
 @dataclass(frozen=True)
 class Ladder:
     """A pipeline as a denoiser, the y that its run starts from, the range of noise levels, the sampler without noise
-    (levels that follow the probability flow serve every stochasticity), the law of the network's noise, and the
-    deviation of a y that a run starts from at a lower level, if it may."""
+    (levels that follow the probability flow serve every stochasticity), the law of the network's noise, the factor by
+    which the pipeline moves levels for its resolution, and the deviation of a y that a run starts from at a lower
+    level, if it may."""
 
     denoiser: Denoiser
     start: Tensor
@@ -225,6 +241,7 @@ class Ladder:
     low: float
     sampler: Multistep
     noise: GaussianMixtureNoise = GAUSSIAN
+    shift: float = 1.0
     deviation: Callable[[float], float] | None = None
 
     def trajectories(self, start: Tensor, sigmas: Tensor) -> Trajectories:
@@ -264,7 +281,7 @@ def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> F
     )
     found: Found = {}
     for n in budgets:
-        levels = scheduler.calibrated_or_even_levels(n)
+        levels = scheduler.calibrated_or_even_levels(n, ladder.shift)
         if n <= len(sigmas) // 2:  # else the run is too coarse to judge steps by
             levels = sigmas[defects.best(n, last_place(sigmas, scheduler, n))]
         found[n] = levels.tolist(), None
@@ -283,7 +300,7 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
     found: Found = {}
     for n in budgets:
         last = last_place(sigmas, scheduler, n)
-        # First the fixed grid, as far as the ladder can have it.
+        # First the fixed grid, not shifted, as far as the ladder can have it.
         wanted = [power_levels(ladder.high, float(sigmas[last]), n, POWER)]
         if found:  # what suits fewer calls, with levels in between
             wanted.append(calibrated_levels({str(m): levels for m, (levels, _) in found.items()}, n))
@@ -295,16 +312,20 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
         candidates = [search(trajectories, n, starts, last, most).index, *starts]
         if n <= SHORT and ladder.deviation is not None:
             candidates.append(search(trajectories, n, starts, last, most, lower=True).index)
-        errors = [
-            sliced_distance(others.run(places).denoised[-1], others.teacher.denoised[-1]) for places in candidates
-        ]
-        found[n] = sigmas[candidates[errors.index(min(errors))]].tolist(), (errors[1], min(errors))
+        fixed = nearest(sigmas, scheduler.calibrated_or_even_levels(n, ladder.shift)) or starts[0]
+        distinct = list(dict.fromkeys(map(tuple, [*candidates, fixed])))
+        errors = {
+            places: sliced_distance(others.run(list(places)).denoised[-1], others.teacher.denoised[-1])
+            for places in distinct
+        }
+        best = min(distinct, key=errors.__getitem__)
+        found[n] = sigmas[list(best)].tolist(), (errors[tuple(fixed)], errors[best])
     return found
 
 
 def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
-    """The place on a ladder of the last level of the fixed grid, which stays: the mean square would have it higher, and
-    blur what is below it."""
+    """The place on a ladder of the last level of the fixed grid, not shifted, which stays: the mean square would have
+    it higher, and blur what is below it."""
     last = float(scheduler.calibrated_or_even_levels(num_calls)[-1])
     return int((sigmas.log() - math.log(last)).abs().argmin())
 

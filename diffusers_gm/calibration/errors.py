@@ -1,6 +1,7 @@
 """What a network's errors are, by a run of its own, and what a sampler does about them."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,10 +27,14 @@ SPREAD = 0.3
 # percent.
 HIDING, MANY_IMAGES = 10.0, 16
 
+# Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
+WIDER = 0.02
+
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
-# errs most; and all there is where errors dominate.
+# errs most; and all there is where errors dominate, from `FOLLOWED` calls on, of fewer the less, and of `LOST` none.
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
+LOST, FOLLOWED = 3, 8
 
 
 def largest_deviation(images: Tensor) -> float:
@@ -71,17 +76,26 @@ def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochas
     """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
     the levels before, if it has calls enough to follow it."""
     if defect < ERRS:
-        return ALL
+        return ALL * min(1.0, max(0.0, (num_calls - LOST) / (FOLLOWED - LOST)))
     return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
 
 
-def hiding_level(images: Tensor, high: float) -> float:
-    """The noise level, from 1 to `high`, from which a run begins where errors dominate; of few images their deviation
-    would be chance."""
-    return min(high, max(1.0, HIDING * largest_deviation(images))) if len(images) >= MANY_IMAGES else high
+def hiding_level(images: Tensor, high: float, deviation: Callable[[float], float]) -> float:
+    """The noise level, from 1 to `high`, from which a run begins where errors dominate, from a y of `deviation(level)`;
+    of few images their own would be chance."""
+    if len(images) < MANY_IMAGES:
+        return high
+    level = max(1.0, HIDING * largest_deviation(images))
+    while level < high and deviation(level) > (1 + WIDER) * level:
+        level *= 1.25
+    return min(level, high)
 
 
-def levels_of_errors(high: float, low: float, num_calls: int) -> Tensor:
-    """The fixed grid, of very few calls one that ends higher: what is below costs steps that the noise above needs."""
-    levels = even_levels(high, low, num_calls)
-    return power_levels(high, min(2 * float(levels[-1]), high / 2), num_calls, POWER) if num_calls < ENOUGH else levels
+def levels_of_errors(high: float, low: float, num_calls: int, shift: float = 1.0) -> Tensor:
+    """The fixed grid from `high` to `low`, of very few calls one that ends higher: what is below costs steps that the
+    noise above needs. `shift`: how far a pipeline moves levels for its resolution."""
+    top = high / shift
+    levels = even_levels(top, low / shift, num_calls)
+    if num_calls < ENOUGH:
+        levels = power_levels(top, min(2 * float(levels[-1]), top / 2), num_calls, POWER)
+    return levels * shift

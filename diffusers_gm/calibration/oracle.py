@@ -98,20 +98,20 @@ class AskedScheduler(CalibratedMultistepScheduler):
 
 
 def with_denoiser(
-    pipe: Any, scheduler: CalibratedMultistepScheduler, work: Callable[[Any, Tensor], Any], **arguments: Any
-) -> tuple[Any, float]:
-    """Run `work(denoiser, start)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is D of the pipeline's batch,
-    `start` its y at the first level.
+    pipe: Any, scheduler: CalibratedMultistepScheduler, work: Callable[[Any, Tensor, float], Any], **arguments: Any
+) -> Any:
+    """Run `work(denoiser, start, shift)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is D of the pipeline's
+    batch, `start` its y at the first level, `shift` the factor by which it moves levels for its resolution (`flow`).
 
     Returns:
-        what `work` returns, and the factor by which the pipeline shifts the levels of its resolution (`flow`).
+        what `work` returns.
 
     Raises:
         ValueError: for a pipeline that ends before the work is done; whatever the pipeline or the work raises.
     """
     asked = AskedScheduler.from_config(scheduler.config)
     asked.ask(torch.tensor([asked.reading.timestep_range[1]], dtype=torch.float64))
-    asker = _Asker(work)
+    asker = _Asker(lambda denoiser, start: work(denoiser, start, asked.shift_of_run))
     asked.exchange = asker.exchange
     original, pipe.scheduler = pipe.scheduler, asked
     try:
@@ -132,7 +132,7 @@ def with_denoiser(
         pipe.scheduler = original
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
-    return asker.outcome.result(), asked.shift_of_run
+    return asker.outcome.result()
 
 
 class _Asker:

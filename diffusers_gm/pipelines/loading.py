@@ -18,6 +18,7 @@ from ..version import __version__
 from .repository import CARD_FILES, short_card, upload
 
 LIBRARY = "diffusers_gm"
+PIPELINE_LOADER = "pipeline.py"
 
 # diffusers accepts components from the libraries of this table alone, when it downloads a pipeline of its own (a
 # DDPMPipeline with our scheduler, say), and writes "diffusers_gm" into model_index.json for those it knows: without
@@ -103,10 +104,10 @@ class HubPipeline(DiffusionPipeline):
             return  # a class of the user's: whoever loads it needs that one
         name = type(self).__name__
         index = _edit_json(folder / self.config_name, lambda config: config.update(_class_name=["pipeline", name]))
-        _write_loader(folder / "pipeline.py", name)
+        _write_loader(folder / PIPELINE_LOADER, name)
         for component, value in index.items():
             if isinstance(value, list) and value[0] == LIBRARY:
-                _write_loader(folder / component / f"{LIBRARY}.py", value[1])
+                write_component_loader(folder, component, value[1])
 
     def save_pretrained(
         self,
@@ -175,6 +176,12 @@ def _edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> dict[str, A
     edit(content)
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return content
+
+
+def write_component_loader(folder: Path, component: str, class_name: str) -> None:
+    """Beside a component of a saved pipeline of ours; pipelines of diffusers go without."""
+    if (folder / PIPELINE_LOADER).is_file():
+        _write_loader(folder / component / f"{LIBRARY}.py", class_name)
 
 
 def _write_loader(path: Path, class_name: str) -> None:

@@ -134,6 +134,10 @@ def even_levels(high: float, low: float, num_levels: int) -> Tensor:
     return power_levels(high, last, num_levels, POWER)
 
 
+# Up to so many calls, one whose input is nothing but noise is a large share of them, and a run may begin lower; and
+# what is called lower.
+SHORT, LOWER = 7, 1.25
+
 # Chosen on a few known denoisers, and judged on others and on trained networks.
 POWER = 3.0
 LAST_LEVEL = 0.5
@@ -161,12 +165,15 @@ def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:
     """The noise levels of a calibration for any number of calls, `(num_levels,)` float64.
 
     Between two budgets, their levels at the same share of a run are blended geometrically, by the logarithm of the
-    number of calls; below the smallest and above the largest, that one's are used.
+    number of calls; below the smallest and above the largest, that one's are used, and so are those of the nearer one
+    where one of the two begins lower: from between their starts neither's steps would do.
     """
     if num_levels == 1:
         return torch.tensor([max(max(levels) for key, levels in calibration.items() if key.isdigit())]).double()
     share = torch.linspace(0, 1, num_levels, dtype=torch.float64)
     below, above, weight = _neighbours(calibration, num_levels)
+    if calibration[above][0] > LOWER * calibration[below][0]:
+        weight = round(weight)
     blend = torch.lerp(_at(calibration[below], share), _at(calibration[above], share), weight)
     return blend.exp()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..readings import NoiseSpace, Reading, level_range
-from ..readings.grids import calibrated_levels, even_levels, shift_flow
+from ..readings.grids import SHORT, calibrated_levels, even_levels, shift_flow
 from .options import SPACING_FLAGS
 
 # How near to the highest level a calibrated one is that stands for it.
@@ -128,15 +128,17 @@ class Calls:
         """The noise levels of the config's calibration, or without one `even_levels`, between the ends of what the
         network was trained at. `flow`: moved by the shift of the resolution.
 
-        A calibration for few calls may begin below the highest level, which a run of more calls than it knows does not.
+        A calibration for few calls may begin below the highest level, which a run of more calls than it knows does not;
+        unless runs of many calls do, too.
         """
         low, high = level_range(self.reading)
         calibration = self.config.calibration
         if calibration is None:
-            levels = even_levels(high, low, num_levels) * shift
+            levels = even_levels(high / shift, low / shift, num_levels) * shift
         else:
             levels = calibrated_levels(calibration, num_levels) * (shift / calibration.get("shift", 1.0))
-            if num_levels == 1 or num_levels > max(int(key) for key in calibration if key.isdigit()):
+            most = max(int(key) for key in calibration if key.isdigit())
+            if num_levels == 1 or (num_levels > most and most <= SHORT):
                 levels[0] = high
         return levels.clamp(low, high)
 

@@ -29,7 +29,8 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     Args:
         stochasticity: tau, from 0 (probability flow) to 1 (reverse diffusion) and beyond; or two, of the steps from
             noise levels above 1 and of the others. None: what the calibration says for the number of calls, 0 without
-            one.
+            one. The noise is Gaussian: for networks of mixture noise only 0 keeps the law of the images, however many
+            the calls; more makes those of few dimensions wider, the more so the more the components differ.
         corrector: redo every step once the denoiser at its end is known, at no extra call.
         multistep_order: 1 to 3, how many denoisers a step is predicted from.
         calibration: JSON: from the number of calls, as a string, to its noise levels (descending), the last one that of

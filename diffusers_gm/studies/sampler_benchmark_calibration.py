@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +94,13 @@ def gits(pipeline: Any) -> dict[str, Any]:
     described = CalibratedMultistepScheduler.from_config(pipeline.scheduler.config)
     low, high = level_range(described.reading)
     sigmas = sigma_grid(high, max(low, LOW), NUM_GITS, "karras")
-    work, generator = partial(step_costs, sigmas=sigmas), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     began = time.perf_counter()
-    costs, _ = with_denoiser(
+
+    def work(denoiser: Denoiser, start: Tensor, _: float) -> Tensor:
+        return step_costs(denoiser, start, sigmas)
+
+    costs = with_denoiser(
         pipeline, described, work, num_inference_steps=MANY, batch_size=BATCH_GITS, generator=generator
     )
     calibration = {str(n): sigmas[cheapest_path(costs, n)].tolist() for n in CALLS}
