@@ -1,6 +1,7 @@
 """Autoencoders of diffusers: images to latents that a network is trained on, and back."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 
@@ -138,19 +141,30 @@ def as_learned(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
         ValueError: for other shapes or values.
     """
     wanted = [tuple(shape)]
-    if images.is_floating_point() and tuple(images.shape[1:]) == wanted[0]:
-        return images
     vae: Any = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    if images.is_floating_point() and tuple(images.shape[1:]) == wanted[0]:
+        if not images.isfinite().all():
+            raise ValueError("images must be finite")
+        if vae is None:
+            _check_range(images)
+        return images
     if type(vae).__name__ in AUTOENCODERS:
         pixels = downsampling(vae)
         wanted.append((vae.config["in_channels"], *(pixels * side for side in shape[1:])))
     if not images.is_floating_point() or tuple(images.shape[1:]) not in wanted:
         words = " or, of latents, ".join(f"(n, {', '.join(map(str, each))})" for each in wanted[::-1])
         raise ValueError(f"images must be {words}, floating point, got {tuple(images.shape)} {images.dtype}")
-    if not (images.min() >= -1 and images.max() <= 1):
-        raise ValueError(f"images must be in [-1, 1], they go from {float(images.min()):g} to {float(images.max()):g}")
+    _check_range(images)
     space = getattr(pipe, "latent_space", None) or LatentSpace.of(vae)
     return torch.cat([space.encode(some.to(vae.device)) for some in images.split(16)])
+
+
+def _check_range(images: Tensor) -> None:
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1 and high <= 1):
+        raise ValueError(f"images must be in [-1, 1], they go from {low:g} to {high:g}")
+    if low >= 0 and high > 0.5:
+        logger.warning(f"images go from {low:g} to {high:g}: in [-1, 1], where 0 is gray, they are all bright")
 
 
 def fingerprint(vae: Any) -> str:

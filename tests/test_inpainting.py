@@ -118,6 +118,17 @@ def test_a_weak_noise_changes_little(make):
     assert distances[0] < 0.17, "images differ by .35 from each other"
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 8, 8)], ids=["no mask", "all new"])
+@pytest.mark.parametrize("space", [{"noise_space": "edm", "sigma_data": 0.5, "sigma_max": 80.0}, {}], ids=["edm", "vp"])
+def test_a_whole_run_is_that_without_an_image(space, mask):
+    """Also where it begins below the network's highest level, which would not hide the image."""
+    scheduler = CalibratedMultistepScheduler(**space, calibration={"4": [4.0, 1.0, 0.4, 0.1]})
+    pipeline, image = pipeline_of(scheduler), torch.ones(1, 1, 8, 8)
+    options = {"image": image, "strength": 1.0} if mask is None else {"image": image, "mask_image": mask}
+    found = pipeline(2, 4, seeded(0)[0], output_type="pt", **options).images
+    torch.testing.assert_close(found, pipeline(2, 4, seeded(0)[0], output_type="pt").images)
+
+
 @pytest.mark.parametrize("name", ["gm-sgm", "calibrated", "cld", "EulerDiscreteScheduler", "DDPMScheduler"])
 def test_resampling_brings_new_pixels_closer_to_their_law(name):
     """Of Gaussian images the law of a hole is known. That known pixels are put back is an approximation, and resampling

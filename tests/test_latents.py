@@ -204,6 +204,17 @@ def test_real_images_or_their_latents_choose_the_stochasticity():
             calibrate(pipe, images=wrong, **options)
 
 
+def test_images_for_a_calibration_are_those_that_a_network_learns(caplog):
+    images = torch.rand(4, 3, 8, 8, generator=seeded(0)[0])
+    assert as_learned(None, images * 2 - 1, (3, 8, 8)).min() < 0
+    assert not caplog.records
+    as_learned(None, images, (3, 8, 8))
+    assert "in [-1, 1], where 0 is gray, they are all bright" in caplog.text
+    for wrong, said in ((images * 255, r"must be in \[-1, 1\], they go from"), (images / 0, "must be finite")):
+        with pytest.raises(ValueError, match=said):
+            as_learned(None, wrong, (3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -14,11 +14,12 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from networks import seeded
+from networks import seeded, tiny_network
 from PIL import Image
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
     GaussianMixtureNoise,
     GMLangevinScheduler,
     GMSGMPipeline,
@@ -51,6 +52,18 @@ def pipeline(request, tiny_unet):
 
 def seeds(*values):
     return [torch.Generator().manual_seed(v) for v in values]
+
+
+def test_latents_as_wide_as_another_level_are_refused():
+    """Of networks that are shown y: unit noise, or what was encoded for a run that begins elsewhere."""
+    edm = {"noise_space": "edm", "sigma_data": 0.5, "sigma_max": 80.0}
+    scheduler = CalibratedMultistepScheduler(**edm, calibration={"4": [4.0, 1.0, 0.4, 0.1]})
+    pipe, noise = NCSNv2Pipeline(tiny_network(), scheduler), torch.randn(2, 1, 8, 8, generator=seeded(0)[0])
+    for scale in (1.0, 80.0):
+        with pytest.raises(ValueError, match="a standard deviation of .*, and the run begins at noise level 4:"):
+            pipe(num_inference_steps=4, latents=scale * noise)
+    pipe(num_inference_steps=4, latents=4.0 * noise)
+    pipe(num_inference_steps=5, latents=80.0 * noise)
 
 
 def test_output_types_show_the_same_image(pipeline):

@@ -32,9 +32,12 @@ WIDER = 0.02
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
-# errs most; and all there is where errors dominate, from `FOLLOWED` calls on, of fewer the less, and of `LOST` none.
+# errs most; and all there is where errors dominate, of `LOST` calls none, and of each more so much, up to `FOLLOWED`.
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
-LOST, FOLLOWED = 3, 8
+LOST, GAINED, FOLLOWED = 3, 0.3, 7
+
+# By how much the levels of very few calls end higher where errors dominate.
+HIGHER = 3.0
 
 
 def largest_deviation(images: Tensor) -> float:
@@ -76,7 +79,7 @@ def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochas
     """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
     the levels before, if it has calls enough to follow it."""
     if defect < ERRS:
-        return ALL * min(1.0, max(0.0, (num_calls - LOST) / (FOLLOWED - LOST)))
+        return round(min(ALL, max(0.0, GAINED * (num_calls - LOST))), 3)
     return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
 
 
@@ -97,5 +100,5 @@ def levels_of_errors(high: float, low: float, num_calls: int, shift: float = 1.0
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
     if num_calls < ENOUGH:
-        levels = power_levels(top, min(2 * float(levels[-1]), top / 2), num_calls, POWER)
+        levels = power_levels(top, min(HIGHER * float(levels[-1]), top / 2), num_calls, POWER)
     return levels * shift

@@ -95,7 +95,9 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
 
 
 def write_report(results: Results, model: str | None, output_dir: Path) -> list[Path]:
-    """Table and picture beside the results, and both in the card of the model where `output_dir` is its folder."""
+    """Table and picture beside the results, and both in the card of the model where `output_dir` is its folder; of all
+    that the file has by now, of runs that went on beside this one too."""
+    results = Results.read(results.path)
     write_text(output_dir / "results.md", report.table(results).markdown() + "\n")
     written = ["results.json", "results.md"]
     if any(cell.calls is not None for cell in results.cells):

@@ -199,7 +199,7 @@ class Results:
             content = {
                 "command": self.command,
                 "conditions": self.conditions,
-                "floor": self.floor,
+                "floor": max(self.floor, found.floor, key=len),
                 "cells": [asdict(cell) for cell in cells],
             }
             write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..processes.random import Draw, Generators, randn
-from ..readings import VelocityReading
+from ..readings import ImageReading, VelocityReading
 from ..samplers import Memory, TwoStep
 from ..schedulers import CalibratedMultistepScheduler
 from .guidance import Guidance, Network
@@ -62,6 +62,21 @@ def encode(
     if companion is not None or reader is scheduler or getattr(scheduler, "init_noise_sigma", 1.0) == 1:
         return reading.visible(y, companion, calls[len(sigmas) - 1])
     return noised(scheduler, y, scheduler.timesteps[0], torch.zeros_like(y))
+
+
+def check_deviation(scheduler: Any, latents: Tensor) -> None:
+    """Raise a ValueError for latents that are not as wide as the first level of a run that carries y: unit noise, or
+    latents that were encoded on other levels."""
+    reading, noise = getattr(scheduler, "reading", None), getattr(scheduler, "model_mixture", None)
+    if not isinstance(reading, ImageReading) or not reading.space.carries_y or not noise.is_standard_gaussian:
+        return
+    wanted, found = scheduler.init_noise_sigma, float(latents.std())
+    if not wanted / 2 < found < wanted * 2:
+        raise ValueError(
+            f"latents have a standard deviation of {found:.3g}, and the run begins at noise level {wanted:.3g}: "
+            "multiply unit noise by scheduler.init_noise_sigma after set_timesteps, or encode images with as many "
+            "num_inference_steps and this scheduler"
+        )
 
 
 def slerp(start: Tensor, end: Tensor, num_images: int) -> Tensor:

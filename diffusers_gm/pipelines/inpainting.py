@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN
 from ..processes.random import Draw, Generators
+from ..readings import VelocityReading
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ class Picture:
 
     def start(self, scheduler: Any, timestep: Tensor, noise: Tensor, finished: Tensor | None) -> Tensor:
         """The sample that a run starts from at `timestep`; `finished` is the image that the run before made. Of a whole
-        run new pixels start as noise alone."""
-        clean = self.image if finished is None else finished
-        if finished is None and self.mask is not None and self.strength == 1:
-            clean = clean * (1 - self.mask)
-        return noised(scheduler, clean, timestep, noise)
+        run new pixels start as those of a run without an image: a grid that begins lower would not hide it."""
+        if finished is not None or self.strength < 1:
+            return noised(scheduler, self.image if finished is None else finished, timestep, noise)
+        if isinstance(getattr(scheduler, "reading", None), VelocityReading):
+            kept = torch.zeros_like(self.image) if self.mask is None else self.image * (1 - self.mask)
+            return noised(scheduler, kept, timestep, noise)
+        new = getattr(scheduler, "init_noise_sigma", 1.0) * noise
+        return new if self.mask is None else torch.lerp(noised(scheduler, self.image, timestep, noise), new, self.mask)
 
     def keep(self, scheduler: Any, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """A sample at `timestep` with the known pixels at that level in their places."""

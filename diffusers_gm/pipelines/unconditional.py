@@ -76,7 +76,8 @@ class UnconditionalPipeline(ImagePipeline):
             batch_size: number of images; None: as many as there are `class_labels`, or `latents`; else 1.
             num_inference_steps: network calls, all included; None: `default_num_inference_steps` of the class.
             generator: decides the images, and their classes; a list of `batch_size` generators decides them one by one.
-            latents: what to start from, `(B, C, H, W)`, in place of `scheduler.initial_sample`.
+            latents: what to start from, `(B, C, H, W)`, in place of `scheduler.initial_sample`: in the spaces `ve` and
+                `edm` as wide as the first level, which a calibration may have lower for some numbers of calls.
             output_type: `pil`, `np` (`(B, H, W, C)` in [0, 1]), `pt` (`(B, C, H, W)` in [0, 1]), or `latent`: what the
                 network takes for images, `(B, C, h, w)`, with `vae` not decoded.
             return_dict: whether to return an `ImagePipelineOutput` or a plain tuple.
@@ -134,6 +135,7 @@ class UnconditionalPipeline(ImagePipeline):
                 sample = picture.start(scheduler, timesteps[0], noise(), finished)
             elif latents is not None:
                 sample = latents.to(device, torch.float32)
+                encoding.check_deviation(scheduler, sample)
             else:
                 sample = self._initial_sample(shape, generator, device)
 
