@@ -88,6 +88,14 @@ def test_an_evaluation_stands_in_the_card_of_its_model(measured):
     # Again is the same; and what was measured of another model is not this one's.
     add_quality(measured)
     assert (measured / "README.md").read_text() == ModelCard.load(measured / "README.md").content
+    # Nor is what was measured with another scheduler than the one that is there.
+    saved = (config := measured / "scheduler" / "scheduler_config.json").read_text()
+    config.write_text(json.dumps(json.loads(saved) | {"sigma_max": 77.0}))
+    add_quality(measured)
+    found = ModelCard.load(measured / "README.md")
+    assert "Not measured." in found.text
+    assert not found.data.eval_results
+    config.write_text(saved)
     record["conditions"]["model"] = "another"
     (measured / "results.json").write_text(json.dumps(record))
     (measured / "README.md").write_text(CARD)

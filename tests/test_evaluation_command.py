@@ -368,6 +368,19 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         Results.open(tmp_path / "results.json" / "folder" / "results.json", {})
 
 
+def test_what_another_run_has_measured_meanwhile_stays(tmp_path):
+    """Its cells, and draws of real images that this one had no need of."""
+    many, few = (Results.open(tmp_path / "results.json", {"model": "m", "num_samples": 4}) for _ in range(2))
+    many.floor = [{"sliced W2": 1.0}, {"sliced W2": 2.0}]
+    many.measure("a", 5, 0, lambda: (None, 5), lambda _: {"sliced W2": 3.0})
+    few.floor = [{"sliced W2": 1.0}]
+    few.measure("b", 5, 0, lambda: (None, 5), lambda _: {"sliced W2": 4.0})
+    found = Results.read(tmp_path / "results.json")
+    assert found.floor == many.floor
+    assert {cell.scheduler for cell in found.cells} == {"a", "b"}
+    assert few.floor != many.floor
+
+
 def test_two_processes_give_the_figures_of_one(ddpm, evaluate, tmp_path):
     """In real processes: `accelerate launch --num_processes 2`, all metrics, batches that do not come out even."""
     words = [ddpm, "--calls", 3, "--num_samples", 120, "--num_reference", 130, "--batch_size", 50]

@@ -1,5 +1,6 @@
 """What a model card says of the quality of the samples."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ OF_DEMO = (
 def add_quality(folder: Path) -> None:
     """Put what was measured of the model in `folder` into its card there, in words and as metadata.
 
-    That is what `diffusers_gm.evaluation` (`results.json`) and the demo of version 0.1.0 (`quality.json`) have left
+    Measurements of another scheduler than the one in the folder are left out. That is what `diffusers_gm.evaluation` (`results.json`) and the demo of version 0.1.0 (`quality.json`) have left
     beside it. Everything else in the card stays as it is; nothing happens where there is no card or no measurement.
     """
     path, of_demo, measured = (folder / name for name in ("README.md", "quality.json", "results.json"))
@@ -35,6 +36,9 @@ def add_quality(folder: Path) -> None:
         found.append(_demo_quality(json.loads(of_demo.read_text(encoding="utf-8"))))
     # Results of another model, that somebody has put here, are not this model's.
     if measured.is_file() and (results := Results.read(measured)).conditions["model"] == folder.resolve().name:
+        if results.conditions.get("scheduler") not in (None, scheduler_of(folder)):  # calibrated since, for one
+            write_text(path, str(_not_measured(card)))
+            return
         found.append(_evaluation_quality(results))
         card.text = _between(BEST, card.text, best(results))
     if not found:
@@ -61,10 +65,23 @@ def forget_quality(folder: Path) -> None:
         measured.unlink()
     path = folder / "README.md"
     if there and path.is_file():
-        card = ModelCard.load(path)
-        card.text = _between(BEST, _between(QUALITY, card.text, NOT_MEASURED), "")
-        card.data.eval_results = None
-        write_text(path, str(card))
+        write_text(path, str(_not_measured(ModelCard.load(path))))
+
+
+def _not_measured(card: ModelCard) -> ModelCard:
+    card.text = _between(BEST, _between(QUALITY, card.text, NOT_MEASURED), "")
+    card.data.eval_results = None
+    return card
+
+
+def scheduler_of(folder: Path) -> str | None:
+    """A hash of the scheduler that a pipeline was saved with, whichever version wrote it; None without one."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    told = {name: value for name, value in config.items() if name == "_class_name" or not name.startswith("_")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _demo_quality(found: dict[str, Any]) -> tuple[str, list[EvalResult]]:

@@ -24,7 +24,7 @@ from ..files import write_text
 from ..launch import check_processes, from_main, process_state
 from ..version import __version__
 from . import report
-from .card import add_quality
+from .card import add_quality, scheduler_of
 from .distances import num_not_finite
 from .features import EXTRACTORS, cached_features_of, features_of, fingerprint
 from .options import build_parser, check_options
@@ -66,6 +66,8 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
         "features": f"{extractor.name}: {extractor.version}" if extractor else None,
         "versions": f"diffusers_gm {__version__}, diffusers {diffusers.__version__}",
     }
+    if args.model is not None and (scheduler := scheduler_of(Path(args.model))) is not None:
+        conditions["scheduler"] = scheduler
     if subject.classes is not None:
         conditions["classes"] = sorted(map(str, subject.classes))
     results: Results = from_main(lambda: Results.open(args.output_dir / "results.json", conditions, command_line()))
