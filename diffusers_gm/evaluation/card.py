@@ -25,8 +25,9 @@ OF_DEMO = (
 def add_quality(folder: Path) -> None:
     """Put what was measured of the model in `folder` into its card there, in words and as metadata.
 
-    Measurements of another scheduler than the one in the folder are left out. That is what `diffusers_gm.evaluation` (`results.json`) and the demo of version 0.1.0 (`quality.json`) have left
-    beside it. Everything else in the card stays as it is; nothing happens where there is no card or no measurement.
+    That is what `diffusers_gm.evaluation` (`results.json`) and the demo of version 0.1.0 (`quality.json`) have left
+    beside it, with the scheduler that is there. Everything else in the card stays as it is; nothing happens where there
+    is no card or no measurement.
     """
     path, of_demo, measured = (folder / name for name in ("README.md", "quality.json", "results.json"))
     if not path.is_file():
