@@ -158,6 +158,8 @@ else
 		--calls 5 8 10 15 20 30 50 --output $(RESULTS)
 	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models ddpm ncsnv2 gm-sgm cld --num_samples 256 \
 		--calls 5 10 20 50 200 1000 --steps $(STEPS) --output $(RESULTS)
+	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark --models ddpm --num_samples 256 \
+		--calls 5 10 20 50 --steps $$((4 * $(STEPS))) --output $(RESULTS)
 endif
 	$(BIN)/python -m diffusers_gm.studies.sampler_benchmark_settings --output $(RESULTS)
 	$(BIN)/python -m diffusers_gm.studies.step_cost --output $(RESULTS)

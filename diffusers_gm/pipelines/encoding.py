@@ -64,6 +64,10 @@ def encode(
     return noised(scheduler, y, scheduler.timesteps[0], torch.zeros_like(y))
 
 
+# How far off the width of latents may be: a poor network encodes images in too narrow ones.
+WIDTH = 5.0
+
+
 def check_deviation(scheduler: Any, latents: Tensor) -> None:
     """Raise a ValueError for latents that are not as wide as the first level of a run that carries y: unit noise, or
     latents that were encoded on other levels."""
@@ -71,7 +75,7 @@ def check_deviation(scheduler: Any, latents: Tensor) -> None:
     if not isinstance(reading, ImageReading) or not reading.space.carries_y or not noise.is_standard_gaussian:
         return
     wanted, found = scheduler.init_noise_sigma, float(latents.std())
-    if not wanted / 2 < found < wanted * 2:
+    if not wanted / WIDTH < found < wanted * WIDTH:
         raise ValueError(
             f"latents have a standard deviation of {found:.3g}, and the run begins at noise level {wanted:.3g}: "
             "multiply unit noise by scheduler.init_noise_sigma after set_timesteps, or encode images with as many "
