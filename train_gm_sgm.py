@@ -47,6 +47,7 @@ from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
+    SAMPLES,
     TRAINING_ID,
     UNFINISHED_PIPELINE,
     TrainingState,
@@ -275,7 +276,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     pipeline = method.pipeline(unet=unet, scheduler=scheduler, **components)
     if accelerator.is_main_process:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
-        (output_dir / "samples").mkdir(exist_ok=True)
+        (output_dir / SAMPLES).mkdir(exist_ok=True)
     if args.report_to != "none":
         start_tracker(accelerator, record)
 
@@ -311,7 +312,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             log=read_log(output_dir),
             levels=level_losses.names(),
             hardware=hardware(accelerator),
-            command=command_line(given, num_processes),
+            command=command_line(given, num_processes, accelerator.mixed_precision),
             versions=versions(),
         )
         temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)
@@ -378,7 +379,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         if args.validation_steps and state.step % args.validation_steps == 0 and not last:
             grid = sample_grid()
             if accelerator.is_main_process:
-                with files.replacing(output_dir / "samples" / f"step-{state.step:07d}.png") as path:
+                with files.replacing(output_dir / SAMPLES / f"step-{state.step:07d}.png") as path:
                     grid.save(path)
             accelerator.wait_for_everyone()
         logged_time += time.monotonic() - paused

@@ -78,6 +78,19 @@ def test_what_was_measured_of_a_model_is_set_aside_when_another_takes_its_place(
         assert (folder / f"{name.stem}-before-2{name.suffix}").read_text() == "measured before 6"
 
 
+def test_samples_of_a_training_are_gone_when_another_takes_its_place(train, tmp_path):
+    """Not when it goes on itself, and not what is not its own."""
+    options = f"{OPTIONS} --validation_steps 1 --lr_scheduler constant --output_dir {tmp_path / 'out'}"
+    samples = tmp_path / "out" / "samples"
+    train(options, "--max_train_steps 4")
+    (samples / "step-by-step.png").write_text("mine")
+    train(options, "--max_train_steps 5")
+    steps = {f"step-000000{step}.png" for step in (1, 2, 3)}
+    assert {path.name for path in samples.iterdir()} == {*steps, "step-by-step.png"}
+    train(options.replace("--resume_from_checkpoint latest", "--overwrite_output_dir"))
+    assert {path.name for path in samples.iterdir()} == {"step-0000001.png", "step-by-step.png"}
+
+
 def test_a_model_of_an_earlier_training_is_not_taken_for_that_of_the_last(train, tmp_path, monkeypatch):
     """One that ended after its last checkpoint, before it had a pipeline."""
     folder = save_images(tmp_path / "images", 20, size=(8, 8))
@@ -151,6 +164,17 @@ def test_the_command_of_a_card_can_be_pasted():
     assert words[words.index("--train_data_dir") + 1] == "my images"
     assert words[words.index("--background") + 1] == "#808080"
     assert words[words.index("--seed") + 1] == "3"
+
+
+@pytest.mark.parametrize(("option", "of_accelerate"), [("", "bf16"), ("--mixed_precision no", "bf16"), ("", "no")])
+def test_the_command_of_a_card_has_the_precision_that_accelerate_was_told(
+    train, tmp_path, monkeypatch, option, of_accelerate
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", of_accelerate)
+    train(TINY, option, "--output_dir", tmp_path / "out")
+    words = json.loads((tmp_path / "out" / ARGS_FILE).read_text())["command"].split()
+    said = words[words.index("--mixed_precision") + 1] if "--mixed_precision" in words else None
+    assert said == (option.split()[-1] if option else {"bf16": "bf16", "no": None}[of_accelerate])
 
 
 def test_the_warm_up_of_a_training_that_is_lengthened_stays(train, tmp_path):

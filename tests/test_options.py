@@ -18,6 +18,7 @@ from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.options import TrainingArguments, free_on_resume
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record
+from diffusers_gm.training.training_data import STATE_FILE
 
 # Every option of examples/unconditional_image_generation/train_unconditional.py of diffusers 0.42, with a value.
 OF_DIFFUSERS = """
@@ -105,7 +106,8 @@ def test_options_of_diffusers_are_understood(words, capsys):
     if name in REMEDIES:
         assert re.search(f": error: {name}: .*{re.escape(REMEDIES[name])}", refused(words, capsys))
         return
-    args = parse(f"{words} --hub_model_id me/model")
+    beside = "--dataset_name a" if name == "--dataset_config_name" else ""
+    args = parse(f"{words} {beside} --hub_model_id me/model")
     if name in ALIASES:
         ours, expected = ALIASES[name]
         assert getattr(args, ours) == expected
@@ -134,6 +136,54 @@ def test_options_of_diffusers_are_understood(words, capsys):
 )
 def test_option_errors_are_one_line(words, said, capsys):
     assert said in refused(words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--no_use_ema --ema_inv_gamma 2", "--ema_inv_gamma means nothing without --use_ema"),
+        ("--no_use_ema --ema_power 0.6", "--ema_power means nothing without --use_ema"),
+        ("--image_column img", "--image_column means nothing without a --dataset_name of the Hub or --train_data_dir"),
+        ("--dataset_config_name plain", "--dataset_config_name means nothing without a --dataset_name of the Hub"),
+        ("--train_data_dir a --dataset_config_name plain", "--dataset_config_name means nothing without"),
+        ("--no_keep_noise_levels", "--no_keep_noise_levels means nothing without --model_name_or_path"),
+        ("--checkpointing_steps 0 --hub_strategy every_save", "--hub_strategy means nothing without --checkpointing_s"),
+        ("--logging_dir mine", "--logging_dir means nothing without --report_to"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, said, capsys):
+    line = refused(words, capsys)
+    assert said in line
+    assert line.endswith(": leave it out")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no_use_ema --ema_inv_gamma 1.0 --ema_power 0.75 --ema_max_decay 0.999",
+        "--dataset_name digits --keep_noise_levels",
+        "--checkpointing_steps 0 --hub_strategy end",
+        "--checkpointing_steps 0 --max_train_minutes 9 --hub_strategy every_save",
+        "--logging_dir logs",
+        "--train_data_dir a --image_column img",
+        "--dataset_name a --image_column img --dataset_config_name plain",
+        "--model_name_or_path a --no_keep_noise_levels",
+    ],
+)
+def test_options_that_are_named_by_what_they_are_or_do_something_are_taken(words):
+    parse(words)
+
+
+def test_a_training_that_was_told_of_what_means_nothing_goes_on(train, tmp_path):
+    """As versions took such options; now without them."""
+    options = f"{TINY} --no_use_ema --checkpointing_steps 1 --output_dir {tmp_path / 'out'}"
+    train(options, "--max_train_minutes 1e-9")
+    path = tmp_path / "out" / "checkpoint-1" / STATE_FILE
+    content = json.loads(path.read_text())
+    content["arguments"] |= {"ema_power": 0.6, "dataset_config_name": "plain"}
+    path.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))
+    train(options, "--resume_from_checkpoint latest")
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize(

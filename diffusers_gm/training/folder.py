@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoint-"
 ARGS_FILE = "training_args.json"
 LOCK = ".training.lock"
 LOG_FILE = "training_log.jsonl"
-LATENTS = "latents"
+LATENTS, SAMPLES = "latents", "samples"
 SUPERSEDED = "superseded-"
 TRAINING_ID = "training_id"
 # What was found out about a model, beside it.
@@ -216,8 +216,9 @@ def claim(folder: Path) -> FileLock:
 def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | None, step: int) -> None:
     """Prepare the folder for a training that starts, or resumes from a checkpoint at `step`.
 
-    What killed trainings left unfinished goes. Later checkpoints (of a branch that this training leaves, or
-    damaged) are set aside, so that 'latest' is always of the training that ran last.
+    What killed trainings left unfinished goes, and at a start the checkpoints and samples of another. Later
+    checkpoints (of a branch that this training leaves, or damaged) are set aside, so that 'latest' is always of the
+    training that ran last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{files.UNFINISHED}*"):
@@ -227,6 +228,9 @@ def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | No
     if not _inside(checkpoint, folder):
         for old in list_checkpoints(folder):
             files.discard(old)
+        for path in (folder / SAMPLES).glob("step-*.png"):
+            if re.fullmatch(r"step-[0-9]+\.png", path.name):
+                path.unlink()
     _set_aside([path for path in _numbered(folder) if _step(path) > step])
     if checkpoint is not None and _inside(checkpoint, folder) and _step(checkpoint) < 0:
         # One of another name: from now on 'latest' is this one, under a name that says how far it is.

@@ -33,8 +33,13 @@ NEEDS = {
     "shuffle_buffer_size": ("streaming",),
     "revision": ("model_name_or_path", "vae"),
     "variant": ("model_name_or_path", "vae"),
+    "keep_noise_levels": ("model_name_or_path",),
     "ema_decay": ("use_ema",),
+    "ema_inv_gamma": ("use_ema",),
+    "ema_power": ("use_ema",),
     "checkpoints_total_limit": ("checkpointing_steps",),
+    "logging_dir": ("report_to",),
+    "hub_strategy": ("checkpointing_steps", "max_train_minutes"),
 }
 
 # Options of one schedule of the learning rate.
@@ -301,13 +306,29 @@ class TrainingArguments(MethodOptions):
             raise ValueError("--dequantize is for images of few levels: leave it out, latents have none")
 
 
+def without_meaning(args: TrainingArguments) -> dict[str, str]:
+    """The options that mean nothing beside the others, and without what."""
+    off = (None, False, 0, "none")
+    needs = {
+        name: f"--{' or --'.join(others)}"
+        for name, others in NEEDS.items()
+        if all(getattr(args, other) in off for other in others)
+    }
+    schedules = {name: f"--lr_scheduler {of}" for name, of in OF_SCHEDULES.items() if args.lr_scheduler != of}
+    data = {}
+    if args.dataset_name in (None, "digits"):
+        data["dataset_config_name"] = "a --dataset_name of the Hub"
+    if args.dataset_name == "digits":
+        data["image_column"] = "a --dataset_name of the Hub or --train_data_dir"
+    return needs | schedules | data
+
+
 def check_needs(args: TrainingArguments) -> None:
-    for name in NEEDS.keys() & changed_options(args):
-        if not any(getattr(args, other) for other in NEEDS[name]):
-            raise ValueError(f"--{name} means nothing without --{' or --'.join(NEEDS[name])}: leave it out")
-    for name in OF_SCHEDULES.keys() & changed_options(args):
-        if args.lr_scheduler != OF_SCHEDULES[name]:
-            raise ValueError(f"--{name} means nothing without --lr_scheduler {OF_SCHEDULES[name]}: leave it out")
+    meaningless = without_meaning(args)
+    for name in changed_options(args):
+        if name in meaningless:
+            said = f"--no_{name}" if getattr(args, name) is False else f"--{name}"
+            raise ValueError(f"{said} means nothing without {meaningless[name]}: leave it out")
 
 
 def check_streaming(args: TrainingArguments) -> None:
@@ -340,8 +361,9 @@ def names_of(kind: Literal["path", "private"]) -> set[str]:
 
 def free_on_resume(args: TrainingArguments) -> set[str]:
     """The options that may change when a training is resumed, as how the images of a step are split may; the number
-    of these may not, see `TrainingData`."""
+    of these may not, see `TrainingData`. So may those without meaning, which earlier versions took."""
     free = {f.name for f in fields(args) if f.metadata["free_on_resume"]} | options_of_others(args.method)
+    free |= without_meaning(args).keys()
     if args.lr_scheduler in ("constant", "constant_with_warmup"):
         free.add("max_train_steps")  # other schedules are laid out for a length
     return free

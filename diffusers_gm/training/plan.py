@@ -98,8 +98,9 @@ def portable(path: str | None) -> str | None:
     return path
 
 
-def command_line(args: TrainingArguments, num_processes: int) -> str:
-    """The command that gives these options, without tokens and places on this host."""
+def command_line(args: TrainingArguments, num_processes: int, mixed_precision: str = "no") -> str:
+    """The command that gives these options, without tokens and places on this host; and the precision, which accelerate
+    may have been told of."""
     several = f"accelerate launch --num_processes {num_processes} -m train_gm_sgm"
     words = ["diffusers-gm-train" if num_processes == 1 else several]
     private, paths = names_of("private"), names_of("path")
@@ -113,6 +114,8 @@ def command_line(args: TrainingArguments, num_processes: int) -> str:
             words.append(f"--{name} {shlex.join(map(str, value))}")
         else:
             words.append(f"--{name} {shlex.quote(str(portable(value) if name in paths else value))}")
+    if args.mixed_precision is None and mixed_precision != "no":
+        words.append(f"--mixed_precision {mixed_precision}")
     return " ".join(words)
 
 
