@@ -36,7 +36,13 @@ from diffusers_gm.calibration.calibrate import (
     levels_from_one_run,
     levels_from_trajectories,
 )
-from diffusers_gm.calibration.errors import hiding_level, largest_deviation, reverse_diffusion, stochasticity_for
+from diffusers_gm.calibration.errors import (
+    hiding_level,
+    largest_deviation,
+    levels_of_errors,
+    reverse_diffusion,
+    stochasticity_for,
+)
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
 from diffusers_gm.calibration.trajectory import Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels, power_levels
@@ -330,7 +336,16 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     top = result.levels[10][0]
     assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
     assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
-    assert result.levels[5] == pytest.approx(power_levels(top, 0.3, 5, 3.0).tolist())
+    assert result.levels[5] == pytest.approx(power_levels(top, 0.1, 5, 3.0).tolist())
+
+
+def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
+    """Higher than the fixed grid, the more so the higher they begin; with a shift of its resolution, so much higher."""
+    for top, last in ((10.0, 0.1), (20.0, 0.14), (1000.0, 0.3)):
+        for shift in (1.0, 3.0):
+            levels = levels_of_errors(top * shift, 0.01, 5, shift)
+            assert levels[[0, -1]].tolist() == pytest.approx([top * shift, last * shift])
+    assert levels_of_errors(1000.0, 0.01, 6).tolist() == even_levels(1000.0, 0.01, 6).tolist()
 
 
 def test_where_a_run_of_a_network_of_errors_begins():

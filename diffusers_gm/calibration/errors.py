@@ -36,8 +36,9 @@ WIDER = 0.02
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
 LOST, GAINED, FOLLOWED = 3, 0.3, 7
 
-# By how much the levels of very few calls end higher where errors dominate.
-HIGHER = 3.0
+# Where errors dominate, levels of very few calls end at such a share of the first, but at most so much higher than the
+# fixed grid.
+LAST_SHARE, HIGHER = 0.007, 3.0
 
 
 def largest_deviation(images: Tensor) -> float:
@@ -100,5 +101,6 @@ def levels_of_errors(high: float, low: float, num_calls: int, shift: float = 1.0
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
     if num_calls < ENOUGH:
-        levels = power_levels(top, min(HIGHER * float(levels[-1]), top / 2), num_calls, POWER)
+        last = float(levels[-1])
+        levels = power_levels(top, min(max(last, LAST_SHARE * top), HIGHER * last, top / 2), num_calls, POWER)
     return levels * shift
