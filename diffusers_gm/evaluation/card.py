@@ -69,7 +69,8 @@ def forget_quality(folder: Path) -> None:
         write_text(path, str(_not_measured(ModelCard.load(path))))
 
 
-def _not_measured(card: ModelCard) -> ModelCard:
+def _not_measured(card: Any) -> Any:
+    """A `ModelCard` without any measurement."""
     card.text = _between(BEST, _between(QUALITY, card.text, NOT_MEASURED), "")
     card.data.eval_results = None
     return card
