@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides
+from diffusers_gm.evaluation.card import set_aside_measurements
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main, largest
 from diffusers_gm.pictures import image_grid
@@ -60,7 +61,6 @@ from diffusers_gm.training.folder import (
     read_checkpoint,
     read_log,
     save_checkpoint,
-    set_aside_measurements,
     start_output_dir,
 )
 from diffusers_gm.training.health import DivergedError, Health

@@ -159,9 +159,15 @@ def as_learned(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.cat([space.encode(some.to(vae.device)) for some in images.split(16)])
 
 
+# Images that were resized go beyond their range by rounding.
+ROUNDING = 1e-3
+
+
 def _check_range(images: Tensor) -> None:
+    if not len(images):
+        raise ValueError("images must be at least one, got none")
     low, high = float(images.min()), float(images.max())
-    if not (low >= -1 and high <= 1):
+    if not (low >= -1 - ROUNDING and high <= 1 + ROUNDING):
         raise ValueError(f"images must be in [-1, 1], they go from {low:g} to {high:g}")
     if low >= 0 and high > 0.5:
         logger.warning(f"images go from {low:g} to {high:g}: in [-1, 1], where 0 is gray, they are all bright")

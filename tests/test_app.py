@@ -264,13 +264,16 @@ def test_no_distance_without_data(folders, tmp_path):
     assert distance(model, torch.zeros(4, 1, 8, 8)) is None
 
 
-@pytest.mark.parametrize(("number", "found"), [(24, True), (25, False)])
-def test_the_folder_of_a_training_is_known_by_its_bare_name(folders, tmp_path, monkeypatch, number, found):
+@pytest.mark.parametrize(
+    ("number", "more", "found"),
+    [(24, {}, True), (25, {}, False), (16, {}, False), (16, {"max_train_samples": 16}, True)],
+)
+def test_the_folder_of_a_training_is_known_by_its_bare_name(folders, tmp_path, monkeypatch, number, more, found):
     """Another of the same name is not taken for it."""
     save_images(tmp_path / "train")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folders["ncsnv2"], "m")
-    said = {"train_data_dir": "train", "num_images": number, "resolution": 8}
+    said = {"train_data_dir": "train", "num_images": number, "resolution": 8} | more
     Path("m", "training_args.json").write_text(json.dumps(said))
     images = torch.linspace(-1, 1, 4).view(4, 1, 1, 1).expand(-1, 1, 8, 8)
     assert (distance(Model.load("m"), images) is not None) == found

@@ -1,6 +1,7 @@
 """Training images: sources, transforms, order."""
 
 import logging
+import os
 import pickle
 
 import datasets
@@ -235,6 +236,12 @@ def test_colours_that_are_made_gray_are_said_once(caplog):
     images.__getitems__([(1, 1)])
     (record,) = caplog.records
     assert "there are colour images among the training images, such as image 2" in record.getMessage()
+
+
+def test_names_of_files_are_bytes(tmp_path):
+    save_images(tmp_path / "latin", 2)
+    os.rename(tmp_path / "latin" / "000.png", os.fsencode(tmp_path / "latin") + b"/caf\xe9.png")
+    assert len(open_folder(tmp_path / "latin").fingerprint()) == 64
 
 
 @pytest.mark.parametrize("tables", [False, True])

@@ -381,6 +381,15 @@ def test_what_another_run_has_measured_meanwhile_stays(tmp_path):
     assert few.floor != many.floor
 
 
+def test_results_of_before_schedulers_were_told_go_on(tmp_path):
+    then = Results.open(tmp_path / "results.json", {"model": "m"})
+    then.save()
+    assert Results.open(tmp_path / "results.json", {"model": "m", "scheduler": "a"}).conditions == {"model": "m"}
+    Results.open(tmp_path / "new.json", {"model": "m", "scheduler": "a"}).save()
+    with pytest.raises(ValueError, match="scheduler 'a', now 'b'"):
+        Results.open(tmp_path / "new.json", {"model": "m", "scheduler": "b"})
+
+
 def test_two_processes_give_the_figures_of_one(ddpm, evaluate, tmp_path):
     """In real processes: `accelerate launch --num_processes 2`, all metrics, batches that do not come out even."""
     words = [ddpm, "--calls", 3, "--num_samples", 120, "--num_reference", 130, "--batch_size", 50]

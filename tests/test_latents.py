@@ -210,7 +210,13 @@ def test_images_for_a_calibration_are_those_that_a_network_learns(caplog):
     assert not caplog.records
     as_learned(None, images, (3, 8, 8))
     assert "in [-1, 1], where 0 is gray, they are all bright" in caplog.text
-    for wrong, said in ((images * 255, r"must be in \[-1, 1\], they go from"), (images / 0, "must be finite")):
+    resized = images * 2.0001 - 1  # which rounding takes beyond
+    assert as_learned(None, resized, (3, 8, 8)) is resized
+    for wrong, said in (
+        (images * 255, r"must be in \[-1, 1\], they go from"),
+        (images / 0, "must be finite"),
+        (images[:0], "at least one"),
+    ):
         with pytest.raises(ValueError, match=said):
             as_learned(None, wrong, (3, 8, 8))
 

@@ -4,7 +4,13 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from images import save_images
 from networks import KINDS, conditional, dit, seeded, tiny_autoencoder, tiny_network, written
 from training import SHORT, plan_for
@@ -16,6 +22,7 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
     NCSNv2Pipeline,
+    UnconditionalPipeline,
     data,
 )
 from diffusers_gm.networks import asked
@@ -219,6 +226,27 @@ def test_a_ddpm_network_that_stays_one_keeps_its_betas_and_what_is_clipped(train
     record = json.loads((tmp_path / "out" / "training_args.json").read_text())
     assert record["num_train_timesteps"] == len(source.alphas_cumprod)
     assert record["ddpm_beta_schedule"] == source.config["beta_schedule"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [PNDMScheduler(skip_prk_steps=True), DPMSolverMultistepScheduler(variance_type="learned_range")],
+    ids=["PNDM", "DPM-Solver"],
+)
+def test_what_the_scheduler_of_a_ddpm_network_does_not_say_is_the_method_s_own(tmp_path, source):
+    DDPMPipeline(tiny_network(), source).save_pretrained(tmp_path)
+    args = OptionParser("").parse(["--method", "ddpm", "--model_name_or_path", str(tmp_path)])
+    args, of_network = levels_of_network(args, tiny_network())
+    config = build_scheduler(args, plan_for(args), of_network).config
+    assert config["clip_sample"] is True
+    assert config["variance_type"] == "fixed_small"
+
+
+def test_a_network_without_a_name_for_its_betas_has_linear_ones(tmp_path):
+    UnconditionalPipeline(tiny_network(), GMLangevinScheduler(noise_space="vp")).save_pretrained(tmp_path)
+    args = OptionParser("").parse(["--method", "ddpm", "--model_name_or_path", str(tmp_path)])
+    args, of_network = levels_of_network(args, tiny_network())
+    assert build_scheduler(args, plan_for(args), of_network).config["beta_schedule"] == "linear"
 
 
 def test_other_levels_of_a_ddpm_network_are_those_that_were_asked_for(tmp_path, caplog):

@@ -70,12 +70,16 @@ def _real_images(model: Model, n: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _holds(folder: str, trained: dict[str, Any]) -> bool:
-    """Whether a folder, which is known by its bare name, has as many images as a model was trained on."""
+    """Whether a folder, which is known by its bare name, has as many images as a model was trained on; or, of a part of
+    it or a stream, enough."""
     try:
         source = open_source(None, train_data_dir=folder, image_column=trained.get("image_column"))
     except ValueError:
         return False
-    return source.num_images == trained.get("num_images")
+    if trained.get("streaming"):
+        return True
+    number = trained.get("num_images", 0)
+    return source.num_images >= number if trained.get("max_train_samples") else source.num_images == number
 
 
 # --- Calibration ---

@@ -8,7 +8,6 @@ not dominate), how far the last images are from those of very many calls, before
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import torch
 from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
 from ..cli import Parser
-from ..evaluation.card import forget_quality
+from ..evaluation.card import set_aside_measurements
 from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
-from ..files import free_name, write_json, write_text
+from ..files import write_json, write_text
 from ..pipelines.loading import write_component_loader
 from ..samplers.multistep import Stochasticity
 
@@ -76,10 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)
-    if (measured := folder / "results.json").is_file():  # of the scheduler before; it may have taken long
-        shutil.copyfile(measured, kept := free_name(measured.with_name("results-before.json")))
-        forget_quality(folder)
-        print(f"measured with the scheduler before: now in {kept}; run `python -m diffusers_gm.evaluation` again")
+    set_aside_measurements(folder)  # of the scheduler before
     for n, levels in calibration.levels.items():
         print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
         if n in calibration.errors:

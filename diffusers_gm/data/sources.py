@@ -4,6 +4,7 @@ import glob
 import hashlib
 import logging
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
@@ -183,7 +184,7 @@ class FolderImages(EncodedImages):
 
     def _told_by(self) -> Iterable[bytes]:
         for path in self.paths:
-            yield f"{path} {Path(self.folder, path).stat().st_size}\n".encode()
+            yield os.fsencode(f"{path} {Path(self.folder, path).stat().st_size}\n")
 
     def labels(self, label_column: str | None = None) -> Labels:
         if label_column is not None:

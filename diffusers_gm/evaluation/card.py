@@ -2,15 +2,22 @@
 
 import hashlib
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..files import write_text
+from ..files import free_name, write_text
 from ..pipelines.repository import BEST, QUALITY, QUALITY_FILES
 from .report import WITH_RATIO, best, curve_table, curves, statistic, table
 from .results import Results, Statistic
+
+logger = logging.getLogger(__name__)
+
+# What belongs to one model and its scheduler.
+MEASURED = (*QUALITY_FILES, "calibration.png")
 
 # What a card says before.
 NOT_MEASURED = "Not measured."
@@ -67,6 +74,23 @@ def forget_quality(folder: Path) -> None:
     path = folder / "README.md"
     if there and path.is_file():
         write_text(path, str(_not_measured(ModelCard.load(path))))
+
+
+def set_aside_measurements(folder: Path) -> None:
+    """Of a model, or of a scheduler, that is replaced: keep what was measured of it, which may have taken long, under
+    names that end in `-before`; what comes next has none of it."""
+    there, kept = [path for name in MEASURED if (path := folder / name).is_file()], []
+    for path in there:
+        kept.append(free_name(path.with_stem(f"{path.stem}-before")))
+        shutil.copyfile(path, kept[-1])
+    forget_quality(folder)
+    for path in there:
+        path.unlink(missing_ok=True)
+    if kept:
+        names = ", ".join(path.name for path in kept)
+        logger.warning(
+            f"measured before: now in {names}; `python -m diffusers_gm.evaluation` measures what is there now"
+        )
 
 
 def _not_measured(card: Any) -> Any:

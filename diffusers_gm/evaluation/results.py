@@ -109,6 +109,8 @@ class Results:
         different = [
             f"{name} {found.conditions.get(name)!r}, now {ours.get(name)!r}"
             for name in dict.fromkeys([*found.conditions, *ours])
+            # Files of before do not say which scheduler was saved with the model; `content` does.
+            if name != "scheduler" or name in found.conditions
             if found.conditions.get(name) != ours.get(name)
         ]
         if different:

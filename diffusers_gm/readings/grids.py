@@ -172,7 +172,8 @@ def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:
         return torch.tensor([max(max(levels) for key, levels in calibration.items() if key.isdigit())]).double()
     share = torch.linspace(0, 1, num_levels, dtype=torch.float64)
     below, above, weight = _neighbours(calibration, num_levels)
-    if calibration[above][0] > LOWER * calibration[below][0]:
+    starts = calibration[above][0], calibration[below][0]
+    if max(starts) > LOWER * min(starts):
         weight = round(weight)
     blend = torch.lerp(_at(calibration[below], share), _at(calibration[above], share), weight)
     return blend.exp()

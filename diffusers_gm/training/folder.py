@@ -17,8 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from .. import files
 from ..data.latents import is_cache
-from ..evaluation.card import forget_quality
-from ..pipelines.repository import QUALITY_FILES
 from .draws import DRAWS_VERSION
 from .methods import METHODS
 from .options import TrainingArguments, free_on_resume, of_the_model
@@ -33,8 +31,6 @@ LOG_FILE = "training_log.jsonl"
 LATENTS, SAMPLES = "latents", "samples"
 SUPERSEDED = "superseded-"
 TRAINING_ID = "training_id"
-# What was found out about a model, beside it.
-MEASURED = (*QUALITY_FILES, "calibration.png")
 UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
 
@@ -242,21 +238,6 @@ def start_output_dir(folder: Path, record: dict[str, Any], checkpoint: Path | No
         files.write_json(folder / ARGS_FILE, record)
     kept = "".join(json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= step)
     files.write_text(folder / LOG_FILE, kept)
-
-
-def set_aside_measurements(folder: Path) -> None:
-    """Of a model that is replaced: keep what was measured of it, which may have taken long, under names that end in
-    `-before`; the card and the model that comes next have none of it."""
-    kept = []
-    for path in (folder / name for name in MEASURED):
-        if path.is_file():
-            kept.append(files.free_name(path.with_stem(f"{path.stem}-before")))
-            shutil.copyfile(path, kept[-1])
-    forget_quality(folder)
-    for name in MEASURED:
-        (folder / name).unlink(missing_ok=True)
-    if kept:
-        logger.warning(f"measured of the model before: now in {', '.join(path.name for path in kept)}")
 
 
 def _set_aside(checkpoints: list[Path]) -> None:

@@ -61,10 +61,10 @@ def levels_of_network(
     if space is None:
         return args, answers
     if "ddpm_beta_schedule" in own and (space.kind, kind) == ("vp", "epsilon"):  # a DDPM that stays one
-        number, betas = str(space.num_train_timesteps), source.config["beta_schedule"]
-        schedule = {"num_train_timesteps": number, "ddpm_beta_schedule": betas}
+        number, betas = str(space.num_train_timesteps), source.config["beta_schedule"] or "linear"
+        schedule: dict[str, Any] = {"num_train_timesteps": number, "ddpm_beta_schedule": betas}
         if not given(args, [name for name, value in schedule.items() if getattr(args, name) != value]):
-            return replace(args, **schedule), ddpm_config(source.config, args) | answers
+            return replace(args, **schedule), ddpm_config(config, args) | answers
     if not keeps or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
         logger.warning(
             f"--model_name_or_path {args.model_name_or_path}: what its scheduler says of noise levels and answers "
@@ -99,7 +99,9 @@ def levels_of_network(
 def ddpm_config(config: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
     """What a scheduler's config says of a DDPM network that goes on as one."""
     kept = {name: config[name] for name in (*BETAS, *OF_SAMPLER) if config.get(name) is not None}
-    return kept | {"clip_sample": config["clip_sample"] and args.vae is None}
+    if kept.get("variance_type") in ("learned", "learned_range"):  # which the network says
+        del kept["variance_type"]
+    return kept | {"clip_sample": config.get("clip_sample", True) and args.vae is None}
 
 
 def build_scheduler(args: TrainingArguments, plan: Plan, network: dict[str, Any] | None = None) -> Any:
