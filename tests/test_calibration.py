@@ -1,7 +1,6 @@
 """Calibration: coupled trajectories, the search, and whole pipelines as denoisers."""
 
 import json
-import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,10 +14,9 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    UNet2DModel,
 )
+from points import DOUBLE, HIGH, LOW, POINTS, network, points, start
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -36,34 +34,10 @@ from diffusers_gm.calibration.calibrate import (
     levels_from_one_run,
     levels_from_trajectories,
 )
-from diffusers_gm.calibration.errors import (
-    hiding_level,
-    largest_deviation,
-    levels_of_errors,
-    reverse_diffusion,
-    stochasticity_for,
-)
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
 from diffusers_gm.calibration.trajectory import Trajectories, sliced_distance
-from diffusers_gm.readings.grids import even_levels, power_levels
+from diffusers_gm.readings.grids import even_levels
 from diffusers_gm.samplers import Multistep
-
-DOUBLE = {"dtype": torch.float64}
-HIGH, LOW = 40.0, 0.01
-POINTS = torch.tensor([-1.0, -0.2, 0.9]).double()
-
-
-def points(y, sigma):
-    """The denoiser of three narrow Gaussians."""
-    variance = 0.05**2 + sigma**2
-    share = torch.softmax(-((y[..., None] - POINTS.to(y)) ** 2) / (2 * variance), -1)
-    mean = share @ POINTS.to(y)
-    return mean + 0.05**2 / variance * (y - mean)
-
-
-def start(n=256):
-    return HIGH * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(0), **DOUBLE)
-
 
 # --- Coupled trajectories ---
 
@@ -197,6 +171,19 @@ def test_as_many_calls_as_there_may_be(made):
         assert all(a > b for a, b in pairwise(levels))
 
 
+def test_the_error_before_is_that_of_the_grid_before():
+    """Which a shift of a pipeline's resolution moves."""
+    scheduler = CalibratedMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    ladder = Ladder(points, start(), HIGH, LOW, Multistep(), shift=3.0)
+    fixed = scheduler.calibrated_or_even_levels(5, 3.0).clamp(max=HIGH)
+    scheduler.calibrated_or_even_levels = lambda n, shift=1.0: fixed if shift == 3.0 else even_levels(HIGH, LOW, n)
+    before, found = levels_from_trajectories(ladder, scheduler, [5])[5][1]
+    others = ladder.trajectories(ladder.fresh_start(2), fine_ladder(HIGH, LOW))
+    run = others.run(nearest(others.sigmas, fixed))
+    assert before == sliced_distance(run.denoised[-1], others.teacher.denoised[-1])
+    assert found < before
+
+
 def test_denoised_images_that_are_not_finite_are_named():
     def overflows(y, sigma):
         return y / 0 if sigma < 1 else points(y, sigma)
@@ -205,49 +192,7 @@ def test_denoised_images_that_are_not_finite_are_named():
         Trajectories(overflows, start(2), fine_ladder(HIGH, LOW), Multistep())
 
 
-def test_the_martingale_defect_tells_a_network_that_errs():
-    exact = reverse_diffusion(points, start(2000), HIGH, LOW)[0]
-    generator = torch.Generator().manual_seed(0)
-
-    def errs(y, sigma):
-        return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE)
-
-    assert exact > -0.05
-    assert reverse_diffusion(errs, start(2000), HIGH, LOW)[0] < -0.3
-
-
-def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
-    for n in (2, 5, 6, 50):
-        assert stochasticity_for(-0.01, n, 64) == 0.0
-        assert stochasticity_for(-0.1, n, 64) == ((0.5, 1.0) if n >= 6 else 0.0)
-        assert stochasticity_for(-0.1, n, 4) == 0.0  # by chance
-    assert [stochasticity_for(-0.5, n, 4) for n in (2, 3, 4, 6, 8, 50)] == [0, 0, 0.3, 0.9, 1, 1]
-
-
 # --- Pipelines ---
-
-
-class PointsNetwork(UNet2DModel):
-    """The exact network of the three points behind a UNet's interface, for every pixel alike."""
-
-    def forward(self, sample, timestep, **_):
-        space = self.space
-        sigma = float(space.sigma(torch.as_tensor(timestep).double().flatten()[0]))
-        y = sample / float(space.alpha(torch.tensor(sigma)))
-        denoised = points(y, sigma)
-        self.count += 1
-        answer = "flow_prediction" if space.kind == "flow" else "epsilon"
-        return type("Output", (), {"sample": space.output(denoised, (y - denoised) / sigma, sigma, answer)})()
-
-
-def network(space):
-    with torch.random.fork_rng():
-        made = PointsNetwork(
-            sample_size=2, in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2,
-            layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-        ).eval()  # fmt: skip
-    made.space, made.count = space, 0
-    return made
 
 
 def test_a_pipeline_of_diffusers_is_calibrated_as_its_denoiser_is(tmp_path):
@@ -318,59 +263,6 @@ def test_one_run_is_enough_for_the_fast_effort():
     assert result.errors == {}
 
 
-def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
-    """Levels that follow its runs would follow its errors. It begins where noise hides images, as errors are largest
-    above, and ends higher where calls are very few."""
-    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
-    unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
-    unet.register_forward_hook(
-        lambda module, args, output: setattr(
-            output, "sample", output.sample + 0.5 * torch.randn(output.sample.shape, generator=generator)
-        )
-    )
-    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
-    result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=16, output_type="np")
-    assert result.martingale_defect < -0.4
-    assert result.network_calls == 48
-    assert result.stochasticity == {5: 0.6, 10: 1.0}
-    top = result.levels[10][0]
-    assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
-    assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
-    assert result.levels[5] == pytest.approx(power_levels(top, 0.1, 5, 3.0).tolist())
-
-
-def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
-    """Higher than the fixed grid, the more so the higher they begin; with a shift of its resolution, so much higher."""
-    for top, last in ((10.0, 0.1), (20.0, 0.14), (1000.0, 0.3)):
-        for shift in (1.0, 3.0):
-            levels = levels_of_errors(top * shift, 0.01, 5, shift)
-            assert levels[[0, -1]].tolist() == pytest.approx([top * shift, last * shift])
-    assert levels_of_errors(1000.0, 0.01, 6).tolist() == even_levels(1000.0, 0.01, 6).tolist()
-
-
-def test_where_a_run_of_a_network_of_errors_begins():
-    images = 2.0 * torch.randn((20, 1, 1, 1), generator=torch.Generator().manual_seed(0))
-
-    def ve(sigma):
-        return sigma
-
-    assert hiding_level(images, 100.0, ve) == pytest.approx(10 * largest_deviation(images))
-    assert hiding_level(images, 5.0, ve) == 5.0
-    assert hiding_level(images[:15], 100.0, ve) == 100.0, "of few images nothing is concluded"
-    alike = torch.ones(20, 1, 1, 1)
-    assert hiding_level(alike, 100.0, ve) == 1.0, "of images that are all the same"
-    # What unit noise has in place of an image is next to nothing there.
-    for deviation in (lambda sigma: math.hypot(1, sigma), lambda sigma: 1 + sigma):
-        level = hiding_level(alike, 4000.0, deviation)
-        assert 1.01 < deviation(level) / level < 1.02
-
-
-def test_the_largest_deviation_is_that_of_the_widest_direction():
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn((5000, 1), generator=generator) * torch.tensor([3.0, 4.0]) + 7.0
-    assert largest_deviation(wide.view(5000, 1, 1, 2)) == pytest.approx(5.0, rel=5 / (2 * 5000) ** 0.5)
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -408,25 +300,6 @@ def test_guidance_is_part_of_the_denoiser():
     pipe.set_progress_bar_config(disable=True)
     images = pipe(**arguments, num_inference_steps=3, generator=torch.Generator().manual_seed(0)).images
     assert images.isfinite().all()
-
-
-def test_the_fixed_grid_is_shifted_once():
-    """Stable Diffusion 3 with a network of errors alone: what is kept is the grid without a calibration."""
-    from diffusers_pipelines import embeddings, sd3
-
-    pipe, generator = sd3(StableDiffusion3Pipeline), torch.Generator().manual_seed(0)
-    pipe.transformer.register_forward_hook(
-        lambda module, args, output: tuple(torch.randn(x.shape, generator=generator) for x in output)
-    )
-    arguments = {"height": 16, "width": 16, "output_type": "latent", "guidance_scale": 1.0} | embeddings(
-        (8, 4, 8), (8, 8)
-    )
-    result = calibrate_in_full(pipe, (10,), progress=False, **arguments)
-    assert result.martingale_defect < -0.4
-    fixed = CalibratedMultistepScheduler.from_config(pipe.scheduler.config)
-    for scheduler in (fixed, result.scheduler):
-        scheduler.set_timesteps(10)
-    torch.testing.assert_close(result.scheduler.timesteps, fixed.timesteps, rtol=1e-5, atol=0)  # of six digits
 
 
 def test_the_levels_before_are_those_of_the_pipeline():

@@ -253,6 +253,7 @@ def test_a_calibration_of_a_measured_model_sets_the_measurements_aside(tmp_path)
     command.main([str(tmp_path), "--calls", "4", "--effort", "fast", "--batch_size", "2"])
     assert (tmp_path / "results-before.json").read_text() == "{}"
     assert (tmp_path / "results-before-2.json").read_text() == "[]"
+    assert not (tmp_path / "calibration-before.png").exists(), "drawn by the same command, in seconds"
     # Anyone loads it as before.
     pipe = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(pipe.scheduler).__name__ == "CalibratedMultistepScheduler"

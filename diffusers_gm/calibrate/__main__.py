@@ -21,6 +21,7 @@ from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
 from ..files import write_json, write_text
 from ..pipelines.loading import write_component_loader
+from ..pipelines.repository import QUALITY_FILES
 from ..samplers.multistep import Stochasticity
 
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)
-    set_aside_measurements(folder)  # of the scheduler before
+    set_aside_measurements(folder, QUALITY_FILES)  # of the scheduler before; the picture is drawn anew
     for n, levels in calibration.levels.items():
         print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
         if n in calibration.errors:

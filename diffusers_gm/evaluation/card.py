@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ def forget_quality(folder: Path) -> None:
         write_text(path, str(_not_measured(ModelCard.load(path))))
 
 
-def set_aside_measurements(folder: Path) -> None:
+def set_aside_measurements(folder: Path, names: Sequence[str] = MEASURED) -> None:
     """Of a model, or of a scheduler, that is replaced: keep what was measured of it, which may have taken long, under
     names that end in `-before`; what comes next has none of it."""
-    there, kept = [path for name in MEASURED if (path := folder / name).is_file()], []
+    there, kept = [path for name in names if (path := folder / name).is_file()], []
     for path in there:
         kept.append(free_name(path.with_stem(f"{path.stem}-before")))
         shutil.copyfile(path, kept[-1])
@@ -87,9 +88,9 @@ def set_aside_measurements(folder: Path) -> None:
     for path in there:
         path.unlink(missing_ok=True)
     if kept:
-        names = ", ".join(path.name for path in kept)
+        said = ", ".join(path.name for path in kept)
         logger.warning(
-            f"measured before: now in {names}; `python -m diffusers_gm.evaluation` measures what is there now"
+            f"measured before: now in {said}; `python -m diffusers_gm.evaluation` measures what is there now"
         )
 
 
@@ -101,7 +102,7 @@ def _not_measured(card: Any) -> Any:
 
 
 def scheduler_of(folder: Path) -> str | None:
-    """A hash of the scheduler that a pipeline was saved with, whichever version wrote it; None without one."""
+    """A hash of the options of the scheduler that a pipeline was saved with; None without one."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return None

@@ -1,0 +1,116 @@
+"""Calibration: what a network's errors are, and what is done about them."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
+from diffusers_pipelines import embeddings, sd3
+from points import DOUBLE, HIGH, LOW, network, points, start
+
+from diffusers_gm import CalibratedMultistepScheduler
+from diffusers_gm.calibration.calibrate import calibrate_in_full
+from diffusers_gm.calibration.errors import (
+    hiding_level,
+    largest_deviation,
+    levels_of_errors,
+    reverse_diffusion,
+    stochasticity_for,
+)
+from diffusers_gm.readings.grids import even_levels, power_levels
+
+
+def test_the_martingale_defect_tells_a_network_that_errs():
+    exact = reverse_diffusion(points, start(2000), HIGH, LOW)[0]
+    generator = torch.Generator().manual_seed(0)
+
+    def errs(y, sigma):
+        return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE)
+
+    assert exact > -0.05
+    assert reverse_diffusion(errs, start(2000), HIGH, LOW)[0] < -0.3
+
+
+def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
+    for n in (2, 5, 6, 50):
+        assert stochasticity_for(-0.01, n, 64) == 0.0
+        assert stochasticity_for(-0.1, n, 64) == ((0.5, 1.0) if n >= 6 else 0.0)
+        assert stochasticity_for(-0.1, n, 4) == 0.0  # by chance
+    assert [stochasticity_for(-0.5, n, 4) for n in (2, 3, 4, 6, 8, 50)] == [0, 0, 0.3, 0.9, 1, 1]
+
+
+def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
+    """Levels that follow its runs would follow its errors. It begins where noise hides images, as errors are largest
+    above, and ends higher where calls are very few."""
+    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
+    unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
+    unet.register_forward_hook(
+        lambda module, args, output: setattr(
+            output, "sample", output.sample + 0.5 * torch.randn(output.sample.shape, generator=generator)
+        )
+    )
+    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
+    result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=16, output_type="np")
+    assert result.martingale_defect < -0.4
+    assert result.network_calls == 48
+    assert result.stochasticity == {5: 0.6, 10: 1.0}
+    of_all = {"3": 0.0, "4": 0.3, "5": 0.6, "6": 0.9, "7": 1.0, "10": 1.0}
+    assert result.scheduler.config.calibration["stochasticity"] == of_all, "also of runs that were not calibrated"
+    for n, tau in ((2, 0.0), (4, 0.3), (30, 1.0)):
+        result.scheduler.set_timesteps(n)
+        assert result.scheduler.sampler.stochasticity == tau
+    top = result.levels[10][0]
+    assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
+    assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
+    assert result.levels[5] == pytest.approx(power_levels(top, 0.1, 5, 3.0).tolist())
+
+
+def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
+    """Higher than the fixed grid, the more so the higher they begin; with a shift of its resolution, so much higher."""
+    for top, last in ((10.0, 0.1), (20.0, 0.14), (1000.0, 0.3)):
+        for shift in (1.0, 3.0):
+            levels = levels_of_errors(top * shift, 0.01, 5, shift)
+            assert levels[[0, -1]].tolist() == pytest.approx([top * shift, last * shift])
+    assert levels_of_errors(1000.0, 0.01, 6).tolist() == even_levels(1000.0, 0.01, 6).tolist()
+
+
+def test_where_a_run_of_a_network_of_errors_begins():
+    images = 2.0 * torch.randn((20, 1, 1, 1), generator=torch.Generator().manual_seed(0))
+
+    def ve(sigma):
+        return sigma
+
+    assert hiding_level(images, 100.0, ve) == pytest.approx(10 * largest_deviation(images))
+    assert hiding_level(images, 5.0, ve) == 5.0
+    assert hiding_level(images[:15], 100.0, ve) == 100.0, "of few images nothing is concluded"
+    alike = torch.ones(20, 1, 1, 1)
+    assert hiding_level(alike, 100.0, ve) == 1.0, "of images that are all the same"
+    # What unit noise has in place of an image is next to nothing there.
+    for deviation in (lambda sigma: math.hypot(1, sigma), lambda sigma: 1 + sigma):
+        level = hiding_level(alike, 4000.0, deviation)
+        assert 1.01 < deviation(level) / level < 1.02
+
+
+def test_the_largest_deviation_is_that_of_the_widest_direction():
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn((5000, 1), generator=generator) * torch.tensor([3.0, 4.0]) + 7.0
+    assert largest_deviation(wide.view(5000, 1, 1, 2)) == pytest.approx(5.0, rel=5 / (2 * 5000) ** 0.5)
+
+
+def test_the_fixed_grid_is_shifted_once():
+    """Stable Diffusion 3 with a network of errors alone: what is kept is the grid without a calibration."""
+    pipe, generator = sd3(StableDiffusion3Pipeline), torch.Generator().manual_seed(0)
+    pipe.transformer.register_forward_hook(
+        lambda module, args, output: tuple(torch.randn(x.shape, generator=generator) for x in output)
+    )
+    arguments = {"height": 16, "width": 16, "output_type": "latent", "guidance_scale": 1.0} | embeddings(
+        (8, 4, 8), (8, 8)
+    )
+    result = calibrate_in_full(pipe, (10,), progress=False, **arguments)
+    assert result.martingale_defect < -0.4
+    fixed = CalibratedMultistepScheduler.from_config(pipe.scheduler.config)
+    for scheduler in (fixed, result.scheduler):
+        scheduler.set_timesteps(10)
+    torch.testing.assert_close(result.scheduler.timesteps, fixed.timesteps, rtol=1e-5, atol=0)  # of six digits
+    s = result.scheduler.sigmas[1:-1].double()
+    torch.testing.assert_close((s / (1 - s)).tolist(), result.levels[10][1:], rtol=1e-4, atol=0)  # as it is said
