@@ -6,6 +6,7 @@ import math
 import diffusers
 import pytest
 import torch
+from points import seen
 
 from diffusers_gm import CalibratedMultistepScheduler
 from diffusers_gm.evaluation.distances import sliced_wasserstein
@@ -143,11 +144,11 @@ def test_straight_trajectories_cost_nothing(generator):
     sigmas = torch.tensor([8.0, 2.0, 0.5, 0.1], dtype=torch.float64)
     start = 8 * torch.randn(16, 1, 2, 2, generator=generator)
     image = torch.rand(1, 1, 2, 2, generator=generator)
-    costs = step_costs(ExactDenoiser(image), start, sigmas)
+    costs = step_costs(seen(ExactDenoiser(image)), start, sigmas)
     later = torch.arange(5) > torch.arange(4)[:, None]
     assert costs[later].max() < 1e-5
     assert costs[~later].isinf().all()
-    assert step_costs(ExactDenoiser(torch.cat([image, -image])), start, sigmas)[0, 4] > 0.1
+    assert step_costs(seen(ExactDenoiser(torch.cat([image, -image]))), start, sigmas)[0, 4] > 0.1
 
 
 def test_a_calibration_is_made_once(tmp_path):

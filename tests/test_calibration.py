@@ -16,7 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
-from points import DOUBLE, HIGH, LOW, POINTS, network, points, start
+from points import DOUBLE, HIGH, LOW, POINTS, network, points, seen, start
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -43,7 +43,7 @@ from diffusers_gm.samplers import Multistep
 
 
 def test_the_student_approaches_the_teacher():
-    trajectories = Trajectories(points, start(), fine_ladder(HIGH, LOW), Multistep())
+    trajectories = Trajectories(seen(points), start(), fine_ladder(HIGH, LOW), Multistep())
     errors = []
     for n in (5, 10, 20, 40, 80):
         errors.append(trajectories.run(nearest(trajectories.sigmas, even_levels(HIGH, LOW, n))).error)
@@ -52,7 +52,7 @@ def test_the_student_approaches_the_teacher():
 
 
 def test_a_run_that_goes_on_from_another_is_the_run_itself():
-    trajectories = Trajectories(points, start(8), fine_ladder(HIGH, LOW), Multistep())
+    trajectories = Trajectories(seen(points), start(8), fine_ladder(HIGH, LOW), Multistep())
     before = trajectories.run([0, 40, 80, 120, 140])
     for index in ([0, 40, 80, 120, 150], [0, 40, 70, 120, 140], [0, 30, 80, 120, 140]):
         calls = trajectories.num_calls
@@ -66,7 +66,7 @@ def test_a_run_that_goes_on_from_another_is_the_run_itself():
 
 
 def test_the_search_improves_on_its_starts_and_keeps_to_its_limit():
-    trajectories = Trajectories(points, start(), fine_ladder(HIGH, LOW), Multistep())
+    trajectories = Trajectories(seen(points), start(), fine_ladder(HIGH, LOW), Multistep())
     fixed = nearest(trajectories.sigmas, even_levels(HIGH, LOW, 6))
     calls = trajectories.num_calls
     best = search(trajectories, 6, [fixed], fixed[-1], max_calls=300)
@@ -82,9 +82,9 @@ def test_the_search_improves_on_its_starts_and_keeps_to_its_limit():
 def test_a_run_may_begin_below_the_top():
     """From the same noise, as a pipeline begins there; very few calls are better for it."""
     sigmas = fine_ladder(HIGH, LOW)
-    trajectories = Trajectories(points, start(), sigmas, Multistep(), lambda sigma: (1 + sigma**2) ** 0.5)
+    trajectories = Trajectories(seen(points), start(), sigmas, Multistep(), lambda sigma: (1 + sigma**2) ** 0.5)
     scale = float(((1 + sigmas[30] ** 2) / (1 + HIGH**2)).sqrt())
-    alone = Trajectories(points, scale * start(), sigmas[30:], Multistep())
+    alone = Trajectories(seen(points), scale * start(), sigmas[30:], Multistep())
     index = [30, 60, 100, 150]
     run, same = trajectories.run(index), alone.run([k - 30 for k in index])
     torch.testing.assert_close(run.denoised[-1], same.denoised[-1], rtol=0, atol=1e-12)
@@ -121,7 +121,7 @@ def test_the_start_below_the_top_is_that_of_the_pipelines(space):
         found[sigma], _ = scheduler.reading.coordinates(visible, call)
     deviation = scheduler.reading.start_deviation
     sigmas = torch.tensor([30.0, 12.0, 1.0], **DOUBLE)
-    trajectories = Trajectories(points, found[30.0], sigmas, Multistep(), deviation)
+    trajectories = Trajectories(seen(points), found[30.0], sigmas, Multistep(), deviation)
     torch.testing.assert_close(trajectories.start_at(1), found[12.0], rtol=1e-4, atol=1e-4)
 
 
@@ -130,7 +130,7 @@ def test_dynamic_programming_finds_the_best_of_all_grids():
     import itertools
 
     sigmas = fine_ladder(HIGH, LOW, 10)
-    trajectories = Trajectories(points, start(), sigmas, Multistep())
+    trajectories = Trajectories(seen(points), start(), sigmas, Multistep())
     defects = LocalDefects(sigmas, gram(trajectories.teacher.denoised))
 
     def total(index):
@@ -148,9 +148,11 @@ def test_dynamic_programming_finds_the_best_of_all_grids():
 def test_other_starts_are_of_the_law_of_the_noise(generator):
     mixture = GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])
     n = 4000
-    of_mixture = Ladder(points, start(8), HIGH, LOW, Multistep(), mixture).fresh_start(3)[:, 0, 0, 0]
+    of_mixture = Ladder(seen(points), start(8), HIGH, LOW, Multistep(), mixture).fresh_start(3)[:, 0, 0, 0]
     assert len(of_mixture) == 8
-    big = Ladder(points, HIGH * mixture.sample((n, 1, 1, 1), generator), HIGH, LOW, Multistep(), mixture).fresh_start(3)
+    big = Ladder(
+        seen(points), HIGH * mixture.sample((n, 1, 1, 1), generator), HIGH, LOW, Multistep(), mixture
+    ).fresh_start(3)
     second, fourth = (float((big / HIGH).double().pow(k).mean()) for k in (2, 4))
     spread = [
         ((mixture.moment(2 * k) * f - (mixture.moment(k) * g) ** 2) / n) ** 0.5 for k, f, g in ((2, 3, 1), (4, 105, 3))
@@ -163,7 +165,7 @@ def test_other_starts_are_of_the_law_of_the_noise(generator):
 def test_as_many_calls_as_there_may_be(made):
     """The fixed grid ends below the ladder there, and has more levels than one run."""
     fixed = CalibratedMultistepScheduler(noise_space="ve", sigma_min=0.002, sigma_max=HIGH)
-    ladder = Ladder(points, start(4), HIGH, LOW, Multistep())
+    ladder = Ladder(seen(points), start(4), HIGH, LOW, Multistep())
     for n in (50, 80):
         levels, _ = made(ladder, fixed, [n])[n]
         assert len(levels) == n
@@ -174,7 +176,7 @@ def test_as_many_calls_as_there_may_be(made):
 def test_the_error_before_is_that_of_the_grid_before():
     """Which a shift of a pipeline's resolution moves."""
     scheduler = CalibratedMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
-    ladder = Ladder(points, start(), HIGH, LOW, Multistep(), shift=3.0)
+    ladder = Ladder(seen(points), start(), HIGH, LOW, Multistep(), shift=3.0)
     fixed = scheduler.calibrated_or_even_levels(5, 3.0).clamp(max=HIGH)
     scheduler.calibrated_or_even_levels = lambda n, shift=1.0: fixed if shift == 3.0 else even_levels(HIGH, LOW, n)
     before, found = levels_from_trajectories(ladder, scheduler, [5])[5][1]
@@ -189,7 +191,7 @@ def test_denoised_images_that_are_not_finite_are_named():
         return y / 0 if sigma < 1 else points(y, sigma)
 
     with pytest.raises(ValueError, match=r"not finite at sigma = 0\.\d"):
-        Trajectories(overflows, start(2), fine_ladder(HIGH, LOW), Multistep())
+        Trajectories(seen(overflows), start(2), fine_ladder(HIGH, LOW), Multistep())
 
 
 # --- Pipelines ---

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
 from diffusers_pipelines import embeddings, sd3
-from points import DOUBLE, HIGH, LOW, network, points, start
+from points import DOUBLE, HIGH, LOW, network, points, seen, start
 
 from diffusers_gm import CalibratedMultistepScheduler
 from diffusers_gm.calibration.calibrate import calibrate_in_full
@@ -17,18 +17,19 @@ from diffusers_gm.calibration.errors import (
     reverse_diffusion,
     stochasticity_for,
 )
+from diffusers_gm.calibration.oracle import MANY, with_denoiser
 from diffusers_gm.readings.grids import even_levels, power_levels
 
 
 def test_the_martingale_defect_tells_a_network_that_errs():
-    exact = reverse_diffusion(points, start(2000), HIGH, LOW)[0]
+    exact = reverse_diffusion(seen(points), start(2000), HIGH, LOW)[0]
     generator = torch.Generator().manual_seed(0)
 
     def errs(y, sigma):
         return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE)
 
     assert exact > -0.05
-    assert reverse_diffusion(errs, start(2000), HIGH, LOW)[0] < -0.3
+    assert reverse_diffusion(seen(errs), start(2000), HIGH, LOW)[0] < -0.3
 
 
 def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
@@ -114,3 +115,42 @@ def test_the_fixed_grid_is_shifted_once():
     torch.testing.assert_close(result.scheduler.timesteps, fixed.timesteps, rtol=1e-5, atol=0)  # of six digits
     s = result.scheduler.sigmas[1:-1].double()
     torch.testing.assert_close((s / (1 - s)).tolist(), result.levels[10][1:], rtol=1e-4, atol=0)  # as it is said
+
+
+def test_what_clipping_takes_from_d_it_takes_from_y_as_ddim_does():
+    """The noise between them stays what the network saw: first-order steps are those of diffusers' DDIM, and a
+    calibration sees y as a run does."""
+    theirs = DDIMScheduler(clip_sample=True, set_alpha_to_one=False)
+    ours = CalibratedMultistepScheduler.from_config(
+        theirs.config, grid=None, timestep_spacing="leading", multistep_order=1, corrector=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 1, 4, 4, generator=generator)
+    theirs.set_timesteps(50)
+    ours.set_timesteps(50)
+    high = int((ours.sigmas > 5).sum())
+    assert high > 10
+    for t in theirs.timesteps[:high]:
+        output = sample + 0.1 * torch.randn(2, 1, 4, 4, generator=generator)
+        expected, result = theirs.step(output, t, sample), ours.step(output, t, sample)
+        assert float(expected.pred_original_sample.abs().max()) == 1
+        torch.testing.assert_close(result.pred_original_sample, expected.pred_original_sample, atol=1e-4, rtol=0)
+        torch.testing.assert_close(result.prev_sample, expected.prev_sample, atol=1e-4, rtol=0)
+        sample = expected.prev_sample
+
+
+def test_a_calibration_sees_y_move_where_d_is_clipped():
+    diffuser = DDPMScheduler(clip_sample_range=0.5)
+    scheduler = CalibratedMultistepScheduler.from_config(diffuser.config)
+    pipe = DDPMPipeline(network(scheduler.noise_space), diffuser)
+
+    def work(denoiser, start, _):
+        return [(start, *denoiser(start, sigma), points(start, sigma)) for sigma in (8.0, 2.0)]
+
+    arguments = {"num_inference_steps": MANY, "batch_size": 4, "output_type": "np", "generator": torch.Generator()}
+    (y, moved, clipped, denoised), (_, still, whole, _) = with_denoiser(pipe, scheduler, work, **arguments)
+    assert float(denoised.abs().max()) > 0.51
+    torch.testing.assert_close(clipped, denoised.clamp(-0.5, 0.5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(moved - y, clipped - denoised, atol=1e-3, rtol=0)
+    torch.testing.assert_close(still, y)
+    assert float(whole.abs().max()) > 0.51

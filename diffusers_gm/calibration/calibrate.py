@@ -18,7 +18,7 @@ from ..networks import channels_of, images_at_once, size_of
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import ImageReading, level_range
 from ..readings.grids import POWER, SHORT, calibrated_levels, power_levels
-from ..samplers import Multistep, sample
+from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
 from .errors import (
@@ -34,7 +34,7 @@ from .errors import (
 )
 from .oracle import MANY, with_denoiser
 from .search import LocalDefects, fine_ladder, gram, nearest, search
-from .trajectory import Denoiser, Trajectories, sliced_distance
+from .trajectory import Denoiser, Trajectories, denoised_images, sliced_distance
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
@@ -182,14 +182,14 @@ def calibrate_in_full(
     began, in_network = time.perf_counter(), 0.0
 
     def work(denoiser: Denoiser, start: Tensor, shift: float) -> float:
-        def timed(y: Tensor, sigma: float) -> Tensor:
+        def timed(y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
             nonlocal in_network
             asked = time.perf_counter()
-            denoised = denoiser(y, sigma)
+            answer = denoiser(y, sigma)
             in_network += time.perf_counter() - asked
             result.network_calls += 1
             bar.update()
-            return denoised
+            return answer
 
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
         result.martingale_defect, drawn = reverse_diffusion(timed, start, high, max(low, LOW))
@@ -262,12 +262,11 @@ class Ladder:
 
         def distance(tau: Stochasticity) -> float:
             sampler = replace(self.sampler, stochasticity=tau)
-            batches = [
-                sample(
-                    sampler, self.denoiser, lower * self.fresh_start(seed), sigmas, torch.Generator().manual_seed(seed)
-                )
-                for seed in (3, 4)
-            ]
+            batches = []
+            for seed in (3, 4):
+                y, generator = lower * self.fresh_start(seed), torch.Generator().manual_seed(seed)
+                *_, last = denoised_images(self.denoiser, y, sigmas, sampler, generator)
+                batches.append(last)
             return sliced_distance(torch.cat(batches), images)
 
         return min(taus, key=distance)

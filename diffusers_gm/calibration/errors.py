@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..processes.random import Draw
 from ..readings.grids import POWER, even_levels, power_levels
-from ..samplers import Memory, Multistep
+from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
-from .trajectory import Denoiser
+from .trajectory import Denoiser, denoised_images
 
 # Levels of the run that measures the martingale defect.
 NUM_MARTINGALE = 48
@@ -61,18 +61,12 @@ def reverse_diffusion(
         math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
     )
     y = start * (float(sigmas[0]) / high)
-    sampler, memory = Multistep(1, corrector=False, stochasticity=1.0), Memory()
-    plan, before = sampler.plan(sigmas), None
-    draw = Draw.like(y, torch.Generator().manual_seed(seed))
+    sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(seed)
     products = squares = 0.0
-    for i, sigma in enumerate(sigmas.tolist()):
-        denoised = denoiser(y, sigma).float()
-        if before is not None:
-            change = denoised - before
-            products += float((before * change).mean())
-            squares += float(change.square().mean())
-        before = denoised
-        y, memory = sampler.step(plan, i, y, denoised, memory, draw)
+    for before, denoised in pairwise(denoised_images(denoiser, y, sigmas, sampler, generator)):
+        change = denoised - before
+        products += float((before * change).mean())
+        squares += float(change.square().mean())
     return products / squares, denoised
 
 

@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from ..processes.random import Generators
+from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler
 from ..schedulers.calls import Levels
 
@@ -71,8 +72,9 @@ class AskedScheduler(CalibratedMultistepScheduler):
             )
         state = sample.float()
         y, companion = self.reading.coordinates(state, call)
-        denoised = self.denoised(model_output.float(), state, y, call)
-        sigma, y = self.exchange(denoised, y)
+        denoised, _ = self._denoised(self.without_variance(model_output.float(), state), state, y, call, Memory())
+        moved, denoised = self.clipped(y, denoised, call.sigma)
+        sigma, y = self.exchange(y, (moved, denoised))
         self._taken += 1
         label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))
         self.ask(label)
@@ -94,14 +96,15 @@ class AskedScheduler(CalibratedMultistepScheduler):
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         return self.reading.model_input(sample, timestep, self.asked)
 
-    exchange: Callable[[Tensor, Tensor], tuple[float, Tensor]]
+    exchange: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[float, Tensor]]
 
 
 def with_denoiser(
     pipe: Any, scheduler: CalibratedMultistepScheduler, work: Callable[[Any, Tensor, float], Any], **arguments: Any
 ) -> Any:
-    """Run `work(denoiser, start, shift)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is D of the pipeline's
-    batch, `start` its y at the first level, `shift` the factor by which it moves levels for its resolution (`flow`).
+    """Run `work(denoiser, start, shift)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is y and D of the
+    pipeline's batch as a sampler is given them, `start` its y at the first level, `shift` the factor by which it moves
+    levels for its resolution (`flow`).
 
     Returns:
         what `work` returns.
@@ -145,20 +148,20 @@ class _Asker:
         self.requests: queue.Queue[Any] = queue.Queue()
         self.thread: threading.Thread | None = None
 
-    def exchange(self, denoised: Tensor, y: Tensor) -> tuple[float, Tensor]:
-        """Called by the pipeline: D of the call that was asked for; the level and y of the next one."""
+    def exchange(self, y: Tensor, answer: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+        """Called by the pipeline: y of the call that was asked for, and the answer; the level and y of the next one."""
         if self.thread is None:
             # D of the first call is asked for again: the work need not know of this one.
             self.thread = threading.Thread(target=self._run, args=(y,), daemon=True)
             self.thread.start()
         else:
-            self.answers.put(denoised)
+            self.answers.put(answer)
         request = self.requests.get()
         if request is None:
             raise _Done
         return request
 
-    def denoiser(self, y: Tensor, sigma: float) -> Tensor:
+    def denoiser(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Called by the work."""
         self.requests.put((sigma, y))
         answer = self.answers.get()

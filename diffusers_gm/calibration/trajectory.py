@@ -6,19 +6,30 @@ that inject noise, too.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..processes.random import Draw
+from ..processes.random import Draw, Generators
 from ..samplers import Memory, Multistep
 
 NUM_DIRECTIONS = 128
 
-# D(y; sigma) of a batch.
-Denoiser = Callable[[Tensor, float], Tensor]
+# Of y and sigma of a batch: y and D as a sampler is given them; y moves where D is clipped.
+Denoiser = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+
+
+def denoised_images(
+    denoiser: Denoiser, y: Tensor, sigmas: Tensor, sampler: Multistep, generator: Generators
+) -> Iterator[Tensor]:
+    """D of every call of a run from y `(B, ...)`, the last one its result."""
+    plan, memory, draw = sampler.plan(sigmas), Memory(), Draw.like(y, generator)
+    for i, sigma in enumerate(sigmas.tolist()):
+        y, denoised = denoiser(y, sigma)
+        yield denoised
+        y, memory = sampler.step(plan, i, y, denoised, memory, draw)
 
 
 @dataclass
@@ -27,7 +38,7 @@ class Run:
 
     Attributes:
         index: its levels on the fine ladder.
-        states: y and memory before each call.
+        states: y and memory of each call.
         denoised: D of each call.
         error: the mean square distance of the last D to the teacher's, over images and elements.
     """
@@ -42,7 +53,7 @@ class Trajectories:
     """Runs of one sampler on levels of one fine ladder, from one start.
 
     Args:
-        denoiser: D of the batch.
+        denoiser: y and D of the batch.
         start: y at the first level, `(B, ...)`.
         sigmas: the fine ladder, `(levels,)` float64, descending.
         sampler: without noise.
@@ -82,7 +93,7 @@ class Trajectories:
         else:
             y, memory = self.start_at(index[0]), Memory()
         for i in range(same, len(index)):
-            denoised = self._denoised(y, index[i])
+            y, denoised = self._denoised(y, index[i])
             if keep:
                 run.states.append((y, memory))
             run.denoised.append(denoised)
@@ -99,16 +110,16 @@ class Trajectories:
         assert self.deviation is not None
         return self.start * (self.deviation(float(self.sigmas[level])) / self.deviation(float(self.sigmas[0])))
 
-    def _denoised(self, y: Tensor, level: int) -> Tensor:
+    def _denoised(self, y: Tensor, level: int) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
         sigma = float(self.sigmas[level])
-        denoised = self.denoiser(y, sigma)
+        y, denoised = self.denoiser(y, sigma)
         if not torch.isfinite(denoised).all():
             raise ValueError(
                 f"the denoised image is not finite at sigma = {sigma:.4g}: the network overflows, in half precision "
                 "perhaps; nothing can be calibrated on it"
             )
-        return denoised
+        return y, denoised
 
 
 def sliced_distance(images: Tensor, others: Tensor) -> float:

@@ -270,6 +270,7 @@ class SamplerScheduler(Calls, Swappable):
         y, companion = self.reading.coordinates(state, call)
         memory = run.memory if companion is None else run.memory._replace(companion=companion)
         denoised, memory = self._denoised(output, state, y, call, memory)
+        y, denoised = self.clipped(y, denoised, call.sigma)
         if per_token_timesteps is not None:
             waiting, own = self._waiting(per_token_timesteps.to(dtype)[..., None], output, state, call)
             denoised = torch.where(waiting, own, denoised)
@@ -299,20 +300,21 @@ class SamplerScheduler(Calls, Swappable):
 
     def denoised(self, model_output: Tensor, sample: Tensor, y: Tensor, call: Any) -> Tensor:
         """D, clipped, of a network's output for `sample`, both `(B, ...)`, at a call of the reading; y is in it."""
-        return self._denoised(self.without_variance(model_output, sample), sample, y, call, Memory())[0]
+        model_output = self.without_variance(model_output, sample)
+        return self.clip(self._denoised(model_output, sample, y, call, Memory())[0], call.sigma)
 
     def _denoised(self, output: Tensor, state: Tensor, y: Tensor, call: Any, memory: Memory) -> Stepped:
-        """D at a call, clipped, and what the sampler is to know of it besides.
+        """D at a call, not clipped, and what the sampler is to know of it besides.
 
         A score is not a denoiser under mixture noise: its displacement from y, `sigma^2 score`, is w times that to D.
         Samplers that need the score are told w, which D alone would give them less exactly.
         """
         denoised = self.reading.denoised(output, state, call)
         if self.model_mixture.is_standard_gaussian or self.config.prediction_type not in ("score", "scaled_score"):
-            return self.clip(denoised, call.sigma), memory
+            return denoised, memory
         displacement = denoised - y
         w = self.model_mixture.displacement_precision(displacement, memory.level or call.sigma)
-        return self.clip(y + displacement / w, call.sigma), memory._replace(precision=w)
+        return y + displacement / w, memory._replace(precision=w)
 
     def _waiting(self, labels: Tensor, output: Tensor, state: Tensor, call: Any) -> tuple[Tensor, Tensor]:
         """Which tokens are below the level of the call, and D of all tokens, each at its own level."""
@@ -327,6 +329,10 @@ class SamplerScheduler(Calls, Swappable):
         if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * channels:
             return model_output[:, :channels]
         return model_output
+
+    def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """y and D, clipped, as the sampler is given them."""
+        return y, self.clip(denoised, sigma)
 
     def clip(self, denoised: Tensor, sigma: float) -> Tensor:
         """`thresholding` and, above a noise level, `clip_sample` act on D."""

@@ -41,7 +41,8 @@ class CalibratedMultistepScheduler(SamplerScheduler):
 
     All other arguments: see `AnnealedLangevinScheduler` and, for networks of mixture noise, `GMLangevinScheduler`. But
     `clip_sample` acts above noise level 4 only: there it mends a network's errors, below it makes a bias of them, which
-    the steps of a stochastic run add up.
+    the steps of a stochastic run add up. What it takes from D it takes from y, too, so that the noise between them is
+    still what the network saw, as in DDIM (arXiv 2010.02502): what is out of range would else stay in y, and come back.
 
     Raises:
         ValueError: for a calibration that is none; for arguments out of range.
@@ -75,6 +76,12 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         if tau is None:
             tau = calibrated_value(config.calibration, "stochasticity", num_calls) or 0.0
         return Multistep(config.multistep_order, config.corrector, tau)
+
+    def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """y moves with D where `clip_sample` acts; not with `thresholding`, which is of all levels."""
+        clipped = self.clip(denoised, sigma)
+        moves = self.config.clip_sample and not self.config.thresholding and sigma > self.clips_above
+        return (y + (clipped - denoised) if moves else y), clipped
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
         self.sampler = self.sampler_for(len(labels))
