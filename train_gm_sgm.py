@@ -80,7 +80,7 @@ from diffusers_gm.training.optimizer import (
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
-from diffusers_gm.training.rehearsal import rehearse, save_batch
+from diffusers_gm.training.rehearsal import rehearse
 from diffusers_gm.training.samples import hardware, log_grid, sample_images, start_tracker
 from diffusers_gm.training.stopping import INTERRUPTED, NOTHING, SIGNAL, TIME, Signals
 from diffusers_gm.training.training_data import distance_measured_once, open_training_data, training_data
@@ -244,7 +244,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     if args.dry_run:
         if args.first_batch and accelerator.is_main_process:
             first, _ = classes.on(device, batches.first())
-            save_batch(space.decode(first) if space else first, Path(args.first_batch))
+            image_grid((space.decode(first) if space else first)[:64]).save(args.first_batch)
         model.train()
         accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
         written = f" but {args.first_batch}" if args.first_batch else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .extra import extra
 from .processes.mixture import GAUSSIAN, GaussianMixtureNoise
-from .processes.random import Generators, randn
+from .processes.random import Draw, Generators
 
 
 def flow_nll(
@@ -55,7 +55,7 @@ def flow_nll(
     with extra("ode"):
         from torchdiffeq import odeint
     grid = torch.linspace(math.log(low), math.log(high), num_steps + 1, dtype=images.dtype, device=images.device)
-    probe = torch.where(randn(images.shape, generator, images.device, images.dtype) >= 0, 1.0, -1.0).to(images)
+    probe = torch.where(Draw.like(images, generator).normal(images.shape) >= 0, 1.0, -1.0).to(images)
 
     def flow(log_sigma: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """`dy / d log sigma` and its divergence, `(B,)`."""

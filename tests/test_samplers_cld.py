@@ -163,7 +163,7 @@ def test_frozen_length_is_the_exact_flow():
     for _ in range(many):
         middle = exact + velocity(exact) * length / (2 * many)
         exact = exact + velocity(middle) * length / many
-    step = score_step(PROCESS, at, frozen_length(PROCESS, clock, length))
+    step = score_step(PROCESS, at, frozen_length(PROCESS, at, length))
     ours = step.matrix @ torch.stack([x, v]) + step.gain * denoised
     torch.testing.assert_close(ours[1], exact, rtol=1e-6, atol=1e-8)
     assert float(ours[0]) == float(x)

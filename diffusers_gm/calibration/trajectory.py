@@ -77,10 +77,15 @@ class Trajectories:
         self.deviation = deviation
         self.draw = Draw.like(start)  # which no step asks for anything
         self.num_calls = 0
-        self.teacher = self.run(list(range(len(sigmas))), keep=False)
+        self.teacher = self._run(list(range(len(sigmas))), keep=False)
 
-    def run(self, index: list[int], before: Run | None = None, keep: bool = True) -> Run:
+    def run(self, index: list[int], before: Run | None = None) -> Run:
         """A run at levels `index`; of `before`, what is the same up to the first level that differs is taken over."""
+        run = self._run(index, before)
+        run.error = float((run.denoised[-1] - self.teacher.denoised[-1]).float().square().mean())
+        return run
+
+    def _run(self, index: list[int], before: Run | None = None, keep: bool = True) -> Run:
         plan = self.sampler.plan(self.sigmas[index])
         same = 0
         if before is not None:
@@ -99,8 +104,6 @@ class Trajectories:
             run.denoised.append(denoised)
             if i < len(index) - 1:
                 y, memory = self.sampler.step(plan, i, y, denoised, memory, self.draw)
-        if hasattr(self, "teacher"):
-            run.error = float((run.denoised[-1] - self.teacher.denoised[-1]).float().square().mean())
         return run
 
     def start_at(self, level: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
-from ..processes.random import Generators, rand
+from ..processes.random import Draw, Generators
 
 Colour = tuple[int, int, int]
 # Side of a square, or height and width.
@@ -171,7 +171,7 @@ def dequantized(images: Tensor, num_levels: int, generator: Generators = None) -
 
     The noise is in `[-w/2, w/2)` with `w = 2 / (num_levels - 1)`: rounding to the nearest level takes it away again.
     """
-    uniform = rand(images.shape, generator, images.device, images.dtype)
+    uniform = Draw.like(images, generator).uniform(images.shape)
     return images + (uniform - 0.5) * 2 / (num_levels - 1)
 
 

@@ -15,7 +15,7 @@ from ..cli import Parser, at_least
 from ..data import check_levels, dequantized, split_digits
 from ..extra import check_extra
 from ..likelihood import bits_per_dimension, flow_nll
-from ..processes.random import randn
+from ..processes.random import Draw
 from ..readings import level_range
 from ..schedulers import GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
@@ -60,7 +60,7 @@ def bits_of_images(
     low, high = level_range(scheduler.reading)
     space = scheduler.noise_space
     # Where the sample is alpha * y, a run starts from unit noise, and not from that of the largest level.
-    scale = high if space is None or space.carries_y else float(1 / space.alpha(torch.tensor(high).double()))
+    scale = high if space is None else scheduler.reading.start_deviation(high)
     null, nats = pipeline.null_class, []
 
     def denoised(network: Any, companion: Tensor | None, y: Tensor, sigma: float) -> Tensor:
@@ -68,7 +68,7 @@ def bits_of_images(
 
     for batch in images.split(batch_size):
         noisy = dequantized(batch.to(pipeline.unet.device, torch.float32), num_levels, generator)
-        companion = randn(noisy.shape, generator, noisy.device, noisy.dtype) if space is None else None
+        companion = Draw.like(noisy, generator).normal(noisy.shape) if space is None else None
         labels = None if null is None else torch.full((len(batch),), null, device=noisy.device)
         denoiser = partial(denoised, partial(pipeline._network, labels=labels), companion)
         nats.append(flow_nll(denoiser, noisy, (low, high), num_steps, generator, scheduler.model_mixture, scale))

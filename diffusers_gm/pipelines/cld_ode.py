@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..extra import extra
 from ..processes.cld import lift
-from ..processes.random import Generators, randn
+from ..processes.random import Draw, Generators
 
 # Those of torchdiffeq that adapt their steps, but for fehlberg2, which is far off its tolerance on a Gaussian.
 ODE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
@@ -37,12 +37,12 @@ def start_and_ends(
     wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     process, reading = scheduler.process, scheduler.reading
     ends = torch.tensor(reading.timestep_range[::-1], dtype=torch.float64)
-    call = reading.calls(ends)[0]
+    call, draw = reading.calls(ends)[0], Draw(generator, device)
     if latents is None:
-        latents = reading.initial_sample(randn(shape, generator, device, torch.float32), call.sigma)
+        latents = reading.initial_sample(draw.normal(shape), call.sigma)
     y, companion = reading.coordinates(latents.to(device, wide), call)
     if companion is None:
-        companion = randn(shape, generator, device, torch.float32).to(wide)
+        companion = draw.normal(shape).to(wide)
     clocks = process.clock_of_sigma(reading.sigma(ends))
     return *lift(process.marginal(clocks[0])).state(y, companion), clocks
 

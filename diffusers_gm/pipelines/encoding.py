@@ -1,11 +1,12 @@
 """From images to latents and between latents, through the probability flow."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..processes.random import Draw, Generators, randn
+from ..processes.random import Draw, Generators
 from ..readings import ImageReading, VelocityReading
 from ..samplers import Memory, TwoStep
 from ..schedulers import CalibratedMultistepScheduler
@@ -39,28 +40,24 @@ def encode(
     labels = scheduler.timesteps.cpu().double().unique()
     if reader is not scheduler and reader.is_flow:  # of which some round their timesteps, but not their levels s
         labels = len(reader) * scheduler.sigmas[:-1].cpu().double().unique()
-    timesteps = reader.as_timesteps(labels).to(images.device)
     sigmas = reading.sigma(labels)
-    calls = reading.calls(labels, sigmas)
     companion = None
     if isinstance(reading, VelocityReading):
-        companion = randn(images.shape, generator, images.device, images.dtype)
+        companion = Draw.like(images, generator).normal(images.shape)
 
-    def denoised(y: Tensor, i: int) -> Tensor:
-        sample = reading.visible(y, companion, calls[i])
-        output = guidance.output(network, reading.model_input(sample, timesteps[i], calls[i]), timesteps[i])
-        return reader.denoised(output, sample, y, calls[i])
+    def denoised(y: Tensor, sigma: Tensor) -> Tensor:
+        return reader.denoise(partial(guidance.output, network), y, companion, sigma)
 
     sampler, memory, draw = TwoStep(denoise=False), Memory(), Draw.like(images)
-    y = 2 * images - denoised(images, 0)
+    y = 2 * images - denoised(images, sigmas[0])
     if len(sigmas) > 1:
         plan = sampler.plan(sigmas)
-        for i in range(len(sigmas) - 1):
-            y, memory = sampler.step(plan, i, y, denoised(y, i), memory, draw)
+        for i, sigma in enumerate(sigmas[:-1]):
+            y, memory = sampler.step(plan, i, y, denoised(y, sigma), memory, draw)
     # Schedulers of diffusers carry y or what ours do; of pure noise, as rectified flow begins with, y cannot be told by
     # what they make of an image.
     if companion is not None or reader is scheduler or getattr(scheduler, "init_noise_sigma", 1.0) == 1:
-        return reading.visible(y, companion, calls[len(sigmas) - 1])
+        return reading.visible(y, companion, reading.calls(labels)[-2])
     return noised(scheduler, y, scheduler.timesteps[0], torch.zeros_like(y))
 
 

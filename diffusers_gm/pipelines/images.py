@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
 from ..networks import asked, channels_of, images_at_once, null_class, num_class_embeds, size_of
-from ..processes.random import Generators, check_generators, rand, randn
+from ..processes.random import Draw, Generators, check_generators
 from ..readings import VelocityReading
 from . import encoding
 from .guidance import Guidance, check_guidance
@@ -102,7 +102,7 @@ class ImagePipeline(HubPipeline):
         if self.num_classes is None or not (self._needs_labels or among):
             return None
         even = (torch.arange(num_images) + 0.5) / num_images
-        quantiles = even if evenly else rand((num_images,), generator, "cpu", torch.float32)
+        quantiles = even if evenly else Draw(generator).uniform((num_images,))
         classes = torch.tensor(sorted(set(among or range(self.num_classes))))
         shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)[classes]
         return classes[torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True)].tolist()
@@ -179,7 +179,7 @@ class ImagePipeline(HubPipeline):
         if hasattr(self.scheduler, "initial_sample"):
             return self.scheduler.initial_sample(shape, generator, device, torch.float32)
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # which schedulers of flow networks do not name
-        return scale * randn(shape, generator, device, torch.float32)
+        return scale * Draw(generator, device).normal(shape)
 
     def _as_learned(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] as the network takes them: their latents, with `vae`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..processes.noise_level import NoiseLevel, estimate_noise_level
-from ..processes.random import Generators, randn
+from ..processes.random import Draw, Generators
 from ..readings import VelocityReading, level_range
 from ..readings.grids import even_levels
 from ..samplers import sample
@@ -49,7 +49,7 @@ class OwnLevel:
         """`(y, tau) -> D`, a level for each image, for batches that are copies of `images`, one after the other."""
         companion = None
         if isinstance(self.reading, VelocityReading):
-            companion = randn(images.shape, self.generator, images.device, images.dtype)
+            companion = Draw.like(images, self.generator).normal(images.shape)
 
         def denoised(y: Tensor, tau: Tensor) -> Tensor:
             sigmas = tau.cpu().double() / self.unit

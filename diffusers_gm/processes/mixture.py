@@ -14,6 +14,7 @@ Both follow from the posterior of the component, `r_k`, given the residual `y - 
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -191,8 +192,12 @@ class GaussianMixtureNoise:
         The component is inferred from the length of the score: under component k, `sigma * score` has variance
         `1 / c_k^2` per element. Same shape and accuracy as `residual_precision`.
         """
-        inverse = GaussianMixtureNoise(self.weights.tolist(), (1 / self.scales).tolist(), self.per_element)
-        return self.precision(inverse.responsibilities(displacement, sigma), displacement.ndim)
+        return self.precision(self._of_score.responsibilities(displacement, sigma), displacement.ndim)
+
+    @cached_property
+    def _of_score(self) -> "GaussianMixtureNoise":
+        """The law of `sigma * score` under data that are a point mass: scales `1 / c_k`."""
+        return GaussianMixtureNoise(self.weights.tolist(), (1 / self.scales).tolist(), self.per_element)
 
     def _log_joint(self, eta: Tensor, sigma: Tensor | float) -> Tensor:
         """`log(pi_k N(eta; 0, (c_k sigma)^2))`: `(B, K)`, or elementwise `(B, K, ...)`; without what all components

@@ -55,13 +55,3 @@ class Draw:
             return torch.cat([one._numbers(function, (1, *shape[1:])) for one in alone])
         source = self.generator.device if isinstance(self.generator, Generator) else self.device
         return function(shape, generator=self.generator, device=source, dtype=self.dtype).to(self.device)
-
-
-def randn(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers of `shape`, see `Draw`."""
-    return Draw(generator, device, dtype).normal(shape)
-
-
-def rand(shape: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Uniform numbers in [0, 1) of `shape`, see `Draw`."""
-    return Draw(generator, device, dtype).uniform(shape)

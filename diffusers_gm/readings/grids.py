@@ -170,13 +170,12 @@ def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:
     """
     if num_levels == 1:
         return torch.tensor([max(max(levels) for key, levels in calibration.items() if key.isdigit())]).double()
-    share = torch.linspace(0, 1, num_levels, dtype=torch.float64)
     below, above, weight = _neighbours(calibration, num_levels)
     starts = calibration[above][0], calibration[below][0]
     if max(starts) > LOWER * min(starts):
         weight = round(weight)
-    blend = torch.lerp(_at(calibration[below], share), _at(calibration[above], share), weight)
-    return blend.exp()
+    first, second = (_resampled(calibration[n], num_levels) for n in (below, above))
+    return torch.lerp(first, second, weight).exp()
 
 
 def calibrated_value(calibration: dict[str, Any] | None, name: str, num_calls: int | None) -> Any:
@@ -196,9 +195,7 @@ def _neighbours(by_calls: dict[str, Any], num_calls: int) -> tuple[str, str, flo
     return str(below), str(above), min(max(weight, 0.0), 1.0)
 
 
-def _at(levels: list[float], share: Tensor) -> Tensor:
-    """The logarithm of levels at shares of the run in [0, 1], linear between them."""
+def _resampled(levels: list[float], num_levels: int) -> Tensor:
+    """The logarithm of levels at equal shares of a run, linear between them, `(num_levels,)` float64."""
     logs = torch.tensor(levels, dtype=torch.float64).log()
-    place = share * (len(levels) - 1)
-    low = place.floor().long().clamp(max=max(len(levels) - 2, 0))
-    return torch.lerp(logs[low], logs[(low + 1).clamp(max=len(levels) - 1)], place - low)
+    return torch.nn.functional.interpolate(logs[None, None], num_levels, mode="linear", align_corners=True)[0, 0]

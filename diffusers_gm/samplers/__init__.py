@@ -1,7 +1,6 @@
 """Samplers: a plan once a run, and a step on `(y, D)`. No diffusers, no config, no state that is not handed around."""
 
 from .cld import CriticallyDamped as CriticallyDamped
-from .langevin import Consistent as Consistent
 from .langevin import Explore as Explore
 from .langevin import Langevin as Langevin
 from .mixture import Ancestral as Ancestral

@@ -201,19 +201,17 @@ def sscs_second_order_step(process: CLD, start: Tensor, end: Tensor) -> Step:
     middle, see `look_ahead`; first order with D of the start.
     """
     half, middle = half_step(process, (start - end) / 2), (start + end) / 2
-    length = frozen_length(process, middle, start - end)
-    return score_step(process, lift(process.marginal(middle)), length).around(*half)
+    at = lift(process.marginal(middle))
+    return score_step(process, at, frozen_length(process, at, start - end)).around(*half)
 
 
-def frozen_length(process: CLD, clock: Tensor, length: Tensor) -> Tensor:
+def frozen_length(process: CLD, at: Lift, length: Tensor) -> Tensor:
     """The `length` of S in `score_step` that makes it the exact flow of S over `length` with D frozen: `(...)`.
 
     Then `dv/dB = -k v + ...`, `k = 2 Gamma (P - 1 / M) >= 0`, P the precision of v given x and x0, and
     `v' = v + (1 - e^{-k length}) / k * dv/dB`.
     """
-    kernel = process.marginal(clock)
-    precision = kernel.covariance[..., 0, 0] / (kernel.root[..., 0, 0] * kernel.root[..., 1, 1]) ** 2
-    exponent = 2 * process.friction * (1 / process.mass - precision) * length
+    exponent = 2 * process.friction * (1 / process.mass + at.score_state[..., 1]) * length
     return length * torch.where(exponent == 0, 1.0, torch.expm1(exponent) / exponent)
 
 

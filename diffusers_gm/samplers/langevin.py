@@ -160,66 +160,6 @@ def exponential_step_size(ratio: Tensor, num_steps: Tensor, weights: Tensor, sca
     return a[(lag + (1 - kept) / 2).argmin(1)]
 
 
-# --- Consistent annealed sampling ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Consistent:
-    """Consistent annealed sampling (arXiv 2009.05475): one step a level, exactly the next level's variance left.
-
-    First order in the log ratio of the levels.
-
-    Attributes:
-        step_size: `eta * sigma_L^2`; None: the ancestral step.
-        denoise: end with D.
-    """
-
-    step_size: float | None = None
-    denoise: bool = True
-
-    def spend(self, num_calls: int) -> list[int]:
-        return one_a_level(num_calls, 1 if self.denoise else 2)
-
-    def plan(self, sigmas: Tensor) -> Plan:
-        """Of each call, its level, the one it leads to and eta."""
-        steps = []
-        for sigma, after in from_level_to_level(sigmas, self.denoise).steps:
-            size = self.step_size
-            eta = 1 - (after / sigma) ** 2 if size is None else size / float(sigmas[-1]) ** 2
-            if after:
-                check_consistent_step(eta, sigma, after)
-            steps.append((sigma, after, eta))
-        return Plan(sigmas, steps)
-
-    def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma, after, eta = plan.steps[i]
-        if after == 0:
-            return denoised, memory
-        return consistent_step(y, denoised, sigma, after, eta, draw.normal(y.shape)), memory
-
-
-def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
-    """One step of consistent annealed sampling (arXiv 2009.05475, algorithm 1): the noise left is `sigma_next`.
-
-    `y + eta (D - y) + sigma_next beta z` with `beta^2 = 1 - ((1 - eta) sigma / sigma_next)^2`, which asks for
-    `1 - sigma_next / sigma <= eta <= 1 + sigma_next / sigma`. `eta = 1 - sigma_next / sigma` is the probability
-    flow (first order), `eta = 1 - (sigma_next / sigma)^2` the ancestral step.
-    """
-    beta_squared = 1 - ((1 - eta) * sigma / sigma_next) ** 2
-    return torch.lerp(y, denoised, eta).add_(noise, alpha=sigma_next * math.sqrt(max(beta_squared, 0.0)))
-
-
-def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
-    """Raise a ValueError unless `consistent_step` can leave exactly `sigma_next`."""
-    ratio = sigma_next / sigma
-    if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
-        raise ValueError(
-            f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
-            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, "
-            "use more levels, or leave it None"
-        )
-
-
 # --- Exploring -------------------------------------------------------------------------------------------------------
 
 # Levels of a run that explores: enough for the probability flow.

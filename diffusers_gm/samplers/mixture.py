@@ -17,42 +17,63 @@ class Ancestral:
 
     The jump size of every step is drawn from the posterior of the component given y: large jumps or small roaming. With
     one component for all elements y hardly leaves a doubt, and an image goes on in the component that it starts in.
+    With a `step_size` it is consistent annealed sampling (arXiv 2009.05475).
 
     Attributes:
         noise: law of the network's noise.
         denoise: end with D.
+        step_size: `eta * sigma_L^2`; None: the ancestral step.
     """
 
     noise: GaussianMixtureNoise = GAUSSIAN
     denoise: bool = True
+    step_size: float | None = None
 
     def spend(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
     def plan(self, sigmas: Tensor) -> Plan:
-        return from_level_to_level(sigmas, self.denoise)
+        """Of each call, its level, the one it leads to and eta."""
+        steps = []
+        for sigma, after in from_level_to_level(sigmas, self.denoise).steps:
+            size = self.step_size
+            eta = 1 - (after / sigma) ** 2 if size is None else size / float(sigmas[-1]) ** 2
+            if after:
+                check_consistent_step(eta, sigma, after)
+            steps.append((sigma, after, eta))
+        return Plan(sigmas, steps)
 
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        sigma, after = plan.steps[i]
+        sigma, after, eta = plan.steps[i]
         if after == 0:
             return denoised, memory
         scales: float | Tensor = float(self.noise.scales[0])
         if len(self.noise) > 1:
             probabilities = self.noise.responsibilities(y - denoised, sigma)
             scales = self.noise.sample_scales(y.shape, draw, probabilities)
-        return ancestral_step(y, denoised, sigma, after, scales, draw.normal(y.shape)), memory
+        return consistent_step(y, denoised, sigma, after, eta, draw.normal(y.shape).mul_(scales)), memory
 
 
-def ancestral_step(
-    y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, scales: float | Tensor, noise: Tensor
-) -> Tensor:
-    """`y + (1 - rho)(D - y) + c sigma_next sqrt(1 - rho) z`, `rho = (sigma_next / sigma)^2`; `scales` are the c."""
-    rho = (sigma_next / sigma) ** 2
-    spread = sigma_next * math.sqrt(1 - rho)
-    mean = torch.lerp(y, denoised, 1 - rho)
-    if isinstance(scales, float):
-        return mean.add_(noise, alpha=scales * spread)
-    return mean.addcmul_(scales, noise, value=spread)
+def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
+    """One step of consistent annealed sampling (arXiv 2009.05475, algorithm 1): the noise left is `sigma_next`.
+
+    `y + eta (D - y) + sigma_next beta z` with `beta^2 = 1 - ((1 - eta) sigma / sigma_next)^2`, which asks for
+    `1 - sigma_next / sigma <= eta <= 1 + sigma_next / sigma`. `eta = 1 - sigma_next / sigma` is the probability
+    flow (first order), `eta = 1 - (sigma_next / sigma)^2` the ancestral step.
+    """
+    beta_squared = 1 - ((1 - eta) * sigma / sigma_next) ** 2
+    return torch.lerp(y, denoised, eta).add_(noise, alpha=sigma_next * math.sqrt(max(beta_squared, 0.0)))
+
+
+def check_consistent_step(eta: float, sigma: float, sigma_next: float) -> None:
+    """Raise a ValueError unless `consistent_step` can leave exactly `sigma_next`."""
+    ratio = sigma_next / sigma
+    if not 1 - ratio - 1e-12 <= eta <= 1 + ratio + 1e-12:
+        raise ValueError(
+            f"consistent annealed sampling from sigma={sigma:.4g} to {sigma_next:.4g} needs a step "
+            f"eps / sigma_min^2 in [{1 - ratio:.4g}, {1 + ratio:.4g}], got {eta:.4g}: change step_size, "
+            "use more levels, or leave it None"
+        )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class SamplerScheduler(Calls, Swappable):
             self.register_to_config(_use_default_values=sorted(unsaid))
         labels = self.trained_labels()
         self._timesteps = self.as_timesteps(labels)
-        self.sigmas = self.visible_sigmas(labels, self.reading.sigma(labels))
+        self.sigmas = self.visible_sigmas(self.reading.sigma(labels))
         self.num_inference_steps: int | None = None
         self._run: Run | None = None
         self._prepared: dict[int, Run] = {}  # by thread: its last run
@@ -133,7 +133,7 @@ class SamplerScheduler(Calls, Swappable):
             labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
         calls = self.reading.calls(labels, plan.sigmas)
         run = Run(calls, plan, self.as_timesteps(labels).to(device))
-        visible_sigmas = self.visible_sigmas(labels, plan.sigmas)
+        visible_sigmas = self.visible_sigmas(plan.sigmas)
         with TURN:
             waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
             self._prepared = {**waiting, threading.get_ident(): run}

@@ -160,10 +160,10 @@ class Calls:
             return labels
         return n * shift_flow(labels / n, self.resolution_shift(None))
 
-    def visible_sigmas(self, labels: Tensor, levels: Tensor) -> Tensor:
+    def visible_sigmas(self, levels: Tensor) -> Tensor:
         """`sigmas` of a scheduler, `(n + 1,)` float32: the levels, ending at 0; s in `flow` space."""
         if self.is_flow:
-            levels = torch.where(labels == self.config.num_train_timesteps, 1.0, levels / (1 + levels))
+            levels = self.reading.timestep(levels) / self.config.num_train_timesteps
         return torch.cat([levels, torch.zeros(1)]).float()
 
     def as_timesteps(self, labels: Tensor) -> Tensor:

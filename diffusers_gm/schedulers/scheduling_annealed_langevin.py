@@ -8,7 +8,7 @@ import torch
 from diffusers import SchedulerMixin  # noqa: F401
 
 from ..processes.annealed import check_criterion
-from ..samplers import Consistent, Explore, Langevin
+from ..samplers import Ancestral, Explore, Langevin
 from ..samplers.langevin import DESCENT
 from .base import SamplerScheduler
 from .options import with_common_options
@@ -87,7 +87,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         check_network_level(network_level)
         check_criterion(step_size_criterion)
         if algorithm_type == "consistent":
-            self._setup(Consistent(step_size, denoise))
+            self._setup(Ancestral(denoise=denoise, step_size=step_size))
         elif algorithm_type == "explore":
             self._setup(Explore(step_size, denoise))
         else:
@@ -115,7 +115,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         levels = self.reading.sigma(labels)
         run.calls, run.plan = self.reading.calls(labels, levels), self.sampler.plan(levels)
         run.timesteps.copy_(labels)
-        self.sigmas = self.visible_sigmas(labels, levels)
+        self.sigmas = self.visible_sigmas(levels)
 
 
 def check_network_level(value: str) -> None:

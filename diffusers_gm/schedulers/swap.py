@@ -237,11 +237,7 @@ class Swappable(SchedulerMixin, ConfigMixin):
                 config["grid"] = sampler_grid(config)
         # What is asked for takes the place of what the source has.
         flags = {flag: False for flag in SPACING_FLAGS if isinstance(config, dict) and config.get(flag)}
-        if "timestep_spacing" in kwargs:
-            kwargs = {"grid": None, **flags, **kwargs}
-        elif kwargs.get("grid") is not None:
-            kwargs = {**flags, **kwargs}
-        elif any(kwargs.get(flag) for flag in SPACING_FLAGS):
+        if "timestep_spacing" in kwargs or any(kwargs.get(name) for name in ("grid", *SPACING_FLAGS)):
             kwargs = {"grid": None, **flags, **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

@@ -17,7 +17,7 @@ from ..data import ImageStream, split_digits
 from ..evaluation.report import plain_log
 from ..evaluation.table import Table, machine
 from ..networks import asked
-from ..processes.random import randn
+from ..processes.random import Draw
 from ..training.network import fit_unet, given_unet, new_unet
 from ..training.objective import Objective, build_scheduler, levels_of_network
 from ..training.optimizer import build_optimizer
@@ -46,7 +46,7 @@ def error(scheduler: Any, unet: Any) -> float:
     generator, ratios, network = torch.Generator().manual_seed(0), [], as_network(asked(unet))
     for sigma in SIGMAS:
         noise = scheduler.model_mixture.sample(images.shape, generator, images.device, images.dtype)
-        companion = randn(images.shape, generator, images.device, images.dtype)
+        companion = Draw.like(images, generator).normal(images.shape)
         found = scheduler.denoise(network, images + sigma * noise, companion, torch.tensor(sigma))
         variance = float(images.var(0).mean())
         ratios.append(float((found - images).square().mean()) * (variance + sigma**2) / (variance * sigma**2))

@@ -2,14 +2,10 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import Tensor
 
 from ..launch import largest
-from ..pictures import image_grid
 from .memory import peak_memory
 
 # So many steps after the first, which is slower, or as many as there is time for.
@@ -40,9 +36,3 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def save_batch(images: Tensor, path: Path) -> None:
-    """Training images `(B, 1 or 3, H, W)` in [-1, 1] as one picture, at most 64 of them."""
-    pixels = (images[:64].float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
-    image_grid(DiffusionPipeline.numpy_to_pil(pixels)).save(path)
