@@ -310,7 +310,7 @@ def test_the_levels_before_are_those_of_the_pipeline():
     fixed = CalibratedMultistepScheduler.from_config(flow.config)
     pipe = UnconditionalPipeline(network(fixed.noise_space), flow)
     result = calibrate_in_full(pipe, (10,), effort="fast", progress=False)
-    assert not result.errs
+    assert result.martingale_defect > -0.4
     assert result.scheduler.config.calibration["shift"] == 3.0
     fixed.set_timesteps(10)
     levels = fixed.reading.sigma(fixed.timesteps.double())[1:].tolist()  # the first is where s is 1

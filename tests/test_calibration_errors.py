@@ -11,6 +11,7 @@ from points import DOUBLE, HIGH, LOW, network, points, seen, start
 from diffusers_gm import CalibratedMultistepScheduler
 from diffusers_gm.calibration.calibrate import calibrate_in_full
 from diffusers_gm.calibration.errors import (
+    ReverseDiffusion,
     hiding_level,
     largest_deviation,
     levels_of_errors,
@@ -22,22 +23,38 @@ from diffusers_gm.readings.grids import even_levels, power_levels
 
 
 def test_the_martingale_defect_tells_a_network_that_errs():
-    exact = reverse_diffusion(seen(points), start(2000), HIGH, LOW)[0]
+    exact = reverse_diffusion(seen(points), start(2000), HIGH, LOW).defect
     generator = torch.Generator().manual_seed(0)
 
     def errs(y, sigma):
         return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE)
 
     assert exact > -0.05
-    assert reverse_diffusion(seen(errs), start(2000), HIGH, LOW)[0] < -0.3
+    assert reverse_diffusion(seen(errs), start(2000), HIGH, LOW).defect < -0.3
+
+
+def test_the_mean_square_of_d_grows_for_exact_networks_and_falls_for_one_that_sees_too_much_in_noise():
+    """With an exact D by that of its changes."""
+    assert reverse_diffusion(seen(points), start(2000), HIGH, LOW).left > 1
+
+    def too_strong(y, sigma):
+        return (1 + 2 * sigma) * points(y, sigma)
+
+    found = reverse_diffusion(seen(too_strong), start(2000), HIGH, LOW)
+    assert found.left < 1
+    assert found.errs
 
 
 def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
-    for n in (2, 5, 6, 50):
-        assert stochasticity_for(-0.01, n, 64) == 0.0
-        assert stochasticity_for(-0.1, n, 64) == ((0.5, 1.0) if n >= 6 else 0.0)
-        assert stochasticity_for(-0.1, n, 4) == 0.0  # by chance
-    assert [stochasticity_for(-0.5, n, 4) for n in (2, 3, 4, 6, 8, 50)] == [0, 0, 0.3, 0.9, 1, 1]
+    def taus(defect, left, num_images, *calls):
+        found = ReverseDiffusion(defect, left, torch.zeros(num_images, 1))
+        return [stochasticity_for(found, n) for n in calls]
+
+    assert taus(-0.01, 1.0, 64, 2, 5, 6, 50) == [0, 0, 0, 0]
+    assert taus(-0.1, 1.0, 64, 2, 5, 6, 50) == [0, 0, (0.5, 1.0), (0.5, 1.0)]
+    assert taus(-0.1, 1.0, 4, 6, 50) == [0, 0]  # by chance
+    assert taus(-0.5, 1.0, 4, 2, 3, 4, 6, 8, 50) == [0, 0, 0.3, 0.9, 1, 1]
+    assert taus(-0.5, 0.7, 16, 2, 5, 10, 15, 50) == [0, 0, 0, 0.3, 0.3]
 
 
 def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
@@ -47,7 +64,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
     unet.register_forward_hook(
         lambda module, args, output: setattr(
-            output, "sample", output.sample + 0.5 * torch.randn(output.sample.shape, generator=generator)
+            output, "sample", output.sample + 0.2 * torch.randn(output.sample.shape, generator=generator)
         )
     )
     pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
@@ -68,7 +85,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
 
 def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
     """Higher than the fixed grid, the more so the higher they begin; with a shift of its resolution, so much higher."""
-    for top, last in ((10.0, 0.1), (20.0, 0.14), (1000.0, 0.3)):
+    for top, last in ((10.0, 0.1), (20.0, 0.14), (1000.0, 0.6)):
         for shift in (1.0, 3.0):
             levels = levels_of_errors(top * shift, 0.01, 5, shift)
             assert levels[[0, -1]].tolist() == pytest.approx([top * shift, last * shift])

@@ -23,7 +23,6 @@ from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
 from .errors import (
     ALL,
-    ERRS,
     FOLLOWED,
     LOST,
     SOME,
@@ -79,7 +78,7 @@ class Calibration:
         errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's, from a start
             that the levels were not chosen on: of the fixed grid, and of what was found. None with `effort="fast"`, nor
             where errors dominate.
-        martingale_defect: rho, see `errors.reverse_diffusion`.
+        martingale_defect: rho, see `errors.ReverseDiffusion`.
         stochasticity: tau of each budget, one or two.
         elsewhere: of other numbers of calls, which follow noise more or less far; none where tau was given.
         network_calls: in all, each for the whole batch.
@@ -95,11 +94,6 @@ class Calibration:
     elsewhere: dict[int, Stochasticity] = field(default_factory=dict)
     network_calls: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def errs(self) -> bool:
-        """Whether the network's errors dominate: levels that follow its runs would follow them."""
-        return self.martingale_defect is not None and self.martingale_defect < ERRS
 
     def in_config(self, shift: float) -> dict[str, Any]:
         """As a scheduler's config has it; `shift`: the factor by which the pipeline moved levels for its resolution."""
@@ -176,52 +170,79 @@ def calibrate_in_full(
     sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
     replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
     low, high = level_range(scheduler.reading)
-    result = Calibration(scheduler)
     pace = 0.1 if sys.stderr.isatty() else 10
     bar = tqdm(total=None, desc="calibrating", unit="call", mininterval=pace, disable=not progress)
-    began, in_network = time.perf_counter(), 0.0
+    began = time.perf_counter()
 
-    def work(denoiser: Denoiser, start: Tensor, shift: float) -> float:
-        def timed(y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-            nonlocal in_network
-            asked = time.perf_counter()
-            answer = denoiser(y, sigma)
-            in_network += time.perf_counter() - asked
-            result.network_calls += 1
-            bar.update()
-            return answer
-
+    def work(denoiser: Denoiser, start: Tensor, shift: float) -> Calibration:
+        counted = Counted(denoiser, bar)
+        deviation = scheduler.reading.start_deviation if isinstance(scheduler.reading, ImageReading) else None
+        noise = scheduler.model_mixture
+        ladder = Ladder(counted, start, high, max(low, LOW), sampler, noise, shift, deviation)
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
-        result.martingale_defect, drawn = reverse_diffusion(timed, start, high, max(low, LOW))
-        ladder = Ladder(timed, start, high, max(low, LOW), sampler, scheduler.model_mixture, shift)
-        if isinstance(scheduler.reading, ImageReading):
-            ladder = replace(ladder, deviation=scheduler.reading.start_deviation)
-        if result.errs:
-            top = high if ladder.deviation is None else hiding_level(drawn, high, ladder.deviation)
-            found: Found = {n: (levels_of_errors(top, low, n, shift).tolist(), None) for n in budgets}
-        else:
-            found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
-        for n, (levels, errors) in found.items():
-            result.levels[n] = levels
-            result.errors |= {n: errors} if errors else {}
-            if stochasticity is not None:
-                result.stochasticity[n] = stochasticity
-            elif real is not None:
-                result.stochasticity[n] = ladder.closest(CANDIDATES, levels, real)
-            else:
-                result.stochasticity[n] = stochasticity_for(result.martingale_defect, n, len(start))
-        if stochasticity is None:
-            others = [n for n in range(LOST, FOLLOWED + 1) if n < budgets[0] or (real is None and n not in budgets)]
-            result.elsewhere = {n: stochasticity_for(result.martingale_defect, n, len(start)) for n in others}
-        return shift
+        result = measured(ladder, scheduler, budgets, effort, stochasticity, real)
+        result.network_calls, result.seconds = counted.calls, (0.0, counted.seconds)
+        return result
 
     with bar, _quiet(pipe):
-        shift = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
-    result.fixed = {n: scheduler.calibrated_or_even_levels(n, shift).tolist() for n in budgets}
-    calibration = result.in_config(shift)
-    result.scheduler = CalibratedMultistepScheduler.from_config(scheduler.config, **OWN_GRID, calibration=calibration)
+        result = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
+    in_network = result.seconds[1]
     result.seconds = (time.perf_counter() - began - in_network, in_network)
     return result
+
+
+def measured(
+    ladder: "Ladder",
+    scheduler: CalibratedMultistepScheduler,
+    budgets: list[int],
+    effort: Literal["full", "fast"],
+    stochasticity: Stochasticity | None,
+    images: Tensor | None,
+) -> Calibration:
+    """The levels and the stochasticity of each budget, and the scheduler that has them; `images` as the network takes
+    them."""
+    run = reverse_diffusion(ladder.denoiser, ladder.start, ladder.high, ladder.low)
+    result = Calibration(scheduler, martingale_defect=run.defect)
+    if run.errs:  # levels that follow the network's runs would follow its errors
+        top = ladder.high if ladder.deviation is None else hiding_level(run.images, ladder.high, ladder.deviation)
+        found: Found = {n: (levels_of_errors(top, ladder.low, n, ladder.shift).tolist(), None) for n in budgets}
+    else:
+        found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
+    for n, (levels, errors) in found.items():
+        result.levels[n] = levels
+        result.fixed[n] = scheduler.calibrated_or_even_levels(n, ladder.shift).tolist()
+        result.errors |= {n: errors} if errors else {}
+        if stochasticity is not None:
+            result.stochasticity[n] = stochasticity
+        elif images is not None:
+            result.stochasticity[n] = ladder.closest(CANDIDATES, levels, images)
+        else:
+            result.stochasticity[n] = stochasticity_for(run, n)
+    if stochasticity is None:
+        others = [n for n in range(LOST, FOLLOWED + 1) if n < budgets[0] or (images is None and n not in budgets)]
+        result.elsewhere = {n: stochasticity_for(run, n) for n in others}
+    result.scheduler = CalibratedMultistepScheduler.from_config(
+        scheduler.config, **OWN_GRID, calibration=result.in_config(ladder.shift)
+    )
+    return result
+
+
+@dataclass
+class Counted:
+    """A denoiser that counts its calls and the seconds that they took, and shows them."""
+
+    denoiser: Denoiser
+    bar: tqdm
+    calls: int = 0
+    seconds: float = 0.0
+
+    def __call__(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        asked = time.perf_counter()
+        answer = self.denoiser(y, sigma)
+        self.seconds += time.perf_counter() - asked
+        self.calls += 1
+        self.bar.update()
+        return answer
 
 
 # Of each budget: its levels, and its errors on the fixed grid and on them, if they were measured.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -27,6 +28,11 @@ SPREAD = 0.3
 # percent.
 HIDING, MANY_IMAGES = 10.0, 16
 
+# The mean square of an exact D grows along the reverse diffusion, by that of its changes. A network that is hardly
+# trained sees far too strong images in nothing but noise, and loses some of them on the way. Where less is left at the
+# end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none.
+SHOWS, LITTLE, LONG = 2.5, 0.3, 12
+
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
 
@@ -38,7 +44,7 @@ LOST, GAINED, FOLLOWED = 3, 0.3, 7
 
 # Where errors dominate, levels of very few calls end at such a share of the first, but at most so much higher than the
 # fixed grid.
-LAST_SHARE, HIGHER = 0.007, 3.0
+LAST_SHARE, HIGHER = 0.007, 6.0
 
 
 def largest_deviation(images: Tensor) -> float:
@@ -47,35 +53,56 @@ def largest_deviation(images: Tensor) -> float:
     return float(torch.linalg.matrix_norm(flat - flat.mean(0), 2)) / max(len(flat) - 1, 1) ** 0.5
 
 
-def reverse_diffusion(
-    denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1
-) -> tuple[float, Tensor]:
-    """rho, how far D is from a martingale along a run of the reverse diffusion, and the images at its end.
+@dataclass(frozen=True)
+class ReverseDiffusion:
+    """What a run of the reverse diffusion says of a network.
 
-    `rho = sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2`.
-
-    For an exact denoiser D is a martingale there, and rho about 0, or a little above; errors of a network that vary
-    from level to level make it negative. Levels from sigma 40 to 0.05, where the network has them.
+    Attributes:
+        defect: rho, how far D is from a martingale: `sum E[D_i (D_{i+1} - D_i)] / sum E|D_{i+1} - D_i|^2`. For an exact
+            denoiser D is one, and rho about 0, or a little above; errors of a network that vary from level to level
+            make it negative.
+        left: the mean square of D at the end over that at level `SHOWS`; of an exact denoiser at least 1.
+        images: D at the end.
     """
+
+    defect: float
+    left: float
+    images: Tensor
+
+    @property
+    def errs(self) -> bool:
+        """Whether the network's errors dominate."""
+        return self.defect < ERRS
+
+
+def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> ReverseDiffusion:
+    """A run of the reverse diffusion on levels from sigma 40 to 0.05, where the network has them."""
     sigmas = torch.logspace(
         math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
     )
     y = start * (float(sigmas[0]) / high)
     sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(seed)
     products = squares = 0.0
-    for before, denoised in pairwise(denoised_images(denoiser, y, sigmas, sampler, generator)):
+    strengths = []  # the mean square of D below level `SHOWS`
+    runs = pairwise(denoised_images(denoiser, y, sigmas, sampler, generator))
+    for (before, denoised), sigma in zip(runs, sigmas[1:].tolist(), strict=True):
         change = denoised - before
         products += float((before * change).mean())
         squares += float(change.square().mean())
-    return products / squares, denoised
+        if sigma <= SHOWS:
+            strengths.append(float(denoised.square().mean()))
+    return ReverseDiffusion(products / squares, strengths[-1] / strengths[0], denoised)
 
 
-def stochasticity_for(defect: float, num_calls: int, num_images: int) -> Stochasticity:
-    """tau for a network by its martingale defect, measured on so many images: noise makes a run forget the errors of
-    the levels before, if it has calls enough to follow it."""
-    if defect < ERRS:
-        return round(min(ALL, max(0.0, GAINED * (num_calls - LOST))), 3)
-    return SOME if defect < -SPREAD / num_images**0.5 and num_calls >= ENOUGH else 0.0
+def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
+    """tau for a network: noise makes a run forget the errors of the levels before, if it has calls enough to follow
+    it, and if those of the levels that follow are smaller."""
+    if not found.errs:
+        certain = SPREAD / len(found.images) ** 0.5
+        return SOME if found.defect < -certain and num_calls >= ENOUGH else 0.0
+    if found.left < 1 and len(found.images) >= MANY_IMAGES:
+        return LITTLE if num_calls >= LONG else 0.0
+    return round(min(ALL, max(0.0, GAINED * (num_calls - LOST))), 3)
 
 
 def hiding_level(images: Tensor, high: float, deviation: Callable[[float], float]) -> float:
