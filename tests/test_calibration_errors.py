@@ -85,10 +85,11 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
 
 def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
     """Higher than the fixed grid, the more so the higher they begin; with a shift of its resolution, so much higher."""
-    for top, last in ((10.0, 0.1), (20.0, 0.14), (1000.0, 0.6)):
+    for top, last, of_fading in ((10.0, 0.1, 0.14), (20.0, 0.14, 0.28), (1000.0, 0.6, 1.2)):
         for shift in (1.0, 3.0):
-            levels = levels_of_errors(top * shift, 0.01, 5, shift)
-            assert levels[[0, -1]].tolist() == pytest.approx([top * shift, last * shift])
+            for fades, end in ((False, last), (True, of_fading)):
+                levels = levels_of_errors(top * shift, 0.01, 5, shift, fades)
+                assert levels[[0, -1]].tolist() == pytest.approx([top * shift, end * shift])
     assert levels_of_errors(1000.0, 0.01, 6).tolist() == even_levels(1000.0, 0.01, 6).tolist()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -62,6 +63,7 @@ SHARES = {
     "cfg_trunc_ratio": 1.0,
     "denoising_start": None,
     "denoising_end": None,
+    "use_dynamic_cfg": False,
 }
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
@@ -205,7 +207,9 @@ def measured(
     result = Calibration(scheduler, martingale_defect=run.defect)
     if run.errs:  # levels that follow the network's runs would follow its errors
         top = ladder.high if ladder.deviation is None else hiding_level(run.images, ladder.high, ladder.deviation)
-        found: Found = {n: (levels_of_errors(top, ladder.low, n, ladder.shift).tolist(), None) for n in budgets}
+        found: Found = {
+            n: (levels_of_errors(top, ladder.low, n, ladder.shift, run.fades).tolist(), None) for n in budgets
+        }
     else:
         found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
     for n, (levels, errors) in found.items():
@@ -376,13 +380,15 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the call: many steps, a seed, and no decoding, where the pipeline knows of these."""
     if "num_inference_steps" in given:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
-    for name, whole in SHARES.items():
-        value = given.get(name, whole)
-        if any(share not in (None, whole) for share in (value if isinstance(value, list | tuple) else [value])):
-            raise ValueError(
-                f"{name}={value!r} acts in a share of a run, and a calibration makes no run as long as yours: leave it "
-                "out"
-            )
+    callback = given.get("callback_on_step_end")
+    shares = {name for name, whole in SHARES.items() if not is_whole(given.get(name), whole)}
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):  # which cut something off after some steps
+        shares.add("callback_on_step_end")
+    for name in sorted(shares):
+        raise ValueError(
+            f"{name}={given[name]!r} acts in a share of a run, and a calibration makes no run as long as yours: leave "
+            "it out"
+        )
     parameters = inspect.signature(pipe.__call__).parameters
     if "num_inference_steps" not in parameters:
         raise ValueError(f"a {type(pipe).__name__} takes no num_inference_steps: it cannot be calibrated")
@@ -400,6 +406,11 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
             NUM_IMAGES if size is None else images_at_once(NUM_IMAGES, channels_of(unet)[0], *size)
         )
     return arguments | given
+
+
+def is_whole(value: Any, whole: Any) -> bool:
+    """Whether an argument, or each of a list of them, is unsaid or what it is in a whole run."""
+    return all(one in (None, whole) for one in (value if isinstance(value, list | tuple) else [value]))
 
 
 @contextmanager

@@ -30,7 +30,8 @@ HIDING, MANY_IMAGES = 10.0, 16
 
 # The mean square of an exact D grows along the reverse diffusion, by that of its changes. A network that is hardly
 # trained sees far too strong images in nothing but noise, and loses some of them on the way. Where less is left at the
-# end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none.
+# end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none, and very few calls end
+# twice as high yet.
 SHOWS, LITTLE, LONG = 2.5, 0.3, 12
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
@@ -74,6 +75,11 @@ class ReverseDiffusion:
         """Whether the network's errors dominate."""
         return self.defect < ERRS
 
+    @property
+    def fades(self) -> bool:
+        """Whether images lose on the way what was seen in noise; of a few it would be chance."""
+        return self.left < 1 and len(self.images) >= MANY_IMAGES
+
 
 def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> ReverseDiffusion:
     """A run of the reverse diffusion on levels from sigma 40 to 0.05, where the network has them."""
@@ -100,7 +106,7 @@ def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
     if not found.errs:
         certain = SPREAD / len(found.images) ** 0.5
         return SOME if found.defect < -certain and num_calls >= ENOUGH else 0.0
-    if found.left < 1 and len(found.images) >= MANY_IMAGES:
+    if found.fades:
         return LITTLE if num_calls >= LONG else 0.0
     return round(min(ALL, max(0.0, GAINED * (num_calls - LOST))), 3)
 
@@ -116,12 +122,14 @@ def hiding_level(images: Tensor, high: float, deviation: Callable[[float], float
     return min(level, high)
 
 
-def levels_of_errors(high: float, low: float, num_calls: int, shift: float = 1.0) -> Tensor:
+def levels_of_errors(high: float, low: float, num_calls: int, shift: float = 1.0, fades: bool = False) -> Tensor:
     """The fixed grid from `high` to `low`, of very few calls one that ends higher: what is below costs steps that the
-    noise above needs. `shift`: how far a pipeline moves levels for its resolution."""
+    noise above needs. `shift`: how far a pipeline moves levels for its resolution; `fades`: see
+    `ReverseDiffusion`."""
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
     if num_calls < ENOUGH:
-        last = float(levels[-1])
-        levels = power_levels(top, min(max(last, LAST_SHARE * top), HIGHER * last, top / 2), num_calls, POWER)
+        last, more = float(levels[-1]), 2 if fades else 1
+        end = max(last, more * min(LAST_SHARE * top, HIGHER * last))
+        levels = power_levels(top, min(end, top / 2), num_calls, POWER)
     return levels * shift

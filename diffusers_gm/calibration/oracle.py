@@ -47,10 +47,11 @@ class AskedScheduler(CalibratedMultistepScheduler):
         count = int(num_inference_steps) if sigmas is None else len(sigmas)  # type: ignore[arg-type]
         top = torch.tensor([self.reading.timestep_range[1]], dtype=torch.float64)
         super().set_timesteps(timesteps=top, device=device)
-        # The loop holds views of this tensor: what is written into it is the timestep of a step to come.
+        # The loop holds views of these tensors: what is written into them is the timestep, and the level, of a step to
+        # come.
         self.timesteps = torch.full((count,), float(top), device=device, dtype=torch.float32)
         self.num_inference_steps = count
-        self.sigmas = torch.zeros(count + 1)
+        self.sigmas = self.sigmas[:1].repeat(count + 1)
         self._taken = 0
 
     def step(
@@ -81,6 +82,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         place = (self.begin_index or 0) + self._taken
         if place < len(self.timesteps):
             self.timesteps[place] = float(label)
+            self.sigmas[place] = self.visible_sigmas(self.reading.sigma(label))[0]
         prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
         denoised = denoised.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
@@ -117,6 +119,8 @@ def with_denoiser(
     asker = _Asker(lambda denoiser, start: work(denoiser, start, asked.shift_of_run))
     asked.exchange = asker.exchange
     original, pipe.scheduler = pipe.scheduler, asked
+    # Pipelines that perturb the attention put it back when their loop ends, which this one does not.
+    attention = [(part, part.attn_processors) for part in pipe.components.values() if hasattr(part, "attn_processors")]
     try:
         with torch.no_grad():
             pipe(**arguments)
@@ -133,6 +137,8 @@ def with_denoiser(
         )
     finally:
         pipe.scheduler = original
+        for part, processors in attention:
+            part.set_attn_processor(processors)
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
     return asker.outcome.result()

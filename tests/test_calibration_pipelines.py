@@ -1,0 +1,150 @@
+"""Calibration: what it asks of pipelines, and leaves of them."""
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPAGPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from diffusers_pipelines import stable_diffusion
+from points import network
+
+from diffusers_gm import CalibratedMultistepScheduler, UnconditionalPipeline, calibrate
+from diffusers_gm.calibration.calibrate import calibrate_in_full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calls": (1,)}, "from 2 to 80"),
+        ({"calls": ()}, "at least one"),
+        ({"calls": (5.5,)}, "whole numbers"),
+        ({"effort": "some"}, "unknown effort 'some'"),
+        ({"num_inference_steps": 5}, "is what is calibrated"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(arguments, message, tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, progress=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [({}, 16), ({"batch_size": 3}, 3), ({"generator": [torch.Generator().manual_seed(0)]}, 1)],
+)
+def test_how_many_images_a_pipeline_of_diffusers_makes(tiny_unet, given, size):
+    sizes = set()
+    tiny_unet.register_forward_pre_hook(lambda module, args: sizes.add(len(args[0])))
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    calibrate(pipe, (4,), effort="fast", progress=False, output_type="np", **given)
+    assert sizes == {size}
+
+
+def test_of_large_images_fewer_are_made(tiny_unet):
+    def stop(module, arguments):
+        raise InterruptedError(f"{tuple(arguments[0].shape)}")
+
+    tiny_unet.register_to_config(sample_size=256)
+    tiny_unet.register_forward_pre_hook(stop)
+    with pytest.raises(InterruptedError, match=r"\(4, 1, 256, 256\)"):
+        calibrate(DDPMPipeline(tiny_unet, DDPMScheduler()), (4,), progress=False)
+
+
+def test_pipelines_that_cannot_be_calibrated_are_named(tiny_unet):
+    class Bare:
+        pass
+
+    with pytest.raises(ValueError, match="no scheduler that can be swapped"):
+        calibrate(Bare())
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    pipe.scheduler = type("Odd", (), {"config": {"rho": 7.0}})()
+    with pytest.raises(ValueError, match="cannot be swapped: no noise space"):
+        calibrate(pipe)
+
+
+def test_a_pipeline_with_levels_of_its_own_has_no_use_for_calibrated_ones(tiny_unet):
+    class Own(UnconditionalPipeline):
+        def __call__(self, num_inference_steps, **_):
+            self.scheduler.set_timesteps(timesteps=[999, 500, 1])
+
+    with pytest.raises(ValueError, match="timesteps or sigmas of its own, in place of which no calibrated ones"):
+        calibrate(Own(tiny_unet, DDPMScheduler()), (5,), progress=False)
+
+
+@pytest.mark.parametrize("own", [{"stochasticity": 1.0}, {"grid": "karras"}, {"timestep_spacing": "trailing"}], ids=str)
+def test_what_was_calibrated_is_what_runs(own, tiny_unet):
+    """Whatever the pipeline's scheduler had been told before."""
+    scheduler = CalibratedMultistepScheduler.from_config(DDPMScheduler().config, **own)
+    found = calibrate_in_full(
+        UnconditionalPipeline(tiny_unet, scheduler),
+        (5,),
+        effort="fast",
+        stochasticity=0.5,
+        progress=False,
+        batch_size=2,
+    )
+    found.scheduler.set_timesteps(5)
+    levels = found.scheduler.reading.sigma(found.scheduler.timesteps.double())
+    torch.testing.assert_close(levels, torch.tensor(found.levels[5], dtype=torch.float64), rtol=1e-3, atol=0)
+    assert found.scheduler.sampler.stochasticity == 0.5
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        {"control_guidance_end": 0.3},
+        {"control_guidance_start": [0.0, 0.2]},
+        {"skip_guidance_layers": [7]},
+        {"use_dynamic_cfg": True},
+        {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.4)},
+        {"callback_on_step_end": MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.4)])},
+    ],
+    ids=lambda share: next(iter(share)),
+)
+def test_arguments_that_act_in_a_share_of_a_run_are_refused(share, tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=f"(?s){next(iter(share))}=.* acts in a share of a run"):
+        calibrate(pipe, (5,), progress=False, **share)
+
+
+def test_what_the_pipeline_raises_is_passed_on(tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 30:
+            raise RuntimeError("out of memory")
+
+    handle = tiny_unet.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        calibrate(pipe, (3,), progress=False, output_type="np")
+    handle.remove()
+    assert isinstance(pipe.scheduler, DDPMScheduler)
+
+
+def test_pipelines_that_tell_the_network_the_scheduler_s_sigmas_tell_it_those_of_the_call():
+    """As Cosmos 2.5 does: of a flow, s."""
+    euler = FlowMatchEulerDiscreteScheduler()
+    unet, told = network(CalibratedMultistepScheduler.from_config(euler.config).noise_space), []
+
+    class OfSigmas(DDPMPipeline):
+        def __call__(self, num_inference_steps, batch_size=1, generator=None):
+            sample = torch.randn((batch_size, 1, 2, 2), generator=generator)
+            self.scheduler.set_timesteps(num_inference_steps)
+            for i, t in enumerate(self.scheduler.timesteps):
+                told.append((float(t), 1000 * float(self.scheduler.sigmas[i])))
+                sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
+
+    calibrate(OfSigmas(unet, euler), (4,), effort="fast", progress=False)
+    levels, sigmas = torch.tensor(told).T
+    assert len(levels.unique()) > 40
+    torch.testing.assert_close(sigmas, levels, rtol=1e-3, atol=0)
+
+
+def test_attention_that_a_pipeline_perturbs_is_put_back():
+    """Where its loop ends, as this one does not."""
+    pipe = stable_diffusion(StableDiffusionPAGPipeline)
+    before = dict(pipe.unet.attn_processors)
+    size = {"height": 16, "width": 16, "output_type": "latent"}
+    calibrate(pipe, (4,), effort="fast", prompt="a cat", pag_scale=3.0, progress=False, **size)
+    assert pipe.unet.attn_processors == before
