@@ -28,14 +28,14 @@ SPREAD = 0.3
 # percent.
 HIDING, MANY_IMAGES = 10.0, 16
 
+# Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
+WIDER = 0.02
+
 # The mean square of an exact D grows along the reverse diffusion, by that of its changes. A network that is hardly
 # trained sees far too strong images in nothing but noise, and loses some of them on the way. Where less is left at the
 # end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none, and very few calls end
 # twice as high yet.
 SHOWS, LITTLE, LONG = 2.5, 0.3, 12
-
-# Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
-WIDER = 0.02
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
