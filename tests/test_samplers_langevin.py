@@ -109,6 +109,8 @@ def test_where_steps_lead_and_how_far_they_look():
     assert levels_after(sigmas, denoise=False) == [2, 1, 0.5]
     assert to_the_middle(2.0, 1.0) == 0.25
     assert to_the_middle(0.0, 1.0) == 0
+    with pytest.raises(ValueError, match="single call is the denoised image"):
+        Consistent(denoise=False).plan(sigmas[:1])
 
 
 # --- Samplers ---
@@ -171,7 +173,10 @@ def test_the_loop_counts_its_calls_and_asks_at_the_levels_of_the_plan(generator)
         left = sample(sampler, denoiser, y, sigmas, generator)
         assert asked == sampler.plan(sigmas).sigmas.tolist()
         assert float(left.abs().max()) == 0
-    assert asked == sigmas.tolist()
+        single = sampler.plan(sigmas).sigmas.float()
+        sample(sampler, denoiser, y, single, generator)
+        assert asked[len(sigmas) :] == sampler.plan(single.double()).sigmas.tolist()  # coefficients are float64
+    assert asked[: len(sigmas)] == sigmas.tolist()
 
 
 def test_where_the_chain_is_is_where_the_network_is_told(generator):
