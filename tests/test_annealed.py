@@ -29,6 +29,14 @@ def test_technique_2_ratio_solves_its_equation(dim):
 def test_technique_2_ladder_lengths_of_cifar10():
     assert annealed.ladder_length(50, 0.01, 3072) == 219  # a strict 0.5
     assert annealed.ladder_length(50, 0.01, 3072, overlap=0.566) == 232  # the published ladder
+    assert annealed.ladder_length(1.001, 1.0, 3072) == 2, "a ladder has two ends"
+
+
+def test_the_step_of_ncsn_is_half_its_published_eps():
+    """There `x + alpha / 2 score + sqrt(alpha) z`, `alpha = 2e-5` on the last level; here `sqrt(2 a) sigma z`."""
+    preset = annealed.PRESETS["ncsn"]
+    a = annealed.fixed_step_size(preset.step_size, preset.sigma_min)
+    assert math.sqrt(2 * a) * preset.sigma_min == pytest.approx(math.sqrt(2e-5))
 
 
 # eps as the published configurations round it; Technique 4 must give the unrounded figure.

@@ -77,6 +77,9 @@ def test_the_search_improves_on_its_starts_and_keeps_to_its_limit():
     assert growth(trajectories.sigmas, best.index) <= GROWTH
     with pytest.raises(ValueError, match="calls must be between 2 and 80"):
         search(trajectories, 81, [], 150, 10)
+    calls = trajectories.num_calls
+    search(trajectories, 6, [fixed] * 50, fixed[-1], max_calls=60)
+    assert trajectories.num_calls - calls < 60 + 6, "however many starts there are"
 
 
 def test_a_run_may_begin_below_the_top():

@@ -407,6 +407,7 @@ def test_what_pipelines_look_for(cls):
     assert {"generator"} <= set(inspect.signature(scheduler.step).parameters)
     assert scheduler.order == 1
     assert len(scheduler) == 1000
+    assert cls(sigma_max=8.0).init_noise_sigma == pytest.approx(8.0), "before any run that of the first level"
     torch.testing.assert_close(scheduler.alphas_cumprod, DDPMScheduler().alphas_cumprod)
     torch.testing.assert_close(scheduler.alphas, 1 - scheduler.betas)
     flow = cls.from_config(FLOW)

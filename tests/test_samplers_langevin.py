@@ -9,6 +9,7 @@ from networks import Pulses, final_variance
 
 from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.processes.annealed import PRESETS
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.samplers import Ancestral, Consistent, Explore, Langevin, Memory, TwoStep, sample
 from diffusers_gm.samplers.langevin import check_consistent_step, consistent_step, exponential_step, langevin_step
 from diffusers_gm.samplers.mixture import ancestral_step
@@ -70,6 +71,18 @@ def test_ancestral_step_is_ddpm_s_for_one_component(generator):
     mean = (denoised / sigma_next**2 + y / (sigma**2 - sigma_next**2)) / precision
     expected = mean + precision**-0.5 * noise
     torch.testing.assert_close(ancestral_step(y, denoised, sigma, sigma_next, 1.0, noise), expected)
+
+
+def test_one_component_of_another_scale_is_gaussian_noise_of_other_levels(generator):
+    """Noise of scale 2 at levels 3 and 1 is unit noise at 6 and 2."""
+    y, denoised = torch.randn(2, 4, 1, 2, 2, **DOUBLE, generator=generator)
+    after = []
+    for scale in (1.0, 2.0):
+        sampler = Ancestral(GaussianMixtureNoise([1.0], [scale]))
+        plan = sampler.plan(torch.tensor([6.0, 2.0], **DOUBLE) / scale)
+        draw = Draw.like(y, torch.Generator().manual_seed(0))
+        after.append(sampler.step(plan, 0, y, denoised, Memory(), draw)[0])
+    torch.testing.assert_close(*after)
 
 
 def test_two_steps_are_exact_for_a_frozen_denoiser_and_for_one_linear_in_log_sigma(generator):
