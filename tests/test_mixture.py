@@ -11,6 +11,7 @@ from scipy import integrate, special, stats
 from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
 from diffusers_gm.losses import denoising_loss, denoising_target
 from diffusers_gm.processes.mixture import _positive_stable_partial_means
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.readings import NoiseSpace
 from diffusers_gm.studies.exact import ExactDenoiser
 
@@ -185,6 +186,14 @@ def test_schedulers_draw_components_as_the_network_was_trained():
     start = scheduler.initial_sample((1, 1, 8, 8), started, torch.device("cpu"), torch.float32)
     noise = GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62], per_element=True).sample((1, 1, 8, 8), drawn)
     torch.testing.assert_close(start, float(scheduler.init_noise_sigma) * noise, rtol=1e-4, atol=1e-4)
+
+
+def test_a_component_of_no_weight_is_never_drawn(generator):
+    mixture = GaussianMixtureNoise([0.0, 1.0], [5.0, 1.0])
+    assert mixture.sample_scales((100, 1), Draw(generator)).unique().tolist() == [1.0]
+    eta = torch.randn(4, 1, 3, 3, generator=generator)
+    assert torch.equal(mixture.responsibilities(eta), torch.tensor([[0.0, 1.0]]).expand(4, 2))
+    torch.testing.assert_close(mixture.score(eta), -eta)
 
 
 def test_stable_limits():

@@ -114,6 +114,20 @@ def test_noise_between_near_levels_is_not_extrapolated(tau, variance):
     assert 0.9 < beside / alone < 1.4
 
 
+def test_a_stochastic_step_gives_way_to_first_order_by_its_length_and_its_growth():
+    """`1 / (1 + 0.2 h^4 r)` of the difference of D's is left, r the growth, which counts where it is more than 1."""
+    tau = 0.7
+    for before, h in ((1.5, 0.5), (0.5, 0.5), (0.5, 1.5)):
+        clock = torch.tensor([0.0, before, before + h], **DOUBLE)
+        plan = Multistep(2, False, tau).plan(torch.exp(-clock))
+        start, end, a = clock[1:2], clock[2:], torch.tensor([1 + tau**2], **DOUBLE)
+        full = exponential_weights(start, end, clock[:2].flip(0)[None], a)[0]
+        *_, of_calls = plan.steps[1]
+        blend = float(of_calls[1][1] / full[1])
+        assert blend == pytest.approx(1 / (1 + 0.2 * h**4 * max(h / before, 1)))
+        assert sum(of_calls[1]) == pytest.approx(float(full.sum()))
+
+
 def test_the_probability_flow_of_mixture_noise_keeps_the_law_of_the_images(generator):
     """Heavy-tailed noise, whose components differ by factors. Noise between the steps, which is Gaussian, would not."""
     noise = GaussianMixtureNoise.from_stable(1.2, 5)
@@ -208,10 +222,13 @@ def test_runs_of_more_calls_than_a_calibration_knows():
         scheduler = CalibratedMultistepScheduler(**edm, calibration={most: levels})
         scheduler.set_timesteps(20)
         assert float(scheduler.sigmas[0]) == pytest.approx(first)
+        scheduler.set_timesteps(1)
+        assert float(scheduler.sigmas[0]) == pytest.approx(80.0), "a single call sees nothing but noise"
 
 
 @pytest.mark.parametrize(
-    "calibration", [{}, {"four": [1.0]}, {"2": [1.0]}, {"2": [1.0, 2.0]}, {"2": [1.0, 0.0]}, {"2": [1.0, 1.0]}]
+    "calibration",
+    [{}, {"four": [1.0]}, {"2": [1.0]}, {"2": [1.0, 2.0]}, {"2": [1.0, 0.0]}, {"2": [1.0, 1.0]}, {"1": [0.0]}],
 )
 def test_what_is_no_calibration_is_refused(calibration):
     with pytest.raises(ValueError, match="calibration"):

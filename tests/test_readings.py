@@ -10,7 +10,7 @@ from networks import output_of
 from diffusers_gm import AnnealedLangevinScheduler
 from diffusers_gm.processes.cld import CLD, lift
 from diffusers_gm.readings import ImageReading, NoiseSpace, VelocityReading
-from diffusers_gm.readings.grids import level_grid, shift_flow
+from diffusers_gm.readings.grids import distinct_labels, level_grid, shift_flow
 from diffusers_gm.readings.noise_space import MAX_SIGMA, PREDICTION_TYPES
 from diffusers_gm.readings.velocity import VELOCITY_PREDICTION_TYPES, score_coefficients
 
@@ -139,6 +139,28 @@ def test_equal_labels_have_equal_levels(kind):
     first, last = reading.timestep_range
     for label in torch.linspace(first, last, 40, dtype=torch.float64).tolist():
         assert len(reading.sigma(torch.full((45,), label, dtype=torch.float64)).unique()) == 1
+
+
+def test_labels_of_dense_levels_are_the_next_ones_down():
+    labels = torch.tensor([999.0, 998.8, 998.6, 10.0], dtype=torch.float64)
+    assert distinct_labels(labels, 999.0).tolist() == [999, 998, 997, 10]
+
+
+def test_all_levels_of_a_ladder_are_its_labels():
+    """Exactly: learned embeddings take whole numbers alone. And an offset leads to none above the last."""
+    for name in ("ve", "vp"):
+        n = SPACES[name].num_train_timesteps
+        spacing = "log_snr" if name == "ve" else "leading"
+        assert level_grid(SPACES[name], n, spacing).tolist() == list(range(n - 1, -1, -1))
+    assert float(level_grid(SPACES["vp"], 1000, "leading", 1)[0]) == 999
+
+
+def test_coefficients_at_the_ends_of_what_the_network_sees():
+    """Pure noise is exactly that, and there is nothing beyond."""
+    zero_snr = NoiseSpace.vp(DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
+    for space, last in ((zero_snr, 999.0), (zero_snr, 1200.0), (SPACES["flow"], 1000.0), (SPACES["flow"], 1200.0)):
+        assert space.coefficients(torch.tensor(last)) == (0, 1)
+    assert SPACES["flow"].coefficients(torch.tensor(-1.0)) == (1, 0)
 
 
 def test_a_single_level_is_not_stretched():

@@ -167,6 +167,22 @@ def test_image_to_image_and_copies_raise_no_false_alarm(cls, generator):
 
 
 @every_scheduler
+def test_a_run_may_begin_at_the_label_where_the_one_before_stopped(cls, generator):
+    """With its first call; and anywhere after a run that was finished."""
+    x = torch.randn(1, 1, 4, 4, generator=generator)
+    scheduler = cls(**VP)
+    scheduler.set_timesteps(timesteps=[999, 500, 100])
+    scheduler.step(x, 999, x, generator=generator)
+    scheduler.set_timesteps(timesteps=[500, 100, 0])
+    for t in (500, 100, 0):
+        scheduler.step(x, t, x, generator=generator)
+    assert scheduler.step_index == 3
+    scheduler.set_timesteps(timesteps=[500, 100, 0])
+    scheduler.step(x, 0, x, generator=generator)
+    assert scheduler.step_index == 3
+
+
+@every_scheduler
 def test_a_step_of_one_of_the_runs_before_is_told(cls, generator):
     """Whatever its label, which may be the expected one."""
     x = torch.randn(1, 1, 4, 4, generator=generator)

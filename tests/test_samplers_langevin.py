@@ -218,6 +218,29 @@ def test_where_the_chain_is_is_where_the_network_is_told(generator):
                     variance = kept * variance + 2 * size * jumps.moment(2) * target**2
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_jumps_of_another_unit_take_the_same_steps(exact):
+    """A step is `a c^2`: with all jumps twice as large, a is a quarter, at its largest as well."""
+    levels = torch.logspace(1, -2, 12, **DOUBLE)
+    one, two = (
+        Langevin(exact=exact, jumps=GaussianMixtureNoise([0.5, 0.5], [unit, 2 * unit])).plan(levels).steps[:-1]
+        for unit in (1.0, 2.0)
+    )
+    for (_, a, *moments), (_, b, *others) in zip(one, two, strict=True):
+        assert b == pytest.approx(a / 4, rel=1e-6 if not exact else 0.03)  # of a logarithmic grid
+        if not exact:
+            assert others == pytest.approx(moments)
+
+
+def test_any_step_is_stable_if_it_is_integrated_exactly():
+    levels, step_size = torch.tensor([1.0, 0.1, 0.01, 0.01], **DOUBLE), 5 * 0.01**2
+    jumps = GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])
+    _, a, kept, fresh = Langevin(step_size=step_size, exact=True, jumps=jumps).plan(levels).steps[0]
+    assert (a, kept + fresh) == (pytest.approx(5), pytest.approx(1))
+    with pytest.raises(ValueError, match="unstable step"):
+        Langevin(step_size=step_size, jumps=jumps).plan(levels)
+
+
 # --- Exploring ---
 
 
