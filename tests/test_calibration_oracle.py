@@ -66,3 +66,10 @@ def test_stochasticities_are_judged_from_two_fresh_starts_of_the_level_that_a_ru
         assert float(y.std()) == pytest.approx(4.0, rel=5 / (2 * 256) ** 0.5)
     assert not torch.equal(first, second)
     assert not torch.equal(first, start())
+
+
+def test_a_fresh_start_is_as_wide_as_the_pipeline_s():
+    """What unit noise amounts to in y differs from the level by what it has in place of an image."""
+    first = 0.5 * start()
+    fresh = Ladder(points, first, HIGH, LOW, Multistep()).fresh_start(3)
+    assert float(fresh.std()) == pytest.approx(float(first.std()), rel=5 / (2 * 256) ** 0.5)
