@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from diffusers_gm import AnnealedLangevinScheduler
 from diffusers_gm.processes import annealed
 
 
@@ -17,18 +18,40 @@ def test_technique_1_is_the_largest_distance(generator):
         annealed.max_pairwise_distance(data[:1])
 
 
-@pytest.mark.parametrize("dim", [64, 3072, 196608])
-def test_technique_2_ratio_solves_its_equation(dim):
-    g = annealed.ladder_ratio(dim)
-    assert g > 1
+@pytest.mark.parametrize(("dim", "overlap"), [(64, 0.5), (3072, 0.5), (196608, 0.5), (10, 0.02)])
+def test_technique_2_ratio_solves_its_equation(dim, overlap):
+    """Few dimensions and little overlap ask for levels far apart."""
+    g = annealed.ladder_ratio(dim, overlap)
+    assert g > (1 if dim > 10 else 4)
     x = torch.tensor([math.sqrt(2 * dim) * (g - 1) + s * 3 * g for s in (1, -1)], dtype=torch.float64)
     upper, lower = torch.special.ndtr(x)
-    assert float(upper - lower) == pytest.approx(0.5, abs=1e-9)
+    assert float(upper - lower) == pytest.approx(overlap, abs=1e-9)
 
 
 def test_technique_2_ladder_lengths_of_cifar10():
     assert annealed.ladder_length(50, 0.01, 3072) == 219  # a strict 0.5
     assert annealed.ladder_length(50, 0.01, 3072, overlap=0.566) == 232  # the published ladder
+    assert annealed.ladder_length(1.001, 1.0, 3072) == 2, "a ladder has two ends"
+
+
+def test_the_step_of_ncsn_is_half_its_published_eps():
+    """There `x + alpha / 2 score + sqrt(alpha) z`, `alpha = 2e-5` on the last level; here `sqrt(2 a) sigma z`."""
+    preset = annealed.PRESETS["ncsn"]
+    a = annealed.fixed_step_size(preset.step_size, preset.sigma_min)
+    assert math.sqrt(2 * a) * preset.sigma_min == pytest.approx(math.sqrt(2e-5))
+
+
+@pytest.mark.parametrize("name", annealed.PRESETS)
+def test_a_preset_for_images_in_minus_one_to_one_is_twice_as_large(name):
+    """The same sampler in another unit: levels double, the dimensionless step stays."""
+    preset = annealed.PRESETS[name]
+    one, two = preset.scheduler_config(), preset.scheduler_config(image_range=2.0)
+    assert [two[end] for end in ("sigma_min", "sigma_max")] == [2 * preset.sigma_min, 2 * preset.sigma_max]
+    assert two["step_size"] / two["sigma_min"] ** 2 == pytest.approx(one["step_size"] / one["sigma_min"] ** 2)
+    scheduler = AnnealedLangevinScheduler(**two)
+    levels, steps = preset.num_levels, preset.num_langevin_steps
+    assert scheduler.sampler.spend(preset.num_inference_steps) == [*[steps] * (levels - 1), steps + preset.denoise]
+    assert scheduler.sampler.denoise == preset.denoise
 
 
 # eps as the published configurations round it; Technique 4 must give the unrounded figure.

@@ -77,6 +77,9 @@ def test_the_search_improves_on_its_starts_and_keeps_to_its_limit():
     assert growth(trajectories.sigmas, best.index) <= GROWTH
     with pytest.raises(ValueError, match="calls must be between 2 and 80"):
         search(trajectories, 81, [], 150, 10)
+    calls = trajectories.num_calls
+    search(trajectories, 6, [fixed] * 50, fixed[-1], max_calls=60)
+    assert trajectories.num_calls - calls < 60 + 6, "however many starts there are"
 
 
 def test_a_run_may_begin_below_the_top():
@@ -243,6 +246,7 @@ def test_real_images_choose_the_stochasticity():
     )
     assert result.stochasticity[4] in (0.0, 0.4, (0.5, 1.0), 1.0)
     assert result.network_calls == 48 + 56 + 4 * 2 * 4
+    assert list(result.elsewhere) == [3], "more calls are as stochastic as the images have it"
     given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=(0.5, 1.0), progress=False, batch_size=2)
     assert given.stochasticity == {4: (0.5, 1.0)}
     assert given.scheduler.config.calibration["stochasticity"] == {"4": [0.5, 1.0]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from diffusers_gm.processes.cld import CLD, lift, perturb
+from diffusers_gm.processes.cld import CLD, cholesky, lift, perturb
 
 DOUBLE = {"dtype": torch.float64}
 PROCESSES = [CLD(), CLD(mass=1.0, gamma=1.0), CLD(damping=0.3), CLD(mass=0.5, damping=4.0)]
@@ -45,6 +45,14 @@ def test_kernel_solves_the_linear_equation(process):
 
     expected, _ = integrate.quad_vec(integrand, 0, clock, epsabs=1e-13)
     torch.testing.assert_close(kernel.covariance, torch.from_numpy(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_a_singular_covariance_has_a_root():
+    """That of `z (1, 0.1)`, whose determinant rounding makes negative."""
+    covariance = torch.tensor([[1.0, 0.1], [0.1, 0.01]], **DOUBLE)
+    assert torch.linalg.det(covariance) <= 0 or 0.01 - 0.1**2 < 0
+    root = cholesky(covariance)
+    torch.testing.assert_close(root @ root.mT, covariance)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -134,6 +142,12 @@ def test_noise_level_grows_and_is_invertible(process):
     sigmas = process.sigma(clocks)
     assert (sigmas.diff() > 0).all()
     torch.testing.assert_close(process.clock_of_sigma(sigmas), clocks, rtol=1e-9, atol=0)
+
+
+def test_noise_levels_of_strong_damping_are_reached():
+    """Overdamped, x forgets at the rate `1 / (2 damping sqrt(M))`: clocks must reach as much further."""
+    process, sigmas = CLD(damping=200.0), torch.tensor([0.01, 1.0, 1000.0], **DOUBLE)
+    torch.testing.assert_close(process.sigma(process.clock_of_sigma(sigmas)), sigmas, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])

@@ -385,8 +385,9 @@ def test_images_are_clipped_and_by_the_multistep_sampler_only_where_noise_hides_
 
 
 @every_scheduler
-def test_learned_variances_are_left_out(cls, generator):
-    scheduler = cls.from_config(DDPMScheduler(variance_type="learned_range").config)
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_learned_variances_are_left_out(cls, variance_type, generator):
+    scheduler = cls.from_config(DDPMScheduler(variance_type=variance_type).config)
     x, output = torch.randn(2, 2, 3, 4, 4, generator=generator)
     answers = []
     for answer in (output, torch.cat([output, output], 1)):
@@ -407,6 +408,7 @@ def test_what_pipelines_look_for(cls):
     assert {"generator"} <= set(inspect.signature(scheduler.step).parameters)
     assert scheduler.order == 1
     assert len(scheduler) == 1000
+    assert cls(sigma_max=8.0).init_noise_sigma == pytest.approx(8.0), "before any run that of the first level"
     torch.testing.assert_close(scheduler.alphas_cumprod, DDPMScheduler().alphas_cumprod)
     torch.testing.assert_close(scheduler.alphas, 1 - scheduler.betas)
     flow = cls.from_config(FLOW)

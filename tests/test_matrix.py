@@ -9,10 +9,22 @@ from networks import check_four_points, final_variance, four_points, output_of, 
 from schedulers import READINGS, SAMPLERS, make
 
 from diffusers_gm import (
+    AnnealedLangevinScheduler,
+    CalibratedMultistepScheduler,
     CLDSSCSScheduler,
+    GMLangevinScheduler,
 )
+from diffusers_gm.processes.cld import CLD
 from diffusers_gm.readings import VelocityReading
-from diffusers_gm.samplers import sample
+from diffusers_gm.samplers import (
+    Ancestral,
+    CriticallyDamped,
+    Explore,
+    Langevin,
+    Multistep,
+    TwoStep,
+    sample,
+)
 
 every_pair = pytest.mark.parametrize(
     ("reading", "name"), list(itertools.product(READINGS, SAMPLERS)), ids=lambda value: value
@@ -74,3 +86,47 @@ def test_exact_moments_of_a_gaussian(reading, name):
     assert errors[1] < (0.02 if name in ("ode", "sscs, second order", "probability flow") else 0.2)
     assert errors[1] < 0.7 * errors[0] or errors[0] < 1e-3
     assert math.isfinite(errors[0])
+
+
+ALD = {"step_size": 1e-5, "denoise": False}
+OF_LANGEVIN = {"num_langevin_steps": 3, "step_size_criterion": "prop3", "network_level": "chain", **ALD}
+HALF = {"splitting_order": 1, "half_step": True}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "expected"),
+    [
+        (AnnealedLangevinScheduler, {"algorithm_type": "consistent", **ALD}, Ancestral(denoise=False, step_size=1e-5)),
+        (AnnealedLangevinScheduler, {"algorithm_type": "explore", **ALD}, Explore(1e-5, False)),
+        (AnnealedLangevinScheduler, OF_LANGEVIN, Langevin(3, 1e-5, "prop3", False, True)),
+        (GMLangevinScheduler, {"algorithm_type": "langevin"} | OF_LANGEVIN, Langevin(3, 1e-5, "prop3", False, True)),
+        (GMLangevinScheduler, {"algorithm_type": "ancestral", "denoise": False}, Ancestral(denoise=False)),
+        (GMLangevinScheduler, {"algorithm_type": "ode", "denoise": False}, TwoStep(False)),
+        (CalibratedMultistepScheduler, {"corrector": False, "multistep_order": 3}, Multistep(3, False)),
+        (CalibratedMultistepScheduler, {"stochasticity": (0.5, 1.0)}, Multistep(stochasticity=(0.5, 1.0))),
+        (CLDSSCSScheduler, {"mass": 0.5, "gamma": 0.1, "beta_1": 2.0}, CriticallyDamped(CLD(4.0, 2.0, 0.5, 0.1))),
+        (CLDSSCSScheduler, {"network_at": "step_start"}, CriticallyDamped(CLD(), splitting_order=1)),
+        (CLDSSCSScheduler, {"network_at": "half_step"}, CriticallyDamped(CLD(), **HALF)),
+        (CLDSSCSScheduler, {"prediction_type": "cld_edm"}, CriticallyDamped(CLD())),
+        (
+            CLDSSCSScheduler,
+            {"prediction_type": "velocity_score"},
+            CriticallyDamped(CLD(), **HALF, published_end=True),
+        ),
+        (
+            CLDSSCSScheduler,
+            {"prediction_type": "velocity_score", "network_at": "step_start"},
+            CriticallyDamped(CLD(), splitting_order=1, published_end=True),
+        ),
+    ],
+    ids=str,
+)
+def test_options_reach_the_sampler(cls, options, expected):
+    assert cls(**options).sampler == expected
+
+
+@pytest.mark.parametrize("algorithm", ["jump", "exponential"])
+def test_options_reach_the_sampler_of_jumps(algorithm):
+    scheduler = make("ve", algorithm, **OF_LANGEVIN)
+    jumps, exact = scheduler.mixture, algorithm == "exponential"
+    assert scheduler.sampler == Langevin(3, 1e-5, "prop3", False, True, jumps=jumps, exact=exact)

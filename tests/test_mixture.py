@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import integrate, special, stats
 
-from diffusers_gm import GaussianMixtureNoise
+from diffusers_gm import GaussianMixtureNoise, GMLangevinScheduler
 from diffusers_gm.losses import denoising_loss, denoising_target
 from diffusers_gm.processes.mixture import _positive_stable_partial_means
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.readings import NoiseSpace
 from diffusers_gm.studies.exact import ExactDenoiser
 
@@ -161,6 +162,38 @@ def test_stable_tails(components, accuracy):
         z = x / (mixture.scales * math.sqrt(second_moment))
         ours = float((mixture.weights * 2 * torch.special.ndtr(-z)).sum())
         assert ours == pytest.approx(2 * stable.sf(x), rel=accuracy)
+
+
+def test_every_constructor_keeps_whether_components_are_drawn_per_element(generator):
+    made = [
+        GaussianMixtureNoise([0.8, 0.2], [0.5, 2.0], per_element=True),
+        GaussianMixtureNoise.from_power_law(1.5, 3, per_element=True),
+        GaussianMixtureNoise.from_stable(1.5, 3, per_element=True),
+        GaussianMixtureNoise.from_stable(2.0, 3, per_element=True),
+    ]
+    assert all(mixture.per_element and mixture.normalized().per_element for mixture in made)
+    mixture, displacement = made[0], torch.randn(2, 1, 3, 3, generator=generator)
+    for precision in (mixture.residual_precision, mixture.displacement_precision):
+        assert precision(displacement, 1.0).shape == displacement.shape
+
+
+def test_schedulers_draw_components_as_the_network_was_trained():
+    """Per element: their starts are those of the mixture."""
+    options = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62], "mixture_per_element": True}
+    scheduler = GMLangevinScheduler(**options, model_noise="mixture")
+    scheduler.set_timesteps(5)
+    started, drawn = (torch.Generator().manual_seed(0) for _ in range(2))
+    start = scheduler.initial_sample((1, 1, 8, 8), started, torch.device("cpu"), torch.float32)
+    noise = GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62], per_element=True).sample((1, 1, 8, 8), drawn)
+    torch.testing.assert_close(start, float(scheduler.init_noise_sigma) * noise, rtol=1e-4, atol=1e-4)
+
+
+def test_a_component_of_no_weight_is_never_drawn(generator):
+    mixture = GaussianMixtureNoise([0.0, 1.0], [5.0, 1.0])
+    assert mixture.sample_scales((100, 1), Draw(generator)).unique().tolist() == [1.0]
+    eta = torch.randn(4, 1, 3, 3, generator=generator)
+    assert torch.equal(mixture.responsibilities(eta), torch.tensor([[0.0, 1.0]]).expand(4, 2))
+    torch.testing.assert_close(mixture.score(eta), -eta)
 
 
 def test_stable_limits():

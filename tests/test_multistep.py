@@ -12,7 +12,7 @@ from scipy import integrate
 from diffusers_gm import CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.processes.mixture import GaussianMixtureNoise
 from diffusers_gm.readings import level_range
-from diffusers_gm.readings.grids import calibrated_levels, even_levels
+from diffusers_gm.readings.grids import calibrated_levels, calibrated_value, even_levels
 from diffusers_gm.samplers import Memory, Multistep, TwoStep, sample
 from diffusers_gm.samplers.multistep import exponential_moments, exponential_weights
 from diffusers_gm.studies.exact import ExactDenoiser
@@ -114,6 +114,20 @@ def test_noise_between_near_levels_is_not_extrapolated(tau, variance):
     assert 0.9 < beside / alone < 1.4
 
 
+def test_a_stochastic_step_gives_way_to_first_order_by_its_length_and_its_growth():
+    """`1 / (1 + 0.2 h^4 r)` of the difference of D's is left, r the growth, which counts where it is more than 1."""
+    tau = 0.7
+    for before, h in ((1.5, 0.5), (0.5, 0.5), (0.5, 1.5)):
+        clock = torch.tensor([0.0, before, before + h], **DOUBLE)
+        plan = Multistep(2, False, tau).plan(torch.exp(-clock))
+        start, end, a = clock[1:2], clock[2:], torch.tensor([1 + tau**2], **DOUBLE)
+        full = exponential_weights(start, end, clock[:2].flip(0)[None], a)[0]
+        *_, of_calls = plan.steps[1]
+        blend = float(of_calls[1][1] / full[1])
+        assert blend == pytest.approx(1 / (1 + 0.2 * h**4 * max(h / before, 1)))
+        assert sum(of_calls[1]) == pytest.approx(float(full.sum()))
+
+
 def test_the_probability_flow_of_mixture_noise_keeps_the_law_of_the_images(generator):
     """Heavy-tailed noise, whose components differ by factors. Noise between the steps, which is Gaussian, would not."""
     noise = GaussianMixtureNoise.from_stable(1.2, 5)
@@ -135,7 +149,8 @@ def test_two_stochasticities_are_those_above_and_below_noise_level_1():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"order": 4}, {"order": 0}, *({"stochasticity": tau} for tau in (-1.0, (1.0,), (0.5, -1.0), "12"))]
+    "arguments",
+    [{"order": 4}, {"order": 0}, *({"stochasticity": tau} for tau in (-1.0, math.inf, (1.0,), (0.5, -1.0), "12"))],
 )
 def test_bad_samplers_are_named(arguments):
     with pytest.raises(ValueError, match=r"order|stochasticity"):
@@ -163,6 +178,8 @@ def test_even_levels_end_higher_for_fewer_calls():
         assert float(grid[-1]) == pytest.approx(0.5 / n)
     assert float(even_levels(157.0, 0.3, 20)[-1]) == pytest.approx(0.3)
     assert even_levels(157.0, 0.01, 1).tolist() == [157.0]
+    narrow = even_levels(0.2, 0.01, 2)  # whose highest level is below where two calls would end
+    assert narrow.tolist() == pytest.approx([0.2, 0.1])
 
 
 def test_calibrated_levels_between_budgets():
@@ -182,6 +199,22 @@ def test_runs_between_one_that_begins_lower_and_one_that_does_not_begin_as_the_n
     assert [float(calibrated_levels(calibration, n)[0]) for n in (4, 5, 6, 7, 8)] == pytest.approx([6, 6, 6, 80, 80])
 
 
+def test_stochasticities_are_those_of_the_nearest_budget_in_the_logarithm_of_its_calls():
+    calibration = {"stochasticity": {"4": 0.2, "16": [0.5, 1.0]}}
+    values = [calibrated_value(calibration, "stochasticity", n) for n in (2, 4, 7, 9, 16, 40)]
+    assert calibrated_value({"stochasticity": {}}, "stochasticity", 4) is None
+    assert values == [0.2, 0.2, 0.2, [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]
+
+
+@pytest.mark.parametrize(("space", "top", "label"), [("flow", 4095.98, 1000), ("vp", 157.406, 999)])
+def test_a_rounded_first_level_is_the_last_label(space, top, label):
+    """Calibrations have six digits; learned embeddings take whole labels alone, and pure noise has its own."""
+    config = {"noise_space": space, "beta_schedule": "linear"} if space == "vp" else {"noise_space": space}
+    scheduler = CalibratedMultistepScheduler(**config, calibration={"3": [top, 1.0, 0.1]})
+    scheduler.set_timesteps(3)
+    assert float(scheduler.timesteps[0]) == label
+
+
 def test_runs_of_more_calls_than_a_calibration_knows():
     """Begin at the top, unless runs of many calls, of a network of errors, do not."""
     for most, first in (("5", 80.0), ("10", 6.0)):
@@ -190,10 +223,22 @@ def test_runs_of_more_calls_than_a_calibration_knows():
         scheduler = CalibratedMultistepScheduler(**edm, calibration={most: levels})
         scheduler.set_timesteps(20)
         assert float(scheduler.sigmas[0]) == pytest.approx(first)
+        scheduler.set_timesteps(1)
+        assert float(scheduler.sigmas[0]) == pytest.approx(80.0), "a single call sees nothing but noise"
 
 
 @pytest.mark.parametrize(
-    "calibration", [{}, {"four": [1.0]}, {"2": [1.0]}, {"2": [1.0, 2.0]}, {"2": [1.0, 0.0]}, {"2": [1.0, 1.0]}]
+    "calibration",
+    [
+        {},
+        {"0": []},
+        {"four": [1.0]},
+        {"2": [1.0]},
+        {"2": [1.0, 2.0]},
+        {"2": [1.0, 0.0]},
+        {"2": [1.0, 1.0]},
+        {"1": [0.0]},
+    ],
 )
 def test_what_is_no_calibration_is_refused(calibration):
     with pytest.raises(ValueError, match="calibration"):

@@ -1,5 +1,7 @@
 """How networks see noise: labels, levels, grids, and what is read from an output."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -8,7 +10,7 @@ from networks import output_of
 from diffusers_gm import AnnealedLangevinScheduler
 from diffusers_gm.processes.cld import CLD, lift
 from diffusers_gm.readings import ImageReading, NoiseSpace, VelocityReading
-from diffusers_gm.readings.grids import level_grid
+from diffusers_gm.readings.grids import distinct_labels, level_grid, shift_flow
 from diffusers_gm.readings.noise_space import MAX_SIGMA, PREDICTION_TYPES
 from diffusers_gm.readings.velocity import VELOCITY_PREDICTION_TYPES, score_coefficients
 
@@ -139,6 +141,33 @@ def test_equal_labels_have_equal_levels(kind):
         assert len(reading.sigma(torch.full((45,), label, dtype=torch.float64)).unique()) == 1
 
 
+def test_labels_of_dense_levels_are_the_next_ones_down():
+    labels = torch.tensor([999.0, 998.8, 998.6, 10.0], dtype=torch.float64)
+    assert distinct_labels(labels, 999.0).tolist() == [999, 998, 997, 10]
+
+
+def test_all_levels_of_a_ladder_are_its_labels():
+    """Exactly: learned embeddings take whole numbers alone. And an offset leads to none above the last."""
+    for name in ("ve", "vp"):
+        n = SPACES[name].num_train_timesteps
+        spacing = "log_snr" if name == "ve" else "leading"
+        assert level_grid(SPACES[name], n, spacing).tolist() == list(range(n - 1, -1, -1))
+    assert float(level_grid(SPACES["vp"], 1000, "leading", 1)[0]) == 999
+
+
+def test_coefficients_at_the_ends_of_what_the_network_sees():
+    """Pure noise is exactly that, and there is nothing beyond."""
+    zero_snr = NoiseSpace.vp(DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
+    for space, last in ((zero_snr, 999.0), (zero_snr, 1200.0), (SPACES["flow"], 1000.0), (SPACES["flow"], 1200.0)):
+        assert space.coefficients(torch.tensor(last)) == (0, 1)
+    assert SPACES["flow"].coefficients(torch.tensor(-1.0)) == (1, 0)
+
+
+def test_a_single_level_is_not_stretched():
+    """It would have to be both ends of the grid."""
+    assert shift_flow(torch.tensor([1.0]), 3.0, shift_terminal=0.1).tolist() == [1.0]
+
+
 def test_infinite_noise_levels_start_at_a_large_finite_one():
     space = NoiseSpace.vp(DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod)
     sigma = space.sigma(torch.tensor([999.0]))
@@ -192,7 +221,10 @@ def test_a_reading_goes_to_the_noisy_image_and_back(reading, generator):
         torch.testing.assert_close(reading.denoised(output, sample, call), denoised, rtol=1e-6, atol=1e-6)
     assert calls[-1].sigma == 0
     image, noise = torch.randn(2, 2, 1, 3, 3, generator=generator, dtype=torch.float64)
-    assert torch.equal(reading.image(reading.visible(image, noise, calls[-1])), image)
+    end = reading.visible(image, noise, calls[-1])
+    assert torch.equal(reading.image(end), image)
+    if isinstance(reading, VelocityReading):  # the velocity there is `N(0, gamma M)`
+        torch.testing.assert_close(end.chunk(2, 1)[1], math.sqrt(reading.process.gamma * reading.process.mass) * noise)
 
 
 @pytest.mark.parametrize("reading", every_reading())
@@ -213,6 +245,16 @@ def test_noised_images_are_noisy_images_of_their_level(reading, generator):
         assert float((eta * companion).mean()) == pytest.approx(0, abs=5 / n**0.5)
     else:
         torch.testing.assert_close(eta, noise, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reading", every_reading())
+def test_noise_is_added_to_half_precision_in_single(reading, generator):
+    first, last = reading.timestep_range
+    labels = torch.linspace(first, last, 6, dtype=torch.float64)
+    images = torch.randn(6, 1, 4, 4, generator=generator).bfloat16()
+    noise = torch.randn(6, 2 if isinstance(reading, VelocityReading) else 1, 4, 4, generator=generator).bfloat16()
+    single = reading.add_noise(images.float(), noise.float(), labels)
+    assert torch.equal(reading.add_noise(images, noise, labels), single.bfloat16())
 
 
 def test_score_coefficients():

@@ -167,6 +167,35 @@ def test_image_to_image_and_copies_raise_no_false_alarm(cls, generator):
 
 
 @every_scheduler
+def test_a_run_may_begin_at_the_label_where_the_one_before_stopped(cls, generator):
+    """With its first call; and anywhere after a run that was finished."""
+    x = torch.randn(1, 1, 4, 4, generator=generator)
+    scheduler = cls(**VP)
+    scheduler.set_timesteps(timesteps=[999, 500, 100])
+    scheduler.step(x, 999, x, generator=generator)
+    scheduler.set_timesteps(timesteps=[500, 100, 0])
+    for t in (500, 100, 0):
+        scheduler.step(x, t, x, generator=generator)
+    assert scheduler.step_index == 3
+    scheduler.set_timesteps(timesteps=[500, 100, 0])
+    scheduler.step(x, 0, x, generator=generator)
+    assert scheduler.step_index == 3
+
+
+@every_scheduler
+def test_a_step_of_one_of_the_runs_before_is_told(cls, generator):
+    """Whatever its label, which may be the expected one."""
+    x = torch.randn(1, 1, 4, 4, generator=generator)
+    scheduler = cls(**VP)
+    scheduler.set_timesteps(12)
+    old = scheduler.timesteps
+    for _ in range(3):
+        scheduler.set_timesteps(12)
+    with pytest.raises(ValueError, match="belongs to a run that set_timesteps has ended"):
+        scheduler.step(x, old[0], x, generator=generator)
+
+
+@every_scheduler
 def test_a_sample_of_another_shape_in_mid_run_is_an_error(cls, generator):
     scheduler = cls(**VP)
     x, other = torch.randn(2, 1, 4, 4, generator=generator), torch.randn(3, 1, 4, 4, generator=generator)

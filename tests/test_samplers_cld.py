@@ -221,3 +221,29 @@ def test_final_denoising_is_a_noiseless_euler_step():
     step = denoising_step(PROCESS, clock)
     torch.testing.assert_close(step.matrix[0, 0], torch.tensor([1, -0.004 / PROCESS.mass], **DOUBLE))
     assert not step.root.any()
+
+
+@pytest.mark.parametrize("published_end", [True, False])
+def test_the_last_step_ends_in_the_state_at_clock_0(published_end, generator):
+    """There y is x, and c is v in units of its deviation `sqrt(gamma M)`, which D alone leaves as it is."""
+    clocks = torch.tensor([0.5, 0.01], **DOUBLE)
+    at = lift(PROCESS.marginal(clocks))
+    y, c, denoised = torch.randn(3, 2, 1, 1, 1, generator=generator, **DOUBLE)
+    sampler = CriticallyDamped(PROCESS, published_end=published_end)
+    image, memory = sampler.step(sampler.plan(at.sigma), 1, y, denoised, Memory(companion=c), Pulses(0))
+    if not published_end:
+        assert torch.equal(image, denoised)
+        assert torch.equal(memory.companion, c)
+        return
+    step = denoising_step(PROCESS, clocks[1])
+    x, v = step.matrix @ torch.stack(at[1].state(y, c)).flatten(1) + step.gain[:, None] * denoised.flatten()
+    torch.testing.assert_close(image.flatten(), x)
+    torch.testing.assert_close(memory.companion.flatten() * math.sqrt(PROCESS.gamma * PROCESS.mass), v)
+
+
+def test_only_fresh_noise_damps_the_look_ahead():
+    """The probability flow has none: its D's differ by trend alone, which long steps extrapolate, too."""
+    sigmas = torch.tensor([8.0, 4.0, 1.0], **DOUBLE)
+    for sampler, damped in ((CriticallyDamped(PROCESS), True), (CriticallyDamped(PROCESS, "probability_flow"), False)):
+        assert [a for *_, a in sampler.plan(sigmas).steps] == look_ahead(sigmas.tolist(), damped)
+    assert look_ahead(sigmas.tolist(), True) != look_ahead(sigmas.tolist(), False)

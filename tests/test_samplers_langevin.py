@@ -9,6 +9,7 @@ from networks import Pulses, final_variance
 
 from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.processes.annealed import PRESETS
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.samplers import Ancestral, Explore, Langevin, Memory, TwoStep, sample
 from diffusers_gm.samplers.langevin import exponential_step, langevin_step
 from diffusers_gm.samplers.mixture import check_consistent_step, consistent_step
@@ -74,6 +75,18 @@ def test_ancestral_step_is_ddpm_s_for_one_component(generator):
     )
 
 
+def test_one_component_of_another_scale_is_gaussian_noise_of_other_levels(generator):
+    """Noise of scale 2 at levels 3 and 1 is unit noise at 6 and 2."""
+    y, denoised = torch.randn(2, 4, 1, 2, 2, **DOUBLE, generator=generator)
+    after = []
+    for scale in (1.0, 2.0):
+        sampler = Ancestral(GaussianMixtureNoise([1.0], [scale]))
+        plan = sampler.plan(torch.tensor([6.0, 2.0], **DOUBLE) / scale)
+        draw = Draw.like(y, torch.Generator().manual_seed(0))
+        after.append(sampler.step(plan, 0, y, denoised, Memory(), draw)[0])
+    torch.testing.assert_close(*after)
+
+
 def test_two_steps_are_exact_for_a_frozen_denoiser_and_for_one_linear_in_log_sigma(generator):
     y, denoised, slope = torch.randn(3, 4, 1, 2, 2, **DOUBLE, generator=generator)
     sampler, draw = TwoStep(), Pulses(0)
@@ -111,6 +124,8 @@ def test_where_steps_lead_and_how_far_they_look():
     assert levels_after(sigmas, denoise=False) == [2, 1, 0.5]
     assert to_the_middle(2.0, 1.0) == 0.25
     assert to_the_middle(0.0, 1.0) == 0
+    with pytest.raises(ValueError, match="single call is the denoised image"):
+        Ancestral(denoise=False).plan(sigmas[:1])
 
 
 # --- Samplers ---
@@ -173,7 +188,10 @@ def test_the_loop_counts_its_calls_and_asks_at_the_levels_of_the_plan(generator)
         left = sample(sampler, denoiser, y, sigmas, generator)
         assert asked == sampler.plan(sigmas).sigmas.tolist()
         assert float(left.abs().max()) == 0
-    assert asked == sigmas.tolist()
+        single = sampler.plan(sigmas).sigmas.float()
+        sample(sampler, denoiser, y, single, generator)
+        assert asked[len(sigmas) :] == sampler.plan(single.double()).sigmas.tolist()  # coefficients are float64
+    assert asked[: len(sigmas)] == sigmas.tolist()
 
 
 def test_where_the_chain_is_is_where_the_network_is_told(generator):
@@ -200,6 +218,29 @@ def test_where_the_chain_is_is_where_the_network_is_told(generator):
                 else:
                     kept = float((jumps.weights * (1 - size * jumps.scales**2) ** 2).sum())
                     variance = kept * variance + 2 * size * jumps.moment(2) * target**2
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_jumps_of_another_unit_take_the_same_steps(exact):
+    """A step is `a c^2`: with all jumps twice as large, a is a quarter, at its largest as well."""
+    levels = torch.logspace(1, -2, 12, **DOUBLE)
+    one, two = (
+        Langevin(exact=exact, jumps=GaussianMixtureNoise([0.5, 0.5], [unit, 2 * unit])).plan(levels).steps[:-1]
+        for unit in (1.0, 2.0)
+    )
+    for (_, a, *moments), (_, b, *others) in zip(one, two, strict=True):
+        assert b == pytest.approx(a / 4, rel=1e-6 if not exact else 0.03)  # of a logarithmic grid
+        if not exact:
+            assert others == pytest.approx(moments)
+
+
+def test_any_step_is_stable_if_it_is_integrated_exactly():
+    levels, step_size = torch.tensor([1.0, 0.1, 0.01, 0.01], **DOUBLE), 5 * 0.01**2
+    jumps = GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])
+    _, a, kept, fresh = Langevin(step_size=step_size, exact=True, jumps=jumps).plan(levels).steps[0]
+    assert (a, kept + fresh) == (pytest.approx(5), pytest.approx(1))
+    with pytest.raises(ValueError, match="unstable step"):
+        Langevin(step_size=step_size, jumps=jumps).plan(levels)
 
 
 # --- Exploring ---

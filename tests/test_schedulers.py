@@ -416,6 +416,11 @@ def test_thresholding_and_clipping_act_on_the_denoised_image(generator):
         scheduler.set_timesteps(10)
         denoised = scheduler.step(x, scheduler.timesteps[0], x, generator=generator).pred_original_sample
         assert float(denoised.abs().max()) == pytest.approx(bound)
+        dark = scheduler.denoise(lambda y, t: 0.1 * torch.tanh(x), x, None, torch.tensor(1.0))
+        assert torch.equal(dark, 0.1 * torch.tanh(x)), "what is in range stays"
+    scheduler = AnnealedLangevinScheduler(prediction_type="sample", thresholding=True, sample_max_value=2.0)
+    bright = scheduler.denoise(lambda y, t: 10 * x, x, None, torch.tensor(1.0))
+    torch.testing.assert_close(bright, (10 * x).clamp(-2, 2) / 2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SASolverScheduler,
     ScoreSdeVeScheduler,
     UniPCMultistepScheduler,
 )
@@ -337,6 +338,8 @@ def test_our_schedulers_take_each_others_configs():
     )
     back = CLDSSCSScheduler.from_config(there.config)
     assert (back.config.algorithm_type, back.config.beta_end) == ("sscs", 0.01)
+    there = SASolverScheduler.from_config(back.config, algorithm_type="noise_prediction")
+    assert AnnealedLangevinScheduler.from_config(there.config).config.algorithm_type == "langevin"
     langevin = GMLangevinScheduler(algorithm_type="langevin")
     assert AnnealedLangevinScheduler.from_config(langevin.config).config.algorithm_type == "langevin"
     for config in (

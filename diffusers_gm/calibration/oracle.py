@@ -120,7 +120,8 @@ def with_denoiser(
     asked.exchange = asker.exchange
     original, pipe.scheduler = pipe.scheduler, asked
     # Pipelines that perturb the attention put it back when their loop ends, which this one does not.
-    attention = [(part, part.attn_processors) for part in pipe.components.values() if hasattr(part, "attn_processors")]
+    parts = getattr(pipe, "components", {}).values()
+    attention = [(part, part.attn_processors) for part in parts if hasattr(part, "attn_processors")]
     try:
         with torch.no_grad():
             pipe(**arguments)

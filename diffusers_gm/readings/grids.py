@@ -155,7 +155,7 @@ def check_calibration(calibration: dict[str, Any] | None) -> None:
     for key in budgets:
         levels = calibration[key]
         falling = all(a > b > 0 for a, b in pairwise(levels))
-        if len(levels) != int(key) or not falling or not levels[0] > 0:
+        if not levels or len(levels) != int(key) or not falling or not levels[0] > 0:
             raise ValueError(
                 f"calibration for {key} calls must be {key} descending positive noise levels, got {levels}"
             )
@@ -180,7 +180,7 @@ def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:
 
 def calibrated_value(calibration: dict[str, Any] | None, name: str, num_calls: int | None) -> Any:
     """What a calibration says of `name` for the nearest budget; None if nothing."""
-    if calibration is None or name not in calibration or num_calls is None:
+    if calibration is None or not calibration.get(name) or num_calls is None:
         return None
     below, above, weight = _neighbours(calibration[name], num_calls)
     return calibration[name][below if weight < 0.5 else above]
@@ -192,7 +192,7 @@ def _neighbours(by_calls: dict[str, Any], num_calls: int) -> tuple[str, str, flo
     below = max((n for n in budgets if n <= num_calls), default=budgets[0])
     above = min((n for n in budgets if n >= num_calls), default=budgets[-1])
     weight = math.log(num_calls / below) / math.log(above / below) if above > below else 0.0
-    return str(below), str(above), min(max(weight, 0.0), 1.0)
+    return str(below), str(above), weight
 
 
 def _resampled(levels: list[float], num_levels: int) -> Tensor:

@@ -199,7 +199,7 @@ class Explore:
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma, after, a = plan.steps[i]
         if after != sigma:
-            return TwoStep(self.denoise).step(plan, i, y, denoised, memory, draw)
+            return TwoStep().step(plan, i, y, denoised, memory, draw)
         # What was known of D is of another y.
         moved = langevin_step(y, denoised, sigma, a, draw.normal(y.shape))
         return moved, memory._replace(denoised=())

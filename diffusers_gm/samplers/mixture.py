@@ -100,7 +100,7 @@ class TwoStep:
         if after == 0:
             return denoised, memory
         ahead = denoised
-        if before and before[0][0] != sigma:
+        if before:
             length = to_the_middle(math.log(before[0][0] / sigma), math.log(sigma / after))
             ahead = torch.lerp(before[0][1], denoised, 1 + length)
         return torch.lerp(ahead, y, after / sigma), memory
