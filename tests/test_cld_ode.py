@@ -148,12 +148,10 @@ def test_an_easy_image_does_not_hide_the_error_of_another():
 
 
 def test_either_tolerance_counts(pipeline):
-    loose = images(pipeline, tolerance=1e-2).num_network_calls
-    calls = [
-        images(pipeline, **{"rtol": 1e-5, "atol": 1e-5, name: 1e-2}).num_network_calls for name in ("rtol", "atol")
-    ]
-    assert all(loose <= some for some in calls)
-    assert calls[0] != calls[1]
+    """A larger one of them saves calls, whichever it is."""
+    tight = images(pipeline, tolerance=1e-5).num_network_calls
+    for name in ("rtol", "atol"):
+        assert images(pipeline, tolerance=1e-5, **{name: 1e-2}).num_network_calls < tight
 
 
 def test_starts_from_latents(pipeline):

@@ -19,7 +19,6 @@ from diffusers_gm import (
 )
 from diffusers_gm.data import split_digits
 from diffusers_gm.processes.noise_level import estimate_noise_level
-from diffusers_gm.readings import level_range
 from diffusers_gm.readings.velocity import COMPANION_PREDICTION_TYPE
 from diffusers_gm.studies.exact import ExactDenoiser, NetworkOf, exact_network
 
@@ -191,15 +190,6 @@ def test_every_image_of_a_batch_is_run_from_its_own_level():
     again = pipe.denoise(y, None, 6, seeded(0, 1), output_type="np").images
     assert again.shape == (2, 8, 8, 1)
     assert (again[..., 0] == together[:, 0].numpy()).all()
-
-
-def test_a_run_from_the_lowest_level_has_levels_below_it():
-    """Where there is next to nothing to remove, next to nothing is removed."""
-    scheduler = SCHEDULERS["mixture"]
-    lowest = scheduler.model_mixture.commonest_scale * level_range(scheduler.reading)[0]
-    _, y = noisy_digits(2, lowest)
-    images = pipeline(scheduler).denoise(y / 2 + 0.5, lowest, 5, seeded(0, 1), output_type="pt").images
-    assert (2 * images - 1 - y.clamp(-1, 1)).abs().max() < 0.1
 
 
 def test_a_run_is_of_its_own_length_whatever_ran_before():
