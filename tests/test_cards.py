@@ -6,14 +6,16 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from training import arguments, plan_for
 
 from diffusers_gm import AnnealedLangevinScheduler, NCSNv2Pipeline
 from diffusers_gm.evaluation import command
-from diffusers_gm.evaluation.card import add_quality
+from diffusers_gm.evaluation.card import add_quality, scheduler_of
 from diffusers_gm.evaluation.report import best, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.hub import cards
 from diffusers_gm.studies.page import page
+from diffusers_gm.training.plan import training_record
 
 CARD = """---
 license: mit
@@ -59,6 +61,37 @@ def by_calls(record):
     return [(n, [cell for cell in record["cells"] if cell["calls"] == n]) for n in (3, 6)]
 
 
+def card_of(log=(), levels=(), **options):
+    """What a training with these options says of itself."""
+    args = arguments(**options)
+    record = training_record(args, plan_for(args)) | {"mixed_precision": "no", "image_column": None}
+    result = cards.TrainingResult(1437, 10, len(log), 99, 60.0, list(log), list(levels), "1 x CPU", "command", {})
+    return cards.training_card(record, "GMSGMPipeline", result)
+
+
+def test_the_losses_of_a_card_are_means():
+    """Of the last ten lines of the log, also by level, and of eight parts of all of it."""
+    log = [{"step": n, "loss": float(n), "loss_by_level": [2.0 * n, 1.0 if n == 24 else None]} for n in range(1, 25)]
+    text = card_of(log, ["low", "high"]).text
+    assert "Final loss 19.5 " in text
+    assert "| low | 39 |\n| high | 1 |" in text
+    assert [f"| up to {3 * i} | {3 * i - 1} |" in text for i in range(1, 9)] == [True] * 8
+
+
+def test_a_card_says_where_the_data_are_and_what_it_takes_to_train_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    digits = card_of(report_to="tensorboard")
+    assert "datasets" not in digits.data.to_dict()
+    assert 'pip install "diffusers-gm[evaluation,trackers]>=' in digits.text
+    of_hub = card_of(dataset_name="somebody/photos")
+    assert of_hub.data.datasets == ["somebody/photos"]
+    assert 'pip install "diffusers-gm>=' in of_hub.text
+    of_folder = card_of(dataset_name="photos")  # which `datasets` takes, too
+    assert "datasets" not in of_folder.data.to_dict()
+    assert "Data: the folder `photos`" in of_folder.text
+
+
 def test_an_evaluation_stands_in_the_card_of_its_model(measured):
     record = json.loads((measured / "results.json").read_text())
     assert record["conditions"]["model"] == "model"
@@ -101,6 +134,20 @@ def test_an_evaluation_stands_in_the_card_of_its_model(measured):
     (measured / "README.md").write_text(CARD)
     add_quality(measured)
     assert (measured / "README.md").read_text() == CARD
+
+
+def test_a_scheduler_is_its_class_and_its_options(tmp_path):
+    """And not the version that saved it, which says nothing of the samples."""
+    (tmp_path / "scheduler").mkdir()
+    assert scheduler_of(tmp_path) is None
+
+    def of(**config):
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        return scheduler_of(tmp_path)
+
+    saved = {"_class_name": "A", "_diffusers_version": "1", "sigma_max": 9.0}
+    assert of(**saved) == of(**saved | {"_diffusers_version": "2"})
+    assert len({of(**saved), of(**saved | {"_class_name": "B"}), of(**saved | {"sigma_max": 8.0})}) == 3
 
 
 def test_a_card_is_kept_without_its_model(measured, tmp_path):

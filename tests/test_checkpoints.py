@@ -355,6 +355,42 @@ def test_what_is_published_is_on_the_disk_before_it_has_its_name(tmp_path, monke
     assert not source.exists()
 
 
+def test_the_last_of_what_is_published_is_the_last_on_the_disk(tmp_path, monkeypatch):
+    """And the first that goes: where it is, all is of one making, also after a power cut."""
+    source, folder = tmp_path / "tmp-new", tmp_path / "out"
+    for path, text in ((source, "new"), (folder, "old")):
+        (path / "unet").mkdir(parents=True)
+        (path / "unet" / "weights").write_text(text)
+        (path / "index").write_text(text)
+    inodes = {path.stat().st_ino for path in (source, *source.rglob("*"))}
+    seen, sync = [], os.fsync
+
+    def watched(handle):
+        index = (folder / "index").read_text() if (folder / "index").exists() else None
+        seen.append((os.fstat(handle).st_ino, (index, (folder / "unet" / "weights").read_text())))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    files.publish_contents(source, folder, last="index")
+    assert inodes <= {inode for inode, there in seen if there == ("old", "old")}, "before anything is moved"
+    of_folder = [there for inode, there in seen if inode == folder.stat().st_ino]
+    assert of_folder == [(None, "old"), (None, "new"), ("new", "new")]
+    assert not source.exists()
+
+
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, seen, sync = tmp_path / "text", [], os.fsync
+    path.write_text("old")
+
+    def watched(handle):
+        seen.append((os.fstat(handle).st_ino, path.read_text()))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    files.write_text(path, "new")
+    assert seen == [(path.stat().st_ino, "old"), (tmp_path.stat().st_ino, "new")]
+
+
 def test_a_folder_is_discarded_name_first(tmp_path, monkeypatch):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "weights").write_text("content")

@@ -204,6 +204,10 @@ def test_labels_follow_the_proportions_of_the_data():
     assert counts[1] == 0
     assert abs(counts[0] - 0.5) < 5 * 0.5 / 2000**0.5
     assert pipeline.draw_labels(1000, seeded(*range(1000, 2000))) == labels[1000:]
+    unlike = GMSGMPipeline(network, SCHEDULERS["gm-sgm"](), class_shares=[0.2, 0.3, 0.5])
+    assert unlike.draw_labels(10, evenly=True) == [0] * 2 + [1] * 3 + [2] * 5
+    assert unlike.draw_labels(8, among=[2, 1], evenly=True) == [1] * 3 + [2] * 5, "each has its own share"
+    assert unlike.labels_in_turn(6) == [0, 0, 1, 1, 2, 2]
     assert GMSGMPipeline(tiny_network(), SCHEDULERS["gm-sgm"]()).draw_labels(1, seeded(0)) is None
 
 

@@ -134,6 +134,26 @@ def test_batches_agree_within_the_tolerance(pipeline):
     assert (whole.images - torch.cat([half.images for half in halves])).abs().max() < 2e-3
 
 
+def test_an_easy_image_does_not_hide_the_error_of_another():
+    """A step is taken if the error of every image is small: beside images that do not move it is that of one alone."""
+    scheduler = CLDSSCSScheduler(prediction_type="cld_mixed")
+    model = gaussian_model(scheduler)
+    clocks = start_and_ends(scheduler, (1, 2, 1, 1), None, torch.Generator(), torch.device("cpu"))[2]
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    still = torch.zeros(15, 1, 1, 1, dtype=torch.float64)
+    alone = solve(scheduler, model, one, one, clocks, "dopri5", 1e-3, 1e-3)
+    beside = solve(scheduler, model, *[torch.cat([one, still])] * 2, clocks, "dopri5", 1e-3, 1e-3)
+    for lone, part in zip(alone, beside, strict=True):
+        torch.testing.assert_close(part[:1], lone, rtol=1e-9, atol=1e-12)
+
+
+def test_either_tolerance_counts(pipeline):
+    """A larger one of them saves calls, whichever it is."""
+    tight = images(pipeline, tolerance=1e-5).num_network_calls
+    for name in ("rtol", "atol"):
+        assert images(pipeline, tolerance=1e-5, **{name: 1e-2}).num_network_calls < tight
+
+
 def test_starts_from_latents(pipeline):
     """In native mode all of the start; in lifted mode the image, and the generator draws its companion."""
     channels = pipeline.unet.config.in_channels

@@ -18,6 +18,7 @@ from diffusers_gm.pictures import image_grid
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.studies import cld, cld_likelihood, cld_squared, cld_target, cld_training, demo
 from diffusers_gm.studies.report import Report
+from diffusers_gm.training.draws import Draws
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.network import native_shape, new_unet
 from diffusers_gm.training.objective import Objective, build_scheduler
@@ -203,6 +204,32 @@ def test_the_objective_takes_times_of_the_whole_interval(options):
     (labels,) = seen
     assert 0.01 <= labels.min() < labels.max() <= 1000
     assert abs(labels.mean() - 500) < 5 * 1000 / (12 * len(images)) ** 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"cld_loss": "dsm"}, {"cld_weighting": "likelihood"}])
+def test_the_published_loss_is_that_of_the_options(options, monkeypatch):
+    args = arguments(method="cld", objective="score", gamma=0.09, mass=0.5, **options)
+    plan, seen = plan_for(args), []
+    monkeypatch.setattr("diffusers_gm.training.methods.cld.cld_loss", lambda *given: seen.append(given))
+    images = data.split_digits()[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Objective(args, plan, build_scheduler(args, plan))(lambda *_: None, images)
+    *_, prediction_type, velocity, weighting, unit = seen[0]
+    assert (prediction_type, weighting, unit) == ("cld_mixed", args.cld_weighting, 1000)
+    assert (velocity is None) == (args.cld_loss == "hsm")
+    if velocity is not None:  # of variance gamma M: five standard errors
+        assert velocity.shape == images.shape
+        assert abs(float(velocity.square().mean()) / 0.045 - 1) < 5 * (2 / images.numel()) ** 0.5
+
+
+def test_snr_weights_reach_a_network_that_sees_the_companion(monkeypatch):
+    args = arguments(method="cld", cld_feed_companion=True, snr_gamma=5.0)
+    plan, seen = plan_for(args), []
+    monkeypatch.setattr("diffusers_gm.training.methods.cld.denoising_loss", lambda *given: seen.append(given[-1]))
+    images = data.split_digits()[0][:4]
+    Objective(args, plan, build_scheduler(args, plan))(lambda *_: None, images, Draws.always_the_same(images))
+    assert seen == [5.0]
 
 
 @pytest.mark.parametrize("method", ["cld", "gm-sgm", "ncsnv2"])

@@ -82,6 +82,12 @@ def test_a_subset_is_chosen_by_the_seed():
     assert one.num_images == 10
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
+    # What is said of an image is said of the same one as in the whole.
+    names, of_all = source.labels()
+    whole = torch.stack([source.read(i) for i in range(source.num_images)])
+    places = [int((whole == image).flatten(1).all(1).nonzero()[0]) for image in images[0]]
+    assert [one.name(i) for i in range(10)] == [source.name(place) for place in places]
+    assert one.labels() == (names, [of_all[place] for place in places])
 
 
 # --- Transforms ---
@@ -101,6 +107,8 @@ def test_fit_keeps_the_aspect_ratio_and_takes_the_crop_asked_for():
     assert torch.equal(right, ramp[..., 20:])
     flat = torch.full((3, 33, 47), 0.25)
     assert torch.allclose(data.fit(flat, 16), torch.full((3, 16, 16), 0.25), atol=1e-6)
+    stripes = torch.tensor([1.0, -1, -1, 1]).repeat(16).expand(1, 64, 64)
+    assert data.fit(stripes, 16)[..., 2:-2].abs().max() < 1e-5, "all pixels count where an image is made smaller"
 
 
 # --- Examination ---
@@ -120,6 +128,16 @@ def test_examination_takes_size_and_channels_from_the_images(tmp_path):
     source = open_folder(tmp_path / "gray")
     with pytest.raises(ValueError, match=r"differ in size .* set --resolution"):
         data.examine(source, seed=0)
+
+
+def test_examination_is_of_images_that_the_seed_chooses():
+    """Not of the first ones: sets are often in the order of their classes."""
+    source = data.open_source("digits")
+    one, same, other = (data.examine(source, seed, num_images=50).images for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    first = {image.numpy().tobytes() for image in map(source.read, range(50))}
+    assert all(len(first & {image.numpy().tobytes() for image in some}) < 25 for some in (one, other))
 
 
 def test_examination_is_bounded():
@@ -159,6 +177,12 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
     images = data.TrainingImages(source, 8, 1, seed=0)
     with pytest.raises(ValueError, match="3 of 24 training images cannot be read"):
         images[0, 0]
+    for i in range(3, 12):
+        corrupt(folder / f"{i:03d}.png")
+    with pytest.raises(ValueError) as error:
+        data.examine(source, seed=0, max_elements=4 * 64)
+    unreadable, _, drawn, *_ = str(error.value).split()
+    assert int(drawn) == int(unreadable) + 4, "of those that were looked at until there were four"
 
 
 # --- The stream ---
@@ -208,8 +232,13 @@ def test_crops_and_flips_are_decided_by_seed_epoch_and_index():
     assert len({float(crop.min()) for crop in crops}) > 15, "23 places"
     flipped = sum(bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops)
     assert 25 <= flipped <= 55, "80 fair coins: three standard deviations are 27 to 53"
+    of_another_seed = data.TrainingImages(source, 8, 1, seed=1, random_flip=True)
+    assert sum(torch.equal(crop, of_another_seed[key]) for crop, key in zip(crops, keys, strict=True)) < 20
     centred = data.TrainingImages(source, 8, 1, seed=0, center_crop=True)
     assert torch.equal(centred[0, 0], wide[..., 11:19])
+    centred.random_flip = True
+    seen = {tuple(centred[key].flatten().tolist()) for key in keys}
+    assert seen == {tuple(centre.flatten().tolist()) for centre in (wide[..., 11:19], wide[..., 11:19].flip(-1))}
 
 
 @pytest.mark.parametrize("flip", [False, True])

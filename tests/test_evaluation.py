@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from networks import tiny_network
+from networks import tiny_autoencoder, tiny_network
 
 from diffusers_gm import UnconditionalPipeline
 from diffusers_gm.evaluation import (
@@ -239,6 +239,9 @@ def test_score_puts_the_metrics_together(extractor, generator):
         **precision_recall_density_coverage(own[:, 112:], theirs[:120, 112:]),
         "sliced W2": sliced_wasserstein(samples, real),
     }
+    beyond = score(3 * samples, reference)
+    assert beyond == score((3 * samples).clamp(-1, 1), reference), "as in a picture"
+    assert beyond["sliced W2"] != sliced_wasserstein(3 * samples, real)
     samples[7, 0, 0, 0] = math.nan
     assert score(samples, reference) == {"num_nan": 1}
 
@@ -297,3 +300,13 @@ def test_a_model_that_draws_its_classes_in_other_shares_is_another():
         for shares in ([0.5, 0.5], [0.99, 0.01])
     ]
     assert describe_model(pipes[0]) != describe_model(pipes[1])
+
+
+def test_a_model_that_scales_its_latents_in_another_way_is_another():
+    """With the same weights it makes other images."""
+    described = set()
+    for mean, std in ((0.0, 1.0), (0.5, 1.0), (0.0, 2.0)):
+        scaling = {"latents_mean": [mean] * 4, "latents_std": [std] * 4}
+        pipe = UnconditionalPipeline(tiny_network(4, 4), DDPMScheduler(), vae=tiny_autoencoder(), **scaling)
+        described.add(describe_model(pipe))
+    assert len(described) == 3

@@ -22,9 +22,18 @@ from diffusers_gm import (
     GMLangevinScheduler,
     GMSGMPipeline,
 )
-from diffusers_gm.data import EXAMINATION, SAMPLES, generator_for, split_digit_labels, split_digits
+from diffusers_gm.data import (
+    EXAMINATION,
+    SAMPLES,
+    TensorImages,
+    examine,
+    generator_for,
+    split_digit_labels,
+    split_digits,
+)
 from diffusers_gm.evaluation import command, num_steps_for
 from diffusers_gm.evaluation.distances import sliced_wasserstein
+from diffusers_gm.evaluation.features import fingerprint
 from diffusers_gm.evaluation.options import build_parser
 from diffusers_gm.evaluation.report import plot, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
@@ -274,6 +283,16 @@ def test_seeds_are_added_to_what_is_there(ddpm, evaluate, tmp_path):
     assert two["conditions"]["num_reference"] == 60
 
 
+def test_a_seed_that_is_added_brings_its_own_draw_for_the_floor(ddpm, evaluate):
+    """Of the digits there are enough."""
+    one, _ = evaluate(ddpm, *QUICK, "--calls", 3)
+    two, _ = evaluate(ddpm, *QUICK, "--calls", 3, "--seeds", 0, 1)
+    assert len(two["floor"]) == 2
+    assert two["floor"][0] == one["floor"][0] != two["floor"][1]
+    held_out = examine(TensorImages(split_digits()[1]), 0, num_images=20).images
+    assert one["conditions"]["floor"] == fingerprint(held_out), "results over another floor would be refused"
+
+
 def test_a_grid_that_starts_with_the_same_timestep_twice_is_none():
     scheduler = build_scheduler(DDPMScheduler(), ["DPMSolverMultistepScheduler", "timestep_spacing=leading"])[1]
     assert num_steps_for(scheduler, 500) == 500
@@ -427,3 +446,5 @@ def test_no_path_of_this_machine_is_written(evaluate, tmp_path):
     assert results["conditions"]["data"] == "real"
     assert str(tmp_path.parent) not in (tmp_path / "out" / "results.md").read_text()
     assert command_line(["--cache_dir=/home/me/some/cache"]).endswith(" --cache_dir=some/cache")
+    words = command_line(["model", "--output_dir", "out", "--seeds", "0", "1"]).split()
+    assert words[-4:] == ["model", "--seeds", "0", "1"], "without the folder of the results"

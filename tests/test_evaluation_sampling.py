@@ -23,6 +23,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.data import SAMPLES, generator_for
 from diffusers_gm.evaluation import num_steps_for
+from diffusers_gm.evaluation.options import build_parser
 from diffusers_gm.evaluation.sampling import (
     NoGridError,
     build_scheduler,
@@ -31,6 +32,8 @@ from diffusers_gm.evaluation.sampling import (
     options_in,
     sample,
 )
+from diffusers_gm.evaluation.sources import real_images
+from diffusers_gm.evaluation.subject import Subject
 
 CPU = torch.device("cpu")
 
@@ -54,6 +57,23 @@ def test_budgets_are_network_calls():
         num_steps_for(
             GMLangevinScheduler(algorithm_type="jump", mixture_weights=[0.99, 0.01], mixture_scales=[0.5, 8.0]), 5
         )
+
+
+def test_more_calls_than_allowed_are_not_compared(ddpm, monkeypatch):
+    """As of a scheduler that says less than it takes."""
+    pipeline = load_pipeline(ddpm, CPU)
+    subject = Subject("it", "", (1, 8, 8), None, None, pipeline=pipeline, runs={"DDPM": (pipeline.scheduler, {})})
+    assert subject.images("DDPM", 3, 0, 2, 2)[1] == 3
+    monkeypatch.setattr("diffusers_gm.evaluation.subject.num_steps_for", lambda scheduler, calls: calls + 1)
+    with pytest.raises(ValueError, match="DDPM made 4 network calls where 3 were allowed"):
+        subject.images("DDPM", 3, 0, 2, 2)
+
+
+def test_a_reference_is_no_smaller_than_the_samples():
+    """Nearest neighbours are looked for among as many."""
+    args = build_parser("").parse_args(["model", "--dataset_name", "digits", "--num_reference", "20"])
+    reference, floor, n = real_images(args, (1, 8, 8), 60)
+    assert (len(reference), len(floor), n) == (60, 60, 60)
 
 
 def test_images_depend_on_seed_and_index_alone(ddpm):

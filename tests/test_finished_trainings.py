@@ -2,10 +2,12 @@
 
 import json
 import shlex
+from functools import wraps
 from pathlib import Path
 
 import pytest
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from images import save_images
 from networks import tiny_autoencoder, tiny_network
 from PIL import Image
@@ -185,7 +187,55 @@ def test_the_warm_up_of_a_training_that_is_lengthened_stays(train, tmp_path):
     assert (record["max_train_steps"], record["lr_warmup_steps"]) == (40, 2)
 
 
+def test_the_time_before_an_interruption_counts(train, tmp_path):
+    options = f"{TINY.replace('--checkpointing_steps 0', '--checkpointing_steps 1')} --output_dir {tmp_path / 'out'}"
+    train(options)
+    state = tmp_path / "out" / "checkpoint-1" / "training_state.json"
+    content = json.loads(state.read_text())
+    content["state"]["seconds"] = 3600
+    state.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))  # without a seal: 0.1.0
+    train(options, "--resume_from_checkpoint checkpoint-1")
+    assert 3600 <= json.loads((tmp_path / "out" / ARGS_FILE).read_text())["training_seconds"] < 3700
+    assert "60 min" in (tmp_path / "out" / "README.md").read_text()
+
+
 # --- Networks that are fine-tuned ---
+
+
+def test_a_network_that_is_fine_tuned_is_trained_and_its_command_is_as_it_was_given(train, tmp_path, monkeypatch):
+    """It comes in evaluation mode, where nothing is dropped; and its pipeline says the levels, not the command."""
+    train(TINY, "--method ncsnv2 --sigma_max 5 --output_dir", tmp_path / "first")
+    modes, forward = [], UNet2DModel.forward
+
+    @wraps(forward)  # whose arguments are looked at
+    def noted(unet, *rest, **named):
+        modes.append(unet.training)
+        return forward(unet, *rest, **named)
+
+    monkeypatch.setattr(UNet2DModel, "forward", noted)
+    options = TINY.replace("--block_out_channels 8 16", f"--model_name_or_path {tmp_path / 'first'}")
+    train(options, "--method ncsnv2 --output_dir", tmp_path / "second")
+    assert modes[0]
+    record = json.loads((tmp_path / "second" / ARGS_FILE).read_text())
+    assert record["sigma_max"] == 5
+    assert "--model_name_or_path first" in record["command"]
+    assert "--sigma" not in record["command"]
+
+
+def test_a_calibration_is_of_the_averaged_weights_and_of_the_images(request, tmp_path, monkeypatch):
+    seen = {}
+
+    def noted(pipeline, effort, images):
+        seen[effort] = pipeline.unet.conv_in.weight.detach().clone(), images
+        return pipeline.scheduler
+
+    monkeypatch.setattr("diffusers_gm.calibrate", noted)
+    train = request.getfixturevalue("train")  # which reads the script
+    for effort in ("fast", "full"):
+        train(TINY, f"--calibrate {effort} --output_dir", tmp_path / effort)
+        assert torch.equal(seen[effort][0], load(tmp_path / effort / WEIGHTS)["conv_in.weight"])
+    assert seen["fast"][1] is None
+    assert seen["full"][1].shape == (1437, 1, 8, 8)
 
 
 def test_a_network_of_latents_needs_its_autoencoder(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import train_gm_sgm
 from diffusers_gm import data
+from diffusers_gm.data.folders import split_of_table
 from diffusers_gm.evaluation.sources import read_samples
 from diffusers_gm.training.folder import ARGS_FILE, LOG_FILE
 from diffusers_gm.training.training_data import STATE_FILE
@@ -188,6 +189,7 @@ def test_tables_by_content_and_split(tmp_path, caplog):
     assert torch.equal(source.read(24 + 3), source.read(3))
     (folder / "test-00000-of-00001.parquet").rename(folder / "more.parquet")
     assert open_folder(folder).num_images == 72
+    assert [split_of_table(f"{path}/0000.parquet") for path in ("test/train", "train/test")] == ["train", "test"]
 
 
 # --- What is said ---

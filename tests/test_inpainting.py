@@ -27,6 +27,7 @@ from diffusers_gm import (
 )
 from diffusers_gm.pipelines import slerp
 from diffusers_gm.pipelines.encoding import ours
+from diffusers_gm.pipelines.inpainting import Picture
 from diffusers_gm.readings import VelocityReading
 
 MIXTURE = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.7, 1.744], "model_noise": "mixture"}
@@ -116,6 +117,36 @@ def test_a_weak_noise_changes_little(make):
         distances.append(float((images - image).square().mean().sqrt()))
     assert distances[0] < distances[1] < distances[2]
     assert distances[0] < 0.17, "images differ by .35 from each other"
+
+
+def test_steps_are_counted_as_diffusers_does_but_for_rounding():
+    """.29 * 100 is a bit less than 29."""
+    assert [Picture(IMAGE, strength=strength).begins(n) for strength, n in ((0.29, 100), (0.58, 10))] == [[71], [5]]
+    assert Picture(IMAGE, strength=0.9, num_resamples=2).begins(10) == [1, 4, 7]
+
+
+def test_a_mask_is_black_or_white_and_steps_go_on_counting_where_a_run_is_repeated():
+    pipeline, seen = pipeline_of(OURS["gm-sgm"]()), []
+
+    def note(pipeline, step, timestep, tensors):
+        seen.append(step)
+        return tensors
+
+    found = [
+        pipeline(
+            1,
+            4,
+            seeded(0)[0],
+            image=IMAGE,
+            mask_image=mask,
+            num_resamples=1,
+            callback_on_step_end=note,
+            output_type="pt",
+        ).images
+        for mask in (half_mask(), half_mask() * 0.2 + 0.4)
+    ]
+    assert torch.equal(*found)
+    assert seen == [*range(6), *range(6)], "four, and half a run again"
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 8, 8)], ids=["no mask", "all new"])

@@ -1,6 +1,7 @@
 """The cache of the latents of a training set."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ def test_latents_are_those_of_the_images_and_of_their_mirror_images(tmp_path):
     plain = torch.stack([TrainingLatents(cache, seed=0)[0, index] for index in range(300)])
     assert torch.allclose(plain[[3]], (torch.nn.functional.pixel_unshuffle(images[[3]], 2) - mean) / std, atol=2e-3)
     assert latents.examined(0, 50, 10**6).shape == (50, 4, 4, 6)
+    examined = {latent.numpy().tobytes() for latent in latents.examined(0, 300, 10**6)}
+    assert examined == {latent.numpy().tobytes() for latent in plain}, "none of them flipped"
     assert latents.examined(0, 50, 960).shape == (10, 4, 4, 6)
 
 
@@ -99,6 +102,24 @@ def test_a_cache_of_before_goes_on(tmp_path):
     del contents["images"]
     path.write_text(json.dumps(contents))
     filled(cache_of(tmp_path / CACHE, images_of(20)))
+    with pytest.raises(ValueError, match="the images were others"):  # by their brightness alone
+        cache_of(tmp_path / CACHE, images_of(20) * 0.5 + 0.5)
+
+
+def test_a_folder_that_another_training_began_to_fill_meanwhile(tmp_path):
+    one, other = cache_of(tmp_path / CACHE, images_of(20)), cache_of(tmp_path / CACHE, images_of(19))
+    filled(one)
+    with pytest.raises(ValueError, match="num_images was 20 and is 19"):
+        filled(other)
+
+
+def test_workers_are_sent_no_latents(tmp_path):
+    """They map the files themselves."""
+    latents = TrainingLatents(filled(cache_of(tmp_path / CACHE, images_of(300, (16, 16)))), seed=0)
+    first = latents[0, 299]
+    sent = pickle.dumps(latents)
+    assert len(sent) < 10_000
+    assert torch.equal(pickle.loads(sent)[0, 299], first)
 
 
 def test_a_folder_of_other_files_is_no_cache(tmp_path):

@@ -48,6 +48,7 @@ def test_an_autoencoder_is_found_alone_and_in_a_pipeline(kind, tmp_path):
     assert spaces[0].decode(latents[0]).shape == images.shape
     assert fingerprint(vae) == fingerprint(spaces[1].vae) == fingerprint(spaces[2].vae)
     assert fingerprint(vae).startswith(kind)
+    assert not any(weight.requires_grad for weight in spaces[1].vae.parameters()), "it is not trained"
 
 
 def test_another_component_is_no_autoencoder(tmp_path):
@@ -172,6 +173,10 @@ def test_a_run_from_an_image_starts_from_its_latents(method):
     drawn = pipe(1, 4, seeded(1), image=image, mask_image=mask, output_type="pt").images
     assert torch.allclose(drawn[..., 6:], image[..., 6:], atol=1e-5), "of the sixth column, half of a latent is new"
     assert not torch.allclose(drawn[..., :6], image[..., :6], atol=0.05)
+    pixel, square = torch.zeros(2, 1, 1, 16, 16)
+    pixel[..., 7, 7], square[..., 6:8, 6:8] = 1, 1
+    of_both = [pipe(1, 4, seeded(1), image=image, mask_image=new, output_type="pt").images for new in (pixel, square)]
+    assert torch.equal(*of_both), "a latent one of whose pixels is new is new"
     with pytest.raises(ValueError, match="of 1 x 16 x 16"):
         pipe(1, 4, seeded(1), image=image[..., :8, :8])
     latents = pipe.encode(image, 4, seeded(0)[0])

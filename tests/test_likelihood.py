@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from networks import normal_denoiser, perfect_network, tiny_network
+from networks import normal_denoiser, perfect_network, seeded, tiny_network
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_gm import (
@@ -161,6 +161,31 @@ def test_of_a_pipeline(scheduler, generator):
     assert all(p.grad is None for p in unet.parameters())
     generator.set_state(state)
     assert torch.equal(bits_of_images(pipeline, images, 17, num_steps=5, generator=generator, batch_size=2), bits)
+
+
+def test_what_clips_samples_has_no_say(generator):
+    images = torch.randint(0, 17, (2, 1, 8, 8), generator=generator) / 8 - 1
+    bits = [
+        bits_of_images(
+            UnconditionalPipeline(tiny_network(), DDPMScheduler(clip_sample=clips)), images, 17, 5, seeded(0)[0]
+        )
+        for clips in (True, False)
+    ]
+    assert torch.equal(*bits)
+
+
+def test_a_run_that_starts_from_unit_noise_is_measured_by_it(generator):
+    """A network that sees no noise moves nothing: the density is that of the start, y = noise / alpha, which is wider
+    than the largest level. Of ten levels that is much: 1.05 where sigma is 0.33."""
+    scheduler, unet = DDPMScheduler(num_train_timesteps=10), tiny_network()
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    images = torch.randint(0, 17, (3, 1, 8, 8), generator=generator) / 8 - 1
+    bits = bits_of_images(UnconditionalPipeline(unet, scheduler), images, 17, 5, seeded(0)[0])
+    start = torch.distributions.Normal(0, scheduler.alphas_cumprod[-1].double() ** -0.5)
+    noisy = dequantized(images, 17, seeded(0)[0]).double()
+    exact = bits_per_dimension(-start.log_prob(noisy).flatten(1).sum(1), 64, 17)
+    torch.testing.assert_close(bits, exact, rtol=1e-5, atol=0)
 
 
 def test_no_device_is_asked_for_float64(generator):

@@ -232,3 +232,10 @@ def test_a_run_that_cannot_begin_in_the_middle(tiny_unet):
 def test_a_scheduler_that_names_no_first_level(tiny_unet):
     pipe = UnconditionalPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler())
     assert pipe(1, 4, seeded(0), output_type="pt").images.shape == (1, 1, 8, 8)
+
+
+def test_a_calibration_runs_fewer_images_where_they_are_larger(tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    assert pipe.calibration_arguments({}) == {"batch_size": 64}
+    assert pipe.calibration_arguments({"height": 256, "width": 128}) == {"batch_size": 8}
+    assert pipe.calibration_arguments({"height": 256, "width": 128, "batch_size": 32}) == {"batch_size": 32}

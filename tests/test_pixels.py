@@ -93,6 +93,14 @@ def test_wide_pixels_are_scaled_by_what_the_set_holds(tmp_path, caplog, dtype, w
     assert torch.equal(pickle.loads(pickle.dumps(source)).read(1), source.read(1))
 
 
+def test_what_is_white_is_looked_for_in_the_whole_set(tmp_path, monkeypatch):
+    """Of more images than are looked at, some of each part: sets may begin with dark ones."""
+    monkeypatch.setattr("diffusers_gm.data.sources.NUM_EXAMINED", 4)
+    for i in range(8):
+        Image.fromarray((RAMP * (65535 if i >= 4 else 255)).round().astype(np.uint16)).save(tmp_path / f"{i}.tif")
+    assert_is_the_ramp(open_folder(tmp_path).read(7), 1e-4)
+
+
 def png_of_16_bits(path, white):
     """A colour image, which PIL reads and does not write."""
 
@@ -115,6 +123,13 @@ def test_colours_of_16_bits(tmp_path, caplog, white, said):
         assert "largest value is below 4096 are read as dark ones" in caplog.text
     else:
         assert_is_the_ramp(source.read(0)[:1], 2 / 255)
+
+
+def test_one_bright_image_of_16_bits_says_that_the_others_are_dark(tmp_path, caplog):
+    for name, white in (("a", 65535), ("b", 4095)):
+        png_of_16_bits(tmp_path / f"{name}.png", white)
+    open_folder(tmp_path)
+    assert not caplog.records
 
 
 def test_floats_from_minus_one(tmp_path):

@@ -35,8 +35,8 @@ def folder(request, tmp_path):
     return request.param(tmp_path / "stream")
 
 
-def batches(folder, size=5, processes=1, index=0, places=None, num_images=SHARDS * ROWS, block=8, turn=0):
-    images = TrainingImages(open_stream(train_data_dir=str(folder)), 8, 3, seed=0)
+def batches(folder, size=5, processes=1, index=0, places=None, num_images=SHARDS * ROWS, block=8, turn=0, seed=0):
+    images = TrainingImages(open_stream(train_data_dir=str(folder)), 8, 3, seed)
     return StreamedBatches(images, size, block, num_images, processes, index, places or [Place()], turn)
 
 
@@ -61,6 +61,11 @@ def test_an_epoch_has_every_image_once_and_no_two_are_alike(folder):
     shards = [[number // ROWS for number in order] for order in orders]
     assert any(order != shards[0] for order in shards[1:]), "files come in another order, too"
     assert any(a != b for a, b in zip(orders[0], sorted(orders[0]), strict=True))
+    places = [[number % ROWS for number in order] for order in orders]
+    assert places[0] != places[1] != places[2], "and so do the rows of a block"
+    of_another_seed = [number % ROWS for number in rows(take(batches(folder, seed=1), 24))]
+    assert sorted(of_another_seed[:8]) == sorted(places[0][:8]) == list(range(8))
+    assert of_another_seed[:8] != places[0][:8], "and by another seed"
 
 
 def test_it_goes_on_from_every_place(folder):
@@ -76,6 +81,14 @@ def test_it_goes_on_again_and_again(folder):
         some = take(batches(folder, 1, places=[place]), count)
         seen, place = seen + some, some[-1][1]
     assert rows(seen) == rows(whole)
+
+
+def test_flips_are_drawn_anew_in_each_block_and_epoch(folder):
+    images = TrainingImages(open_stream(train_data_dir=str(folder)), 8, 3, seed=0, random_flip=True)
+    blocks = islice(StreamedBatches(images, 8, 8, SHARDS * ROWS, 1, 0, [Place()]), 10)
+    flipped = [int((images[:, 2, 0, -1] > 0).sum()) for images, _ in blocks]  # whose corner is on the right
+    assert len(set(flipped[:5])) > 1, "rows of a block are counted from the beginning of the epoch"
+    assert flipped[:5] != flipped[5:]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])

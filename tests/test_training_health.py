@@ -84,6 +84,14 @@ def test_weights_that_blew_up_do_not_replace_the_last_good_checkpoint(train, tmp
     assert max(float(weight.abs().max()) for weight in weights.values()) < 2
 
 
+def test_weights_that_blew_up_in_the_last_step_are_no_model(train, tmp_path):
+    """Also where there is no checkpoint before which one would look."""
+    options = f"{TINY} --lr_scheduler constant_with_warmup --lr_warmup_steps 1 --learning_rate 10"
+    with pytest.raises(RuntimeError, match=r"the weights have loss .* at step 2: .* there is no checkpoint of before"):
+        train(options, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out" / "model_index.json").exists()
+
+
 def test_a_rate_from_which_a_network_comes_back_is_no_alarm(train, tmp_path):
     train(f"{DIVERGING} --lr_scheduler constant --learning_rate 0.3", "--output_dir", tmp_path / "out")
     assert max(entry["loss"] for entry in read_log(tmp_path / "out")) > 1.2, "worse than to answer 0"

@@ -150,6 +150,25 @@ def test_the_saved_scheduler_describes_network_and_sampler(method):
     )
     assert (config["algorithm_type"], config["num_langevin_steps"]) == ("langevin", 2)
     assert config["step_size_criterion"] == "prop3"
+    args = arguments(method=method, algorithm_type="langevin", step_size=6e-6)
+    assert build_scheduler(args, plan_for(args)).config["step_size"] == 6e-6
+
+
+def test_a_new_network_is_that_of_the_options():
+    options = {"block_out_channels": [8, 16], "layers_per_block": 3, "attention_resolutions": [4], "dropout": 0.3}
+    args = arguments(**options, gradient_checkpointing=True, channels_last=True)
+    with torch.random.fork_rng():
+        unet = fit_unet(new_unet(args, 8, 1), args, 8)
+        told, photos = new_unet(arguments(), 8, 1).config, new_unet(arguments(), [16, 64], 3).config
+    assert (unet.config["layers_per_block"], unet.config["dropout"]) == (3, 0.3)
+    assert unet.config["down_block_types"] == ("DownBlock2D", "AttnDownBlock2D")
+    assert unet.config["up_block_types"] == ("AttnUpBlock2D", "UpBlock2D")
+    assert unet.is_gradient_checkpointing
+    assert unet.down_blocks[0].resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    # Of small images no attention, of larger ones where the shorter side is from 8 to 16: of 16, 8 and 4 at two.
+    assert (told["layers_per_block"], told["down_block_types"]) == (1, ("DownBlock2D",) * 2)
+    assert photos["layers_per_block"] == 2
+    assert photos["down_block_types"] == ("AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")
 
 
 def test_every_option_has_a_help_text(train, capsys):

@@ -8,16 +8,23 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training import ROOT, SMALL, TINY, WEIGHTS, arguments, launch, load, plan_for, same_state
+from diffusers import UNet2DModel
+from PIL import Image
+from training import ROOT, SMALL, TINY, WEIGHTS, arguments, launch, load, plan_for, same_state, small_unet
 
+from diffusers_gm import GMSGMPipeline
+from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import read_log
 from diffusers_gm.training.level_losses import LevelLosses
 from diffusers_gm.training.objective import Objective, build_scheduler
+from diffusers_gm.training.optimizer import build_ema, build_optimizer
+from diffusers_gm.training.samples import sample_images
 
 METHODS = ("gm-sgm", "ncsnv2", "cld")
 
@@ -99,6 +106,40 @@ def test_checkpoints_of_noise_per_batch_are_gone_on_from_and_it_is_said(train, t
     assert caplog.text.count("which drew noise for batches") == 1
 
 
+def test_dropout_is_drawn_anew_for_every_batch_by_the_seed(train, tmp_path, monkeypatch):
+    """The rest of what is drawn is that of each image."""
+    seeds, forward = [], UNet2DModel.forward
+
+    def noted(unet, *rest, **named):
+        seeds.extend([torch.initial_seed()] * unet.training)
+        return forward(unet, *rest, **named)
+
+    monkeypatch.setattr(UNet2DModel, "forward", noted)
+    for seed in (0, 1):
+        train(TINY, f"--gradient_accumulation_steps 2 --seed {seed} --output_dir", tmp_path / str(seed))
+    assert len(seeds) == len(set(seeds)) == 8, "two batches in each of two steps of two trainings"
+
+
+def test_the_seed_decides_the_first_weights_and_the_samples(train, tmp_path):
+    weights = []
+    for seed in (0, 1):
+        train(TINY, f"--learning_rate 1e-30 --seed {seed} --output_dir", tmp_path / str(seed))
+        weights.append(load(tmp_path / str(seed) / WEIGHTS)["conv_in.weight"])
+    assert not torch.allclose(*weights, atol=1e-3)
+    pipeline = GMSGMPipeline.from_pretrained(tmp_path / "1")
+    grid = image_grid(sample_images(pipeline, 4, batch_size=4, num_inference_steps=4, seed=1))
+    assert grid.tobytes() == Image.open(tmp_path / "1" / "samples.png").tobytes()
+
+
+def test_the_time_that_samples_take_is_none_of_the_training_s(train, tmp_path, monkeypatch):
+    """In the log: images per second while they are learned."""
+    call = GMSGMPipeline.__call__
+    monkeypatch.setattr(GMSGMPipeline, "__call__", lambda *rest, **named: time.sleep(3) or call(*rest, **named))
+    options = TINY.replace("--validation_steps 0", "--validation_steps 1 --logging_steps 1 --eval_batch_size 4")
+    train(options, "--output_dir", tmp_path / "out")
+    assert read_log(tmp_path / "out")[1]["images_per_second"] > 16 / 3
+
+
 # --- Losses by level ---
 
 
@@ -145,6 +186,49 @@ def test_they_are_logged_and_on_the_card(train, tmp_path):
 
 
 # --- Optimizer, formats, compiler ---
+
+
+def test_the_optimizer_and_the_average_are_those_of_the_options():
+    """None of them by its default, which would be there without being passed on."""
+    of_adam = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1, "adam_epsilon": 1e-3}
+    of_average = {"ema_decay": 0.9, "ema_inv_gamma": 2.0, "ema_power": 0.5}
+    args, unet = arguments(learning_rate=0.5, **of_adam, **of_average), small_unet()
+    optimizer = build_optimizer(args, plan_for(args), unet)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.8, 0.9), 0.1, 1e-3)
+    assert len(group["params"]) == len(list(unet.parameters()))
+    ema = build_ema(args, unet, torch.device("cpu"))
+    # Of n steps diffusers counts n - 1.
+    assert [ema.get_decay(n) for n in (7, 1001)] == [1 - (1 + 6 / 2.0) ** -0.5, 0.9]
+    assert build_ema(arguments(use_ema=False), unet, torch.device("cpu")) is None
+
+
+def test_a_gradient_is_as_long_as_it_may_be(train, tmp_path):
+    """One step of Adam whose epsilon is 1 goes as far as the gradient times the rate."""
+    options = SPLIT.replace("--max_train_steps 4", "--max_train_steps 1 --no_use_ema --adam_weight_decay 0")
+    options += " --train_batch_size 8"
+    train(options.replace("0.1", "1e-30"), "--output_dir", tmp_path / "start")
+    for limit in (0.01, 0.02):
+        train(options, f"--max_grad_norm {limit} --output_dir", tmp_path / str(limit))
+    start, *ends = (load(tmp_path / name / WEIGHTS) for name in ("start", "0.01", "0.02"))
+    moved = [sum(float((end[name] - start[name]).square().sum()) for name in end) ** 0.5 for end in ends]
+    assert moved == pytest.approx([0.1 * 0.01, 0.1 * 0.02], rel=0.02)
+
+
+def test_matrices_are_multiplied_in_tf32_where_that_is_wanted(train, tmp_path):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for options, expected in (("--allow_tf32", True), ("", False)):
+            train(TINY, options, "--overwrite_output_dir --output_dir", tmp_path / "out")
+            assert torch.backends.cuda.matmul.allow_tf32 == expected
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_the_rate_in_the_log_is_that_of_the_step(train, tmp_path):
+    options = TINY.replace("--max_train_steps 2", "--max_train_steps 4 --logging_steps 1 --learning_rate 1e-3")
+    train(options, "--lr_scheduler linear --lr_warmup_steps 2 --output_dir", tmp_path / "out")
+    assert [entry["lr"] for entry in read_log(tmp_path / "out")] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
 
 
 def test_8_bits_without_the_package(monkeypatch):
