@@ -446,5 +446,6 @@ def test_no_path_of_this_machine_is_written(evaluate, tmp_path):
     assert results["conditions"]["data"] == "real"
     assert str(tmp_path.parent) not in (tmp_path / "out" / "results.md").read_text()
     assert command_line(["--cache_dir=/home/me/some/cache"]).endswith(" --cache_dir=some/cache")
+    assert command_line(["model", "--output_dir=/home/me/out"]).endswith(" model")
     words = command_line(["model", "--output_dir", "out", "--seeds", "0", "1"]).split()
     assert words[-4:] == ["model", "--seeds", "0", "1"], "without the folder of the results"

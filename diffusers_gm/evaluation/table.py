@@ -49,6 +49,7 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
         while option in words:
             at = words.index(option)
             del words[at : at + 2]
+        words = [word for word in words if not word.startswith(f"{option}=")]
     module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
     return shlex.join(["python", "-m", module, *map(_neutral, words)])
 
