@@ -245,7 +245,7 @@ def test_real_images_choose_the_stochasticity():
         pipe, (4,), effort="fast", images=images, progress=False, batch_size=64, output_type="np"
     )
     assert result.stochasticity[4] in (0.0, 0.4, (0.5, 1.0), 1.0)
-    assert result.network_calls == 48 + 56 + 4 * 2 * 4
+    assert result.network_calls == 48 + 56 + 4 * 4 * 4
     assert list(result.elsewhere) == [3], "more calls are as stochastic as the images have it"
     given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=(0.5, 1.0), progress=False, batch_size=2)
     assert given.stochasticity == {4: (0.5, 1.0)}

@@ -51,7 +51,22 @@ def test_the_sliced_distance_prefers_no_side(generator):
     assert sliced_distance(-a, -b) == pytest.approx(sliced_distance(a, b), rel=1e-5)
 
 
-def test_stochasticities_are_judged_from_two_fresh_starts_of_the_level_that_a_run_begins_at():
+def test_stochasticities_are_judged_by_runs_whose_noise_is_not_that_of_their_start():
+    """Of a denoiser that sees nothing y is noise of the level of each call, and no more."""
+    seen_at = {}
+
+    def blind(y, sigma):
+        seen_at.setdefault(sigma, []).append(y)
+        return torch.zeros_like(y)
+
+    ladder = Ladder(seen(blind), start().float(), HIGH, LOW, Multistep())
+    ladder.closest((1.0,), [HIGH, 30.0, 20.0], torch.zeros(1024, 1, 1, 1))
+    for sigma, batches in seen_at.items():
+        y = torch.cat(batches)
+        assert float(y.std()) == pytest.approx(sigma, rel=5 / (2 * len(y)) ** 0.5)
+
+
+def test_stochasticities_are_judged_from_fresh_starts_of_the_level_that_a_run_begins_at():
     starts = []
 
     def denoiser(y, sigma):
@@ -60,8 +75,9 @@ def test_stochasticities_are_judged_from_two_fresh_starts_of_the_level_that_a_ru
         return points(y, sigma)
 
     ladder = Ladder(seen(denoiser), start(), HIGH, LOW, Multistep(), deviation=lambda sigma: sigma)
-    assert ladder.closest((0.0,), [4.0, 1.0, 0.1], POINTS[torch.arange(512) % 3].view(512, 1, 1, 1)) == 0.0
-    first, second = starts
+    assert ladder.closest((0.0,), [4.0, 1.0, 0.1], POINTS[torch.arange(1024) % 3].view(1024, 1, 1, 1)) == 0.0
+    first, second, *_ = starts
+    assert len(starts) == 4
     for y in starts:
         assert float(y.std()) == pytest.approx(4.0, rel=5 / (2 * 256) ** 0.5)
     assert not torch.equal(first, second)

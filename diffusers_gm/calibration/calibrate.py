@@ -34,7 +34,7 @@ from .errors import (
 )
 from .oracle import MANY, with_denoiser
 from .search import LocalDefects, fine_ladder, gram, nearest, search
-from .trajectory import Denoiser, Trajectories, denoised_images, sliced_distance
+from .trajectory import SEEDS, Denoiser, Trajectories, denoised_images, sliced_distance
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
@@ -46,6 +46,9 @@ NUM_FAST = 56
 
 # Stochasticities among which real images choose.
 CANDIDATES = (0.0, 0.4, SOME, ALL)
+
+# Batches of samples that they are judged by: fewer would leave it to chance.
+JUDGED = 4
 
 # Images of a pipeline that makes a single one unless told, and what else tells it how many.
 NUM_IMAGES = 16
@@ -275,7 +278,7 @@ class Ladder:
 
     def fresh_start(self, seed: int) -> Tensor:
         """Another y of the same kind."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(SEEDS + seed)
         # A batch of mixture noise does not tell how wide it is.
         scale = self.start.std() if self.noise.is_standard_gaussian else self.high
         return self.noise.sample(self.start.shape, generator).to(self.start) * scale
@@ -288,8 +291,9 @@ class Ladder:
         def distance(tau: Stochasticity) -> float:
             sampler = replace(self.sampler, stochasticity=tau)
             batches = []
-            for seed in (3, 4):
-                y, generator = lower * self.fresh_start(seed), torch.Generator().manual_seed(seed)
+            for seed in range(JUDGED):
+                # The noise of the steps is not that of the start: y would be wider than its level.
+                y, generator = lower * self.fresh_start(3 + seed), torch.Generator().manual_seed(SEEDS + 100 + seed)
                 *_, last = denoised_images(self.denoiser, y, sigmas, sampler, generator)
                 batches.append(last)
             return sliced_distance(torch.cat(batches), images)

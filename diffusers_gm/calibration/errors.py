@@ -11,7 +11,7 @@ from torch import Tensor
 from ..readings.grids import POWER, even_levels, power_levels
 from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
-from .trajectory import Denoiser, denoised_images
+from .trajectory import SEEDS, Denoiser, denoised_images
 
 # Levels of the run that measures the martingale defect.
 NUM_MARTINGALE = 48
@@ -81,13 +81,13 @@ class ReverseDiffusion:
         return self.left < 1 and len(self.images) >= MANY_IMAGES
 
 
-def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float, seed: int = 1) -> ReverseDiffusion:
+def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float) -> ReverseDiffusion:
     """A run of the reverse diffusion on levels from sigma 40 to 0.05, where the network has them."""
     sigmas = torch.logspace(
         math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
     )
     y = start * (float(sigmas[0]) / high)
-    sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(seed)
+    sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(SEEDS)
     products = squares = 0.0
     strengths = []  # the mean square of D below level `SHOWS`
     runs = pairwise(denoised_images(denoiser, y, sigmas, sampler, generator))
