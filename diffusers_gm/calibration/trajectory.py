@@ -17,8 +17,8 @@ from ..samplers import Memory, Multistep
 
 NUM_DIRECTIONS = 128
 
-# What a calibration draws by itself is of seeds from here on, which nobody gives a pipeline: it is to be independent of the
-# pipeline's start.
+# What a calibration draws by itself is of seeds from here on, which nobody gives a pipeline: it is to be independent of
+# the pipeline's start.
 SEEDS = 7_919_000
 
 # Of y and sigma of a batch: y and D as a sampler is given them; y moves where D is clipped.
