@@ -83,7 +83,7 @@ class LatentCache:
         if (self.folder / CONTENTS).is_file():
             before, now = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8")), dict(self.contents)
             other_pixels = not same_brightness(before.pop("brightness"), now.pop("brightness"))
-            other_files = before.pop("images", now["images"]) != now.pop("images")  # older caches do not know
+            other_files = before.pop("images") != now.pop("images")
             changes = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
             if not changes and (other_files or other_pixels):
                 changes = ["the images were others, or in another order"]
@@ -207,8 +207,6 @@ class TrainingLatents(Dataset):
         shown: list[int] = []
         for path in self.paths:
             with safe_open(path, "pt") as shard:  # of which the latents are not read
-                if "shown" not in shard.keys():  # noqa: SIM118 - of before this was kept
-                    return list(range(self.num_images))
                 shown += shard.get_tensor("shown").tolist()
         return shown
 
