@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
+from ..networks import without_variance
 from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
@@ -325,11 +326,9 @@ class SamplerScheduler(Calls, Swappable):
 
     def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The network's output without the variance that `variance_type="learned*"` networks add in the second half."""
-        channels = sample.shape[1] if sample.ndim > 1 else 0
         learned = (self.config.variance_type or "").startswith("learned")
-        if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * channels:
-            return model_output[:, :channels]
-        return model_output
+        have_channels = model_output.ndim > 1 and sample.ndim > 1
+        return without_variance(model_output, sample.shape[1]) if learned and have_channels else model_output
 
     def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """y and D, clipped, as the sampler is given them."""
