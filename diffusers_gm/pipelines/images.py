@@ -13,6 +13,7 @@ from ..autoencoders import LatentSpace, check_scaling, downsampling
 from ..networks import asked, channels_of, images_at_once, null_class, num_class_embeds, size_of
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import VelocityReading
+from ..schedulers.base import SamplerScheduler
 from . import encoding
 from .guidance import Guidance, check_guidance
 from .inputs import ClassLabels, by_index, check_classes, class_indices
@@ -166,7 +167,7 @@ class ImagePipeline(HubPipeline):
 
     def _image(self, sample: Tensor) -> Tensor:
         """The image in the last sample, `(B, C, H, W)`."""
-        return self.scheduler.reading.image(sample) if hasattr(self.scheduler, "reading") else sample
+        return self.scheduler.reading.image(sample) if isinstance(self.scheduler, SamplerScheduler) else sample
 
     # --- The network ---
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..processes.noise_level import NoiseLevel
 from ..processes.random import Generators, check_generators
+from ..schedulers.base import SamplerScheduler
 from . import encoding
 from .images import ImagePipeline
 from .inpainting import Picture, unit_noise
@@ -280,8 +281,8 @@ class UnconditionalPipeline(ImagePipeline):
         """The steps at which the runs from a picture begin; a ValueError for a scheduler that begins nowhere else than
         at the first."""
         begins = picture.begins(num_steps)
-        in_parts = self.scheduler.config.get("skip_prk_steps") is False and not hasattr(self.scheduler, "reading")
-        if in_parts and any(begins):
+        theirs = not isinstance(self.scheduler, SamplerScheduler)
+        if theirs and self.scheduler.config.get("skip_prk_steps") is False and any(begins):
             raise ValueError(
                 f"a {type(self.scheduler).__name__} cannot begin in the middle of a run, as image asks for: make it "
                 "with skip_prk_steps=True"
