@@ -25,7 +25,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
     data,
 )
-from diffusers_gm.networks import asked
+from diffusers_gm.networks import as_unet_call
 from diffusers_gm.training.methods import levels
 from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet, with_velocities
 from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
@@ -41,7 +41,7 @@ PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeli
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_is_called_as_others_are(kind):
     """A single timestep, or one for each image; without labels the class that stands for none."""
-    network, images = asked(KINDS[kind]()), torch.randn(2, 1, 8, 8, generator=seeded(0)[0])
+    network, images = as_unet_call(KINDS[kind]()), torch.randn(2, 1, 8, 8, generator=seeded(0)[0])
     with torch.no_grad():
         one = network(images, torch.tensor(3.5)).sample
         assert torch.equal(network(images, torch.tensor([3.5, 3.5])).sample, one)

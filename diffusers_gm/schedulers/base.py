@@ -121,7 +121,7 @@ class SamplerScheduler(Calls, Swappable):
         if num_inference_steps is None:
             labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:
-            counts = self.sampler.spend(num_inference_steps)
+            counts = self.sampler.calls_per_level(num_inference_steps)
             labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
             levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)

@@ -12,11 +12,11 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data import dequantized
-from ..networks import answers_variance, asked, without_variance
+from ..networks import answers_variance, as_unet_call, without_variance
 from ..readings import Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
-from .classes import told
+from .classes import with_labels
 from .draws import Draws
 from .methods import METHODS, levels
 from .methods.method import Batch
@@ -143,7 +143,7 @@ class Objective:
             classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
-        network = told(self._as_denoiser(network, images.shape[1]), classes)
+        network = with_labels(self._as_denoiser(network, images.shape[1]), classes)
         batch = Batch(network, images, self.labels(draws.levels), draws.noise)
         return METHODS[self.args.method].loss(self.args, self.scheduler, batch)
 
@@ -151,7 +151,7 @@ class Objective:
         """The network as the losses call it, and without a variance that it answers besides."""
         if self.unet is None or (isinstance(self.unet, UNet2DModel) and not answers_variance(self.unet)):
             return network
-        call = asked(network, self.unet)
+        call = as_unet_call(network, self.unet)
         return lambda *inputs, **named: SimpleNamespace(
             sample=without_variance(call(*inputs, **named).sample, channels)
         )
