@@ -98,7 +98,7 @@ def describe_model(pipeline: Any) -> str:
     return content.hexdigest()
 
 
-def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
+def scheduler_by_name(own: Any, words: Sequence[str]) -> tuple[str, Any]:
     """A scheduler in place of a pipeline's own, made of its config, and what to call it.
 
     Args:

@@ -63,7 +63,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         return _newest_whole(folder)
     for path in (Path(resume), folder / resume):
         if (path / STATE_FILE).is_file() and not path.name.startswith(files.UNFINISHED):
-            if wrong := damage(path):
+            if wrong := checkpoint_damage(path):
                 raise ValueError(
                     f"--resume_from_checkpoint {resume!r} is damaged: {wrong}; 'latest' takes the newest whole one"
                 )
@@ -108,7 +108,7 @@ def recorded_options(written: dict[str, Any], method: str) -> dict[str, Any]:
 def _newest_whole(folder: Path) -> Path | None:
     passed_over = []
     for path in reversed(_numbered(folder)):
-        wrong = damage(path)
+        wrong = checkpoint_damage(path)
         if not wrong:
             return path
         passed_over.append(f"{path.name} ({wrong})")
@@ -121,7 +121,7 @@ def _newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path) -> str:
+def checkpoint_damage(checkpoint: Path) -> str:
     """What is wrong with the files of a checkpoint, in words; empty for a whole one."""
     try:
         content = json.loads((checkpoint / STATE_FILE).read_bytes())

@@ -125,7 +125,7 @@ def latents_of(
     of_few = kept or replace(space, mean=few.mean((0, 2, 3)), std=few.std((0, 2, 3)).clamp(min=1e-12))
     some = (few - of_few.mean[:, None, None]) / of_few.std[:, None, None]
     rehearsed = Examination(some, examination.resolution)
-    rehearse(args, rehearsed, source.num_images, unet, network)
+    check_plan(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
     anew = args.overwrite_output_dir and args.resume_from_checkpoint is None
@@ -155,7 +155,7 @@ def latents_of(
     return dataset, examination, replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten())
 
 
-def rehearse(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:
+def check_plan(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:
     """Raise the ValueError that a training with these options would end with once its latents are there."""
     plan = make_plan(args, few, num_images, num_processes=1)
     build_scheduler(args, plan, network)
