@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def asked(network: Callable[..., Any], described_by: Any = None) -> Callable[..., Any]:
+def as_unet_call(network: Callable[..., Any], described_by: Any = None) -> Callable[..., Any]:
     """A network to be called as a `UNet2DModel` is: `(sample, timestep, class_labels=None)`, the output as `.sample`.
 
     Timesteps may be one for all images or one for each; a network with classes that is given no labels is asked for

@@ -37,9 +37,9 @@ from diffusers_gm.evaluation.features import fingerprint
 from diffusers_gm.evaluation.options import build_parser
 from diffusers_gm.evaluation.report import plot, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
-from diffusers_gm.evaluation.sampling import NoGridError, build_scheduler, load_pipeline
+from diffusers_gm.evaluation.sampling import NoGridError, load_pipeline, scheduler_by_name
 from diffusers_gm.evaluation.sources import read_samples
-from diffusers_gm.evaluation.table import command_line
+from diffusers_gm.evaluation.table import this_command
 
 CPU = torch.device("cpu")
 
@@ -294,7 +294,7 @@ def test_a_seed_that_is_added_brings_its_own_draw_for_the_floor(ddpm, evaluate):
 
 
 def test_a_grid_that_starts_with_the_same_timestep_twice_is_none():
-    scheduler = build_scheduler(DDPMScheduler(), ["DPMSolverMultistepScheduler", "timestep_spacing=leading"])[1]
+    scheduler = scheduler_by_name(DDPMScheduler(), ["DPMSolverMultistepScheduler", "timestep_spacing=leading"])[1]
     assert num_steps_for(scheduler, 500) == 500
     with pytest.raises(NoGridError, match="1000 steps has the first timestep twice"):
         num_steps_for(scheduler, 1000)
@@ -303,7 +303,7 @@ def test_a_grid_that_starts_with_the_same_timestep_twice_is_none():
 def test_a_ladder_of_few_levels_has_no_grid_of_more_calls():
     own = AnnealedLangevinScheduler(noise_space="ve", sigma_max=9.0, num_train_timesteps=21)
     for name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
-        scheduler = build_scheduler(own, [name])[1]
+        scheduler = scheduler_by_name(own, [name])[1]
         assert num_steps_for(scheduler, 20) == 20
         with pytest.raises(NoGridError, match="trained at 21 noise levels, and 50 calls need more"):
             num_steps_for(scheduler, 50)
@@ -445,7 +445,7 @@ def test_no_path_of_this_machine_is_written(evaluate, tmp_path):
     results, _ = evaluate("--samples", tmp_path / "samples", *quick[:4], "--num_reference", 40, data=data)
     assert results["conditions"]["data"] == "real"
     assert str(tmp_path.parent) not in (tmp_path / "out" / "results.md").read_text()
-    assert command_line(["--cache_dir=/home/me/some/cache"]).endswith(" --cache_dir=some/cache")
-    assert command_line(["model", "--output_dir=/home/me/out"]).endswith(" model")
-    words = command_line(["model", "--output_dir", "out", "--seeds", "0", "1"]).split()
+    assert this_command(["--cache_dir=/home/me/some/cache"]).endswith(" --cache_dir=some/cache")
+    assert this_command(["model", "--output_dir=/home/me/out"]).endswith(" model")
+    words = this_command(["model", "--output_dir", "out", "--seeds", "0", "1"]).split()
     assert words[-4:] == ["model", "--seeds", "0", "1"], "without the folder of the results"

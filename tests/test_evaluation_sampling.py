@@ -26,11 +26,11 @@ from diffusers_gm.evaluation import num_steps_for
 from diffusers_gm.evaluation.options import build_parser
 from diffusers_gm.evaluation.sampling import (
     NoGridError,
-    build_scheduler,
     image_shape,
     load_pipeline,
     options_in,
     sample,
+    scheduler_by_name,
 )
 from diffusers_gm.evaluation.sources import real_images
 from diffusers_gm.evaluation.subject import Subject
@@ -78,7 +78,7 @@ def test_a_reference_is_no_smaller_than_the_samples():
 
 def test_images_depend_on_seed_and_index_alone(ddpm):
     pipeline = load_pipeline(ddpm, CPU)
-    for scheduler in (pipeline.scheduler, build_scheduler(pipeline.scheduler, ["CLDSSCSScheduler"])[1]):
+    for scheduler in (pipeline.scheduler, scheduler_by_name(pipeline.scheduler, ["CLDSSCSScheduler"])[1]):
         images, calls = sample(pipeline, scheduler, 5, 7, seed=3, batch_size=7)
         again, _ = sample(pipeline, scheduler, 5, 7, seed=3, batch_size=2)
         assert calls == 5
@@ -96,7 +96,7 @@ def test_our_loop_does_what_ddpm_pipeline_does(ddpm):
     theirs.set_progress_bar_config(disable=True)
     expected = theirs(3, [generator_for(0, SAMPLES, i) for i in range(3)], 5, output_type="np").images
     torch.testing.assert_close(images, torch.from_numpy(expected).permute(0, 3, 1, 2) * 2 - 1)
-    heun = build_scheduler(pipeline.scheduler, ["HeunDiscreteScheduler"])[1]
+    heun = scheduler_by_name(pipeline.scheduler, ["HeunDiscreteScheduler"])[1]
     images, calls = sample(pipeline, heun, num_steps_for(heun, 8), 3, seed=0, batch_size=3)
     assert calls == 7
     assert torch.isfinite(images).all()
@@ -111,7 +111,7 @@ def test_native_cld_makes_images_not_states(tiny_velocity_unet, tmp_path):
 
 def test_schedulers_by_name():
     own = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-    name, scheduler = build_scheduler(own, ["CLDSSCSScheduler", "splitting_order=2", "algorithm_type=sscs"])
+    name, scheduler = scheduler_by_name(own, ["CLDSSCSScheduler", "splitting_order=2", "algorithm_type=sscs"])
     assert name == "CLDSSCSScheduler splitting_order=2 algorithm_type=sscs"
     assert scheduler.config.splitting_order == 2
     assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
@@ -131,16 +131,16 @@ def test_schedulers_by_name():
         ),
     ]:
         with pytest.raises(ValueError, match=message):
-            build_scheduler(own, words)
+            scheduler_by_name(own, words)
     vp = GMLangevinScheduler(noise_space="vp", beta_schedule="linear")
-    assert build_scheduler(vp, ["DDIMScheduler"])
+    assert scheduler_by_name(vp, ["DDIMScheduler"])
     flow = CLDSSCSScheduler(noise_space="flow", prediction_type="flow_prediction")
     for other in ("FlowMatchEulerDiscreteScheduler", "CLDSSCSScheduler"):
-        assert build_scheduler(flow, [other])
+        assert scheduler_by_name(flow, [other])
     native = CLDSSCSScheduler(prediction_type="cld_mixed")
-    assert build_scheduler(native, ["CLDSSCSScheduler", "algorithm_type=euler_maruyama"])[1].noise_space is None
+    assert scheduler_by_name(native, ["CLDSSCSScheduler", "algorithm_type=euler_maruyama"])[1].noise_space is None
     with pytest.raises(ValueError, match="DDIMScheduler does not suit .* velocity: use one of ours"):
-        build_scheduler(native, ["DDIMScheduler"])
+        scheduler_by_name(native, ["DDIMScheduler"])
 
 
 OF_DIFFUSERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
@@ -165,13 +165,13 @@ def test_no_scheduler_of_diffusers_is_given_noise_that_it_cannot_read(own, suits
     accepted = set()
     for name in OF_DIFFUSERS:
         with contextlib.suppress(ValueError, ImportError):
-            accepted.add(type(build_scheduler(own, [name])[1]))
+            accepted.add(type(scheduler_by_name(own, [name])[1]))
     if isinstance(own, GMLangevinScheduler | CLDSSCSScheduler):
         assert not accepted
     else:
         by_betas = {hasattr(cls(), "alphas_cumprod") and not cls().config.get("use_flow_sigmas") for cls in accepted}
         assert by_betas == {not isinstance(own, FlowMatchEulerDiscreteScheduler)}
-    assert build_scheduler(own, [suits])
+    assert scheduler_by_name(own, [suits])
 
 
 def test_values_of_options_are_those_of_json_or_python():

@@ -1,6 +1,5 @@
 """The cache of the latents of a training set."""
 
-import json
 import pickle
 
 import pytest
@@ -93,17 +92,6 @@ def test_latents_of_something_else_are_refused(tmp_path, change, said):
     with pytest.raises(ValueError, match=f"{said}.*; give another --latents_cache_dir, or remove"):
         cache_of(tmp_path / CACHE, **{"images": images_of(20)} | change)
     assert {path.name: path.read_bytes() for path in (tmp_path / CACHE).iterdir()} == before
-
-
-def test_a_cache_of_before_goes_on(tmp_path):
-    """Of when a cache did not know which files its images were from."""
-    path = filled(cache_of(tmp_path / CACHE, images_of(20))).folder / "latents.json"
-    contents = json.loads(path.read_text())
-    del contents["images"]
-    path.write_text(json.dumps(contents))
-    filled(cache_of(tmp_path / CACHE, images_of(20)))
-    with pytest.raises(ValueError, match="the images were others"):  # by their brightness alone
-        cache_of(tmp_path / CACHE, images_of(20) * 0.5 + 0.5)
 
 
 def test_a_folder_that_another_training_began_to_fill_meanwhile(tmp_path):

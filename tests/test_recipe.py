@@ -17,7 +17,7 @@ from diffusers_gm import (
     GMLangevinScheduler,
 )
 from diffusers_gm.evaluation.options import build_parser, check_options
-from diffusers_gm.evaluation.sampling import build_scheduler
+from diffusers_gm.evaluation.sampling import scheduler_by_name
 from diffusers_gm.training.methods import METHODS
 from diffusers_gm.training.network import new_unet
 from diffusers_gm.training.parser import OptionParser
@@ -84,7 +84,7 @@ def test_a_slice_goes_on_by_itself_and_the_evaluation_is_of_the_same_model_and_d
     ],
 )
 def test_the_samplers_that_a_model_is_measured_under_suit_it(method, own):
-    schedulers = [build_scheduler(own, words)[1] for words in commands(METHOD=method)[1].scheduler]
+    schedulers = [scheduler_by_name(own, words)[1] for words in commands(METHOD=method)[1].scheduler]
     assert type(schedulers[0]) is type(own)
     assert type(schedulers[-1]) is CalibratedMultistepScheduler
     for scheduler in schedulers:

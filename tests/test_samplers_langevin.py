@@ -153,7 +153,7 @@ def test_the_published_cifar10_chain_has_the_predicted_law():
     preset = PRESETS["ncsnv2-cifar10"]
     levels = torch.logspace(math.log10(preset.sigma_max), math.log10(preset.sigma_min), preset.num_levels, **DOUBLE)
     sampler = Langevin(preset.num_langevin_steps, preset.step_size, denoise=False)
-    assert sampler.spend(232 * 5) == [5] * 232
+    assert sampler.calls_per_level(232 * 5) == [5] * 232
     left = final_variance(sampler, levels.repeat_interleave(5), 0.0)
     assert left / preset.sigma_min**2 == pytest.approx(1.1283, abs=5e-5)
     # In images of [-1, 1] the same sampler, twice as large.
@@ -167,7 +167,7 @@ def test_the_published_cifar10_chain_has_the_predicted_law():
 def test_calls_are_spent_from_the_first_level_on(num_steps, denoise):
     sampler = Langevin(num_steps, denoise=denoise)
     for n in (60, 61, 62, 100):
-        counts = sampler.spend(n)
+        counts = sampler.calls_per_level(n)
         assert sum(counts) == n
         assert len(counts) == (n - denoise) // num_steps
         assert counts[-1] == num_steps + denoise
@@ -204,8 +204,8 @@ def test_where_the_chain_is_is_where_the_network_is_told(generator):
             Langevin(follow_chain=True, jumps=jumps),
             Langevin(2, follow_chain=True, jumps=jumps, exact=True),
         ):
-            levels = torch.logspace(1, -2, len(sampler.spend(30)), **DOUBLE)
-            sigmas = levels.repeat_interleave(torch.tensor(sampler.spend(30)))
+            levels = torch.logspace(1, -2, len(sampler.calls_per_level(30)), **DOUBLE)
+            sigmas = levels.repeat_interleave(torch.tensor(sampler.calls_per_level(30)))
             plan = sampler.plan(sigmas)
             variance = float(sigmas[0] ** 2)
             for i, told in enumerate(plan.sigmas.tolist()[:-1]):
@@ -247,7 +247,7 @@ def test_any_step_is_stable_if_it_is_integrated_exactly():
 
 
 def ladder_of(sampler, num_calls, high, low):
-    counts = sampler.spend(num_calls)
+    counts = sampler.calls_per_level(num_calls)
     levels = torch.logspace(math.log10(high), math.log10(low), len(counts), **DOUBLE)
     return levels.repeat_interleave(torch.tensor(counts))
 

@@ -17,7 +17,7 @@ from diffusers_gm.data import split_digits
 from diffusers_gm.evaluation.report import curve_table, plot_curves
 from diffusers_gm.evaluation.results import Results, Statistic
 from diffusers_gm.evaluation.sampling import NoGridError
-from diffusers_gm.evaluation.table import Table, command_line
+from diffusers_gm.evaluation.table import Table, this_command
 from diffusers_gm.studies import cld, gm_sgm, ncsnv2
 from diffusers_gm.studies.command import parse, study_parser
 from diffusers_gm.studies.digits import (
@@ -309,13 +309,13 @@ def test_page_command(tmp_path):
 
 def test_command_line_leaves_out_the_folder():
     words = ["terminal", "--output", "a/b", "--steps", "3"]
-    assert command_line(words).endswith(" terminal --steps 3")
+    assert this_command(words).endswith(" terminal --steps 3")
 
 
 def test_a_command_says_nothing_about_the_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--data", "/home/me/cifar10/train", "--model", str(tmp_path / "outputs" / "a"), "--name", "a/b", "-x", "/"]
-    assert command_line(words).endswith(" --data cifar10/train --model outputs/a --name a/b -x .")
+    assert this_command(words).endswith(" --data cifar10/train --model outputs/a --name a/b -x .")
 
 
 # --- The command line ---

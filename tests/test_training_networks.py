@@ -25,7 +25,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
     data,
 )
-from diffusers_gm.networks import asked
+from diffusers_gm.networks import as_unet_call
 from diffusers_gm.training.methods import levels
 from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet, with_velocities
 from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
@@ -41,7 +41,7 @@ PIPELINES = {"gm-sgm": GMSGMPipeline, "ncsnv2": NCSNv2Pipeline, "cld": CLDPipeli
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_is_called_as_others_are(kind):
     """A single timestep, or one for each image; without labels the class that stands for none."""
-    network, images = asked(KINDS[kind]()), torch.randn(2, 1, 8, 8, generator=seeded(0)[0])
+    network, images = as_unet_call(KINDS[kind]()), torch.randn(2, 1, 8, 8, generator=seeded(0)[0])
     with torch.no_grad():
         one = network(images, torch.tensor(3.5)).sample
         assert torch.equal(network(images, torch.tensor([3.5, 3.5])).sample, one)
@@ -264,20 +264,6 @@ def test_other_levels_of_a_ddpm_network_are_those_that_were_asked_for(tmp_path, 
         assert (config["beta_end"] == 0.012) is (config["num_train_timesteps"] == 400) is kept, words
         assert ("is not kept by --method ddpm" in caplog.text) is (not kept and "keep" not in words), words
         caplog.clear()
-
-
-def test_a_ddpm_that_was_fine_tuned_before_its_betas_were_kept_goes_on_as_it_was(train, tmp_path):
-    DDPMPipeline(tiny_network(), DDPMScheduler(400, beta_end=0.012)).save_pretrained(tmp_path / "ddpm")
-    options = f"{SHORT} --method ddpm --model_name_or_path {tmp_path / 'ddpm'} --output_dir {tmp_path / 'out'}"
-    train(options, "--no_keep_noise_levels --max_train_minutes 1e-9")
-    path = tmp_path / "out" / "checkpoint-1" / "training_state.json"
-    content = json.loads(path.read_text())
-    del content["state"]["training_id"]
-    content["arguments"]["keep_noise_levels"] = True
-    path.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))
-    train(options, "--resume_from_checkpoint latest")
-    config = DDPMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config
-    assert (config["num_train_timesteps"], config["beta_end"]) == (1000, 0.02)
 
 
 @pytest.mark.parametrize("method", PIPELINES)

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..evaluation.sampling import build_scheduler, in_short, load_pipeline, options_in
+from ..evaluation.sampling import in_short, load_pipeline, options_in, scheduler_by_name
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers.base import SamplerScheduler
 
@@ -139,7 +139,7 @@ def _sampler(own: Any, name: str, words: str) -> Sampler:
     """What `words`, a class and what is to differ from the config, make of the scheduler of a pipeline."""
     of_class, *changes = shlex.split(words) or [""]
     try:
-        _, scheduler = build_scheduler(own, [of_class, *changes])
+        _, scheduler = scheduler_by_name(own, [of_class, *changes])
     except ValueError as error:
         raise ValueError(str(error).removeprefix("--scheduler ")) from error
     theirs = hasattr(diffusers, of_class) and isinstance(own, SamplerScheduler)

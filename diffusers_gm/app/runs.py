@@ -182,6 +182,6 @@ def _denoiser(scheduler: Any) -> Callable[[Tensor, Any, Tensor, Any], Tensor]:
 
     def denoised(output: Tensor, timestep: Any, seen: Tensor, result: Any) -> Tensor:
         call = ours.reading.calls(torch.as_tensor(timestep, dtype=torch.float64).reshape(1).cpu())[0]
-        return ours.clip(ours.reading.denoised(ours.without_variance(output, seen), seen / call.fed, call), call.sigma)
+        return ours.clip(ours.reading.denoised(ours.without_variance(output, seen), seen / call.c_in, call), call.sigma)
 
     return denoised

@@ -25,7 +25,7 @@ from .tables import holds_images, images_of, load_table
 logger = logging.getLogger(__name__)
 
 # How many images of a set are looked at for what its pixels mean.
-NUM_EXAMINED = 1000
+NUM_LOOKED_AT = 1000
 
 
 class ImageSource(ABC):
@@ -117,7 +117,7 @@ class EncodedImages(ImageSource):
         self.ranges: dict[str, PixelRange] = {}
         extremes: dict[str, tuple[float, float]] = {}
         deep: list[int] = []  # largest values of colour images of 16 bits, of which PIL keeps the upper 8
-        for index in range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1):
+        for index in range(0, num_images, math.ceil(num_images / NUM_LOOKED_AT) or 1):
             (row,) = self._rows([index])
             try:
                 with self._open(row) as image:

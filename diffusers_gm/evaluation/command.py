@@ -32,7 +32,7 @@ from .results import Results
 from .scoring import OF_FEATURES, Reference, check_metrics, score
 from .sources import real_images
 from .subject import Subject, name_of
-from .table import command_line
+from .table import this_command
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
         conditions["scheduler"] = scheduler
     if subject.classes is not None:
         conditions["classes"] = sorted(map(str, subject.classes))
-    results: Results = from_main(lambda: Results.open(args.output_dir / "results.json", conditions, command_line()))
+    results: Results = from_main(lambda: Results.open(args.output_dir / "results.json", conditions, this_command()))
     missing = [key for key in subject.cells(args.calls, args.seeds) if results.find(*key) is None]
     draws = floor.split(n)[len(results.floor) :]
     if not draws and not missing:

@@ -70,8 +70,8 @@ def counted_calls(pipeline: Any) -> Iterator[list]:
 def image_shape(pipeline: Any) -> tuple[int, int, int]:
     """`(C, H, W)` of the images that it makes."""
     if isinstance(pipeline, UnconditionalPipeline):
-        _, height, width = pipeline._image_shape()
-        return pipeline._picture_shape(height, width)
+        _, height, width = pipeline._sample_shape()
+        return pipeline._image_shape(height, width)
     try:
         images = _images(pipeline, 1, 2, [generator_for(0, SAMPLES)])
     except TypeError as error:
@@ -98,7 +98,7 @@ def describe_model(pipeline: Any) -> str:
     return content.hexdigest()
 
 
-def build_scheduler(own: Any, words: Sequence[str]) -> tuple[str, Any]:
+def scheduler_by_name(own: Any, words: Sequence[str]) -> tuple[str, Any]:
     """A scheduler in place of a pipeline's own, made of its config, and what to call it.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..pipelines.guidance import check_guidance
 from ..pipelines.inputs import class_indices
 from .features import fingerprint
-from .sampling import build_scheduler, describe_model, image_shape, load_pipeline, num_steps_for, sample
+from .sampling import describe_model, image_shape, load_pipeline, num_steps_for, sample, scheduler_by_name
 from .sources import read_samples
 
 
@@ -56,7 +56,7 @@ class Subject:
             return cls(name_of(args.samples), content, shape, len(samples), args.class_labels, samples)
         pipeline = load_pipeline(args.model, device)
         own = pipeline.scheduler
-        schedulers = dict(build_scheduler(own, words) for words in args.scheduler or []) or {type(own).__name__: own}
+        schedulers = dict(scheduler_by_name(own, words) for words in args.scheduler or []) or {type(own).__name__: own}
         guidance = _guidance(args, pipeline)
         classes, among = (None, {}) if args.class_labels is None else _classes(args.class_labels, pipeline)
         runs = {

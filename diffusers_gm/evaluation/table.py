@@ -40,7 +40,7 @@ def machine() -> str:
     )
 
 
-def command_line(arguments: Sequence[str] | None = None) -> str:
+def this_command(arguments: Sequence[str] | None = None) -> str:
     """The command of this process, `python -m module options`, without the folder of the results; of a path outside the
     working folder, which is nobody else's, the last two names."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -10,6 +10,7 @@ from ..processes.random import Draw, Generators
 from ..readings import ImageReading, VelocityReading
 from ..samplers import Memory, TwoStep
 from ..schedulers import CalibratedMultistepScheduler
+from ..schedulers.base import SamplerScheduler
 from .guidance import Guidance, Network
 from .inpainting import noised
 
@@ -17,7 +18,9 @@ from .inpainting import noised
 def ours(scheduler: Any) -> Any:
     """A scheduler of this package that reads the network as `scheduler` does; it itself, if it is one; a ValueError for
     a scheduler that cannot be swapped."""
-    return scheduler if hasattr(scheduler, "reading") else CalibratedMultistepScheduler.from_config(scheduler.config)
+    if isinstance(scheduler, SamplerScheduler):
+        return scheduler
+    return CalibratedMultistepScheduler.from_config(scheduler.config)
 
 
 def is_within(interval: tuple[float, float], scheduler: Any, timestep: Tensor) -> bool:

@@ -10,9 +10,10 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..autoencoders import LatentSpace, check_scaling, downsampling
-from ..networks import asked, channels_of, images_at_once, null_class, num_class_embeds, size_of
+from ..networks import as_unet_call, channels_of, images_at_once, null_class, num_class_embeds, size_of
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import VelocityReading
+from ..schedulers.base import SamplerScheduler
 from . import encoding
 from .guidance import Guidance, check_guidance
 from .inputs import ClassLabels, by_index, check_classes, class_indices
@@ -109,7 +110,7 @@ class ImagePipeline(HubPipeline):
 
     # --- Shapes ---
 
-    def _image_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    def _sample_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """`(C, H, W)` of the sample, of CLD `cat([x, v], 1)`; its own size unless told that of the images."""
         channels_in, channels_out = channels_of(self.unet)
         if (self.scheduler.config.get("variance_type") or "").startswith("learned") and channels_out == 2 * channels_in:
@@ -143,7 +144,7 @@ class ImagePipeline(HubPipeline):
             )
         return channels_in, size[0], size[1]
 
-    def _picture_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def _image_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """`(C, H, W)` of the images that samples of this size are, or stand for."""
         if self.vae is not None:
             pixels = downsampling(self.vae)
@@ -154,7 +155,7 @@ class ImagePipeline(HubPipeline):
     def calibration_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What `diffusers_gm.calibrate` runs this pipeline with, which was `given` these arguments: many images, where
         they are small, and unless told of all classes, in the proportions of the training data."""
-        channels, height, width = self._image_shape(given.get("height"), given.get("width"))
+        channels, height, width = self._sample_shape(given.get("height"), given.get("width"))
         most = given.get("batch_size") or images_at_once(64, channels, height, width)
         labels = given.get("class_labels", self.draw_labels(most, evenly=True))
         if labels is None:
@@ -166,14 +167,14 @@ class ImagePipeline(HubPipeline):
 
     def _image(self, sample: Tensor) -> Tensor:
         """The image in the last sample, `(B, C, H, W)`."""
-        return self.scheduler.reading.image(sample) if hasattr(self.scheduler, "reading") else sample
+        return self.scheduler.reading.image(sample) if isinstance(self.scheduler, SamplerScheduler) else sample
 
     # --- The network ---
 
     def _network(self, model_input: Tensor, timestep: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's output, in float32."""
         classes = {} if labels is None else {"class_labels": labels}
-        return asked(self.unet)(model_input.to(self.unet.dtype), timestep, **classes).sample.float()
+        return as_unet_call(self.unet)(model_input.to(self.unet.dtype), timestep, **classes).sample.float()
 
     def _initial_sample(self, shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
         if hasattr(self.scheduler, "initial_sample"):
@@ -219,7 +220,7 @@ class ImagePipeline(HubPipeline):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_generators(generator, batch_size)
-        shape = (batch_size, *self._image_shape(height, width))
+        shape = (batch_size, *self._sample_shape(height, width))
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         return shape

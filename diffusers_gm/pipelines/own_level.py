@@ -74,7 +74,7 @@ class OwnLevel:
         if num_calls == 1:
             return denoiser(y, tau)
         assert len(tau.unique()) == 1, "a run has one level at a time"
-        counts = torch.tensor(sampler.spend(num_calls))
+        counts = torch.tensor(sampler.calls_per_level(num_calls))
         first = float(tau[0]) / self.unit
         levels = even_levels(first, min(self.low / self.unit, first / 2), len(counts)).repeat_interleave(counts)
         return sample(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..processes.noise_level import NoiseLevel
 from ..processes.random import Generators, check_generators
+from ..schedulers.base import SamplerScheduler
 from . import encoding
 from .images import ImagePipeline
 from .inpainting import Picture, unit_noise
@@ -270,9 +271,9 @@ class UnconditionalPipeline(ImagePipeline):
 
     def _in_its_own_size(self, image: Any, generator: Generators, noisy: bool = False) -> Tensor:
         """Images that the network can take, `(B, C, H, W)` in [-1, 1], or about that if noisy."""
-        channels, *_ = self._picture_shape(1, 1)
+        channels, *_ = self._image_shape(1, 1)
         images = as_images(image, "image", (None, channels, None, None), noisy)
-        self._image_shape(*images.shape[2:])
+        self._sample_shape(*images.shape[2:])
         check_generators(generator, len(images))
         return (2 * images - 1).to(self._execution_device)
 
@@ -280,8 +281,8 @@ class UnconditionalPipeline(ImagePipeline):
         """The steps at which the runs from a picture begin; a ValueError for a scheduler that begins nowhere else than
         at the first."""
         begins = picture.begins(num_steps)
-        in_parts = self.scheduler.config.get("skip_prk_steps") is False and not hasattr(self.scheduler, "reading")
-        if in_parts and any(begins):
+        theirs = not isinstance(self.scheduler, SamplerScheduler)
+        if theirs and self.scheduler.config.get("skip_prk_steps") is False and any(begins):
             raise ValueError(
                 f"a {type(self.scheduler).__name__} cannot begin in the middle of a run, as image asks for: make it "
                 "with skip_prk_steps=True"
@@ -312,7 +313,7 @@ class UnconditionalPipeline(ImagePipeline):
             raise ValueError(f"strength must be in (0, 1], got {strength}")
         if num_resamples < 0 or int(num_resamples) != num_resamples:
             raise ValueError(f"num_resamples must be a whole number of at least 0, got {num_resamples}")
-        batch, (channels, height, width) = shape[0], self._picture_shape(*shape[2:])
+        batch, (channels, height, width) = shape[0], self._image_shape(*shape[2:])
         clean = 2 * as_images(image, "image", (batch, channels, height, width)) - 1
         mask = None if mask_image is None else as_images(mask_image, "mask_image", (batch, 1, height, width)).round()
         if mask is not None and self.vae is not None:

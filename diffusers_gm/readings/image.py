@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..processes.broadcast import per_image
 from .grids import level_grid
 from .noise_space import PREDICTION_TYPES, NoiseSpace
 
@@ -25,16 +26,18 @@ class Call:
 
 @dataclass(frozen=True)
 class ImageCall(Call):
-    """Attributes:
-    visible: the sample is `visible * y`.
-    fed: the network is fed `fed * sample`.
-    skip, gain: `D = skip * y + gain * output`.
+    """The coefficients have the names of EDM (arXiv 2206.00364).
+
+    Attributes:
+        visible: the sample is `visible * y`.
+        c_in: of the sample: the network is fed `c_in * sample`.
+        c_skip, c_out: of y and of the network's output: `D = c_skip * y + c_out * output`.
     """
 
     visible: float
-    fed: float
-    skip: float
-    gain: float
+    c_in: float
+    c_skip: float
+    c_out: float
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,12 @@ class ImageReading:
         levels, found = self.space.sigma(labels) if sigmas is None else sigmas, []
         rows = zip(labels.tolist(), levels.tolist(), self.space.alpha(levels).tolist(), strict=True)
         for label, sigma, alpha in rows:
-            visible, fed = (1.0, alpha) if self.space.carries_y else (alpha, 1.0)
+            visible, c_in = (1.0, alpha) if self.space.carries_y else (alpha, 1.0)
             # D is linear in y and in the output: what it makes of either alone.
             of: Any = self.space.denoised
-            skip, gain = of(0.0, 1.0, sigma, self.prediction_type), of(1.0, 0.0, sigma, self.prediction_type)
-            found.append(ImageCall(label, sigma, visible, fed, float(skip), float(gain)))
-        return [*found, ImageCall(0.0, 0.0, visible=1.0, fed=1.0, skip=0.0, gain=0.0)]
+            c_skip, c_out = of(0.0, 1.0, sigma, self.prediction_type), of(1.0, 0.0, sigma, self.prediction_type)
+            found.append(ImageCall(label, sigma, visible, c_in, float(c_skip), float(c_out)))
+        return [*found, ImageCall(0.0, 0.0, visible=1.0, c_in=1.0, c_skip=0.0, c_out=0.0)]
 
     def coordinates(self, sample: Tensor, call: ImageCall) -> tuple[Tensor, None]:
         """`y` at a call, and the companion noise of a network that was trained on CLD."""
@@ -98,9 +101,9 @@ class ImageReading:
 
     def denoised(self, output: Tensor, sample: Tensor, call: ImageCall) -> Tensor:
         """`D(y; sigma)` of the network's output at a call."""
-        if call.skip == 0:
-            return output if call.gain == 1 else call.gain * output
-        return torch.add(sample * (call.skip / call.visible), output, alpha=call.gain)
+        if call.c_skip == 0:
+            return output if call.c_out == 1 else call.c_out * output
+        return torch.add(sample * (call.c_skip / call.visible), output, alpha=call.c_out)
 
     def visible(self, y: Tensor, companion: Tensor | None, call: ImageCall) -> Tensor:
         """The sample at a call, the inverse of `coordinates`."""
@@ -111,7 +114,7 @@ class ImageReading:
         if not self.space.carries_y:
             return sample
         if call is not None:
-            return sample if call.fed == 1 else call.fed * sample
+            return sample if call.c_in == 1 else call.c_in * sample
         if timestep is None:
             raise ValueError(f"scale_model_input needs the timestep in {self.space.kind!r} noise space")
         alpha = self.space.alpha(self.space.sigma(torch.as_tensor(timestep, dtype=torch.float32)))
@@ -167,8 +170,3 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """`a * x + b * y` in float32 or better, in the dtype of x; a and b are `(B,)` or scalar."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (per_image(a, wide) * wide + per_image(b, wide) * y.to(wide)).to(x.dtype)
-
-
-def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Coefficients `(B,)` or scalar, in the dtype and on the device of `like` `(B, ...)`, to broadcast against it."""
-    return coefficient.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))

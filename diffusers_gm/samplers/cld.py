@@ -45,7 +45,7 @@ class CriticallyDamped:
     half_step: bool = False
     published_end: bool = False
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)
 
     def plan(self, sigmas: Tensor) -> Plan:

@@ -47,7 +47,7 @@ class Langevin:
     exact: bool = False
     noise: GaussianMixtureNoise = GAUSSIAN
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         """`(num_calls - denoise) // num_steps` levels, the first ones with one step more where that does not divide;
         the last level once more for D. A single call is D."""
         if self.num_steps < 1:
@@ -187,7 +187,7 @@ class Explore:
     step_size: float | None = None
     denoise: bool = True
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         num_levels = min(len(one_a_level(num_calls, 1 if self.denoise else 2)), DESCENT)
         return [int(num_calls) - num_levels + 1, *[1] * (num_levels - 1)]
 

@@ -29,7 +29,7 @@ class Ancestral:
     denoise: bool = True
     step_size: float | None = None
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
     def plan(self, sigmas: Tensor) -> Plan:
@@ -88,7 +88,7 @@ class TwoStep:
 
     denoise: bool = True
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 
     def plan(self, sigmas: Tensor) -> Plan:

@@ -64,7 +64,7 @@ class Multistep:
         tau = self.stochasticity
         return tuple(tau) if isinstance(tau, Iterable) else (tau, tau)
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls)
 
     def plan(self, sigmas: Tensor) -> Plan:

@@ -47,7 +47,7 @@ class Plan:
 class Sampler(Protocol):
     """A plan and a step. `y` is the noisy image `x0 + sigma * noise`, `(B, ...)`."""
 
-    def spend(self, num_calls: int) -> list[int]:
+    def calls_per_level(self, num_calls: int) -> list[int]:
         """How many of `num_calls` network calls each noise level gets, from the first to the last.
 
         Raises:
@@ -94,7 +94,7 @@ def check_calls(num_calls: Any, at_least: int = 1, or_one: bool = False) -> None
 
 
 def one_a_level(num_calls: Any, at_least: int = 1) -> list[int]:
-    """`spend` of samplers with one call a level."""
+    """`calls_per_level` of samplers with one call a level."""
     check_calls(num_calls, at_least)
     return [1] * int(num_calls)
 

@@ -12,6 +12,8 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
+from ..networks import without_variance
+from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import ImageReading, level_range
@@ -119,7 +121,7 @@ class SamplerScheduler(Calls, Swappable):
         if num_inference_steps is None:
             labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:
-            counts = self.sampler.spend(num_inference_steps)
+            counts = self.sampler.calls_per_level(num_inference_steps)
             labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
             levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)
@@ -324,11 +326,9 @@ class SamplerScheduler(Calls, Swappable):
 
     def without_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The network's output without the variance that `variance_type="learned*"` networks add in the second half."""
-        channels = sample.shape[1] if sample.ndim > 1 else 0
         learned = (self.config.variance_type or "").startswith("learned")
-        if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * channels:
-            return model_output[:, :channels]
-        return model_output
+        have_channels = model_output.ndim > 1 and sample.ndim > 1
+        return without_variance(model_output, sample.shape[1]) if learned and have_channels else model_output
 
     def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """y and D, clipped, as the sampler is given them."""
@@ -339,7 +339,7 @@ class SamplerScheduler(Calls, Swappable):
         if self.config.thresholding:
             # arXiv 2205.11487, section 2.3
             bound = torch.quantile(denoised.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
-            bound = bound.clamp(min=1, max=self.config.sample_max_value)[(...,) + (None,) * (denoised.ndim - 1)]
+            bound = per_image(bound.clamp(min=1, max=self.config.sample_max_value), denoised)
             return denoised.clamp(-bound, bound) / bound
         if self.config.clip_sample and sigma > self.clips_above:
             return denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)

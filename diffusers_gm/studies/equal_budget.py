@@ -30,7 +30,7 @@ from ..cli import at_least
 from ..data import examine, open_folder, split_digits
 from ..evaluation.features import lite0
 from ..evaluation.results import Results, Statistic
-from ..evaluation.sampling import build_scheduler, load_pipeline, num_steps_for, sample
+from ..evaluation.sampling import load_pipeline, num_steps_for, sample, scheduler_by_name
 from ..evaluation.scoring import Reference, score
 from ..evaluation.sources import MAX_ELEMENTS
 from ..evaluation.table import Table
@@ -169,7 +169,7 @@ def _sampler(folder: Path, words: tuple[str, ...], calls: tuple[int, ...]) -> tu
     if words == (CALIBRATED,):
         with torch.random.fork_rng():
             return pipeline, calibrate(pipeline, calls=calls, effort="fast", progress=False)
-    return pipeline, build_scheduler(pipeline.scheduler, words)[1]
+    return pipeline, scheduler_by_name(pipeline.scheduler, words)[1]
 
 
 def images_for(args: argparse.Namespace, side: int, channels: int) -> tuple[Tensor, Tensor]:

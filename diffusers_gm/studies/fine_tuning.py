@@ -16,7 +16,7 @@ from diffusers import DDPMPipeline
 from ..data import ImageStream, split_digits
 from ..evaluation.report import plain_log
 from ..evaluation.table import Table, machine
-from ..networks import asked
+from ..networks import as_unet_call
 from ..processes.random import Draw
 from ..training.network import fit_unet, given_unet, new_unet
 from ..training.objective import Objective, build_scheduler, levels_of_network
@@ -43,7 +43,7 @@ BATCH = 64
 def error(scheduler: Any, unet: Any) -> float:
     """Mean over `SIGMAS` of the squared error of D on held-out digits, over that of the best linear denoiser."""
     images = split_digits()[1]
-    generator, ratios, network = torch.Generator().manual_seed(0), [], as_network(asked(unet))
+    generator, ratios, network = torch.Generator().manual_seed(0), [], as_network(as_unet_call(unet))
     for sigma in SIGMAS:
         noise = scheduler.model_mixture.sample(images.shape, generator, images.device, images.dtype)
         companion = Draw.like(images, generator).normal(images.shape)

@@ -173,8 +173,8 @@ def quality(of: Subject, sampler: str, way: str, calls: int, run: str, seed: int
     (first_noise, told), noise, draws = RUNS[run], of.noise, torch.Generator().manual_seed(seed)
     start = FIRST * first_noise * noise.sample(of.images.shape, draws)
     steps: Any = TwoStep() if sampler == "ode" else Langevin(noise=noise, follow_chain=way == CHAIN)
-    sigmas = sigma_grid(FIRST, LAST, len(steps.spend(calls)), "log_snr")
-    sigmas = sigmas.repeat_interleave(torch.tensor(steps.spend(calls)))
+    sigmas = sigma_grid(FIRST, LAST, len(steps.calls_per_level(calls)), "log_snr")
+    sigmas = sigmas.repeat_interleave(torch.tensor(steps.calls_per_level(calls)))
 
     def denoiser(y: Tensor, sigma: float | Tensor) -> Tensor:
         return of.denoiser(y, told * torch.as_tensor(sigma, dtype=y.dtype).expand(len(y)))

@@ -96,7 +96,7 @@ def from_image(
         NoGridError: without a stable step.
     """
     try:
-        counts = torch.tensor(sampler.spend(calls))
+        counts = torch.tensor(sampler.calls_per_level(calls))
         sigmas = sigma_grid(high, low, len(counts), "log_snr").repeat_interleave(counts)
         sampler.plan(sigmas)
     except ValueError as error:

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.table import Table, command_line, machine
+from ..evaluation.table import Table, machine, this_command
 from ..files import write_text
 
 
@@ -57,7 +57,7 @@ class Report:
     def write(self, folder: Path) -> None:
         """Print the study, and write `folder/name.json`."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.command = self.command or command_line()
+        self.command = self.command or this_command()
         self.machine = self.machine or f"{machine()}, {date.today()}"
         path = folder / f"{self.name}.json"
         write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")

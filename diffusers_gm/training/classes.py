@@ -111,6 +111,6 @@ def classes_of(args: TrainingArguments, source: ImageSource, unet: Any) -> Class
     return classes
 
 
-def told(network: Callable[..., Any], classes: Tensor | None) -> Callable[..., Any]:
+def with_labels(network: Callable[..., Any], classes: Tensor | None) -> Callable[..., Any]:
     """The network of a noisy image and a timestep that a conditional one is for these classes `(B,)`."""
     return network if classes is None else lambda sample, timestep: network(sample, timestep, classes)

@@ -63,7 +63,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
         return _newest_whole(folder)
     for path in (Path(resume), folder / resume):
         if (path / STATE_FILE).is_file() and not path.name.startswith(files.UNFINISHED):
-            if wrong := damage(path):
+            if wrong := checkpoint_damage(path):
                 raise ValueError(
                     f"--resume_from_checkpoint {resume!r} is damaged: {wrong}; 'latest' takes the newest whole one"
                 )
@@ -81,8 +81,7 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     """
     if checkpoint is None:
         return args
-    content = read_state(checkpoint)
-    record = recorded_options(content["arguments"], args.method)
+    record = recorded_options(read_state(checkpoint)["arguments"], args.method)
     recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
@@ -91,9 +90,6 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
         recorded["lr_warmup_steps"] = record["lr_warmup_steps"]
     if args.lr_scheduler == "constant":
         recorded["lr_warmup_steps"] = 0  # also where a version that promised one was told of it
-    of_betas = "ddpm_beta_schedule" in METHODS[args.method].option_names
-    if of_betas and args.model_name_or_path is not None and content["state"].get(TRAINING_ID) is None:
-        recorded["keep_noise_levels"] = False  # a DDPM did not when trainings had no id
     resumed = replace(args, **recorded)  # what was named was checked by the version that began
     resumed.left_open |= args.left_open
     resumed.named_options = args.named_options
@@ -112,7 +108,7 @@ def recorded_options(written: dict[str, Any], method: str) -> dict[str, Any]:
 def _newest_whole(folder: Path) -> Path | None:
     passed_over = []
     for path in reversed(_numbered(folder)):
-        wrong = damage(path)
+        wrong = checkpoint_damage(path)
         if not wrong:
             return path
         passed_over.append(f"{path.name} ({wrong})")
@@ -125,7 +121,7 @@ def _newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path) -> str:
+def checkpoint_damage(checkpoint: Path) -> str:
     """What is wrong with the files of a checkpoint, in words; empty for a whole one."""
     try:
         content = json.loads((checkpoint / STATE_FILE).read_bytes())

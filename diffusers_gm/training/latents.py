@@ -59,7 +59,8 @@ def given_vae(args: TrainingArguments) -> Any | None:
 
 def kept_space(args: TrainingArguments, vae: Any, checkpoint: Path | None) -> LatentSpace | None:
     """The latents that the network knows: those of its training until the checkpoint, or of its pipeline. None where
-    their scaling is to be measured: for a new network, and in a training that was begun before this was kept."""
+    their scaling is to be measured: for a new network, and after a checkpoint of a training on images, which
+    is refused later."""
     if checkpoint is not None:
         scaling = TrainingData.of(read_state(checkpoint)).latents_scaling
         return None if scaling is None else LatentSpace.of(vae, *scaling)
@@ -124,7 +125,7 @@ def latents_of(
     of_few = kept or replace(space, mean=few.mean((0, 2, 3)), std=few.std((0, 2, 3)).clamp(min=1e-12))
     some = (few - of_few.mean[:, None, None]) / of_few.std[:, None, None]
     rehearsed = Examination(some, examination.resolution)
-    rehearse(args, rehearsed, source.num_images, unet, network)
+    check_plan(args, rehearsed, source.num_images, unet, network)
 
     folder = Path(args.latents_cache_dir or Path(args.output_dir) / LATENTS)
     anew = args.overwrite_output_dir and args.resume_from_checkpoint is None
@@ -154,7 +155,7 @@ def latents_of(
     return dataset, examination, replace(space, mean=dataset.mean.flatten(), std=dataset.std.flatten())
 
 
-def rehearse(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:
+def check_plan(args: TrainingArguments, few: Examination, num_images: int, unet: Any, network: dict[str, Any]) -> None:
     """Raise the ValueError that a training with these options would end with once its latents are there."""
     plan = make_plan(args, few, num_images, num_processes=1)
     build_scheduler(args, plan, network)

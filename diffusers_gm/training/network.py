@@ -11,8 +11,8 @@ from torch import nn
 
 from ..autoencoders import downsampling, latent_channels
 from ..data import Resolution, resolution_of, sides
-from ..networks import asked, channels_of, num_class_embeds, size_of
-from .classes import told
+from ..networks import as_unet_call, channels_of, num_class_embeds, size_of
+from .classes import with_labels
 from .methods import METHODS
 from .options import TrainingArguments
 
@@ -219,7 +219,7 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
         with torch.no_grad():
             sample = torch.zeros(2, entering, *size, device=unet.device)
             classes = None if num_class_embeds(unet) is None else torch.zeros(2, dtype=torch.int64, device=unet.device)
-            answer = told(asked(unet), classes)(sample, torch.tensor([0.0, 1.5])).sample
+            answer = with_labels(as_unet_call(unet), classes)(sample, torch.tensor([0.0, 1.5])).sample
     except Exception as error:  # whatever it misses
         raise ValueError(f"a {name} of this config does not run on a noisy image and a timestep: {error}") from error
     finally:

@@ -12,11 +12,11 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..data import dequantized
-from ..networks import answers_variance, asked, without_variance
-from ..readings import Reading
+from ..networks import answers_variance, as_unet_call, without_variance
+from ..readings import NoiseSpace, Reading
 from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
-from .classes import told
+from .classes import with_labels
 from .draws import Draws
 from .methods import METHODS, levels
 from .methods.method import Batch
@@ -44,10 +44,6 @@ def levels_of_network(
         ValueError: if options say other levels.
     """
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
-    own = METHODS[args.method].option_names
-    # Whoever has levels and no prediction type learns a preconditioned denoiser.
-    edm_alone = "sigma_data" in own and "prediction_type" not in own and METHODS[args.method].input_factor(args) == 1
-    keeps = "prediction_type" in own or edm_alone
     if args.model_name_or_path is None or not args.keep_noise_levels:
         return args, answers
     try:
@@ -60,17 +56,50 @@ def levels_of_network(
     space, kind = source.noise_space, source.reading.prediction_type
     if space is None:
         return args, answers
-    if "ddpm_beta_schedule" in own and (space.kind, kind) == ("vp", "epsilon"):  # a DDPM that stays one
-        number, betas = str(space.num_train_timesteps), source.config["beta_schedule"] or "linear"
-        schedule: dict[str, Any] = {"num_train_timesteps": number, "ddpm_beta_schedule": betas}
-        if not given(args, [name for name, value in schedule.items() if getattr(args, name) != value]):
-            return replace(args, **schedule), ddpm_config(config, args) | answers
-    if not keeps or not (kind == "edm" or (space.kind in ("vp", "ve") and kind != "score" and not edm_alone)):
+    if betas := known_betas(args, source):
+        return replace(args, **betas), ddpm_config(config, args) | answers
+    if not goes_on(args, space, kind):
         logger.warning(
             f"--model_name_or_path {args.model_name_or_path}: what its scheduler says of noise levels and answers "
             f"({space.kind}, {kind}) is not kept by --method {args.method}: the network learns others from here on"
         )
         return args, answers
+    known = known_levels(args, space, kind)
+    if others := given(args, known):
+        raise ValueError(
+            f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
+            "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
+        )
+    # How often each level is seen, and its weight, are chosen anew for what the network answers.
+    chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
+    anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)
+    of_betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
+    return replace(args, **known, **anew), answers | (of_betas if space.kind == "vp" else {})
+
+
+def known_betas(args: TrainingArguments, source: Any) -> dict[str, Any]:
+    """The options of a DDPM that stays one, from its scheduler; empty for others, and where options say other betas."""
+    if "ddpm_beta_schedule" not in METHODS[args.method].option_names:
+        return {}
+    if (source.noise_space.kind, source.reading.prediction_type) != ("vp", "epsilon"):
+        return {}
+    number, betas = str(source.noise_space.num_train_timesteps), source.config["beta_schedule"] or "linear"
+    known = {"num_train_timesteps": number, "ddpm_beta_schedule": betas}
+    return {} if given(args, [name for name, value in known.items() if getattr(args, name) != value]) else known
+
+
+def goes_on(args: TrainingArguments, space: NoiseSpace, kind: str) -> bool:
+    """Whether the method goes on with a network of this space and prediction type as it is."""
+    method = METHODS[args.method]
+    if "prediction_type" in method.option_names:
+        return kind == "edm" or (space.kind in ("vp", "ve") and kind != "score")
+    # Whoever has levels and no prediction type learns a preconditioned denoiser.
+    return kind == "edm" and "sigma_data" in method.option_names and method.input_factor(args) == 1
+
+
+def known_levels(args: TrainingArguments, space: NoiseSpace, kind: str) -> dict[str, Any]:
+    """The levels, labels and prediction type of a network, as options of the method."""
+    own = METHODS[args.method].option_names
     low, high = space.sigma(torch.tensor(space.timestep_range)).tolist()
     score = kind == "scaled_score"
     known: dict[str, Any] = {
@@ -83,17 +112,7 @@ def levels_of_network(
         # Under Gaussian noise the two are the same.
         "objective": "score" if score and "mixture_weights" in own else "denoiser",
     }
-    known = {name: value for name, value in known.items() if name in own}
-    if others := given(args, known):
-        raise ValueError(
-            f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
-            "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
-        )
-    # How often each level is seen, and its weight, are chosen anew for what the network answers.
-    chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
-    anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)
-    of_betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
-    return replace(args, **known, **anew), answers | (of_betas if space.kind == "vp" else {})
+    return {name: value for name, value in known.items() if name in own}
 
 
 def ddpm_config(config: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
@@ -143,7 +162,7 @@ class Objective:
             classes = torch.full((len(images),), self.null_class, device=images.device)
         if self.args.dequantize is not None:
             images = dequantized(images, self.args.dequantize, draws.noise.generator)
-        network = told(self._as_denoiser(network, images.shape[1]), classes)
+        network = with_labels(self._as_denoiser(network, images.shape[1]), classes)
         batch = Batch(network, images, self.labels(draws.levels), draws.noise)
         return METHODS[self.args.method].loss(self.args, self.scheduler, batch)
 
@@ -151,7 +170,7 @@ class Objective:
         """The network as the losses call it, and without a variance that it answers besides."""
         if self.unet is None or (isinstance(self.unet, UNet2DModel) and not answers_variance(self.unet)):
             return network
-        call = asked(network, self.unet)
+        call = as_unet_call(network, self.unet)
         return lambda *inputs, **named: SimpleNamespace(
             sample=without_variance(call(*inputs, **named).sample, channels)
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Said:
+class OptionSpec:
     """What is said of an option.
 
     Attributes:
@@ -38,9 +38,9 @@ class Said:
     path: bool = False
 
 
-def option(group: str, default: Any, help: str, **said: Any) -> Any:
-    """A field of a dataclass of options, whose default is None where it follows from the data; see `Said`."""
-    return field(default=default, metadata=vars(Said(group, help, **said)))
+def option(group: str, default: Any, help: str, **spec: Any) -> Any:
+    """A field of a dataclass of options, whose default is None where it follows from the data; see `OptionSpec`."""
+    return field(default=default, metadata=vars(OptionSpec(group, help, **spec)))
 
 
 SAMPLER = "Sampler, as saved with the model"
@@ -64,14 +64,14 @@ def check_bounds(f: Field, value: Any) -> None:
     """Raise a ValueError if `value` is out of the bounds of the option `f`; None is in."""
     if value is None:
         return
-    said = Said(**f.metadata)
-    if said.choices is not None and value not in said.choices:
-        raise ValueError(f"--{f.name} must be one of {', '.join(said.choices)}, got {value!r}")
-    if said.at_least is not None and not value >= said.at_least:
-        raise ValueError(f"--{f.name} must be at least {said.at_least}, got {value}")
-    if said.positive and not 0 < value < math.inf:
+    spec = OptionSpec(**f.metadata)
+    if spec.choices is not None and value not in spec.choices:
+        raise ValueError(f"--{f.name} must be one of {', '.join(spec.choices)}, got {value!r}")
+    if spec.at_least is not None and not value >= spec.at_least:
+        raise ValueError(f"--{f.name} must be at least {spec.at_least}, got {value}")
+    if spec.positive and not 0 < value < math.inf:
         raise ValueError(f"--{f.name} must be positive, got {value}")
-    if said.below_one and not 0 <= value < 1:
+    if spec.below_one and not 0 <= value < 1:
         raise ValueError(f"--{f.name} must be in [0, 1), got {value}")
 
 
