@@ -105,6 +105,15 @@ def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) ->
     given says that the network is an ordinary one, whatever scheduler it has been sampled by."""
     if config.get("invert_sigmas"):
         raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
+    if config.get("_class_name") == "MiniMaxH3Scheduler":
+        raise ValueError(
+            "MiniMaxH3Scheduler counts flow time backwards, and its velocity is the negative: not supported"
+        )
+    if config.get("_class_name") == "FlowMapEulerDiscreteScheduler" and noise_space is None:
+        raise ValueError(
+            "a flow map (FlowMapEulerDiscreteScheduler) answers the mean velocity between two levels, not a denoised "
+            "image: no sampler of ours can read it; if the network is an ordinary one, give its noise_space"
+        )
     distilled = () if noise_space else ("original_inference_steps", "scale_factors", "s_noise", "num_policy_substeps")
     # EDM's and others that have the size of the data have ends of levels or a solver beside it.
     decoder = "sigma_data" in config and not config.keys() & {"sigma_max", "solver_order", "solver_type"}
