@@ -19,7 +19,7 @@ from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
 from .calls import Calls, Levels
-from .network import betas_from_config, reading_from_config
+from .network import betas_from_config, prediction_type_of, reading_from_config
 from .options import SPACING_FLAGS
 from .run import TURN, Run
 from .swap import Swappable
@@ -67,7 +67,8 @@ class SamplerScheduler(Calls, Swappable):
             if self.noise_space.kind == "vp":
                 self.betas, self.alphas_cumprod = betas_from_config(config)
                 self.alphas = 1 - self.betas
-            self.register_to_config(noise_space=self.noise_space.kind)
+            kind = self.noise_space.kind
+            self.register_to_config(noise_space=kind, prediction_type=prediction_type_of(config, kind))
         if "_use_default_values" in self.config:
             unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
             self.register_to_config(_use_default_values=sorted(unsaid))

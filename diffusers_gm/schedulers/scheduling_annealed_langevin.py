@@ -38,7 +38,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             in diffusers.
         prediction_type: `epsilon`, `sample`, `v_prediction` (not in `flow`), `flow_prediction` (in `flow`), `edm` (in
             `edm`), `score` (of the density of y), `scaled_score` (`-sigma * score`); or, for a network that was trained
-            on CLD, one of `CLDSSCSScheduler`'s.
+            on CLD, one of `CLDSSCSScheduler`'s. None: `flow_prediction` in `flow` space, `epsilon` in the others.
         beta_0, beta_1, mass, gamma: of a network that was trained on CLD, see `CLDSSCSScheduler`.
         variance_type: `learned` or `learned_range` if the network also answers a variance, which is left out.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on the

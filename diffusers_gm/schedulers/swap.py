@@ -226,6 +226,9 @@ class Swappable(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if config is not None and not isinstance(config, dict):  # a folder, as diffusers still allows
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         if isinstance(config, dict):
             others = {algorithm for c in _ours() for algorithm in c.algorithms}
             config = from_own_config(config, cls.algorithms, others)

@@ -1,0 +1,28 @@
+"""Swaps of flow networks: what they answer, their shift and their grids, there and back."""
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from schedulers import every_scheduler
+
+# --- What the network answers ---
+
+
+@every_scheduler
+def test_a_flow_network_of_which_nothing_is_said_answers_the_velocity(cls, tmp_path):
+    source = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    source.save_pretrained(tmp_path)
+    of_fields = {name: value for name, value in source.config.items() if not name.startswith("_")}
+    of_folder = cls.from_config(str(tmp_path))
+    for scheduler in (cls(shift=3.0), cls(noise_space="flow"), cls(**of_fields), of_folder):
+        assert scheduler.config.prediction_type == scheduler.reading.prediction_type == "flow_prediction"
+    assert dict(of_folder.config) == dict(cls.from_pretrained(tmp_path).config)
+    told = cls.from_config(cls(shift=3.0, prediction_type="epsilon").config)
+    assert told.config.prediction_type == told.reading.prediction_type == "epsilon"
+    for others in ({"beta_schedule": "linear"}, {"noise_space": "ve"}, {"noise_space": "edm"}):
+        assert cls(**others).config.prediction_type == "epsilon"
