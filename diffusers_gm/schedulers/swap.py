@@ -235,6 +235,8 @@ class Swappable(SchedulerMixin, ConfigMixin):
             if "noise_space" not in config:
                 said = {name: kwargs.pop(name) for name in SAID_OF_FLOW if name in kwargs}
                 config = from_source_config({**config, **said}, kwargs.get("noise_space"))
+            elif config["noise_space"] == "flow" and "flow_shift" in kwargs:
+                kwargs["shift"] = kwargs.pop("flow_shift")
             if _of_mixture_noise(config) and not cls.reads_mixtures:
                 raise ValueError(
                     f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
@@ -260,7 +262,10 @@ class Swappable(SchedulerMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         super().register_to_config(**kwargs)
-        self._internal_dict = SwapConfig(self.config)
+        config = self.config
+        if config.get("use_flow_sigmas"):  # what solvers of diffusers go by, on the way back
+            config = {**config, "flow_shift": 1.0 if config["shift"] is None else config["shift"]}
+        self._internal_dict = SwapConfig(config)
 
     def to_json_string(self) -> str:
         """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
