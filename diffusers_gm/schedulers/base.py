@@ -80,6 +80,16 @@ class SamplerScheduler(Calls, Swappable):
         self._prepared: dict[int, Run] = {}  # by thread: its last run
         self._begin_index: int | None = None
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers. Options that change after `__init__` act as if they had been given there, and end a run."""
+        options = self._get_init_keys(type(self)) - {"self"}
+        if "_run" in vars(self) and options & kwargs.keys():
+            cls: Any = type(self)
+            made = cls(**{name: kwargs.get(name, self.config[name]) for name in options})
+            kwargs |= {name: made.config[name] for name in options}
+            vars(self).update({**vars(made), "_internal_dict": self._internal_dict})
+        super().register_to_config(**kwargs)
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
