@@ -44,3 +44,24 @@ def test_shift_and_flow_shift_are_one(cls):
                 assert UniPCMultistepScheduler.from_config(back).config.flow_shift == 8.0
     flow_match = cls.from_config(cls.from_config(FlowMatchEulerDiscreteScheduler().config).config, flow_shift=8.0)
     assert FlowMatchEulerDiscreteScheduler.from_config(flow_match.config).config.shift == 8.0
+
+
+# --- Levels ---
+
+
+@every_scheduler
+def test_noise_of_a_run_that_was_given_timesteps_and_sigmas(cls):
+    """At its levels, as in diffusers; other labels mean what they always do, and so do all in the next run."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = cls.from_config(theirs.config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(timesteps=[1000.0, 750.0, 500.0, 250.0], sigmas=[1.0, 0.75, 0.5, 0.25])
+    noise = torch.ones(2, 1, 1, 1)
+    for i, timestep in enumerate(ours.timesteps):
+        noisy = ours.scale_noise(torch.zeros(2, 1, 1, 1), timestep.repeat(2), noise)
+        expected = theirs.scale_noise(torch.zeros(2, 1, 1, 1), theirs.timesteps[i : i + 1].repeat(2), noise)
+        torch.testing.assert_close(noisy, expected)
+        torch.testing.assert_close(noisy, ours.scale_noise(torch.zeros(2, 1, 1, 1), timestep, noise))
+    assert float(ours.add_noise(torch.zeros(1), torch.ones(1), torch.tensor(300.0))) == pytest.approx(0.3)
+    ours.set_timesteps(4)
+    assert float(ours.add_noise(torch.zeros(1), torch.ones(1), torch.tensor(500.0))) == pytest.approx(0.5)

@@ -138,12 +138,14 @@ class SamplerScheduler(Calls, Swappable):
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
         """A run with these labels and noise levels, `(n,)` float64 each."""
+        given_both = not torch.equal(levels, self.reading.sigma(labels))
         plan = self.sampler.plan(levels)
         moved = plan.sigmas != levels
         if moved.any():  # a sampler that tells the network other levels than those of the grid
             labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
         calls = self.reading.calls(labels, plan.sigmas)
-        run = Run(calls, plan, self.as_timesteps(labels).to(device))
+        own_labels = self.reading.timestep(plan.sigmas).to(torch.float32) if given_both else None
+        run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
         visible_sigmas = self.visible_sigmas(plan.sigmas)
         with TURN:
             waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
@@ -217,9 +219,15 @@ class SamplerScheduler(Calls, Swappable):
             original_samples: clean images `(B, C, ...)`.
             noise: unit noise, same shape; `(B, 2C, ...)` for networks that see a velocity, whose sample is `cat([x,
                 v], 1)`.
-            timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma.
+            timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma. Those of a run that was
+                given `timesteps` and `sigmas` are at its levels.
         """
-        return self.reading.add_noise(original_samples, noise, torch.as_tensor(timesteps))
+        timesteps = torch.as_tensor(timesteps)
+        if self._run is not None and self._run.own_labels is not None:
+            told, own = (labels.to(timesteps.device) for labels in (self._run.timesteps, self._run.own_labels))
+            same = timesteps[..., None] == told
+            timesteps = torch.where(same.any(-1), own[same.int().argmax(-1)], timesteps)
+        return self.reading.add_noise(original_samples, noise, timesteps)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` as flow pipelines call it."""
