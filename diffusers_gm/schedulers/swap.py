@@ -289,6 +289,9 @@ class Swappable(SchedulerMixin, ConfigMixin):
         with `trailing` timesteps. `edm` networks are those of diffusers' `EDM...` schedulers, or of Stable Video
         Diffusion.
 
+        Flow schedulers (`FlowMatch...`) take `config` instead: the words of solvers, which saved configs have, too,
+        tell the pipelines of Flux and others to leave the levels to the scheduler.
+
         Raises:
             ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
                 one that answers a score, a `ve` network without input scaling, or one that is told sigma.
