@@ -380,7 +380,7 @@ def test_a_swapped_chain_tells_the_network_the_labels_that_it_was_given(cls):
 
 @every_scheduler
 def test_options_that_are_registered_later_count(cls, generator):
-    """As training scripts of diffusers name their prediction type; what is no option, and what is wrong, does nothing."""
+    """As training scripts of diffusers name their prediction type; what is no option or wrong does nothing."""
     given = cls.from_config(DDPMScheduler(beta_end=0.015).config, prediction_type="v_prediction")
     changed = cls.from_config(DDPMScheduler(beta_end=0.015).config)
     changed.set_timesteps(9)

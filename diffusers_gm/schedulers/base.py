@@ -87,7 +87,7 @@ class SamplerScheduler(Calls, Swappable):
             cls: Any = type(self)
             made = cls(**{name: kwargs.get(name, self.config[name]) for name in options})
             kwargs |= {name: made.config[name] for name in options}
-            vars(self).update({**vars(made), "_internal_dict": self._internal_dict})
+            self.__dict__.update({**vars(made), "_internal_dict": self._internal_dict})
         super().register_to_config(**kwargs)
 
     def __len__(self) -> int:
