@@ -8,7 +8,9 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from schedulers import every_scheduler
+from schedulers import every_scheduler, every_spaced_scheduler
+
+from diffusers_gm import AnnealedLangevinScheduler
 
 # --- What the network answers ---
 
@@ -65,3 +67,28 @@ def test_noise_of_a_run_that_was_given_timesteps_and_sigmas(cls):
     assert float(ours.add_noise(torch.zeros(1), torch.ones(1), torch.tensor(300.0))) == pytest.approx(0.3)
     ours.set_timesteps(4)
     assert float(ours.add_noise(torch.zeros(1), torch.ones(1), torch.tensor(500.0))) == pytest.approx(0.5)
+
+
+@every_spaced_scheduler
+@pytest.mark.parametrize("ends", [{}, {"sigma_max": 200.0, "sigma_min": 0.02}, {"beta_schedule": "scaled_linear"}])
+def test_karras_levels_are_of_sigma_in_solvers_and_of_s_in_flow_schedulers(cls, ends):
+    def levels(scheduler, n=8):
+        scheduler.set_timesteps(n)
+        return scheduler.sigmas[:8]
+
+    n = 9 if cls is AnnealedLangevinScheduler else 8  # the last level twice
+    words = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    theirs = UniPCMultistepScheduler(use_karras_sigmas=True, **words, **ends)
+    swapped = cls.from_config(theirs.config)
+    later = cls.from_config(
+        cls.from_config(UniPCMultistepScheduler(**words, **ends).config).config, use_karras_sigmas=True
+    )
+    for ours in (swapped, later):
+        torch.testing.assert_close(levels(ours, n), levels(theirs), rtol=1e-4, atol=1e-5)
+    # DPM-Solver takes sigma itself for s there.
+    solver = DPMSolverMultistepScheduler(use_exponential_sigmas=True, **words)
+    found = levels(cls.from_config(solver.config), n).double()
+    torch.testing.assert_close((found / (1 - found)).log().diff(n=2), torch.zeros(6).double(), rtol=0, atol=1e-3)
+    flow = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True, shift=3.0)
+    ends_of_s = levels(cls.from_config(flow.config), n)[[0, -1]]
+    torch.testing.assert_close(ends_of_s, torch.tensor([1.0, 0.003]), rtol=0.01, atol=0)
