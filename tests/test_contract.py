@@ -177,6 +177,20 @@ def test_sources_that_cannot_be_read_are_refused(cls, source, message):
 
 
 @every_scheduler
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("FlowMapEulerDiscreteScheduler", "mean velocity"), ("MiniMaxH3Scheduler", "counts flow time backwards")],
+)
+def test_flow_networks_of_another_kind_are_refused(cls, name, message):
+    """By the name of the class alone: older versions of diffusers have none, and their options say nothing."""
+    config = {"_class_name": name, "shift": 5.0}
+    with pytest.raises(ValueError, match=message):
+        cls.from_config(config)
+    if name.startswith("FlowMap"):
+        assert cls.from_config(config, noise_space="flow").config.shift == 5.0
+
+
+@every_scheduler
 def test_saved_configs_equal_those_in_memory(cls, tmp_path):
     """diffusers' own test_from_pretrained."""
     scheduler = cls(**VP)

@@ -376,3 +376,28 @@ def test_a_swapped_chain_tells_the_network_the_labels_that_it_was_given(cls):
     published = cls(beta_schedule="linear")
     assert cls.from_config(published.config).config.network_level == "ladder"
     assert cls.from_config(DDPMScheduler.from_config(published.config).config).config.network_level == "ladder"
+
+
+# --- Options that change ---
+
+
+@every_scheduler
+def test_options_that_are_registered_later_count(cls, generator):
+    """As training scripts of diffusers name their prediction type; what is no option or wrong does nothing."""
+    given = cls.from_config(DDPMScheduler(beta_end=0.015).config, prediction_type="v_prediction")
+    changed = cls.from_config(DDPMScheduler(beta_end=0.015).config)
+    changed.set_timesteps(9)
+    changed.register_to_config(prediction_type="v_prediction")
+    assert dict(changed.config) == dict(given.config)
+    with pytest.raises(ValueError, match="set_timesteps must be called"):
+        changed.step(torch.zeros(1, 1, 2, 2), 999, torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="'flow_prediction' is not offered in noise space 'vp'"):
+        changed.register_to_config(prediction_type="flow_prediction")
+    x, results = torch.randn(1, 1, 2, 2, generator=generator), []
+    for scheduler in (given, changed):
+        scheduler.set_timesteps(9)
+        scheduler.register_to_config(note="of no option")
+        noise = torch.Generator().manual_seed(0)
+        results.append(scheduler.step(0.5 * x, scheduler.timesteps[0], x, generator=noise))
+    assert torch.equal(results[0].prev_sample, results[1].prev_sample)
+    assert torch.equal(results[0].pred_original_sample, results[1].pred_original_sample)

@@ -21,7 +21,7 @@ from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
 from .calls import Calls, Levels
-from .network import betas_from_config, reading_from_config
+from .network import betas_from_config, prediction_type_of, reading_from_config
 from .options import SPACING_FLAGS
 from .run import TURN, Run
 from .swap import Swappable
@@ -69,7 +69,8 @@ class SamplerScheduler(Calls, Swappable):
             if self.noise_space.kind == "vp":
                 self.betas, self.alphas_cumprod = betas_from_config(config)
                 self.alphas = 1 - self.betas
-            self.register_to_config(noise_space=self.noise_space.kind)
+            kind = self.noise_space.kind
+            self.register_to_config(noise_space=kind, prediction_type=prediction_type_of(config, kind))
         if "_use_default_values" in self.config:
             unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
             self.register_to_config(_use_default_values=sorted(unsaid))
@@ -80,6 +81,16 @@ class SamplerScheduler(Calls, Swappable):
         self._run: Run | None = None
         self._prepared: dict[int, Run] = {}  # by thread: its last run
         self._begin_index: int | None = None
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers. Options that change after `__init__` act as if they had been given there, and end a run."""
+        options = self._get_init_keys(type(self)) - {"self"}
+        if "_run" in vars(self) and options & kwargs.keys():
+            cls: Any = type(self)
+            made = cls(**{name: kwargs.get(name, self.config[name]) for name in options})
+            kwargs |= {name: made.config[name] for name in options}
+            self.__dict__.update({**vars(made), "_internal_dict": self._internal_dict})
+        super().register_to_config(**kwargs)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -129,12 +140,14 @@ class SamplerScheduler(Calls, Swappable):
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
         """A run with these labels and noise levels, `(n,)` float64 each."""
+        given_both = not torch.equal(levels, self.reading.sigma(labels))
         plan = self.sampler.plan(levels)
         moved = plan.sigmas != levels
         if moved.any():  # a sampler that tells the network other levels than those of the grid
             labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
         calls = self.reading.calls(labels, plan.sigmas)
-        run = Run(calls, plan, self.as_timesteps(labels).to(device))
+        own_labels = self.reading.timestep(plan.sigmas).to(torch.float32) if given_both else None
+        run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
         visible_sigmas = self.visible_sigmas(plan.sigmas)
         with TURN:
             waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
@@ -208,9 +221,15 @@ class SamplerScheduler(Calls, Swappable):
             original_samples: clean images `(B, C, ...)`.
             noise: unit noise, same shape; `(B, 2C, ...)` for networks that see a velocity, whose sample is `cat([x,
                 v], 1)`.
-            timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma.
+            timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma. Those of a run that was
+                given `timesteps` and `sigmas` are at its levels.
         """
-        return self.reading.add_noise(original_samples, noise, torch.as_tensor(timesteps))
+        timesteps = torch.as_tensor(timesteps)
+        if self._run is not None and self._run.own_labels is not None:
+            told, own = (labels.to(timesteps.device) for labels in (self._run.timesteps, self._run.own_labels))
+            same = timesteps[..., None] == told
+            timesteps = torch.where(same.any(-1), own[same.int().argmax(-1)], timesteps)
+        return self.reading.add_noise(original_samples, noise, timesteps)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` as flow pipelines call it."""

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..readings import NoiseSpace, Reading, level_range
-from ..readings.grids import SHORT, calibrated_levels, even_levels, shift_flow
+from ..readings import ImageReading, NoiseSpace, Reading, level_range
+from ..readings.grids import SHORT, calibrated_levels, even_levels, shift_flow, sigma_grid
+from .network import betas_from_config
 from .options import SPACING_FLAGS
+from .swap import ends_of_no_ladder
 
 # How near to the highest level a calibrated one is that stands for it.
 ROUNDED = 0.999
@@ -67,9 +69,21 @@ class Calls:
             return labels
         flags = [spacing for flag, spacing in SPACING_FLAGS.items() if config[flag]]
         spacing = flags[0] if flags else config.grid or config.timestep_spacing
+        if flags and self.is_flow and config.get("use_flow_sigmas") and spacing != "beta":
+            # Solvers that serve DDPM networks, too, mean sigma, unshifted; other flow schedulers mean s.
+            return self.reading.timestep(sigma_grid(*self.ends_of_solvers(), num_levels, spacing))
         if flags and self.is_flow and spacing == "log_snr":  # as diffusers means these flags
             spacing = "exponential"
         return self.reading.grid(num_levels, spacing, config.steps_offset, shift, config.shift_terminal)
+
+    def ends_of_solvers(self) -> tuple[float, float]:
+        """The highest and the lowest level of the grids that these flags stand for in diffusers' solvers of DDPM and
+        flow networks: those of the config, or where it has none of its betas, whatever the network."""
+        config = self.config
+        if not ends_of_no_ladder(config):
+            return config.sigma_max, config.sigma_min
+        low, high = level_range(ImageReading(NoiseSpace.vp(betas_from_config(config)[1]), "epsilon"))
+        return high, low
 
     def labels_and_levels(
         self, timesteps: Levels | None, sigmas: Levels | None, mu: float | None

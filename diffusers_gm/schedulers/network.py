@@ -38,6 +38,7 @@ def reading_from_config(config: Any) -> Reading:
             kind = "flow"
         else:
             kind = "ve" if config.sigma_data is None else "edm"
+    prediction_type = prediction_type_of(config, kind)
     if kind == "vp":
         space = NoiseSpace.vp(betas_from_config(config)[1])
     elif kind == "ve":
@@ -51,6 +52,11 @@ def reading_from_config(config: Any) -> Reading:
     else:
         raise ValueError(f"unknown noise_space {kind!r}: use {', '.join(map(repr, PREDICTION_TYPES))} or None")
     return ImageReading(space, prediction_type)
+
+
+def prediction_type_of(config: Any, kind: str) -> str:
+    """What the network of a config answers: where nothing is said, what most networks of its noise space do."""
+    return config.prediction_type or ("flow_prediction" if kind == "flow" else "epsilon")
 
 
 def betas_from_config(config: Any) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ def common(
     use_dynamic_shifting: bool = False,
     time_shift_type: Literal["exponential", "linear"] = "exponential",
     shift_terminal: float | None = None,
-    prediction_type: str = "epsilon",
+    prediction_type: str | None = None,
     variance_type: str | None = None,
     clip_sample: bool = False,
     clip_sample_range: float = 1.0,

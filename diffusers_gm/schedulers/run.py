@@ -25,6 +25,7 @@ class Run:
     calls: of the network, and the end of the run, `n + 1` in all.
     plan: of the sampler.
     timesteps: the labels, on the device of the run.
+    own_labels: those of its noise levels, where the network is told others.
     memory: of the sampler.
     index: the call that is expected next; None before the first.
     shape: of the sample.
@@ -35,6 +36,7 @@ class Run:
     calls: list[Any]
     plan: Any
     timesteps: Tensor
+    own_labels: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
     index: int | None = None
     shape: torch.Size | None = None

@@ -38,7 +38,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             in diffusers.
         prediction_type: `epsilon`, `sample`, `v_prediction` (not in `flow`), `flow_prediction` (in `flow`), `edm` (in
             `edm`), `score` (of the density of y), `scaled_score` (`-sigma * score`); or, for a network that was trained
-            on CLD, one of `CLDSSCSScheduler`'s.
+            on CLD, one of `CLDSSCSScheduler`'s. None: `flow_prediction` in `flow` space, `epsilon` in the others.
         beta_0, beta_1, mass, gamma: of a network that was trained on CLD, see `CLDSSCSScheduler`.
         variance_type: `learned` or `learned_range` if the network also answers a variance, which is left out.
         clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: act on the
@@ -51,7 +51,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             `CalibratedMultistepScheduler`. `from_config` sets `even` where the config of a scheduler of diffusers
             has `leading` or `linspace`, unless it is given a `timestep_spacing`.
         use_karras_sigmas, use_exponential_sigmas, use_lu_lambdas, use_beta_sigmas: as in diffusers; short for
-            `karras`, `log_snr`, `log_snr` and `beta`, and taking precedence.
+            `karras`, `log_snr`, `log_snr` and `beta`, and taking precedence. `flow`: of s; but all but the last of
+            sigma in configs of diffusers' solvers (`use_flow_sigmas`), where UniPC's Karras levels are.
         num_langevin_steps: T, Langevin steps per level.
         step_size: the paper's `eps`: level i takes steps of `eps * (sigma_i / sigma_L)^2`, L the last level of the
             run. None: Technique 4 for the levels of the run.

@@ -105,6 +105,15 @@ def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) ->
     given says that the network is an ordinary one, whatever scheduler it has been sampled by."""
     if config.get("invert_sigmas"):
         raise ValueError("networks that count flow time backwards (invert_sigmas=True) are not supported")
+    if config.get("_class_name") == "MiniMaxH3Scheduler":
+        raise ValueError(
+            "MiniMaxH3Scheduler counts flow time backwards, and its velocity is the negative: not supported"
+        )
+    if config.get("_class_name") == "FlowMapEulerDiscreteScheduler" and noise_space is None:
+        raise ValueError(
+            "a flow map (FlowMapEulerDiscreteScheduler) answers the mean velocity between two levels, not a denoised "
+            "image: no sampler of ours can read it; if the network is an ordinary one, give its noise_space"
+        )
     distilled = () if noise_space else ("original_inference_steps", "scale_factors", "s_noise", "num_policy_substeps")
     # EDM's and others that have the size of the data have ends of levels or a solver beside it.
     decoder = "sigma_data" in config and not config.keys() & {"sigma_max", "solver_order", "solver_type"}
@@ -217,12 +226,17 @@ class Swappable(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As in diffusers; what a scheduler that is not ours leaves unsaid is read by `from_source_config`."""
+        config = kwargs.pop("pretrained_model_name_or_path", config)
+        if config is not None and not isinstance(config, dict):  # a folder, as diffusers still allows
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         if isinstance(config, dict):
             others = {algorithm for c in _ours() for algorithm in c.algorithms}
             config = from_own_config(config, cls.algorithms, others)
             if "noise_space" not in config:
                 said = {name: kwargs.pop(name) for name in SAID_OF_FLOW if name in kwargs}
                 config = from_source_config({**config, **said}, kwargs.get("noise_space"))
+            elif config["noise_space"] == "flow" and "flow_shift" in kwargs:
+                kwargs["shift"] = kwargs.pop("flow_shift")
             if _of_mixture_noise(config) and not cls.reads_mixtures:
                 raise ValueError(
                     f"the network was trained with mixture noise, which {cls.__name__} would take for Gaussian: use "
@@ -248,7 +262,10 @@ class Swappable(SchedulerMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         super().register_to_config(**kwargs)
-        self._internal_dict = SwapConfig(self.config)
+        config = self.config
+        if config.get("use_flow_sigmas"):  # what solvers of diffusers go by, on the way back
+            config = {**config, "flow_shift": 1.0 if config["shift"] is None else config["shift"]}
+        self._internal_dict = SwapConfig(config)
 
     def to_json_string(self) -> str:
         """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
@@ -271,6 +288,9 @@ class Swappable(SchedulerMixin, ConfigMixin):
         network that is fed `y / sqrt(1 + sigma^2)` is a DDPM network, whose betas (`NoiseSpace.betas`) are worked out,
         with `trailing` timesteps. `edm` networks are those of diffusers' `EDM...` schedulers, or of Stable Video
         Diffusion.
+
+        Flow schedulers (`FlowMatch...`) take `config` instead: the words of solvers, which saved configs have, too,
+        tell the pipelines of Flux and others to leave the levels to the scheduler.
 
         Raises:
             ValueError: for a network that no scheduler of diffusers can read: one of mixture noise or of velocities,
