@@ -50,7 +50,10 @@ def test_a_preset_for_images_in_minus_one_to_one_is_twice_as_large(name):
     assert two["step_size"] / two["sigma_min"] ** 2 == pytest.approx(one["step_size"] / one["sigma_min"] ** 2)
     scheduler = AnnealedLangevinScheduler(**two)
     levels, steps = preset.num_levels, preset.num_langevin_steps
-    assert scheduler.sampler.calls_per_level(preset.num_inference_steps) == [*[steps] * (levels - 1), steps + preset.denoise]
+    assert scheduler.sampler.calls_per_level(preset.num_inference_steps) == [
+        *[steps] * (levels - 1),
+        steps + preset.denoise,
+    ]
     assert scheduler.sampler.denoise == preset.denoise
 
 

@@ -27,7 +27,6 @@ from .errors import (
     FOLLOWED,
     LOST,
     SOME,
-    hiding_level,
     levels_of_errors,
     reverse_diffusion,
     stochasticity_for,
@@ -209,10 +208,8 @@ def measured(
     run = reverse_diffusion(ladder.denoiser, ladder.start, ladder.high, ladder.low)
     result = Calibration(scheduler, martingale_defect=run.defect)
     if run.errs:  # levels that follow the network's runs would follow its errors
-        top = ladder.high if ladder.deviation is None else hiding_level(run.images, ladder.high, ladder.deviation)
-        found: Found = {
-            n: (levels_of_errors(top, ladder.low, n, ladder.shift, run.fades).tolist(), None) for n in budgets
-        }
+        span = ladder.high, ladder.low, ladder.deviation, ladder.shift
+        found: Found = {n: (levels_of_errors(run, n, *span).tolist(), None) for n in budgets}
     else:
         found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
     for n, (levels, errors) in found.items():

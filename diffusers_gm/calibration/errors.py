@@ -25,7 +25,7 @@ SPREAD = 0.3
 
 # Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
 # noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
-# percent.
+# percent; one of very few calls, which cannot spare any, at half of it.
 HIDING, MANY_IMAGES = 10.0, 16
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
@@ -33,8 +33,8 @@ WIDER = 0.02
 
 # The mean square of an exact D grows along the reverse diffusion, by that of its changes. A network that is hardly
 # trained sees far too strong images in nothing but noise, and loses some of them on the way. Where less is left at the
-# end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none, and very few calls end
-# twice as high yet.
+# end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none, and all begin where noise
+# hides the images.
 SHOWS, LITTLE, LONG = 2.5, 0.3, 12
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
@@ -45,7 +45,7 @@ LOST, GAINED, FOLLOWED = 3, 0.3, 7
 
 # Where errors dominate, levels of very few calls end at such a share of the first, but at most so much higher than the
 # fixed grid.
-LAST_SHARE, HIGHER = 0.007, 6.0
+LAST_SHARE, HIGHER = 0.014, 8.0
 
 
 def largest_deviation(images: Tensor) -> float:
@@ -111,25 +111,39 @@ def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
     return round(min(ALL, max(0.0, GAINED * (num_calls - LOST))), 3)
 
 
-def hiding_level(images: Tensor, high: float, deviation: Callable[[float], float]) -> float:
-    """The noise level, from 1 to `high`, from which a run begins where errors dominate, from a y of `deviation(level)`;
-    of few images their own would be chance."""
-    if len(images) < MANY_IMAGES:
-        return high
-    level = max(1.0, HIDING * largest_deviation(images))
+def levels_of_errors(
+    run: ReverseDiffusion,
+    num_calls: int,
+    high: float,
+    low: float,
+    deviation: Callable[[float], float] | None = None,
+    shift: float = 1.0,
+) -> Tensor:
+    """The fixed grid from where noise hides the images, of very few calls one that ends higher: what is below costs
+    steps that the noise above needs.
+
+    Args:
+        run: of the network.
+        high, low: the noise levels that it has.
+        deviation: of a y that a run starts from, at a noise level; None: all begin at `high`.
+        shift: how far a pipeline moves levels for its resolution.
+    """
+    few = num_calls < ENOUGH
+    if deviation is not None and len(run.images) >= MANY_IMAGES:  # of few images their own deviation would be chance
+        hiding = HIDING / 2 if few and not run.fades else HIDING
+        high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
+    top = high / shift
+    levels = even_levels(top, low / shift, num_calls)
+    if few:
+        last = float(levels[-1])
+        levels = power_levels(top, min(max(last, LAST_SHARE * top), HIGHER * last, top / 2), num_calls, POWER)
+    return levels * shift
+
+
+def hiding_level(level: float, high: float, deviation: Callable[[float], float]) -> float:
+    """The noise level that a run begins at, from 1 to `high`: `level`, or the next one at which its start, of
+    `deviation(level)`, is hardly wider than the level."""
+    level = max(1.0, level)
     while level < high and deviation(level) > (1 + WIDER) * level:
         level *= 1.25
     return min(level, high)
-
-
-def levels_of_errors(high: float, low: float, num_calls: int, shift: float = 1.0, fades: bool = False) -> Tensor:
-    """The fixed grid from `high` to `low`, of very few calls one that ends higher: what is below costs steps that the
-    noise above needs. `shift`: how far a pipeline moves levels for its resolution; `fades`: see
-    `ReverseDiffusion`."""
-    top = high / shift
-    levels = even_levels(top, low / shift, num_calls)
-    if num_calls < ENOUGH:
-        last, more = float(levels[-1]), 2 if fades else 1
-        end = max(last, more * min(LAST_SHARE * top, HIGHER * last))
-        levels = power_levels(top, min(end, top / 2), num_calls, POWER)
-    return levels * shift
