@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .processes.broadcast import per_image
 from .processes.cld import CLD, perturb
 from .processes.mixture import GaussianMixtureNoise
 from .readings import NoiseSpace
@@ -65,7 +66,7 @@ def denoising_loss(
         space, prediction_type: of the network, see `denoising_target`.
         snr_gamma: see `min_snr_weight`; None: weight 1 at all levels.
     """
-    sigma = space.sigma(timesteps).to(images.dtype)[(...,) + (None,) * (images.ndim - 1)]
+    sigma = per_image(space.sigma(timesteps), images)
     output = model(space.alpha(sigma) * (images + sigma * noise), timesteps)
     error = output.to(noise.dtype) - denoising_target(images, noise, sigma, space, mixture, prediction_type)
     loss = error.square().flatten(1).mean(1)
@@ -128,11 +129,8 @@ def cld_loss(
     marginal = process.marginal(clock)
     deviation = (marginal if velocity is None else process.kernel(clock)).root[..., 1, 1]
     # s_v L22 + e_v, from coefficients multiplied in float64: at t = 1e-5 the score itself is of order 1e3.
-    of_velocity, of_output = (
-        (deviation * c).to(v.dtype).to(v.device) for c in score_coefficients(marginal, prediction_type)
-    )
-    per_image = (...,) + (None,) * (v.ndim - 1)
-    error = of_velocity[per_image] * v + of_output[per_image] * output.to(v.dtype) + noise.chunk(2, 1)[1]
+    of_velocity, of_output = (per_image(deviation * c, v) for c in score_coefficients(marginal, prediction_type))
+    error = of_velocity * v + of_output * output.to(v.dtype) + noise.chunk(2, 1)[1]
     loss = error.square().flatten(1).mean(1)
     if weighting == "likelihood":
         loss = loss * (process.friction * process.beta(times.cpu()) / deviation**2).to(loss.dtype).to(loss.device)

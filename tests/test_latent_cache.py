@@ -1,7 +1,5 @@
 """The cache of the latents of a training set."""
 
-import json
-
 import pytest
 import torch
 from networks import exact_autoencoder, seeded, tiny_autoencoder
@@ -90,15 +88,6 @@ def test_latents_of_something_else_are_refused(tmp_path, change, said):
     with pytest.raises(ValueError, match=f"{said}.*; give another --latents_cache_dir, or remove"):
         cache_of(tmp_path / CACHE, **{"images": images_of(20)} | change)
     assert {path.name: path.read_bytes() for path in (tmp_path / CACHE).iterdir()} == before
-
-
-def test_a_cache_of_before_goes_on(tmp_path):
-    """Of when a cache did not know which files its images were from."""
-    path = filled(cache_of(tmp_path / CACHE, images_of(20))).folder / "latents.json"
-    contents = json.loads(path.read_text())
-    del contents["images"]
-    path.write_text(json.dumps(contents))
-    filled(cache_of(tmp_path / CACHE, images_of(20)))
 
 
 def test_a_folder_of_other_files_is_no_cache(tmp_path):

@@ -26,7 +26,6 @@ from diffusers_gm.autoencoders import fingerprint, load_autoencoder
 from diffusers_gm.data import LabelledImages, LatentCache, TrainingImages, TrainingLatents
 from diffusers_gm.training.folder import claim, list_checkpoints, read_log
 from diffusers_gm.training.options import TrainingArguments
-from diffusers_gm.training.training_data import STATE_FILE
 
 CACHE = "latents"
 OF_A_NETWORK = (
@@ -110,17 +109,6 @@ def test_latents_of_another_autoencoder_are_measured_and_that_is_said(train, tmp
     train(options, tmp_path / "measured", "--vae", autoencoder)
     assert scaling_of(tmp_path / "measured")[1] != [9.0] * 4
     assert "is not the autoencoder of --model_name_or_path" in caplog.text
-
-
-def test_a_fine_tuning_on_latents_that_was_begun_before_their_scaling_was_kept_goes_on(train, tmp_path, autoencoder):
-    options = f"{SMALL} --vae {autoencoder} --max_train_samples 40 --max_train_steps 3 --output_dir {tmp_path / 'out'}"
-    train(options, "--max_train_minutes 1e-9")
-    path = tmp_path / "out" / "checkpoint-1" / STATE_FILE
-    content = json.loads(path.read_text())
-    measured = content["data"].pop("latents_scaling")
-    path.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))
-    train(options, "--resume_from_checkpoint latest")
-    assert scaling_of(tmp_path / "out") == measured
 
 
 def test_latents_of_a_training_that_runs_are_left_alone(train, tmp_path, autoencoder):

@@ -266,20 +266,6 @@ def test_other_levels_of_a_ddpm_network_are_those_that_were_asked_for(tmp_path, 
         caplog.clear()
 
 
-def test_a_ddpm_that_was_fine_tuned_before_its_betas_were_kept_goes_on_as_it_was(train, tmp_path):
-    DDPMPipeline(tiny_network(), DDPMScheduler(400, beta_end=0.012)).save_pretrained(tmp_path / "ddpm")
-    options = f"{SHORT} --method ddpm --model_name_or_path {tmp_path / 'ddpm'} --output_dir {tmp_path / 'out'}"
-    train(options, "--no_keep_noise_levels --max_train_minutes 1e-9")
-    path = tmp_path / "out" / "checkpoint-1" / "training_state.json"
-    content = json.loads(path.read_text())
-    del content["state"]["training_id"]
-    content["arguments"]["keep_noise_levels"] = True
-    path.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))
-    train(options, "--resume_from_checkpoint latest")
-    config = DDPMScheduler.from_pretrained(tmp_path / "out" / "scheduler").config
-    assert (config["num_train_timesteps"], config["beta_end"]) == (1000, 0.02)
-
-
 @pytest.mark.parametrize("method", PIPELINES)
 def test_a_ddpm_network_becomes_one_of_each_method(train, tmp_path, method):
     before = save_ddpm(tmp_path / "ddpm")

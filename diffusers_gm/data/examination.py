@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ MAX_UNREADABLE = 0.1
 NUM_EXAMINED = 2000
 # 256 MiB of float32.
 MAX_ELEMENTS = 2**26
+# Decoders of different versions, and resizing on other machines, differ by far less in the mean of an image.
+SAME_BRIGHTNESS = 0.02
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ def examine(
         names = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
         logger.warning(f"{words} and are skipped: {names}; the last: {failure}")
     return Examination(images[:num_read])
+
+
+def brightness(images: Iterable[Tensor]) -> list[float]:
+    """The mean of each image, in [-1, 1], by which other images, or another order, are noticed."""
+    return [round(float(image.mean()), 3) for image in images]
+
+
+def same_brightness(before: Iterable[float], now: Iterable[float]) -> bool:
+    """Whether two lists of `brightness` can be of the same images; of the longer one, the first are compared."""
+    return all(abs(one - other) <= SAME_BRIGHTNESS for one, other in zip(before, now, strict=False))
 
 
 def _check_size(image: Tensor, images: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .. import files
-from .examination import MAX_ELEMENTS, NUM_EXAMINED
+from .examination import MAX_ELEMENTS, NUM_EXAMINED, brightness, same_brightness
 from .seeds import AUGMENTATION, EXAMINATION, generator_for, order_for
 from .stream import TrainingImages
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 CONTENTS, LOCK = "latents.json", ".lock"
 # What a kill can cost; and no more files than a process may open.
 SHARD, MAX_SHARDS = 256, 512
-# Images that are looked at to tell one set from another, and by how much the mean of one may differ between decoders.
-NUM_TOLD_BY, SAME_BRIGHTNESS = 16, 0.02
+# Images that are looked at to tell one set from another.
+NUM_TOLD_BY = 16
 
 
 def is_cache(folder: Path) -> bool:
@@ -72,7 +72,7 @@ class LatentCache:
             "flips": flips,
             "num_images": self.num_images,
             "images": images.source.fingerprint(),
-            "brightness": [round(float(image.mean()), 3) for image in told_by],
+            "brightness": brightness(told_by),
         }
         self.shard_size = max(SHARD, math.ceil(self.num_images / MAX_SHARDS))
         number = math.ceil(self.num_images / self.shard_size)
@@ -82,10 +82,9 @@ class LatentCache:
     def _check_folder(self) -> None:
         if (self.folder / CONTENTS).is_file():
             before, now = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8")), dict(self.contents)
-            brightness = zip(before.pop("brightness"), now.pop("brightness"), strict=False)
-            other_files = before.pop("images", now["images"]) != now.pop("images")  # older caches do not know
+            other_pixels = not same_brightness(before.pop("brightness"), now.pop("brightness"))
+            other_files = before.pop("images") != now.pop("images")
             changes = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
-            other_pixels = any(abs(one - other) > SAME_BRIGHTNESS for one, other in brightness)
             if not changes and (other_files or other_pixels):
                 changes = ["the images were others, or in another order"]
             if changes:
@@ -208,8 +207,6 @@ class TrainingLatents(Dataset):
         shown: list[int] = []
         for path in self.paths:
             with safe_open(path, "pt") as shard:  # of which the latents are not read
-                if "shown" not in shard.keys():  # noqa: SIM118 - of before this was kept
-                    return list(range(self.num_images))
                 shown += shard.get_tensor("shown").tolist()
         return shown
 

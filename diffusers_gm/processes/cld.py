@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .broadcast import per_image
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -305,9 +307,7 @@ def transform(matrix: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _like(coefficient: Tensor, image: Tensor) -> Tensor:
     """A coefficient shaped to multiply an image: one per sample, or a scalar on the CPU, which any device takes."""
-    if coefficient.ndim == 0:
-        return coefficient
-    return coefficient.to(image.dtype).to(image.device)[(...,) + (None,) * (image.ndim - 1)]
+    return coefficient if coefficient.ndim == 0 else per_image(coefficient, image)
 
 
 def _matrix(xx: Tensor, xv: Tensor, vx: Tensor, vv: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .broadcast import per_image
 from .random import Draw, Generators
 
 # The divergence is that over a stretch of this many noise levels, over which D is as good as linear.
@@ -63,17 +64,17 @@ def estimate_noise_level(
         raise ValueError(f"num_looks must be at least 1, got {num_looks}")
     if not y.isfinite().all():
         raise ValueError("the images hold values that are not finite")
-    per_image, size = (...,) + (None,) * (y.ndim - 1), y[0].numel()
+    size = y[0].numel()
     probe = torch.where(Draw.like(y, generator).uniform(y.shape) < 0.5, -1.0, 1.0).to(y)
     bounds = torch.tensor([low, high], dtype=y.dtype, device=y.device).log()
     below, above = bounds[:, None].expand(2, len(y))
     log_sigma = bounds.mean().expand(len(y))
     for _ in range(num_looks):
         sigma = log_sigma.exp()
-        stretch = (STRETCH * sigma)[per_image]
+        stretch = per_image(STRETCH * sigma, y)
         here, there = denoiser(torch.cat([y, y + stretch * probe]), sigma.repeat(2)).chunk(2)
         moved = (there - here) / stretch
-        residual = ((y - here) / sigma[per_image]).flatten(1).square().sum(1)
+        residual = ((y - here) / per_image(sigma, y)).flatten(1).square().sum(1)
         noise = (size - (probe * moved).flatten(1).sum(1)).clamp(min=LEAST_NOISE * size)
         information = 2 * (probe - moved).flatten(1).square().sum(1)
         # Newton's step for the logarithm of `|y - D|^2 / (sigma^2 (d - div D))`, which is nearly linear. Its factor is

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..processes.broadcast import per_image
 from .grids import level_grid
 from .noise_space import PREDICTION_TYPES, NoiseSpace
 
@@ -167,8 +168,3 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """`a * x + b * y` in float32 or better, in the dtype of x; a and b are `(B,)` or scalar."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (per_image(a, wide) * wide + per_image(b, wide) * y.to(wide)).to(x.dtype)
-
-
-def per_image(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Coefficients `(B,)` or scalar, in the dtype and on the device of `like` `(B, ...)`, to broadcast against it."""
-    return coefficient.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..processes.broadcast import per_image
 from ..processes.cld import CLD, Kernel, Lift, lift, perturb
 from .grids import TIME_SPACINGS, sigma_grid, time_grid
-from .image import Call, per_image
+from .image import Call
 from .noise_space import NoiseSpace
 
 # How a velocity network's output is read, see `score_coefficients`.

@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
+from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import ImageReading, level_range
@@ -339,7 +340,7 @@ class SamplerScheduler(Calls, Swappable):
         if self.config.thresholding:
             # arXiv 2205.11487, section 2.3
             bound = torch.quantile(denoised.abs().flatten(1), self.config.dynamic_thresholding_ratio, dim=1)
-            bound = bound.clamp(min=1, max=self.config.sample_max_value)[(...,) + (None,) * (denoised.ndim - 1)]
+            bound = per_image(bound.clamp(min=1, max=self.config.sample_max_value), denoised)
             return denoised.clamp(-bound, bound) / bound
         if self.config.clip_sample and sigma > self.clips_above:
             return denoised.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import NoiseSpace
 
@@ -36,7 +37,7 @@ class Denoiser:
         type."""
         labels = torch.as_tensor(timestep).reshape(-1)
         levels = space.sigma(labels)
-        sigma, alpha = (t.to(sample).reshape(-1, *[1] * (sample.ndim - 1)) for t in (levels, space.alpha(levels)))
+        sigma, alpha = (per_image(values, sample) for values in (levels, space.alpha(levels)))
         y, level = sample / alpha, levels.to(sample).expand(len(sample)) if len(labels) > 1 else float(levels)
         if prediction_type == "score":
             return self.score(y, level)

@@ -81,8 +81,7 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     """
     if checkpoint is None:
         return args
-    content = read_state(checkpoint)
-    record = recorded_options(content["arguments"], args.method)
+    record = recorded_options(read_state(checkpoint)["arguments"], args.method)
     recorded: dict[str, Any] = {name: record.get(name) for name in args.left_open}
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
@@ -91,9 +90,6 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
         recorded["lr_warmup_steps"] = record["lr_warmup_steps"]
     if args.lr_scheduler == "constant":
         recorded["lr_warmup_steps"] = 0  # also where a version that promised one was told of it
-    of_betas = "ddpm_beta_schedule" in METHODS[args.method].option_names
-    if of_betas and args.model_name_or_path is not None and content["state"].get(TRAINING_ID) is None:
-        recorded["keep_noise_levels"] = False  # a DDPM did not when trainings had no id
     resumed = replace(args, **recorded)  # what was named was checked by the version that began
     resumed.left_open |= args.left_open
     resumed.named_options = args.named_options

@@ -59,7 +59,8 @@ def given_vae(args: TrainingArguments) -> Any | None:
 
 def kept_space(args: TrainingArguments, vae: Any, checkpoint: Path | None) -> LatentSpace | None:
     """The latents that the network knows: those of its training until the checkpoint, or of its pipeline. None where
-    their scaling is to be measured: for a new network, and in a training that was begun before this was kept."""
+    their scaling is to be measured: for a new network, and after a checkpoint of a training on images, which
+    is refused later."""
     if checkpoint is not None:
         scaling = TrainingData.of(read_state(checkpoint)).latents_scaling
         return None if scaling is None else LatentSpace.of(vae, *scaling)

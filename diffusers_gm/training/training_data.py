@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..autoencoders import LatentSpace
 from ..data import Examination, ImageSource, Labels, open_source, open_stream, subset
+from ..data.examination import brightness, same_brightness
 from ..launch import from_main
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
@@ -20,9 +21,6 @@ from .plan import Plan
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
-
-# Decoders of different versions, and resizing on other machines, differ by far less in the mean of an image.
-SAME_BRIGHTNESS = 0.02
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ class TrainingData:
             raise ValueError(
                 f"{checkpoint} was trained on {before.num_images} images and there are {self.num_images} now: {anew}"
             )
-        pairs = zip(before.brightness or [], self.brightness or [], strict=False)
-        if any(abs(one - other) > SAME_BRIGHTNESS for one, other in pairs):
+        if not same_brightness(before.brightness or [], self.brightness or []):
             raise ValueError(
                 f"{checkpoint} was trained on other images, or on these in another order (are files renamed?): {anew}"
             )
@@ -117,7 +114,7 @@ def training_data(
     return TrainingData(
         num_images=None if args.streaming else num_images,
         images_per_step=images_per_step,
-        brightness=[round(float(image.mean()), 3) for image in examination.images[:16]],
+        brightness=brightness(examination.images[:16]),
         largest_distance=plan.sigma_max if measured else None,
         classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
         latents_scaling=None if space is None else [space.mean.tolist(), space.std.tolist()],
