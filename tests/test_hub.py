@@ -26,7 +26,8 @@ from diffusers_gm import (
     GMSGMPipeline,
     NCSNv2Pipeline,
 )
-from diffusers_gm.evaluation.card import add_quality, forget_quality
+from diffusers_gm.evaluation.card import add_quality
+from diffusers_gm.pipelines.measurements import forget_quality
 from diffusers_gm.pipelines.repository import weights_before
 
 ROOT = Path(__file__).parents[1]
