@@ -142,7 +142,7 @@ class TrainingArguments(MethodOptions):
         True,
         "(gm-sgm, ncsnv2; cld, of preconditioned denoisers; ddpm, of networks that answer the noise) Fine-tune a "
         "network of a pipeline at the noise levels, labels and prediction type that the pipeline's scheduler says it "
-        "has.",
+        "has; and with its mixture and --conditioning, unless told.",
         free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = shape(None, "Channels of each level. [chosen by --resolution]")
