@@ -113,16 +113,22 @@ class EncodedImages(ImageSource):
     and, as it depends on the data alone, for every run. It is logged; a ValueError if there is no such meaning.
     """
 
+    background: Colour
+
     def __init__(self, num_images: int, background: Colour):
         self.num_images = num_images
         self.background = background
         self.ranges: dict[str, PixelRange] = {}
         extremes: dict[str, tuple[float, float]] = {}
         deep: list[int] = []  # largest values of colour images of 16 bits, of which PIL keeps the upper 8
-        for index in range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1):
+        examined = range(0, num_images, math.ceil(num_images / NUM_EXAMINED) or 1)
+        stacks = []  # files of several images
+        for index in examined:
             (row,) = self._rows([index])
             try:
                 with self._open(row) as image:
+                    if image.format != "MPO" and getattr(image, "is_animated", False):  # others of which are previews
+                        stacks.append(index)
                     of_16_bits = has_16_bits(image)
                     if image.mode[0] not in "IF" and not of_16_bits:
                         continue
@@ -134,6 +140,11 @@ class EncodedImages(ImageSource):
                 continue
             low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
             extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        if stacks:
+            logger.warning(
+                f"{len(stacks)} of {len(examined)} files that were looked at hold several images, such as "
+                f"{self.name(stacks[0])}: of each, the first is used"
+            )
         for kind, (low, high) in extremes.items():
             self.ranges[kind] = range_of(kind, low, high)
             logger.warning(
