@@ -79,7 +79,7 @@ from diffusers_gm.training.optimizer import (
     build_optimizer,
     check_precision,
 )
-from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.options import TrainingArguments, without_effect
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse
@@ -172,6 +172,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
     unet = fit_unet(unet, args, examination.size)
     scheduler = build_scheduler(args, plan, of_network)
+    for words in without_effect(args, scheduler.config.get("algorithm_type")):
+        accelerator.print(words)
     objective = Objective(args, plan, scheduler, unet, classes.null)
     uncertainty = Uncertainty() if args.uncertainty_weighting else None
     optimizer = build_optimizer(args, plan, unet, uncertainty)
