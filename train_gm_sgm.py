@@ -39,15 +39,16 @@ from tqdm.auto import tqdm
 
 from diffusers_gm import calibrate, files
 from diffusers_gm.data import STEP, ImageStream, TrainingImages, examine, seed_for, sides
-from diffusers_gm.evaluation.card import set_aside_measurements
 from diffusers_gm.hub import cards, push
 from diffusers_gm.launch import PATIENCE, check_parallelism, check_processes, from_main, largest
 from diffusers_gm.pictures import image_grid
+from diffusers_gm.pipelines.measurements import hash_of_card, set_aside_measurements
 from diffusers_gm.training.batches import Batches
 from diffusers_gm.training.classes import classes_of
 from diffusers_gm.training.draws import StepDraws
 from diffusers_gm.training.folder import (
     ARGS_FILE,
+    CARD,
     SAMPLES,
     TRAINING_ID,
     UNFINISHED_PIPELINE,
@@ -61,6 +62,7 @@ from diffusers_gm.training.folder import (
     read_checkpoint,
     read_log,
     save_checkpoint,
+    set_aside_card,
     start_output_dir,
 )
 from diffusers_gm.training.health import DivergedError, Health
@@ -77,7 +79,7 @@ from diffusers_gm.training.optimizer import (
     build_optimizer,
     check_precision,
 )
-from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.options import TrainingArguments, without_effect
 from diffusers_gm.training.parser import OptionParser
 from diffusers_gm.training.plan import command_line, make_plan, training_record, versions
 from diffusers_gm.training.rehearsal import rehearse
@@ -170,6 +172,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     unet = unet or new_unet(args, examination.size, examination.channels, classes.num_embeds)
     unet = fit_unet(unet, args, examination.size)
     scheduler = build_scheduler(args, plan, of_network)
+    for words in without_effect(args, scheduler.config.get("algorithm_type")):
+        accelerator.print(words)
     objective = Objective(args, plan, scheduler, unet, classes.null)
     uncertainty = Uncertainty() if args.uncertainty_weighting else None
     optimizer = build_optimizer(args, plan, unet, uncertainty)
@@ -319,9 +323,11 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         with averaged_weights(unet, ema):
             pipeline.save_pretrained(temporary)
         grid.save(temporary / "samples.png")
-        made_by = {"versions": versions(), TRAINING_ID: state.training_id}
+        card = cards.training_card(record, type(pipeline).__name__, result)
+        card.save(temporary / "README.md")
+        made_by = {"versions": versions(), TRAINING_ID: state.training_id, CARD: hash_of_card(str(card))}
         files.write_json(temporary / ARGS_FILE, record | made_by | result.figures())
-        cards.training_card(record, type(pipeline).__name__, result).save(temporary / "README.md")
+        set_aside_card(output_dir)
         set_aside_measurements(output_dir)
         files.publish_contents(temporary, output_dir, last="model_index.json")
 

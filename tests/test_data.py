@@ -267,6 +267,15 @@ def test_colours_that_are_made_gray_are_said_once(caplog):
     assert "there are colour images among the training images, such as image 2" in record.getMessage()
 
 
+def test_files_of_several_images_are_said(tmp_path, caplog):
+    pages = [Image.new("L", (8, 8), gray) for gray in (0, 100, 200)]
+    pages[0].save(tmp_path / "0.tif", save_all=True, append_images=pages[1:])
+    pages[1].save(tmp_path / "1.png")
+    assert open_folder(tmp_path).num_images == 2
+    assert "1 of 2 files that were looked at hold several images, such as " in caplog.text
+    assert "0.tif: of each, the first is used" in caplog.text
+
+
 def test_names_of_files_are_bytes(tmp_path):
     save_images(tmp_path / "latin", 2)
     os.rename(tmp_path / "latin" / "000.png", os.fsencode(tmp_path / "latin") + b"/caf\xe9.png")

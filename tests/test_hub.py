@@ -26,7 +26,8 @@ from diffusers_gm import (
     GMSGMPipeline,
     NCSNv2Pipeline,
 )
-from diffusers_gm.evaluation.card import add_quality, forget_quality
+from diffusers_gm.evaluation.card import add_quality
+from diffusers_gm.pipelines.measurements import forget_quality
 from diffusers_gm.pipelines.repository import weights_before
 
 ROOT = Path(__file__).parents[1]
@@ -531,8 +532,10 @@ def test_only_weights_that_are_replaced_are_stale():
         "vae/diffusion_pytorch_model.bin", "mine.safetensors",
     ]  # fmt: skip
     whole = "unet/diffusion_pytorch_model.safetensors"
-    assert weights_before(there, [whole, "README.md"]) == [there[0], there[1], there[3]]
+    assert weights_before(there, [whole, "README.md"]) == there[:4]
     assert weights_before([whole, *there], there) == [whole]
+    parts = ["unet/diffusion_pytorch_model.fp16-00001-of-00002.bin", "unet/diffusion_pytorch_model.bin.index.fp16.json"]
+    assert weights_before([*parts, "unet/other.fp16.bin"], [whole]) == parts
     assert weights_before(there, ["unet/diffusion_pytorch_model.fp16.safetensors"]) == [], "a variant beside"
 
 

@@ -1,14 +1,16 @@
 """The cache of the latents of a training set."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
+from images import open_folder, save_images
 from networks import exact_autoencoder, seeded, tiny_autoencoder
 from safetensors.torch import load_file
 
 from diffusers_gm.autoencoders import LatentSpace, fingerprint
-from diffusers_gm.data import LatentCache, TensorImages, TrainingImages, TrainingLatents
+from diffusers_gm.data import LatentCache, TensorImages, TrainingImages, TrainingLatents, subset
 
 CACHE = "latents"
 
@@ -108,6 +110,22 @@ def test_workers_are_sent_no_latents(tmp_path):
     sent = pickle.dumps(latents)
     assert len(sent) < 10_000
     assert torch.equal(pickle.loads(sent)[0, 299], first)
+
+
+def test_latents_on_another_background_are_refused(tmp_path):
+    images = TensorImages(images_of(20))
+    for colour in ((255, 255, 255), (0, 0, 0)):
+        images.background = colour
+        training = TrainingImages(images, [8, 8], 1, 0, center_crop=True)
+        make = partial(
+            LatentCache, tmp_path / CACHE, training, LatentSpace.of(exact_autoencoder(), [0.0], [1.0]).encode
+        )
+        if any(colour):
+            filled(make("vae", (4, 4, 4), False))
+    with pytest.raises(ValueError, match=r"background was \[255, 255, 255\] and is \[0, 0, 0\]"):
+        make("vae", (4, 4, 4), False)
+    save_images(tmp_path / "images", 2)
+    assert subset(open_folder(tmp_path / "images", background="black"), 1, 0).background == (0, 0, 0)
 
 
 def test_a_folder_of_other_files_is_no_cache(tmp_path):

@@ -224,6 +224,12 @@ def test_starting_anew_computes_latents_anew(train, tmp_path, autoencoder):
         train(options, f"--resume_from_checkpoint latest --vae {tmp_path / 'other'}")
     train(options, f"--overwrite_output_dir --vae {tmp_path / 'other'}")
     assert "AutoencoderTiny" in (tmp_path / "out" / CACHE / "latents.json").read_text()
+    mine = tmp_path / "mine" / CACHE / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files than latents"):
+        train(options, f"--overwrite_output_dir --output_dir {tmp_path / 'mine'}")
+    assert mine.read_text() == "years of work"
 
 
 def test_latents_by_class(train, tmp_path, autoencoder):

@@ -144,6 +144,7 @@ def test_option_errors_are_one_line(words, said, capsys):
         ("--no_use_ema --ema_inv_gamma 2", "--ema_inv_gamma means nothing without --use_ema"),
         ("--no_use_ema --ema_power 0.6", "--ema_power means nothing without --use_ema"),
         ("--image_column img", "--image_column means nothing without a --dataset_name of the Hub or --train_data_dir"),
+        ("--background black", "--background means nothing without a --dataset_name of the Hub or --train_data_dir"),
         ("--dataset_config_name plain", "--dataset_config_name means nothing without a --dataset_name of the Hub"),
         ("--train_data_dir a --dataset_config_name plain", "--dataset_config_name means nothing without"),
         ("--no_keep_noise_levels", "--no_keep_noise_levels means nothing without --model_name_or_path"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import asdict
 from itertools import islice
@@ -230,6 +231,20 @@ def test_held_out_files_are_not_streamed(tmp_path, kind, caplog):
     images = open_stream(train_data_dir=str(tmp_path / "stream"))
     assert len(list(images.dataset)) == (SHARDS - 1) * ROWS
     assert "not used are 1 files of the split 'test'" in caplog.text
+
+
+@pytest.mark.parametrize("other", ["b.parquet", "c.png"])
+def test_a_stream_is_of_one_kind_of_files(tmp_path, other):
+    folder = save_tars(tmp_path / "stream")
+    (folder / ".trash").mkdir()
+    sorted(folder.glob("*.tar"))[0].rename(folder / ".trash" / "0.tar")
+    assert len(list(open_stream(train_data_dir=str(folder)).dataset)) == (SHARDS - 1) * ROWS, "hidden files are no data"
+    if other == "c.png":
+        Image.new("L", (8, 8)).save(folder / other)
+    else:
+        shutil.move(sorted(save_parquets(tmp_path / "tables").iterdir())[0], folder / other)
+    with pytest.raises(ValueError, match=f"holds 3 tar files, such as .*, and 1 .* files.*, such as {other}: which"):
+        open_stream(train_data_dir=str(folder))
 
 
 def test_pairs_of_images_are_told_apart_by_their_user(tmp_path):

@@ -316,6 +316,24 @@ def test_a_folder_with_other_files_is_left_alone(train, tmp_path):
     assert (folder / "thesis.tex").exists()
 
 
+def test_what_a_model_would_replace_is_left_alone(train, tmp_path):
+    folder = tmp_path / "out"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "README.md").write_text("my project")
+    (folder / "unet" / "net.py").write_text("years of work")
+    with pytest.raises(ValueError, match="holds unet, not from a training, which a model would replace"):
+        train(TINY, "--output_dir", folder, "--overwrite_output_dir")
+    (folder / "unet").rename(folder / "code")
+    train(TINY, "--output_dir", folder, "--overwrite_output_dir")
+    assert (folder / "README-before.md").read_text() == "my project"
+    train(TINY, "--output_dir", folder, "--overwrite_output_dir")
+    assert not (folder / "README-before-2.md").exists(), "the training's own card"
+    with (folder / "README.md").open("a") as card:
+        card.write("my notes")
+    train(TINY, "--output_dir", folder, "--overwrite_output_dir")
+    assert "my notes" in (folder / "README-before-2.md").read_text()
+
+
 def test_starting_anew_forgets_the_checkpoints_of_before(train, tmp_path):
     options = TINY.replace("--checkpointing_steps 0", "--checkpointing_steps 2")
     train(options.replace("--max_train_steps 2", "--max_train_steps 4"), "--output_dir", tmp_path / "out")

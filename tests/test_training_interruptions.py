@@ -120,6 +120,19 @@ def test_ctrl_c_reaches_the_loaders_of_the_data_too(tmp_path, whole):
 
 
 @pytest.mark.slow  # processes of their own
+def test_an_error_ends_it_with_loaders_too(tmp_path):
+    full = ("bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *DIRECT)  # no larger files, as on a disk that is full
+    process = start(full, tmp_path, "--checkpointing_steps", 1, "--dataloader_num_workers", 2)
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1, said
+    assert "Traceback" in said
+    assert "killed by signal" not in said
+
+
 def test_a_second_sigint_ends_it_at_once(tmp_path):
     """While it is stopped nothing can be finished: what ends it is the second signal."""
     process = start(DIRECT, tmp_path / "out", "--num_validation_images 64 --validation_inference_steps 900 "

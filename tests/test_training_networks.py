@@ -27,7 +27,14 @@ from diffusers_gm import (
 )
 from diffusers_gm.networks import as_unet_call
 from diffusers_gm.training.methods import levels
-from diffusers_gm.training.network import fit_unet, given_unet, native_shape, new_unet, with_velocities
+from diffusers_gm.training.network import (
+    fit_unet,
+    given_unet,
+    make_unconditional,
+    native_shape,
+    new_unet,
+    with_velocities,
+)
 from diffusers_gm.training.objective import Objective, build_scheduler, levels_of_network
 from diffusers_gm.training.options import TrainingArguments
 from diffusers_gm.training.parser import OptionParser
@@ -311,6 +318,23 @@ def test_a_network_of_a_ladder_keeps_its_ladder(tmp_path):
     args, _ = levels_of_network(TrainingArguments(method="ncsnv2", model_name_or_path=str(tmp_path)), tiny_network())
     assert isinstance(build_scheduler(args, plan_for(args)), AnnealedLangevinScheduler)
     assert (args.objective, args.prediction_type) == ("denoiser", "epsilon")
+
+
+def test_a_network_keeps_its_noise_and_its_conditioning(tmp_path, caplog):
+    mixture = GaussianMixtureNoise([0.9, 0.1], [1.0, 6.0]).normalized()
+    law = {"mixture_weights": mixture.weights.tolist(), "mixture_scales": mixture.scales.tolist()}
+    network = tiny_network()
+    make_unconditional(network)
+    scheduler = GMLangevinScheduler(**law, mixture_per_element=True, model_noise="mixture")
+    GMSGMPipeline(network, scheduler).save_pretrained(tmp_path)
+    args, _ = levels_of_network(TrainingArguments(model_name_or_path=str(tmp_path)), network)
+    assert {name: getattr(args, name) for name in law} == law
+    assert (args.mixture_per_element, args.conditioning) == (True, "none")
+    assert "goes on with its noise: --mixture_weights [0.9" in caplog.text
+    assert "--conditioning none" in caplog.text
+    words = ["--power_alpha", "1.5", "--conditioning", "sigma", "--model_name_or_path"]
+    args, _ = levels_of_network(OptionParser("").parse([*words, str(tmp_path)]), network)
+    assert (args.mixture_weights, args.mixture_per_element, args.conditioning) == (None, False, "sigma")
 
 
 def test_a_preconditioned_network_keeps_what_it_is_preconditioned_for(tmp_path):

@@ -22,7 +22,7 @@ from diffusers_gm.training.methods.gm_sgm import build_mixture
 from diffusers_gm.training.network import fit_unet, new_unet
 from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.optimizer import averaged_weights, build_lr_scheduler
-from diffusers_gm.training.options import TrainingArguments
+from diffusers_gm.training.options import TrainingArguments, without_effect
 from diffusers_gm.training.parser import OptionParser
 
 # --- Options ---
@@ -95,6 +95,23 @@ def test_samplers_that_cannot_run_fail_before_the_training():
     args = arguments(method="ncsnv2", validation_inference_steps=3, num_langevin_steps=5)
     with pytest.raises(ValueError, match="num_inference_steps"):
         build_scheduler(args, plan_for(args))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hub_model_id": "me/x", "hub_private_repo": True}, "--hub_model_id, --hub_private_repo: nothing is uploaded"),
+        ({"num_langevin_steps": 5}, "--num_langevin_steps is for .*: ancestral has no use for it"),
+        ({"method": "ncsnv2", "algorithm_type": "explore", "num_langevin_steps": 5}, "explore has no use for it"),
+        ({"algorithm_type": "ode", "calibrate": "fast"}, "--algorithm_type: .* --calibrate saves another sampler"),
+        ({"algorithm_type": "exponential", "num_langevin_steps": 5, "step_size": 0.1}, None),
+        ({"method": "ddpm"}, None),
+    ],
+)
+def test_options_without_effect_are_said(options, said):
+    args = arguments(**options)
+    found = without_effect(args, build_scheduler(args, plan_for(args)).config.get("algorithm_type"))
+    assert re.search(said, *found) if said else not found
 
 
 def test_identical_images_have_no_largest_distance():

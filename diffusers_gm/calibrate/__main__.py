@@ -16,11 +16,11 @@ import torch
 from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
 from ..cli import Parser
-from ..evaluation.card import set_aside_measurements
 from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
 from ..files import write_json, write_text
 from ..pipelines.loading import write_component_loader
+from ..pipelines.measurements import set_aside_measurements
 from ..pipelines.repository import QUALITY_FILES
 from ..samplers.multistep import Stochasticity
 

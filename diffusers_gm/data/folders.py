@@ -28,12 +28,13 @@ class Listing:
     """What is under a folder.
 
     Attributes:
-        images, tables: image and parquet files, relative to the folder, in the order of their names.
-        left_out: how many of whatever else there is, by what it is.
+        images, tables, tars: image, parquet and tar files, relative to the folder, in the order of their names.
+        left_out: how many of whatever else there is, by what it is; tar files too, which are for streams alone.
     """
 
     images: list[str]
     tables: list[str]
+    tars: list[str]
     left_out: Counter[str]
 
 
@@ -43,7 +44,7 @@ def list_folder(folder: Path) -> Listing:
     Hidden files and folders are left out, and whatever a training or a measurement of this package wrote.
     """
     left_out: Counter[str] = Counter()
-    images, tables = [], []
+    images, tables, tars = [], [], []
     written_to = is_output(folder)
     # Nor does a link to a folder above lead to data.
     seen = {folder.resolve(), *folder.resolve().parents}
@@ -57,7 +58,9 @@ def list_folder(folder: Path) -> Listing:
             tables.append(path)
         else:
             left_out[f"{suffix} files" if suffix else "files without a suffix"] += 1
-    return Listing(images, tables, left_out)
+            if suffix == ".tar":
+                tars.append(path)
+    return Listing(images, tables, tars, left_out)
 
 
 def _walk(folder: Path, seen: set[Path], left_out: Counter[str]) -> Iterator[Path]:

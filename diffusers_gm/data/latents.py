@@ -38,8 +38,8 @@ def is_cache(folder: Path) -> bool:
 
 class LatentCache:
     """A folder of latents: `latents-00000.safetensors` ..., each there when it is whole, and `latents.json`, which says
-    what they were made of: the arguments below, the height and width of the images, their number, a hash of the names
-    and sizes of their files, and the means of some of them, by which others are noticed.
+    what they were made of: the arguments below, the height and width of the images, their background, their number, a
+    hash of the names and sizes of their files, and the means of some of them, by which others are noticed.
 
     Args:
         folder: where it is, or is to be.
@@ -70,6 +70,7 @@ class LatentCache:
             "size": list(told_by[0].shape[1:]),
             "shape": list(shape),
             "flips": flips,
+            "background": images.source.background and list(images.source.background),
             "num_images": self.num_images,
             "images": images.source.fingerprint(),
             "brightness": brightness(told_by),
@@ -84,7 +85,9 @@ class LatentCache:
             before, now = json.loads((self.folder / CONTENTS).read_text(encoding="utf-8")), dict(self.contents)
             other_pixels = not same_brightness(before.pop("brightness"), now.pop("brightness"))
             other_files = before.pop("images") != now.pop("images")
-            changes = [f"{name} was {before[name]} and is {now[name]}" for name in now if before[name] != now[name]]
+            changes = [
+                f"{name} was {before.get(name)} and is {now[name]}" for name in now if before.get(name) != now[name]
+            ]
             if not changes and (other_files or other_pixels):
                 changes = ["the images were others, or in another order"]
             if changes:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .digits import split_digit_labels, split_digits
-from .folders import list_folder, split_of_image, split_of_table, training_part
+from .folders import Listing, list_folder, split_of_image, split_of_table, training_part
 from .labels import Labels, labels_from, labels_of_files, labels_of_table
 from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, has_16_bits, range_of, scaled
 from .seeds import SAMPLES, order_for
@@ -34,10 +34,12 @@ class ImageSource(ABC):
     Attributes:
         num_images: valid indices are `0 ... num_images - 1`.
         image_column: the column of the data set they come from; None for tensors.
+        background: what is seen through transparent pixels; None for tensors.
     """
 
     num_images: int
     image_column: str | None = None
+    background: Colour | None = None
 
     @abstractmethod
     def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
@@ -111,16 +113,22 @@ class EncodedImages(ImageSource):
     and, as it depends on the data alone, for every run. It is logged; a ValueError if there is no such meaning.
     """
 
+    background: Colour
+
     def __init__(self, num_images: int, background: Colour):
         self.num_images = num_images
         self.background = background
         self.ranges: dict[str, PixelRange] = {}
         extremes: dict[str, tuple[float, float]] = {}
         deep: list[int] = []  # largest values of colour images of 16 bits, of which PIL keeps the upper 8
-        for index in range(0, num_images, math.ceil(num_images / NUM_LOOKED_AT) or 1):
+        examined = range(0, num_images, math.ceil(num_images / NUM_LOOKED_AT) or 1)
+        stacks = []  # files of several images
+        for index in examined:
             (row,) = self._rows([index])
             try:
                 with self._open(row) as image:
+                    if image.format != "MPO" and getattr(image, "is_animated", False):  # others of which are previews
+                        stacks.append(index)
                     of_16_bits = has_16_bits(image)
                     if image.mode[0] not in "IF" and not of_16_bits:
                         continue
@@ -132,6 +140,11 @@ class EncodedImages(ImageSource):
                 continue
             low, high = extremes.get(pixels.dtype.name, (math.inf, -math.inf))
             extremes[pixels.dtype.name] = min(low, float(pixels.min())), max(high, float(pixels.max()))
+        if stacks:
+            logger.warning(
+                f"{len(stacks)} of {len(examined)} files that were looked at hold several images, such as "
+                f"{self.name(stacks[0])}: of each, the first is used"
+            )
         for kind, (low, high) in extremes.items():
             self.ranges[kind] = range_of(kind, low, high)
             logger.warning(
@@ -236,6 +249,7 @@ class Subset(ImageSource):
         self.chosen = chosen
         self.num_images = len(chosen)
         self.image_column = source.image_column
+        self.background = source.background
 
     def fetch(self, indices: Sequence[int]) -> list[Tensor | Exception]:
         return self.source.fetch([self.chosen[index] for index in indices])
@@ -291,6 +305,28 @@ def open_source(
     return TableImages(dataset, image_column, colour(background), str(dataset_name))
 
 
+def tables_of_images(folder: Path, listing: Listing, image_column: str | None) -> list[str]:
+    """The parquet files that have a column of images; others are counted as left out."""
+    tables = []
+    for path in listing.tables:
+        try:
+            if holds_images(folder / path, image_column):
+                tables.append(path)
+                continue
+        except ValueError:
+            if not listing.images:
+                raise
+        listing.left_out["parquet files without a column of images"] += 1
+    return tables
+
+
+def check_one_kind(found: dict[str, list[str]]) -> None:
+    """Raise a ValueError if there are files of more than one kind."""
+    there = [f"{len(paths)} {kind}, such as {paths[0]}" for kind, paths in found.items() if paths]
+    if len(there) > 1:
+        raise ValueError(f"it holds {', and '.join(there)}: which are meant? Give a folder of one kind")
+
+
 def open_folder(
     folder: Path,
     image_column: str | None = None,
@@ -314,22 +350,8 @@ def open_folder(
     if not folder.is_dir():
         raise ValueError("this is not a folder")
     listing = list_folder(folder)
-    left_out = listing.left_out
-    tables = []
-    for path in listing.tables:
-        try:
-            if holds_images(folder / path, image_column):
-                tables.append(path)
-                continue
-        except ValueError:
-            if not listing.images:
-                raise
-        left_out["parquet files without a column of images"] += 1
-    if listing.images and tables:
-        raise ValueError(
-            f"it holds {len(listing.images)} image files, such as {listing.images[0]}, and {len(tables)} parquet files "
-            f"of images, such as {tables[0]}: which are meant? Give a folder of either"
-        )
+    left_out, tables = listing.left_out, tables_of_images(folder, listing, image_column)
+    check_one_kind({"image files": listing.images, "parquet files of images": tables})
     if listing.images and image_column not in (None, "image"):
         raise ValueError(f"--image_column {image_column!r} is not in the data: the files of a folder have no columns")
     chosen = training_part(

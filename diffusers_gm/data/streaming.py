@@ -1,7 +1,6 @@
 """Images that are read as they come, through `datasets`' streaming: data larger than the disk, or never counted."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +15,7 @@ from .examination import MAX_UNREADABLE
 from .folders import list_folder, split_of_shard, split_of_table, training_part
 from .pixels import Colour, colour, scaled
 from .seeds import ORDER, order_for, seed_for
-from .sources import EncodedImages, TableImages
+from .sources import EncodedImages, TableImages, check_one_kind, tables_of_images
 from .stream import TrainingImages
 from .tables import images_of, load_table
 
@@ -66,9 +65,17 @@ def open_stream(
     folder = Path(str(name))
     if folder.is_dir():
         listing = list_folder(folder)
-        tars = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
-        left_out: Counter[str] = Counter()
-        found = training_part(tars or listing.tables, split_of_shard if tars else split_of_table, left_out)
+        tars, left_out = listing.tars, listing.left_out
+        try:
+            tables = tables_of_images(folder, listing, image_column) or (
+                [] if tars or listing.images else listing.tables
+            )
+            if tars or tables:
+                check_one_kind({"tar files": tars, "parquet files of images": tables, "image files": listing.images})
+        except ValueError as error:
+            raise ValueError(f"{option} {str(name)!r}: {error}") from error
+        del left_out[".tar files"]
+        found = training_part(tars or tables, split_of_shard if tars else split_of_table, left_out)
         if left_out:
             words = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
             logger.warning(f"{option} {str(name)!r}: {len(found)} files are used, not used are {words}")

@@ -1,27 +1,16 @@
 """What a model card says of the quality of the samples."""
 
-import hashlib
 import json
-import logging
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..files import free_name, write_text
-from ..pipelines.repository import BEST, QUALITY, QUALITY_FILES
+from ..files import write_text
+from ..pipelines.measurements import between, not_measured, scheduler_of
+from ..pipelines.repository import BEST, QUALITY
 from .report import WITH_RATIO, best, curve_table, curves, statistic, table
 from .results import Results, Statistic
-
-logger = logging.getLogger(__name__)
-
-# What belongs to one model and its scheduler.
-MEASURED = (*QUALITY_FILES, "calibration.png")
-
-# What a card says before.
-NOT_MEASURED = "Not measured."
 
 OF_DEMO = (
     "Sliced 2-Wasserstein distance of {n} samples to the training images, divided by that of held-out images "
@@ -46,69 +35,16 @@ def add_quality(folder: Path) -> None:
     # Results of another model, that somebody has put here, are not this model's.
     if measured.is_file() and (results := Results.read(measured)).conditions["model"] == folder.resolve().name:
         if results.conditions.get("scheduler") not in (None, scheduler_of(folder)):  # calibrated since, for one
-            write_text(path, str(_not_measured(card)))
+            write_text(path, str(not_measured(card)))
             return
         found.append(_evaluation_quality(results))
-        card.text = _between(BEST, card.text, best(results))
+        card.text = between(BEST, card.text, best(results))
     if not found:
         return
-    card.text = _between(QUALITY, card.text, "\n\n".join(words for words, _ in found))
+    card.text = between(QUALITY, card.text, "\n\n".join(words for words, _ in found))
     card.data.model_name = folder.resolve().name
     card.data.eval_results = [result for _, results in found for result in results]
     write_text(path, str(card))
-
-
-def _between(marks: tuple[str, str], text: str, words: str) -> str:
-    """A text with other words between two marks, if it has them."""
-    first, last = marks
-    if first not in text or last not in text:
-        return text
-    before, _, rest = text.partition(first)
-    return "\n".join((before + first, words, last + rest.partition(last)[2]))
-
-
-def forget_quality(folder: Path) -> None:
-    """Remove measurements of a model, or of a scheduler, that is replaced, also from the card."""
-    there = [folder / name for name in QUALITY_FILES if (folder / name).is_file()]
-    for measured in there:
-        measured.unlink()
-    path = folder / "README.md"
-    if there and path.is_file():
-        write_text(path, str(_not_measured(ModelCard.load(path))))
-
-
-def set_aside_measurements(folder: Path, names: Sequence[str] = MEASURED) -> None:
-    """Of a model, or of a scheduler, that is replaced: keep what was measured of it, which may have taken long, under
-    names that end in `-before`; what comes next has none of it."""
-    there, kept = [path for name in names if (path := folder / name).is_file()], []
-    for path in there:
-        kept.append(free_name(path.with_stem(f"{path.stem}-before")))
-        shutil.copyfile(path, kept[-1])
-    forget_quality(folder)
-    for path in there:
-        path.unlink(missing_ok=True)
-    if kept:
-        said = ", ".join(path.name for path in kept)
-        logger.warning(
-            f"measured before: now in {said}; `python -m diffusers_gm.evaluation` measures what is there now"
-        )
-
-
-def _not_measured(card: Any) -> Any:
-    """A `ModelCard` without any measurement."""
-    card.text = _between(BEST, _between(QUALITY, card.text, NOT_MEASURED), "")
-    card.data.eval_results = None
-    return card
-
-
-def scheduler_of(folder: Path) -> str | None:
-    """A hash of the options of the scheduler that a pipeline was saved with; None without one."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    told = {name: value for name, value in config.items() if name == "_class_name" or not name.startswith("_")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _demo_quality(found: dict[str, Any]) -> tuple[str, list[EvalResult]]:

@@ -22,9 +22,10 @@ from torch import Tensor
 from ..extra import check_extra
 from ..files import write_text
 from ..launch import check_processes, from_main, process_state
+from ..pipelines.measurements import scheduler_of
 from ..version import __version__
 from . import report
-from .card import add_quality, scheduler_of
+from .card import add_quality
 from .distances import num_not_finite
 from .features import EXTRACTORS, cached_features_of, features_of, fingerprint
 from .options import build_parser, check_options

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,10 @@ from huggingface_hub import snapshot_download
 from .. import schedulers
 from ..files import write_text
 from ..version import __version__
-from .repository import CARD_FILES, short_card, upload
+from .measurements import forget_quality, same_model, set_aside_measurements
+from .repository import CARD_FILES, QUALITY_FILES, short_card, upload
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = "diffusers_gm"
 PIPELINE_LOADER = "pipeline.py"
@@ -127,11 +131,13 @@ class HubPipeline(DiffusionPipeline):
         """Save to a folder; with `push_to_hub`, upload it to `repo_id` too, by default named after the folder.
 
         A README.md in the folder is the model card; without one, that of the repository stays, and where there is
-        none either, a short one is written.
+        none either, a short one is written. Measurements of another model that was there before are set aside.
 
         Raises:
             ValueError: if `private` is asked for and the repository already exists and is public.
         """
+        if self._takes_place_of_measured(Path(save_directory)):
+            set_aside_measurements(Path(save_directory))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
             self._push(save_directory, repo_id or Path(save_directory).name, commit_message, private, token, create_pr)
@@ -148,8 +154,9 @@ class HubPipeline(DiffusionPipeline):
     ) -> str:
         """Upload the pipeline to the Hub and return the address of its repository.
 
-        A pipeline that was loaded from a folder takes the model card of that folder along. Otherwise that of the
-        repository stays, and where there is none, a short one is written.
+        A pipeline that was loaded from a folder takes the model card of that folder along, and what was measured
+        unless its weights or its scheduler are others by now. Otherwise the card of the repository stays, and where
+        there is none, a short one is written.
 
         Raises:
             ValueError: if `private` is asked for and the repository already exists and is public.
@@ -160,7 +167,19 @@ class HubPipeline(DiffusionPipeline):
             if source and (source / self.config_name).is_file():
                 for name in filter(lambda name: (source / name).is_file(), CARD_FILES):
                     shutil.copy(source / name, folder)
+                if self._takes_place_of_measured(source):
+                    forget_quality(Path(folder))
+                    logger.warning(f"what was measured in {source} stays there: it is of other weights or schedulers")
             return self._push(folder, repo_id, commit_message, private, token, create_pr)
+
+    def _takes_place_of_measured(self, folder: Path) -> bool:
+        """Whether another model than this one was measured in a folder."""
+        if not any((folder / name).is_file() for name in QUALITY_FILES):
+            return False
+        try:
+            return not same_model(self, type(self).from_pretrained(folder))
+        except (OSError, ValueError, TypeError):  # not whole, say
+            return True
 
     def _push(
         self, folder: Any, repo_id: str, message: str | None, private: bool | None, token: str | None, create_pr: bool

@@ -66,20 +66,22 @@ def card_of_repository(text: str, repo_id: str) -> str:
 
 # Weights as models of diffusers save them, whole or in parts, and the index of these.
 WEIGHTS = re.compile(
-    r"(?P<stem>.*/(?:diffusion_pytorch_)?model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)(?:\.index\.json)?"
+    r"(?P<stem>.*/(?:diffusion_pytorch_)?model)(?P<variant>\.[^./]+?)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+    r"(?:\.index(?P<of_index>\.[^./]+)?\.json)?"
 )
 
 
 def weights_before(there: Collection[str], content: Collection[str]) -> list[str]:
     """The files of a repository that hold weights which `content` has in other files: of what is split into parts, and
-    of what is whole, diffusers reads the parts first."""
+    of what is whole, diffusers reads the parts first. So are variants, unless `content` is one itself: they are of the
+    weights before."""
 
-    def stem(name: str) -> str | None:
+    def stem(name: str, variants: bool) -> str | None:
         found = WEIGHTS.fullmatch(name)
-        return found["stem"] if found else None
+        return found["stem"] if found and (variants or not (found["variant"] or found["of_index"])) else None
 
-    replaced = {stem(name) for name in content} - {None}
-    return [name for name in there if stem(name) in replaced and name not in content]
+    replaced = {stem(name, variants=False) for name in content} - {None}
+    return [name for name in there if stem(name, variants=True) in replaced and name not in content]
 
 
 def upload(

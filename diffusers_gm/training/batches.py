@@ -1,5 +1,6 @@
 """The batches of a training, and where they are in a stream that is read as it comes."""
 
+import atexit
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ..data import ImageStream, Place, StreamedBatches
 from .options import TrainingArguments
-from .stopping import ignore_signals
+from .stopping import end_workers, ignore_signals
 
 
 class Batches(Iterator[Any]):
@@ -36,6 +37,8 @@ class Batches(Iterator[Any]):
         self._places: list[Place] | None = None
         self._turn = 0
         workers, pinned = args.dataloader_num_workers, accelerator.device.type == "cuda"
+        if workers:
+            atexit.register(end_workers)
         options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
         if not args.streaming:
             self._loader = iter(DataLoader(dataset, batch_sampler=stream, **options))

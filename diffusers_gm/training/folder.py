@@ -7,6 +7,7 @@ import shutil
 import uuid
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
 
 from .. import files
 from ..data.latents import is_cache
+from ..pipelines.measurements import hash_of_card
 from .draws import DRAWS_VERSION
 from .methods import METHODS
 from .options import TrainingArguments, free_on_resume, of_the_model
@@ -30,7 +33,9 @@ LOCK = ".training.lock"
 LOG_FILE = "training_log.jsonl"
 LATENTS, SAMPLES = "latents", "samples"
 SUPERSEDED = "superseded-"
-TRAINING_ID = "training_id"
+TRAINING_ID, CARD = "training_id", "card_hash"
+# What a pipeline replaces, beside its card, which is set aside.
+REPLACED = ("model_index.json", "pipeline.py", "unet", "scheduler", "vae", "samples.png", LOG_FILE)
 UNFINISHED_PIPELINE = files.UNFINISHED + "pipeline"
 
 
@@ -156,9 +161,19 @@ def check_output_dir(args: TrainingArguments, checkpoint: Path | None) -> None:
     for path in (folder, *folder.parents):
         if path.is_file():
             raise ValueError(f"--output_dir {args.output_dir!r}: {str(path)!r} is a file")
-    if not folder.is_dir() or args.overwrite_output_dir or _inside(checkpoint, folder):
+    if not folder.is_dir() or _inside(checkpoint, folder):
         return
-    if checkpoints := list_checkpoints(folder):
+    checkpoints = list_checkpoints(folder)
+    if args.overwrite_output_dir:
+        ours = checkpoints or any((folder / name).is_file() for name in ("model_index.json", ARGS_FILE))
+        there = (path for name in REPLACED if (path := folder / name).exists())
+        if not ours and (lost := [path.name for path in there if path.is_file() or any(path.iterdir())]):
+            raise ValueError(
+                f"--output_dir {args.output_dir!r} holds {', '.join(lost)}, not from a training, which a model would "
+                "replace: choose another folder, or move them away"
+            )
+        return
+    if checkpoints:
         raise ValueError(
             f"--output_dir {args.output_dir!r} holds a training up to {checkpoints[-1].name}: continue "
             "with --resume_from_checkpoint latest, replace it with --overwrite_output_dir, or choose another"
@@ -186,6 +201,20 @@ def is_published(args: TrainingArguments, record: dict[str, Any], state: "Traini
         return False
     made, wanted = recorded_options(there, args.method), json.loads(json.dumps(record))
     return all(made.get(name) == wanted[name] for name in of_the_model(args) & wanted.keys())
+
+
+def set_aside_card(folder: Path) -> None:
+    """Keep the card of a model that is replaced, unless it is as its training wrote it, but for measurements."""
+    card, args = folder / "README.md", folder / ARGS_FILE
+    if not card.is_file():
+        return
+    written = json.loads(args.read_bytes()).get(CARD) if args.is_file() else None
+    with suppress(ValueError, YAMLError):  # metadata that cannot be read are nobody else's
+        if hash_of_card(card.read_text(encoding="utf-8")) == written:
+            return
+    kept = files.free_name(folder / "README-before.md")
+    shutil.copyfile(card, kept)
+    logger.warning(f"README.md was not written by this training, or edited since: it is now {kept.name}")
 
 
 def _inside(checkpoint: Path | None, folder: Path) -> bool:

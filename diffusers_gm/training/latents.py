@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from .. import files
 from ..autoencoders import LatentSpace, downsampling, fingerprint, latent_channels, load_autoencoder
 from ..data import Examination, ImageSource, LatentCache, TrainingImages, TrainingLatents, sides
+from ..data.latents import is_cache
 from ..pipelines.inputs import by_index
 from .folder import LATENTS
 from .network import decoder_in, fit_unet, new_unet, pipeline_index
@@ -132,7 +133,7 @@ def latents_of(
     if anew and args.latents_cache_dir is None and not args.dry_run:
         claim()
         with accelerator.main_process_first():
-            if folder.is_dir():
+            if is_cache(folder):  # another is refused below
                 files.discard(folder)
     cache = LatentCache(folder, images, space.encode, fingerprint(vae), shape, args.random_flip)
     if args.dry_run:

@@ -228,6 +228,12 @@ def check_answer(unet: Any, size: tuple[int, int]) -> None:
         raise ValueError(f"a {name} of this config answers {tuple(answer.shape)} to {tuple(sample.shape)}")
 
 
+def is_unconditional(unet: Any) -> bool:
+    """Whether a network ignores the timestep, as `make_unconditional` leaves it."""
+    last = getattr(getattr(unet, "time_embedding", None), "linear_2", None)
+    return last is not None and not last.weight.any()
+
+
 def make_unconditional(unet: Any) -> None:
     """Technique 3 of NCSNv2: from now on the network ignores the timestep, here and wherever it is loaded. The last
     weight of the time embedding becomes zero and stays so; its bias remains to be learned.

@@ -18,8 +18,9 @@ from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
 from .classes import with_labels
 from .draws import Draws
-from .methods import METHODS, levels
+from .methods import METHODS, gm_sgm, levels
 from .methods.method import Batch
+from .network import is_unconditional
 from .option import given
 from .options import TrainingArguments
 from .plan import Plan
@@ -38,7 +39,8 @@ def levels_of_network(
     """The options with the noise levels that a pretrained network knows, and what the scheduler's config needs of them.
 
     A network that was trained at the levels and labels of a beta schedule (DDPM) or of a ladder goes on with them: the
-    input and the answer at a noise level are then what it has learned, and only the law of the noise may be new.
+    input and the answer at a noise level are then what it has learned, and only the law of the noise may be new, where
+    options name one. A network that ignores the timestep goes on doing so.
 
     Raises:
         ValueError: if options say other levels.
@@ -46,6 +48,11 @@ def levels_of_network(
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
     if args.model_name_or_path is None or not args.keep_noise_levels:
         return args, answers
+    own, told = METHODS[args.method].option_names, f"--model_name_or_path {args.model_name_or_path}"
+    if "conditioning" in own and is_unconditional(unet) and not given(args, ("conditioning",)):
+        logger.warning(f"{told} ignores the noise level, and goes on so: --conditioning none")
+        before, args = args, replace(args, conditioning="none")
+        args.left_open, args.named_options = before.left_open, before.named_options
     try:
         config = GMLangevinScheduler.load_config(
             args.model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, revision=args.revision
@@ -60,7 +67,7 @@ def levels_of_network(
         return replace(args, **betas), ddpm_config(config, args) | answers
     if not goes_on(args, space, kind):
         logger.warning(
-            f"--model_name_or_path {args.model_name_or_path}: what its scheduler says of noise levels and answers "
+            f"{told}: what its scheduler says of noise levels and answers "
             f"({space.kind}, {kind}) is not kept by --method {args.method}: the network learns others from here on"
         )
         return args, answers
@@ -70,6 +77,9 @@ def levels_of_network(
             f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
             "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
         )
+    if "mixture_weights" in own and (law := gm_sgm.mixture_of(args, config)):
+        logger.warning(f"{told} goes on with its noise: {', '.join(f'--{name} {law[name]}' for name in law)}")
+        known |= law
     # How often each level is seen, and its weight, are chosen anew for what the network answers.
     chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
     anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)

@@ -42,6 +42,13 @@ NEEDS = {
     "hub_strategy": ("checkpointing_steps", "max_train_minutes"),
 }
 
+# Options of the saved sampler, and the values of --algorithm_type that use them.
+OF_ALGORITHMS = {
+    "num_langevin_steps": ("langevin", "jump", "exponential"),
+    "step_size": ("langevin", "jump", "exponential", "consistent", "explore"),
+    "step_size_criterion": ("langevin", "jump"),
+}
+
 # Options of one schedule of the learning rate.
 OF_SCHEDULES = {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}
 
@@ -142,7 +149,7 @@ class TrainingArguments(MethodOptions):
         True,
         "(gm-sgm, ncsnv2; cld, of preconditioned denoisers; ddpm, of networks that answer the noise) Fine-tune a "
         "network of a pipeline at the noise levels, labels and prediction type that the pipeline's scheduler says it "
-        "has.",
+        "has; and with its mixture and --conditioning, unless told.",
         free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = shape(None, "Channels of each level. [chosen by --resolution]")
@@ -319,6 +326,7 @@ def without_meaning(args: TrainingArguments) -> dict[str, str]:
     if args.dataset_name in (None, "digits"):
         data["dataset_config_name"] = "a --dataset_name of the Hub"
     if args.dataset_name == "digits":
+        data["background"] = "a --dataset_name of the Hub or --train_data_dir"
         data["image_column"] = "a --dataset_name of the Hub or --train_data_dir"
     return needs | schedules | data
 
@@ -329,6 +337,20 @@ def check_needs(args: TrainingArguments) -> None:
         if name in meaningless:
             said = f"--no_{name}" if getattr(args, name) is False else f"--{name}"
             raise ValueError(f"{said} means nothing without {meaningless[name]}: leave it out")
+
+
+def without_effect(args: TrainingArguments, algorithm_type: str | None) -> list[str]:
+    """What is said of options that change nothing as yet: of the Hub, and of a sampler that is saved with
+    `algorithm_type`."""
+    said = []
+    if not args.push_to_hub and (of_hub := given(args, ("hub_model_id", "hub_private_repo", "hub_strategy"))):
+        said.append(f"{', '.join(of_hub)}: nothing is uploaded without --push_to_hub")
+    for option in given(args, OF_ALGORITHMS):
+        if algorithm_type not in (using := OF_ALGORITHMS[option.removeprefix("--")]):
+            said.append(f"{option} is for --algorithm_type {', '.join(using)}: {algorithm_type} has no use for it")
+    if args.calibrate and (of_sampler := given(args, ("algorithm_type", "timestep_spacing", *OF_ALGORITHMS))):
+        said.append(f"{', '.join(of_sampler)}: for samples during the training, --calibrate saves another sampler")
+    return said
 
 
 def check_streaming(args: TrainingArguments) -> None:

@@ -1,5 +1,6 @@
 """Ending before the last step, with a checkpoint: time is up, or a signal came. All processes at the same step."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -62,3 +63,13 @@ def ignore_signals(worker: int) -> None:
     """In the processes that load data: the training needs them for its last step, and ends them itself."""
     for number in Signals.NOTED:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """End the processes that load data at exit, where an error left them: Python would do it by a signal that they
+    ignore, and wait for ever."""
+    if workers := [process for process in multiprocessing.active_children() if process.daemon]:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report each as one that failed
+        for worker in workers:
+            worker.kill()

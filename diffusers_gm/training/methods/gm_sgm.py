@@ -67,6 +67,16 @@ def build_mixture(args: GMSGMOptions) -> GaussianMixtureNoise:
         ) from error
 
 
+def mixture_of(args: GMSGMOptions, config: dict[str, Any]) -> dict[str, Any]:
+    """The options of the noise that a network was trained with, by the config of its scheduler; none where there are
+    options of another, or the network knows Gaussian noise."""
+    per_element = ("mixture_per_element",)
+    if config.get("model_noise") != "mixture" or given(args, EXPLICIT + STABLE + POWER + COUNT + per_element):
+        return {}
+    known = {name: config.get(name) for name in EXPLICIT + per_element}
+    return {} if None in known.values() else known
+
+
 def check(args: GMSGMOptions) -> None:
     ladder.check(args)
     build_mixture(args)
