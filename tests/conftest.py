@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hub_client import OTHER, TOKEN
+from hub_server import FakeHub
 from networks import tiny_network
 from training import no_accelerator_left_behind, train  # noqa: F401
 
@@ -71,3 +73,9 @@ def ddpm(tiny_unet, tmp_path):
     folder = tmp_path / "ddpm"
     DDPMPipeline(tiny_unet, DDPMScheduler()).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def empty_server():
+    with FakeHub({TOKEN: "me", OTHER: "other"}) as running:
+        yield running

@@ -1,0 +1,97 @@
+"""The level where a Langevin chain is, and exploring from one."""
+
+import math
+
+import pytest
+import torch
+from networks import CPU, perfect_network
+from networks import run as run_from
+
+from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
+from diffusers_gm.studies.exact import ExactDenoiser
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        AnnealedLangevinScheduler(network_level="chain"),
+        AnnealedLangevinScheduler(network_level="chain", num_langevin_steps=3, beta_schedule="linear"),
+        GMLangevinScheduler(network_level="chain", algorithm_type="langevin"),
+    ],
+    ids=["annealed", "three steps, vp", "gm"],
+)
+def test_the_network_is_told_where_the_chain_is(scheduler, generator):
+    """One known image: the noise in y at every call has the level of that call's label, within five standard errors.
+
+    The first step overshoots the ladder: the network is told no more than its largest level.
+    """
+    scheduler.set_timesteps(12)
+    n, point = 20_000, torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64)
+    space, top = scheduler.noise_space, float(scheduler.sigmas[0])
+    told = []
+
+    def network(model_input, t):
+        level = space.sigma(t.double())
+        noise = model_input / float(space.alpha(level)) - point
+        spread = min(float(noise.square().mean().sqrt()), top)
+        told.append((float(level), spread))
+        return perfect_network(scheduler, ExactDenoiser(point))(model_input, t)
+
+    sample = scheduler.initial_sample((n, 1, 1, 1), generator, CPU, torch.float64)
+    left = run_from(scheduler, network, sample, generator)
+    for level, spread in told:
+        assert spread == pytest.approx(level, rel=5 / math.sqrt(2 * n) + 1e-3)
+    assert scheduler.sigmas[:-1].tolist() == pytest.approx([level for level, _ in told], rel=1e-4)
+    assert float((left - point).abs().max()) < 1e-6
+    ladder = type(scheduler).from_config(scheduler.config, network_level="ladder")
+    ladder.set_timesteps(12)
+    assert float(ladder.timesteps[5]) < float(scheduler.timesteps[5]), "the chain lags behind"
+
+
+def test_unknown_network_level():
+    for cls in (AnnealedLangevinScheduler, GMLangevinScheduler):
+        with pytest.raises(ValueError, match="network_level 'level': use 'ladder' or 'chain'"):
+            cls(network_level="level")
+
+
+def test_exploring_from_the_first_level():
+    scheduler = AnnealedLangevinScheduler(sigma_max=8.0, algorithm_type="explore")
+    for n in (1, 5, 12, 13, 50):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n
+        assert (scheduler.sigmas[:-1] == 8.0).sum() == max(1, n - 11)
+        assert (scheduler.sigmas[max(0, n - 12) :].diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    "config", [{"sigma_max": 8.0}, {"beta_schedule": "linear", "timestep_spacing": "trailing"}], ids=["ve", "vp"]
+)
+def test_a_run_that_begins_midway_explores_there(config, generator):
+    """As pipelines begin one: they cut the timesteps, and then say where they have."""
+    scheduler = AnnealedLangevinScheduler(**config, algorithm_type="explore")
+    plain = AnnealedLangevinScheduler(**config, algorithm_type="consistent")
+    plain.set_timesteps(40)
+    denoiser = ExactDenoiser(torch.randn(3, 1, 2, 2, generator=generator))
+    for begin in (10, 35):
+        scheduler.set_timesteps(40)
+        timesteps = scheduler.timesteps[begin:]
+        scheduler.set_begin_index(begin)
+        explored = max(1, 40 - begin - 11)
+        level = plain.sigmas[begin]
+        assert (scheduler.sigmas[begin:-1] == level).sum() == explored
+        assert (timesteps == plain.timesteps[begin]).sum() == explored
+        assert (timesteps[explored - 1 :].diff() < 0).all()
+        assert float(scheduler.sigmas[-2]) == pytest.approx(float(plain.sigmas[-2]), rel=1e-6)
+        noisy = scheduler.add_noise(
+            torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2, generator=generator), timesteps[:1]
+        )
+        left = run_from(scheduler, perfect_network(scheduler, denoiser), noisy, generator, timesteps)
+        assert float(torch.cdist(left.flatten(1), denoiser.points.flatten(1)).min(1).values.max()) < 0.05
+
+
+def test_levels_of_the_user_are_explored_where_they_are_repeated():
+    scheduler = AnnealedLangevinScheduler(sigma_max=8.0, algorithm_type="explore")
+    scheduler.set_timesteps(sigmas=[4.0, 2.0, 2.0, 2.0, 1.0, 0.1])
+    before = scheduler.timesteps.clone()
+    scheduler.set_begin_index(1)
+    assert torch.equal(scheduler.timesteps, before)
