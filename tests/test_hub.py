@@ -443,7 +443,8 @@ def test_no_weights_of_before_are_left_in_a_repository(server, folders, tmp_path
     assert len(parts) > 2
     shutil.rmtree(tmp_path / "model")
     pipeline.save_pretrained(tmp_path / "model")
-    Client(server, tmp_path / "home", TOKEN).command(push)
+    done = Client(server, tmp_path / "home", TOKEN).command(push)
+    assert all(name in done.stderr for name in parts), "said"
     files = server.repos["me/parts"].files
     assert parts.isdisjoint(files)
     assert "unet/diffusion_pytorch_model.safetensors" in files

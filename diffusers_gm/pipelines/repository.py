@@ -1,5 +1,6 @@
 """What lies in a repository of the Hub beside the weights: the files that belong there, and the model card."""
 
+import logging
 import re
 from collections.abc import Collection
 from importlib.resources import files
@@ -64,6 +65,8 @@ def card_of_repository(text: str, repo_id: str) -> str:
     return text.replace(HERE, load).replace(HERE_NOTE, "")
 
 
+logger = logging.getLogger(__name__)
+
 # Weights as models of diffusers save them, whole or in parts, and the index of these.
 WEIGHTS = re.compile(
     r"(?P<stem>.*/(?:diffusion_pytorch_)?model)(?P<variant>\.[^./]+?)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
@@ -120,7 +123,9 @@ def upload(
     # Measurements of another model, whose card is replaced.
     stale = [name for name in QUALITY_FILES if "README.md" in content and name not in content]
     there = api.list_repo_files(repo_id)
-    stale += weights_before(there, content)
+    if before := weights_before(there, content):
+        logger.warning(f"the weights of before leave {repo_id}, but for its history: {', '.join(before)}")
+    stale += before
     changes: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, data) for name, data in content.items()),
         *(CommitOperationDelete(name) for name in stale if name in there),
