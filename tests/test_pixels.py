@@ -95,7 +95,7 @@ def test_wide_pixels_are_scaled_by_what_the_set_holds(tmp_path, caplog, dtype, w
 
 def test_what_is_white_is_looked_for_in_the_whole_set(tmp_path, monkeypatch):
     """Of more images than are looked at, some of each part: sets may begin with dark ones."""
-    monkeypatch.setattr("diffusers_gm.data.sources.NUM_EXAMINED", 4)
+    monkeypatch.setattr("diffusers_gm.data.sources.NUM_LOOKED_AT", 4)
     for i in range(8):
         Image.fromarray((RAMP * (65535 if i >= 4 else 255)).round().astype(np.uint16)).save(tmp_path / f"{i}.tif")
     assert_is_the_ramp(open_folder(tmp_path).read(7), 1e-4)
