@@ -45,6 +45,11 @@ def test_the_mean_square_of_d_grows_for_exact_networks_and_falls_for_one_that_se
     assert found.errs
 
 
+def test_a_network_without_low_levels_has_none_to_fade_on():
+    assert reverse_diffusion(seen(points), start(20), HIGH, 3.0).left == 1
+    assert reverse_diffusion(seen(lambda y, sigma: 0 * y + (sigma < 1)), start(20), HIGH, LOW).left == 1
+
+
 def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
     def taus(defect, left, num_images, *calls):
         found = ReverseDiffusion(defect, left, torch.zeros(num_images, 1))

@@ -97,7 +97,8 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
         squares += float(change.square().mean())
         if sigma <= SHOWS:
             strengths.append(float(denoised.square().mean()))
-    return ReverseDiffusion(products / squares, strengths[-1] / strengths[0], denoised)
+    left = strengths[-1] / strengths[0] if strengths and strengths[0] else 1.0
+    return ReverseDiffusion(products / squares, left, denoised)
 
 
 def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:

@@ -118,10 +118,10 @@ def with_denoiser(
     asked.ask(torch.tensor([asked.reading.timestep_range[1]], dtype=torch.float64))
     asker = _Asker(lambda denoiser, start: work(denoiser, start, asked.shift_of_run))
     asked.exchange = asker.exchange
-    original, pipe.scheduler = pipe.scheduler, asked
     # Pipelines that perturb the attention put it back when their loop ends, which this one does not.
     parts = getattr(pipe, "components", {}).values()
     attention = [(part, part.attn_processors) for part in parts if hasattr(part, "attn_processors")]
+    original, pipe.scheduler = pipe.scheduler, asked
     try:
         with torch.no_grad():
             pipe(**arguments)

@@ -174,11 +174,12 @@ class HubPipeline(DiffusionPipeline):
 
     def _takes_place_of_measured(self, folder: Path) -> bool:
         """Whether another model than this one was measured in a folder."""
-        if not any((folder / name).is_file() for name in QUALITY_FILES):
+        measured = any((folder / name).is_file() for name in QUALITY_FILES)
+        if not measured or not (folder / self.config_name).is_file():
             return False
         try:
             return not same_model(self, type(self).from_pretrained(folder))
-        except (OSError, ValueError, TypeError):  # not whole, say
+        except (OSError, ValueError, TypeError, AttributeError):  # not whole, say
             return True
 
     def _push(

@@ -22,6 +22,7 @@ from ..data.latents import is_cache
 from ..pipelines.measurements import hash_of_card
 from .draws import DRAWS_VERSION
 from .methods import METHODS
+from .option import given
 from .options import TrainingArguments, free_on_resume, of_the_model
 from .training_data import STATE_FILE, TrainingData, read_state
 
@@ -91,6 +92,8 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         recorded |= {name: str(value) for name, value in numbers.items() if getattr(args, name, None) == "auto"}
+    elif "conditioning" in METHODS[args.method].option_names and not given(args, ("conditioning",)):
+        recorded["conditioning"] = record["conditioning"]
     if args.lr_warmup_steps is None:  # which follows from a length that may change
         recorded["lr_warmup_steps"] = record["lr_warmup_steps"]
     if args.lr_scheduler == "constant":
@@ -214,7 +217,9 @@ def set_aside_card(folder: Path) -> None:
             return
     kept = files.free_name(folder / "README-before.md")
     shutil.copyfile(card, kept)
-    logger.warning(f"README.md was not written by this training, or edited since: it is now {kept.name}")
+    unknown = "is not known to be as a training wrote it"  # those of version 0.1.0, for one
+    said = unknown if written is None else "was not written by this training, or edited since"
+    logger.warning(f"README.md {said}: it is now {kept.name}")
 
 
 def _inside(checkpoint: Path | None, folder: Path) -> bool:

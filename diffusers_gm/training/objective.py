@@ -49,7 +49,7 @@ def levels_of_network(
     if args.model_name_or_path is None or not args.keep_noise_levels:
         return args, answers
     own, told = METHODS[args.method].option_names, f"--model_name_or_path {args.model_name_or_path}"
-    if "conditioning" in own and is_unconditional(unet) and not given(args, ("conditioning",)):
+    if not resumed and "conditioning" in own and is_unconditional(unet) and not given(args, ("conditioning",)):
         logger.warning(f"{told} ignores the noise level, and goes on so: --conditioning none")
         before, args = args, replace(args, conditioning="none")
         args.left_open, args.named_options = before.left_open, before.named_options
@@ -77,7 +77,7 @@ def levels_of_network(
             f"{others}: the network of {args.model_name_or_path} has the noise levels, labels and prediction type of "
             "its scheduler; leave these out, or give --no_keep_noise_levels to learn others"
         )
-    if "mixture_weights" in own and (law := gm_sgm.mixture_of(args, config)):
+    if not resumed and "mixture_weights" in own and (law := gm_sgm.mixture_of(args, config)):
         logger.warning(f"{told} goes on with its noise: {', '.join(f'--{name} {law[name]}' for name in law)}")
         known |= law
     # How often each level is seen, and its weight, are chosen anew for what the network answers.
