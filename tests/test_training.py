@@ -335,6 +335,20 @@ def test_fine_tuning_starts_from_the_weights_given(train, trained, tmp_path):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+def test_a_fine_tuning_goes_on_with_the_noise_and_the_conditioning_that_it_began_with(train, tmp_path):
+    """Those of the network that it was given, by which its command does not name them."""
+    train(f"{TINY} --conditioning none --mixture_weights 0.9 0.1 --mixture_scales 1 6", "--output_dir", tmp_path / "of")
+    fine_tuning = f"{TINY} --model_name_or_path {tmp_path / 'of'}".replace("--block_out_channels 8 16", "")
+    laws = []
+    for more in ("", "--resume_from_checkpoint checkpoint-1"):
+        train(fine_tuning, "--checkpointing_steps 1 --output_dir", tmp_path / "tuned", more)
+        config = json.loads((tmp_path / "tuned" / "scheduler" / "scheduler_config.json").read_text())
+        laws.append((config["mixture_weights"], config["mixture_scales"]))
+        assert json.loads((tmp_path / "tuned" / "training_args.json").read_text())["conditioning"] == "none"
+    assert laws[0] == laws[1]
+    assert laws[0][0] == pytest.approx([0.9, 0.1])
+
+
 def test_a_finished_pipeline_is_calibrated_where_wanted(train, tmp_path):
     """The saved sampler has the levels of the averaged network."""
     train(TINY, "--calibrate fast --output_dir", tmp_path / "out")

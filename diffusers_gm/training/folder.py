@@ -21,7 +21,7 @@ from .. import files
 from ..data.latents import is_cache
 from ..pipelines.measurements import hash_of_card
 from .draws import DRAWS_VERSION
-from .methods import METHODS
+from .methods import METHODS, gm_sgm
 from .option import given
 from .options import TrainingArguments, free_on_resume, of_the_model
 from .training_data import STATE_FILE, TrainingData, read_state
@@ -92,8 +92,10 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
     if args.model_name_or_path is None or not args.keep_noise_levels:  # else they are the network's
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         recorded |= {name: str(value) for name, value in numbers.items() if getattr(args, name, None) == "auto"}
-    elif "conditioning" in METHODS[args.method].option_names and not given(args, ("conditioning",)):
-        recorded["conditioning"] = record["conditioning"]
+    else:  # what a network was to go on with, unless told
+        goes_on = {"conditioning"} | (set() if given(args, gm_sgm.OF_NOISE) else {*gm_sgm.LAW})
+        goes_on &= set(METHODS[args.method].option_names)
+        recorded |= {name: record[name] for name in goes_on if not given(args, (name,)) and record[name] is not None}
     if args.lr_warmup_steps is None:  # which follows from a length that may change
         recorded["lr_warmup_steps"] = record["lr_warmup_steps"]
     if args.lr_scheduler == "constant":

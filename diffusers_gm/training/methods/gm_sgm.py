@@ -14,6 +14,9 @@ from .method import Advice, Method, Noise
 
 EXPLICIT, STABLE, POWER = ("mixture_weights", "mixture_scales"), ("stable_alpha",), ("power_alpha", "power_base")
 COUNT = ("num_components",)
+# Every option of the noise, and those that say all of it.
+OF_NOISE = (*EXPLICIT, *STABLE, *POWER, *COUNT, "mixture_per_element")
+LAW = (*EXPLICIT, "mixture_per_element")
 
 
 @dataclass
@@ -70,10 +73,9 @@ def build_mixture(args: GMSGMOptions) -> GaussianMixtureNoise:
 def mixture_of(args: GMSGMOptions, config: dict[str, Any]) -> dict[str, Any]:
     """The options of the noise that a network was trained with, by the config of its scheduler; none where there are
     options of another, or the network knows Gaussian noise."""
-    per_element = ("mixture_per_element",)
-    if config.get("model_noise") != "mixture" or given(args, EXPLICIT + STABLE + POWER + COUNT + per_element):
+    if config.get("model_noise") != "mixture" or given(args, OF_NOISE):
         return {}
-    known = {name: config.get(name) for name in EXPLICIT + per_element}
+    known = {name: config.get(name) for name in LAW}
     return {} if None in known.values() else known
 
 
