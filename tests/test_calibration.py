@@ -28,12 +28,8 @@ from diffusers_gm import (
     UnconditionalPipeline,
     calibrate,
 )
-from diffusers_gm.calibration.calibrate import (
-    Ladder,
-    calibrate_in_full,
-    levels_from_one_run,
-    levels_from_trajectories,
-)
+from diffusers_gm.calibration.calibrate import calibrate_in_full
+from diffusers_gm.calibration.levels import Ladder, levels_from_one_run, levels_from_trajectories
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
 from diffusers_gm.calibration.trajectory import Trajectories, sliced_distance
 from diffusers_gm.readings.grids import even_levels

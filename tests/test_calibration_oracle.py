@@ -6,7 +6,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from points import HIGH, LOW, POINTS, network, points, seen, start
 
 from diffusers_gm import CalibratedMultistepScheduler
-from diffusers_gm.calibration.calibrate import Ladder, _quiet
+from diffusers_gm.calibration.calibrate import _quiet
+from diffusers_gm.calibration.levels import Ladder
 from diffusers_gm.calibration.oracle import with_denoiser
 from diffusers_gm.calibration.trajectory import sliced_distance
 from diffusers_gm.samplers import Multistep

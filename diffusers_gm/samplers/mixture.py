@@ -47,11 +47,14 @@ class Ancestral:
         sigma, after, eta = plan.steps[i]
         if after == 0:
             return denoised, memory
-        scales: float | Tensor = float(self.noise.scales[0])
         if len(self.noise) > 1:
             probabilities = self.noise.responsibilities(y - denoised, sigma)
             scales = self.noise.sample_scales(y.shape, draw, probabilities)
-        return consistent_step(y, denoised, sigma, after, eta, draw.normal(y.shape).mul_(scales)), memory
+            noise = draw.normal(y.shape).mul_(scales)
+        else:
+            noise, scale = draw.normal(y.shape), float(self.noise.scales[0])
+            noise = noise if scale == 1 else noise.mul_(scale)
+        return consistent_step(y, denoised, sigma, after, eta, noise), memory
 
 
 def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:

@@ -80,8 +80,9 @@ class CalibratedMultistepScheduler(SamplerScheduler):
     def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """y moves with D where `clip_sample` acts; not with `thresholding`, which is of all levels."""
         clipped = self.clip(denoised, sigma)
-        moves = self.config.clip_sample and not self.config.thresholding and sigma > self.clips_above
-        return (y + (clipped - denoised) if moves else y), clipped
+        if clipped is denoised or self.config.thresholding:
+            return y, clipped
+        return y + (clipped - denoised), clipped
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
         self.sampler = self.sampler_for(len(labels))

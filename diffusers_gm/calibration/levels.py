@@ -1,0 +1,131 @@
+"""The noise levels of each number of calls: found along a pipeline's own runs, and samples on them judged."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
+from ..readings.grids import POWER, SHORT, calibrated_levels, power_levels
+from ..samplers import Multistep
+from ..samplers.multistep import Stochasticity
+from .search import LocalDefects, fine_ladder, gram, nearest, search
+from .trajectory import SEEDS, Denoiser, Trajectories, denoised_images, sliced_distance
+
+# Network calls that a budget may cost, besides the teachers' runs: in units of itself, and in all.
+MAX_RUNS, MAX_CALLS = 40, 240
+
+# Levels of the one run of `effort="fast"`.
+NUM_FAST = 56
+
+# Batches of samples that stochasticities are judged by: fewer would leave it to chance.
+JUDGED = 4
+
+
+# Of each budget: its levels, and its errors on the fixed grid and on them, if they were measured.
+Found = dict[int, tuple[list[float], tuple[float, float] | None]]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A pipeline as a denoiser, the y that its run starts from, the range of noise levels, the sampler without noise
+    (levels that follow the probability flow serve every stochasticity), the law of the network's noise, the factor by
+    which the pipeline moves levels for its resolution, and the deviation of a y that a run starts from at a lower
+    level, if it may."""
+
+    denoiser: Denoiser
+    start: Tensor
+    high: float
+    low: float
+    sampler: Multistep
+    noise: GaussianMixtureNoise = GAUSSIAN
+    shift: float = 1.0
+    deviation: Callable[[float], float] | None = None
+
+    def trajectories(self, start: Tensor, sigmas: Tensor) -> Trajectories:
+        """The runs from a y."""
+        return Trajectories(self.denoiser, start, sigmas, self.sampler, self.deviation)
+
+    def fresh_start(self, seed: int) -> Tensor:
+        """Another y of the same kind."""
+        generator = torch.Generator().manual_seed(SEEDS + seed)
+        # A batch of mixture noise does not tell how wide it is.
+        scale = self.start.std() if self.noise.is_standard_gaussian else self.high
+        return self.noise.sample(self.start.shape, generator).to(self.start) * scale
+
+    def closest(self, taus: Sequence[Stochasticity], levels: list[float], images: Tensor) -> Stochasticity:
+        """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+        lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
+
+        def distance(tau: Stochasticity) -> float:
+            sampler = replace(self.sampler, stochasticity=tau)
+            batches = []
+            for seed in range(JUDGED):
+                # The noise of the steps is not that of the start: y would be wider than its level.
+                y, generator = lower * self.fresh_start(3 + seed), torch.Generator().manual_seed(SEEDS + 100 + seed)
+                *_, last = denoised_images(self.denoiser, y, sigmas, sampler, generator)
+                batches.append(last)
+            return sliced_distance(torch.cat(batches), images)
+
+        return min(taus, key=distance)
+
+
+def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
+    """By the local errors of all steps, from the Gram matrix of the denoised images of one run."""
+    sigmas = fine_ladder(ladder.high, ladder.low, NUM_FAST)
+    defects = LocalDefects(
+        sigmas, gram(Trajectories(ladder.denoiser, ladder.start, sigmas, ladder.sampler).teacher.denoised)
+    )
+    found: Found = {}
+    for n in budgets:
+        levels = scheduler.calibrated_or_even_levels(n, ladder.shift)
+        if n <= len(sigmas) // 2:  # else the run is too coarse to judge steps by
+            levels = sigmas[defects.best(n, last_place(sigmas, scheduler, n))]
+        found[n] = levels.tolist(), None
+    return found
+
+
+def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
+    """By the end of every run beside that of a very long one from the same start. The search goes by the mean square,
+    which prefers runs that average: what was found is compared with what it was found from, as sets of images and from
+    another start, and the closest one stays."""
+    trajectories = ladder.trajectories(ladder.start, fine_ladder(ladder.high, ladder.low))
+    sigmas = trajectories.sigmas
+    some = list(range(0, len(sigmas), 3))
+    defects = LocalDefects(sigmas[some], gram([trajectories.teacher.denoised[k] for k in some]))
+    others = ladder.trajectories(ladder.fresh_start(2), sigmas)
+    found: Found = {}
+    for n in budgets:
+        last = last_place(sigmas, scheduler, n)
+        # First the fixed grid, not shifted, as far as the ladder can have it.
+        wanted = [power_levels(ladder.high, float(sigmas[last]), n, POWER)]
+        if found:  # what suits fewer calls, with levels in between
+            wanted.append(calibrated_levels({str(m): levels for m, (levels, _) in found.items()}, n))
+        starts = [[0, *places[1:]] for levels in wanted if (places := nearest(sigmas, levels)) is not None]
+        if n <= len(some) // 2:
+            starts.append([some[k] for k in defects.best(n, last_place(sigmas[some], scheduler, n))])
+        starts = [[*places[:-1], last] for places in starts if places[-2] < last]
+        most = min(MAX_RUNS * n, MAX_CALLS)
+        candidates = [search(trajectories, n, starts, last, most).index, *starts]
+        if n <= SHORT and ladder.deviation is not None:
+            candidates.append(search(trajectories, n, starts, last, most, lower=True).index)
+        fixed = nearest(sigmas, scheduler.calibrated_or_even_levels(n, ladder.shift)) or starts[0]
+        distinct = list(dict.fromkeys(map(tuple, [*candidates, fixed])))
+        errors = {
+            places: sliced_distance(others.run(list(places)).denoised[-1], others.teacher.denoised[-1])
+            for places in distinct
+        }
+        best = min(distinct, key=errors.__getitem__)
+        found[n] = sigmas[list(best)].tolist(), (errors[tuple(fixed)], errors[best])
+    return found
+
+
+def last_place(sigmas: Tensor, scheduler: Any, num_calls: int) -> int:
+    """The place on a ladder of the last level of the fixed grid, not shifted, which stays: the mean square would have
+    it higher, and blur what is below it."""
+    last = float(scheduler.calibrated_or_even_levels(num_calls)[-1])
+    return int((sigmas.log() - math.log(last)).abs().argmin())
