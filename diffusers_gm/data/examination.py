@@ -18,6 +18,8 @@ MAX_UNREADABLE = 0.1
 NUM_EXAMINED = 2000
 # 256 MiB of float32.
 MAX_ELEMENTS = 2**26
+# Images that tell one set from another by their brightness.
+NUM_TOLD_BY = 16
 # Decoders of different versions, and resizing on other machines, differ by far less in the mean of an image.
 SAME_BRIGHTNESS = 0.02
 

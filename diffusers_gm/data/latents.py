@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .. import files
-from .examination import MAX_ELEMENTS, NUM_EXAMINED, brightness, same_brightness
+from .examination import MAX_ELEMENTS, NUM_EXAMINED, NUM_TOLD_BY, brightness, same_brightness
 from .seeds import AUGMENTATION, EXAMINATION, generator_for, order_for
 from .stream import TrainingImages
 
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 CONTENTS, LOCK = "latents.json", ".lock"
 # What a kill can cost; and no more files than a process may open.
 SHARD, MAX_SHARDS = 256, 512
-# Images that are looked at to tell one set from another.
-NUM_TOLD_BY = 16
 
 
 def is_cache(folder: Path) -> bool:

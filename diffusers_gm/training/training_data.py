@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..autoencoders import LatentSpace
 from ..data import Examination, ImageSource, Labels, open_source, open_stream, subset
-from ..data.examination import brightness, same_brightness
+from ..data.examination import NUM_TOLD_BY, brightness, same_brightness
 from ..launch import from_main
 from ..processes.annealed import max_pairwise_distance
 from .options import TrainingArguments
@@ -114,7 +114,7 @@ def training_data(
     return TrainingData(
         num_images=None if args.streaming else num_images,
         images_per_step=images_per_step,
-        brightness=brightness(examination.images[:16]),
+        brightness=brightness(examination.images[:NUM_TOLD_BY]),
         largest_distance=plan.sigma_max if measured else None,
         classes=labels and [list(pair) for pair in zip(labels.names, labels.counts(), strict=True)],
         latents_scaling=None if space is None else [space.mean.tolist(), space.std.tolist()],
