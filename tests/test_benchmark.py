@@ -27,7 +27,7 @@ from diffusers_gm.studies import sampler_benchmark as bench
 from diffusers_gm.studies import sampler_benchmark_models as models
 from diffusers_gm.studies import step_cost
 from diffusers_gm.studies.demo import SAMPLERS
-from diffusers_gm.studies.digits import pipeline_of
+from diffusers_gm.studies.digits import parts_of, pipeline_of
 from diffusers_gm.studies.exact import NetworkOf
 from diffusers_gm.studies.report import Report
 from diffusers_gm.studies.sampler_benchmark_calibration import GITS, VARIANTS, Calibrations
@@ -148,6 +148,24 @@ def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
     assert report.tables[0].rows == [["s", "2.00 b", "3.00 a"]]
 
 
+def test_a_first_look_leaves_out_what_is_far_behind(tmp_path, monkeypatch):
+    """By fewer samples of one seed; what all are compared with stays."""
+    model = model_with(a=Grid(-0.7), b=Grid(-0.8))
+    model.samplers["DDPM"] = {"default": Grid(0.0)}
+    monkeypatch.setattr(bench, "models_of", lambda args: iter([("it", model)]))
+    words = ["--num_samples", "4", "--first_look", "2", "--seeds", "3", "--calls", "5", "--output", str(tmp_path)]
+    bench.main(words)
+    report = Report.read(tmp_path / "samplers_it_n4.json")
+    assert [row[0] for row in report.tables[0].rows] == ["**s**", "DDPM"]
+    assert "What 2 samples put 1.25 times behind is left out." in report.conditions
+    looked, kept = (
+        {(cell.scheduler, cell.seed) for cell in Results.read(path).cells}
+        for path in (parts_of(tmp_path) / f"samplers it n={n} steps=1200.json" for n in (2, 4))
+    )
+    assert looked == {("s, a", 0), ("s, b", 0), ("DDPM, default", 0)}
+    assert kept == {(name, seed) for name in ("s, b", "DDPM, default") for seed in range(3)}
+
+
 def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
     model = model_with(nan=Grid(float("nan")), none=Grid(runs=1))
     assert best_of(model, 5, 1, results_in(tmp_path), ["nan", "none"]) is None
@@ -261,6 +279,7 @@ def test_a_saved_pipeline_and_images_that_do_not_suit(changed, message, tmp_path
     [
         (["--calls", "2"], "--calls: must be at least 3, got 2"),
         (["--samplers", "SSCS"], "exact has CLD, sscs,"),
+        (["--first_look", "9", "--num_samples", "9"], "--first_look 9: must be fewer than --num_samples 9"),
         (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
         (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
         (

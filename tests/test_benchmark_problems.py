@@ -194,11 +194,11 @@ def test_sliced_w2_is_that_of_evaluation(num_reference, generator):
 # --- Settings alone ---
 
 
-def results(folder, name, values, default=("DDPM", "default")):
+def results(folder, name, values, default=("DDPM", "default"), num_samples=8):
     """Of `{(setting, calls): sliced W2}`."""
     kept = Results.open(
-        folder / ".parts" / f"samplers {name} n=8.json",
-        {"study": f"samplers {name}", "num_samples": 8, "title": name, "default": default},
+        folder / ".parts" / f"samplers {name} n={num_samples}.json",
+        {"study": f"samplers {name}", "num_samples": num_samples, "title": name, "default": default},
     )
     for (setting, calls), value in values.items():
         kept.measure(setting, calls, 0, lambda: (None, 5), lambda _, value=value: {"sliced W2": value})
@@ -246,7 +246,7 @@ def test_what_is_against_us_is_said(tmp_path):
 
 def test_settings_are_compared_on_the_seeds_that_most_of_them_have(tmp_path):
     kept = results(
-        tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0, ("DEIS, AYS", 5): 0.8, ("DDPM, default", 5): 4.0}
+        tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0, ("DEIS, AYS", 5): 0.8, ("PNDM, default", 5): 4.0}
     )
     kept.measure(OURS, 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 4.0})
     report = settings.study([kept], 5)
@@ -258,7 +258,20 @@ def test_settings_are_compared_on_the_seeds_that_most_of_them_have(tmp_path):
     assert report.tables[0].rows == [["a", "2.00", "2.00"]]
     assert "2 seed(s)" in report.conditions
     # What is far behind on the first has that alone.
-    assert report.tables[3].rows == [[OURS, "0.75", "0.75", "0.75 (a, 5 calls)"]]
+    assert settings.Measured.of([kept], "sliced W2").values["a", 5]["PNDM", "default"] == 4.0
+
+
+def test_what_a_look_left_out_is_as_far_behind_as_it_was(tmp_path):
+    """UniPC was 3 times the best of the look, and so it is of the best of more samples."""
+    look = results(
+        tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 6.0, (OURS, 8): 1.0, ("UniPC, Karras", 8): 2.0}
+    )
+    more = results(tmp_path, "a", {(OURS, 5): 0.5, ("DEIS, AYS", 5): 1.0}, num_samples=400)
+    for kept in ([look, more], [more, look]):
+        values = settings.Measured.of(kept, "sliced W2").values
+        assert values["a", 5] == {(MULTISTEP, "calibrated"): 0.5, ("DEIS", "AYS"): 1.0, ("UniPC", "Karras"): 1.5}
+        assert values["a", 8] == {(MULTISTEP, "calibrated"): 1.0, ("UniPC", "Karras"): 2.0}
+    assert "(n = 8, 1 seed(s); n = 400, 1 seed(s))" in settings.study([more, look], 5).conditions
 
 
 def test_settings_without_results(tmp_path, capsys):

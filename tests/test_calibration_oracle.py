@@ -77,8 +77,8 @@ def test_stochasticities_are_judged_from_fresh_starts_of_the_level_that_a_run_be
 
     ladder = Ladder(seen(denoiser), start(), HIGH, LOW, Multistep(), deviation=lambda sigma: sigma)
     assert ladder.closest((0.0,), [4.0, 1.0, 0.1], POINTS[torch.arange(1024) % 3].view(1024, 1, 1, 1)) == 0.0
-    first, second, *_ = starts
-    assert len(starts) == 4
+    first, opposite, second, *_ = starts
+    assert torch.equal(opposite, -first)
     for y in starts:
         assert float(y.std()) == pytest.approx(4.0, rel=5 / (2 * 256) ** 0.5)
     assert not torch.equal(first, second)

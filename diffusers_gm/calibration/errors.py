@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..processes.random import Draw
 from ..readings.grids import POWER, even_levels, power_levels
 from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
@@ -90,7 +91,7 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
     sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(SEEDS)
     products = squares = 0.0
     strengths = []  # the mean square of D below level `SHOWS`
-    runs = pairwise(denoised_images(denoiser, y, sigmas, sampler, generator))
+    runs = pairwise(denoised_images(denoiser, y, sigmas, sampler, Draw.like(y, generator)))
     for (before, denoised), sigma in zip(runs, sigmas[1:].tolist(), strict=True):
         change = denoised - before
         products += float((before * change).mean())

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
+from ..processes.random import Draw
 from ..readings.grids import POWER, SHORT, calibrated_levels, power_levels
 from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
 from .search import LocalDefects, fine_ladder, gram, nearest, search
-from .trajectory import SEEDS, Denoiser, Trajectories, denoised_images, sliced_distance
+from .trajectory import SEEDS, Denoiser, OppositeDraw, Trajectories, denoised_images, sliced_distance
 
 # Network calls that a budget may cost, besides the teachers' runs: in units of itself, and in all.
 MAX_RUNS, MAX_CALLS = 40, 240
@@ -21,7 +23,7 @@ MAX_RUNS, MAX_CALLS = 40, 240
 # Levels of the one run of `effort="fast"`.
 NUM_FAST = 56
 
-# Batches of samples that stochasticities are judged by: fewer would leave it to chance.
+# Pairs of batches that stochasticities are judged by: fewer would leave it to chance.
 JUDGED = 4
 
 
@@ -57,18 +59,23 @@ class Ladder:
         return self.noise.sample(self.start.shape, generator).to(self.start) * scale
 
     def closest(self, taus: Sequence[Stochasticity], levels: list[float], images: Tensor) -> Stochasticity:
-        """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on."""
+        """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on.
+
+        Batches come in pairs of opposite noise: without, the mean of the noise, which decides how bright images are,
+        is most of what chance does to the distance.
+        """
         sigmas = torch.tensor(levels, dtype=torch.float64)
         lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
 
         def distance(tau: Stochasticity) -> float:
             sampler = replace(self.sampler, stochasticity=tau)
             batches = []
-            for seed in range(JUDGED):
+            for seed, (sign, draw) in product(range(JUDGED), ((1, Draw), (-1, OppositeDraw))):
                 # The noise of the steps is not that of the start: y would be wider than its level.
-                y, generator = lower * self.fresh_start(3 + seed), torch.Generator().manual_seed(SEEDS + 100 + seed)
-                *_, last = denoised_images(self.denoiser, y, sigmas, sampler, generator)
-                batches.append(last)
+                generator = torch.Generator().manual_seed(SEEDS + 100 + seed)
+                y = sign * lower * self.fresh_start(3 + seed)
+                *_, last = denoised_images(self.denoiser, y, sigmas, sampler, draw(generator, y.device, y.dtype))
+                batches.append(last.clamp(images.min(), images.max()))  # as a pipeline clips what it shows
             return sliced_distance(torch.cat(batches), images)
 
         return min(taus, key=distance)

@@ -6,13 +6,13 @@ that inject noise, too.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..processes.random import Draw, Generators
+from ..processes.random import Draw
 from ..samplers import Memory, Multistep
 
 NUM_DIRECTIONS = 128
@@ -25,11 +25,17 @@ SEEDS = 7_919_000
 Denoiser = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
-def denoised_images(
-    denoiser: Denoiser, y: Tensor, sigmas: Tensor, sampler: Multistep, generator: Generators
-) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class OppositeDraw(Draw):
+    """The normal numbers of `Draw` with the other sign."""
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return super().normal(shape).neg_()
+
+
+def denoised_images(denoiser: Denoiser, y: Tensor, sigmas: Tensor, sampler: Multistep, draw: Draw) -> Iterator[Tensor]:
     """D of every call of a run from y `(B, ...)`, the last one its result."""
-    plan, memory, draw = sampler.plan(sigmas), Memory(), Draw.like(y, generator)
+    plan, memory = sampler.plan(sigmas), Memory()
     for i, sigma in enumerate(sigmas.tolist()):
         y, denoised = denoiser(y, sigma)
         yield denoised

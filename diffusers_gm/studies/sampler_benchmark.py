@@ -13,17 +13,19 @@ Every scheduler of diffusers that fits, and ours, each at the best of its grids,
 
 Quality is sliced W2, a root, over the floor, what as many real images have; means over seeds, and wall time beside
 them. Where there are eight times as many samples as pixels, FD of the pixels is measured too, a squared distance. What
-the settings are worth one by one, over all networks, is `.sampler_benchmark_settings`. Every finished cell is kept in
-`OUTPUT/.parts`, and so is every calibration: an interrupted benchmark goes on where it was.
+the settings are worth one by one, over all networks, is `.sampler_benchmark_settings`. With --first_look only what is
+not far behind for fewer samples is measured. Every finished cell is kept in `OUTPUT/.parts`, and so is every
+calibration: an interrupted benchmark goes on where it was.
 """
 
 import argparse
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import examine, open_source, split_digits
-from ..evaluation.report import Curve, plot_curves
+from ..evaluation.report import Curve, groups, plot_curves
 from ..evaluation.results import Cell, Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
@@ -44,6 +46,7 @@ from .report import Report, by_calls
 from .sampler_benchmark_models import SHAPES, Model, ddpm_model, exact_model, mixture_model, own_model, saved_model
 from .sampler_benchmark_schedulers import (
     CALIBRATED,
+    CHOSEN,
     MULTISTEP,
     OWN,
     PEERS,
@@ -62,8 +65,10 @@ ERRORS = {"erring": 0.2, "erring-much": 0.4}
 # Optimizer steps of the trained networks, unless told.
 STEPS = 1200
 
-# A setting that has so many times the least error on the first seed is not measured on others.
+# A setting that has so many times the least error on the first seed is not measured on others, nor after a first look;
+# but for those that all are compared with.
 CONTENDS = 1.25
+ALWAYS = (CALIBRATED, CHOSEN, (OWN, "default"), ("DDPM", "default"))
 
 # Above this number of calls only the grid that was best at the number below is run.
 ALL_GRIDS_UP_TO = 20
@@ -96,6 +101,22 @@ class Best:
 # By sampler and number of calls; None where there is no run.
 Bests = dict[tuple[str, int], Best | None]
 
+# A setting's name and a number of calls, as in `Results`.
+Which = tuple[str, int | None]
+
+
+def contending(results: Results, metric: str = SLICED_WASSERSTEIN) -> set[Which]:
+    """What is among the best on the first seed, and `ALWAYS`."""
+    first = {
+        which: cell.scores[metric]
+        for which, cells in groups(results).items()
+        for cell in cells
+        if cell.seed == 0 and metric in cell.scores
+    }
+    least = {calls: min(value for (_, n), value in first.items() if n == calls) for _, calls in first}
+    always = {*map(name_of, ALWAYS)}
+    return {which for which, value in first.items() if value <= CONTENDS * least[which[1]] or which[0] in always}
+
 
 def run(model: Model, setting: Setting, calls: int, seeds: Iterable[int], results: Results) -> list[Cell]:
     """The cells of a setting, measured where they are not there; none where one of them has no distance."""
@@ -120,7 +141,7 @@ def best_of_each(model: Model, settings: Iterable[Setting], calls: int, seeds: i
     floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
     found: dict[str, list[Best]] = {}
     for setting, value in first.items():
-        all_of_them = value <= CONTENDS * least or setting in (CALIBRATED, (OWN, "default"), ("DDPM", "default"))
+        all_of_them = value <= CONTENDS * least or setting in ALWAYS
         wanted = [s for s in range(seeds) if all_of_them or results.find(name_of(setting), calls, s)]
         if cells := run(model, setting, calls, wanted, results):
             ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
@@ -132,21 +153,33 @@ def best_of_each(model: Model, settings: Iterable[Setting], calls: int, seeds: i
     }
 
 
-def benchmark(name: str, model: Model, args: argparse.Namespace, results: Results) -> Report:
+def measure(model: Model, args: argparse.Namespace, results: Results, among: Collection[Which] | None = None) -> Bests:
+    """The best grid of every sampler at every number of calls; `among`: of these settings alone."""
     if not results.floor:
         results.floor = [model.score(draw) for draw in model.floor.split(args.num_samples)]
     bests: Bests = {}
     for i, calls in enumerate(args.calls):
         settings = [(sampler, grid) for sampler, grids in model.samplers.items() for grid in grids]
-        if i and calls > ALL_GRIDS_UP_TO:
+        if among is not None:
+            settings = [s for s in settings if (name_of(s), calls) in among]
+        elif i and calls > ALL_GRIDS_UP_TO:
             below = {s: best.grid for s in model.samplers if (best := bests.get((s, args.calls[i - 1])))}
             # The calibrated levels are always among them: they are what is judged.
-            settings = [s for s in settings if s[1] in (below.get(s[0], s[1]), "calibrated")]
+            settings = [s for s in settings if s[1] == below.get(s[0], s[1]) or s[1] == "calibrated" or s in ALWAYS]
         found = best_of_each(model, settings, calls, args.seeds, results)
-        if lacking := {*model.samplers} - {sampler for sampler, _ in found}:  # that grid has no run of so many calls
+        lacking = {*model.samplers} - {sampler for sampler, _ in found}  # that grid has no run of so many calls
+        if lacking and among is None:
             others = [(sampler, grid) for sampler in lacking for grid in model.samplers[sampler]]
             found |= best_of_each(model, others, calls, args.seeds, results)
         bests |= {(sampler, calls): found.get((sampler, calls)) for sampler in model.samplers}
+    return bests
+
+
+def benchmark(
+    name: str, model: Model, args: argparse.Namespace, results: Results, among: Collection[Which] | None = None
+) -> Report:
+    """The report of a model; `among`: what a first look has left."""
+    bests = measure(model, args, results, among)
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
@@ -162,8 +195,8 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
 
     spread = f"mean of {args.seeds} seeds ± standard deviation, " if args.seeds > 1 else ""
     tables = [
-        table(f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls.",
-              str),
+        table(f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls"
+              f"{'' if among is None else ', or far behind at a first look'}.", str),
         table(f"Seconds for {args.num_samples} samples (mean, on a machine that may have been busy).",
               lambda best: f"{best.seconds:.2f}"),
     ]  # fmt: skip
@@ -174,6 +207,7 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
     if "CLD, sscs" in ours and {"DDPM", "Euler ancestral"} <= set(peers):
         verdict += " " + " ".join(against_peers(bests, calls, ours) for calls in args.calls)
     curves = {s: {c: b.ratio if (b := bests[s, c]) else None for c in args.calls} for s in model.samplers}
+    looked = f" What {args.first_look} samples put {CONTENDS} times behind is left out." if among is not None else ""
     # A comparison of some is no replacement for one of all.
     stem = f"samplers_{name}_n{args.num_samples}{'_selected' if args.samplers or args.grids else ''}"
     return Report(
@@ -184,9 +218,10 @@ def benchmark(name: str, model: Model, args: argparse.Namespace, results: Result
         verdict,
         tables,
         [plot(curves, model.title, args.output / f"{stem}.png")],
-        f"{model.conditions} n = {args.num_samples}, {args.seeds} seed(s), the same for all. The best grid is picked "
-        f"on the same samples; above {ALL_GRIDS_UP_TO} calls only the grid that was best before is run. What has more "
-        f"than {CONTENDS} times the least error on the first seed need not have been measured on the others (no ±).",
+        f"{model.conditions} n = {args.num_samples}, {args.seeds} seed(s), the same for all.{looked} The best grid is "
+        f"picked on the same samples; above {ALL_GRIDS_UP_TO} calls only the grid that was best before is run. What "
+        f"has more than {CONTENDS} times the least error on the first seed need not have been measured on the others "
+        "(no ±).",
     )
 
 
@@ -234,6 +269,8 @@ def against_peers(bests: Bests, calls: int, ours: Sequence[str]) -> str:
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """End the program for what does not go together."""
+    if args.first_look is not None and args.first_look >= args.num_samples:
+        parser.error(f"--first_look {args.first_look}: must be fewer than --num_samples {args.num_samples}")
     if args.pipeline:
         if args.train_data_dir is None:
             parser.error("--pipeline needs --train_data_dir, real images that its samples are compared with")
@@ -305,6 +342,25 @@ def selected(stem: str, samplers: Samplers, args: argparse.Namespace) -> Sampler
     return {name: by_grid for name, by_grid in chosen.items() if by_grid}
 
 
+def models_of(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
+    """The models that are asked for, with the samplers that are, and the stems of their files."""
+    models = saved_models(args) if args.pipeline else (model_of(name, args) for name in args.models)
+    for stem, model in models:
+        yield stem, replace(model, samplers=selected(stem, model.samplers, args))
+
+
+def first_look(args: argparse.Namespace) -> argparse.Namespace:
+    """The same with fewer samples of one seed."""
+    return argparse.Namespace(**{**vars(args), "num_samples": args.first_look, "seeds": 1})
+
+
+def kept_cells(stem: str, model: Model, args: argparse.Namespace) -> Results:
+    """What has been measured of a model."""
+    default = (OWN if OWN in model.samplers else "DDPM", "default")  # what the pipeline comes with
+    settings = {"steps": args.steps, "content": model.content, "default": default, "title": model.title}
+    return kept_results(f"samplers {stem}", args.num_samples, args.output, **settings)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.sampler_benchmark", __doc__)
     add = parser.add_argument
@@ -312,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
     add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
+    add("--first_look", type=at_least(2), metavar="N", help="samples by which what is far behind is left out [no look]")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
     add("--steps", type=at_least(1), default=STEPS, help="optimizer steps of the trained networks")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
@@ -331,13 +388,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     check_options(parser, args)
     try:
-        models = saved_models(args) if args.pipeline else (model_of(name, args) for name in args.models)
-        for stem, model in models:
-            default = (OWN if OWN in model.samplers else "DDPM", "default")  # what the pipeline comes with
-            settings = {"steps": args.steps, "content": model.content, "default": default, "title": model.title}
-            chosen = replace(model, samplers=selected(stem, model.samplers, args))
-            results = kept_results(f"samplers {stem}", args.num_samples, args.output, **settings)
-            benchmark(stem, chosen, args, results).write(args.output)
+        looks = repeat(None) if args.first_look is None else models_of(first_look(args))
+        for (stem, model), look in zip(models_of(args), looks, strict=False):
+            among = None
+            if look is not None:
+                kept = kept_cells(*look, first_look(args))
+                measure(look[1], first_look(args), kept)
+                among = contending(kept)
+            benchmark(stem, model, args, kept_cells(stem, model, args), among).write(args.output)
     except ValueError as error:
         parser.error(str(error))
 

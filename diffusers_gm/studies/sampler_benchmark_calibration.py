@@ -22,7 +22,8 @@ from ..samplers import Multistep
 from ..schedulers import CalibratedMultistepScheduler
 
 # What `calibrate` is told, by name.
-VARIANTS: dict[str, dict[str, Any]] = {"calibrated": {}, "fast": {"effort": "fast"}}
+WITH_IMAGES = "calibrated with images"
+VARIANTS: dict[str, dict[str, Any]] = {"calibrated": {}, "fast": {"effort": "fast"}, WITH_IMAGES: {}}
 GITS = "GITS-like"
 
 # Levels of the one trajectory of `GITS`, and its images.
@@ -36,10 +37,11 @@ class Calibrations:
         pipeline: of the network, with its own scheduler.
         folder: where they are kept.
         content: a hash of the network.
+        images: real ones, `(n, C, H, W)`, by which `WITH_IMAGES` chooses.
     """
 
-    def __init__(self, pipeline: Any, folder: Path, content: str):
-        self.pipeline, self.folder, self.content = pipeline, folder, content
+    def __init__(self, pipeline: Any, folder: Path, content: str, images: Tensor | None = None):
+        self.pipeline, self.folder, self.content, self.images = pipeline, folder, content, images
 
     def scheduler(self, variant: str, stochasticity: float | None = None) -> CalibratedMultistepScheduler:
         """What `calibrate` returned; with another stochasticity, if it is given."""
@@ -65,7 +67,8 @@ class Calibrations:
         return Table(caption, header, rows) if rows else None
 
     def _path(self, variant: str) -> Path:
-        return self.folder / f"calibration {self.content[:16]} {variant}.json"
+        many = f" n={len(self.images)}" if variant == WITH_IMAGES and self.images is not None else ""
+        return self.folder / f"calibration {self.content[:16]} {variant}{many}.json"
 
     def _kept(self, variant: str) -> dict[str, Any]:
         path = self._path(variant)
@@ -74,7 +77,8 @@ class Calibrations:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _made(self, variant: str) -> dict[str, Any]:
-        found = calibrate_in_full(self.pipeline, progress=False, **VARIANTS[variant])
+        images = self.images if variant == WITH_IMAGES else None
+        found = calibrate_in_full(self.pipeline, progress=False, images=images, **VARIANTS[variant])
         print(f"{variant}: tau {found.stochasticity}, {sum(found.seconds):.1f} s", flush=True)
         return {
             "calibration": dict(found.scheduler.config.calibration),

@@ -113,9 +113,9 @@ def _model(
     output: Path,
     content: str = "",
 ) -> Model:
-    """A model with its calibrations; `images` are the reference and the floor."""
+    """A model with its calibrations; `images` are the reference and the floor, by which calibrations may choose."""
     content = content or describe_model(pipeline)
-    made = Calibrations(pipeline, parts_of(output), content)
+    made = Calibrations(pipeline, parts_of(output), content, images[1])
     return Model(title, pipeline, samplers(made), *images, conditions, content, made)
 
 

@@ -20,7 +20,7 @@ from ..schedulers import (
     GMLangevinScheduler,
 )
 from .demo import SAMPLERS
-from .sampler_benchmark_calibration import GITS, VARIANTS, Calibrations
+from .sampler_benchmark_calibration import GITS, VARIANTS, WITH_IMAGES, Calibrations
 
 SOURCE = DDPMScheduler(clip_sample=False)
 
@@ -58,6 +58,7 @@ Setting = tuple[str, str]
 
 MULTISTEP = "calibrated multistep"
 CALIBRATED: Setting = (MULTISTEP, "calibrated")
+CHOSEN: Setting = (MULTISTEP, WITH_IMAGES)
 OWN = "as it comes"  # the scheduler that a network of ours was saved with
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "CLD, sscs": (CLDSSCSScheduler, {}),

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..cli import Parser, at_least
 from ..evaluation.report import groups, statistic
@@ -21,9 +20,9 @@ from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
 from .digits import parts_of
 from .report import Report, by_calls
-from .sampler_benchmark import CONTENDS
+from .sampler_benchmark import contending
 from .sampler_benchmark_models import FRECHET
-from .sampler_benchmark_schedulers import CALIBRATED, MULTISTEP, OUR_GRIDS, PEERS, Setting, name_of
+from .sampler_benchmark_schedulers import CALIBRATED, CHOSEN, MULTISTEP, OUR_GRIDS, PEERS, Setting, name_of
 
 # A network and a number of calls.
 Cell = tuple[str, int]
@@ -47,29 +46,27 @@ class Measured:
 
     @classmethod
     def of(cls, kept: Iterable[Results], metric: str) -> "Measured":
+        """Of a network that has been looked at with fewer samples and then measured with more, what was left out counts
+        as so many times the least error as it had at the look."""
         values: dict[Cell, dict[Setting, float]] = {}
         defaults: dict[str, Setting] = {}
-        conditions: dict[str, str] = {}
+        samples: dict[str, list[str]] = {}
+        titles: dict[str, str] = {}
         spreads = []
-        for results in kept:
-            name = results.conditions["study"].removeprefix("samplers ")
-            cells_of = groups(results)
-            ahead = contending(cells_of, metric)
-            # Samplers start from the same noise: settings are compared on the same seeds, those that most of them have.
-            # What is far behind on the first may have that alone.
-            counts = Counter(cell.seed for which in ahead for cell in cells_of[which])
-            seeds = {seed for seed, count in counts.items() if 2 * count > len(ahead)}
-            for which, cells in cells_of.items():
-                counted = [cell.scores for cell in sorted(cells, key=lambda cell: cell.seed or 0) if cell.seed in seeds]
-                complete = len(counted) == len(seeds)
-                value = statistic(counted if complete else counted[:1], metric)
-                if which[1] is not None and value is not None and (complete or which not in ahead):
-                    sampler, _, grid = which[0].rpartition(", ")
-                    values.setdefault((name, which[1]), {})[sampler, grid] = value.mean
-                    spreads += [value.spread / value.mean] if value.spread is not None else []
+        for results in sorted(kept, key=lambda results: results.conditions["num_samples"]):
             said = results.conditions
-            defaults[name] = (said["default"][0], said["default"][1])
-            conditions[name] = f"{said['title']} (n = {said['num_samples']}, {len(seeds)} seed(s))"
+            name = said["study"].removeprefix("samplers ")
+            titles[name], defaults[name] = said["title"], (said["default"][0], said["default"][1])
+            found, most = means(results, metric), 0
+            for calls, (by_setting, of_spread, num_seeds) in found.items():
+                looked = values.get((name, calls), {})
+                scale = min(by_setting.values()) / min(looked.values()) if looked else 1.0
+                values[name, calls] = {s: scale * value for s, value in looked.items()} | by_setting
+                spreads += of_spread
+                most = max(most, num_seeds)
+            if found:
+                samples.setdefault(name, []).append(f"n = {said['num_samples']}, {most} seed(s)")
+        conditions = {name: f"{titles[name]} ({'; '.join(words)})" for name, words in samples.items()}
         return cls(values, defaults, conditions, statistics.median(spreads) if spreads else math.nan)
 
     def best(self, cell: Cell, among: Callable[[Setting], bool]) -> float:
@@ -90,24 +87,30 @@ class Measured:
         return list(dict.fromkeys(setting for by_setting in self.values.values() for setting in by_setting))
 
 
-# A setting's name and a number of calls, as in `Results`.
-Which = tuple[str, int | None]
+def means(results: Results, metric: str) -> dict[int, tuple[dict[Setting, float], list[float], int]]:
+    """By number of calls, the mean over seeds of every setting, the relative spreads, and how many seeds they are of.
 
-
-def contending(cells_of: Mapping[Which, Sequence[Any]], metric: str) -> set[Which]:
-    """What `sampler_benchmark` measures on every seed: ours, and what is among the best on the first."""
-    first = {
-        which: cell.scores[metric]
-        for which, cells in cells_of.items()
-        for cell in cells
-        if cell.seed == 0 and metric in cell.scores
-    }
-    least = {calls: min(value for (_, n), value in first.items() if n == calls) for _, calls in first}
-    return {
-        which
-        for which, value in first.items()
-        if value <= CONTENDS * least[which[1]] or which[0] == name_of(CALIBRATED)
-    }
+    Samplers start from the same noise: settings are compared on the same seeds, those that most of them have. What is
+    far behind on the first may have that alone.
+    """
+    found: dict[int, tuple[dict[Setting, float], list[float], int]] = {}
+    cells_of, ahead = groups(results), contending(results, metric)
+    for calls in sorted({n for _, n in ahead if n is not None}):
+        here = {name: cells for (name, n), cells in cells_of.items() if n == calls}
+        contenders = {name for name, n in ahead if n == calls}
+        counts = Counter(cell.seed for name in contenders for cell in here[name])
+        seeds = {seed for seed, count in counts.items() if 2 * count > len(contenders)}
+        by_setting, spreads = {}, []
+        for name, cells in here.items():
+            counted = [cell.scores for cell in sorted(cells, key=lambda cell: cell.seed or 0) if cell.seed in seeds]
+            complete = len(counted) == len(seeds)
+            value = statistic(counted if complete else counted[:1], metric)
+            if value is not None and (complete or name not in contenders):
+                sampler, _, grid = name.rpartition(", ")
+                by_setting[sampler, grid] = value.mean
+                spreads += [value.spread / value.mean] if value.spread is not None else []
+        found[calls] = by_setting, spreads, len(seeds)
+    return found
 
 
 def theirs(setting: Setting) -> bool:
@@ -152,10 +155,12 @@ def against(measured: Measured, caption: str, other: Callable[[Cell], float]) ->
     return Table(caption, ["setting", *by_calls(calls), "all", "worst cell"], rows)
 
 
-def by_network(measured: Measured, caption: str) -> Table:
-    """The calibrated sampler over the best peers, a row for every network."""
-    calls, found = measured.calls(), ratios(measured, CALIBRATED, measured.best_peer)
-    of_networks = {name: {cell: r for cell, r in found.items() if cell[0] == name} for name in measured.defaults}
+def by_network(measured: Measured, mine: Setting, caption: str) -> Table:
+    """A setting of ours over the best peers, a row for every network."""
+    calls, found = measured.calls(), ratios(measured, mine, measured.best_peer)
+    of_networks = {
+        name: {cell: r for cell, r in found.items() if cell[0] == name} for name in sorted(measured.defaults)
+    }
     rows = [row_of(name, of_network, calls)[:-1] for name, of_network in of_networks.items() if of_network]
     return Table(caption, ["network", *by_calls(calls), "all"], rows)
 
@@ -181,6 +186,7 @@ def alone(measured: Measured, caption: str, most: int) -> Table:
 
 def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
     """All tables of a distance."""
+    known = measured.settings()
     chosen = "the best of all peers, each at the best of its grids, chosen afterwards for every cell"
 
     def given_ours(cell: Cell) -> float:
@@ -193,7 +199,11 @@ def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
     }
     rows = f"{title}: every setting alone, over {chosen}; ours in bold; `wins`: cells in which it is the best of all"
     return [
-        by_network(measured, f"{title}: `{name_of(CALIBRATED)}` over {chosen}."),
+        *(
+            by_network(measured, s, f"{title}: `{name_of(s)}` over {chosen}.")
+            for s in (CALIBRATED, CHOSEN)
+            if s in known
+        ),
         *(against(measured, f"{title}: our settings {caption}.", other) for caption, other in captions.items()),
         alone(measured, f"{rows} settings, of {len(measured.values)}.", most),
     ]
