@@ -24,6 +24,7 @@ from diffusers_gm.pipelines.unconditional import UnconditionalPipeline
 from diffusers_gm.processes.cld import CLD
 from diffusers_gm.samplers import CriticallyDamped, Langevin, Memory, TwoStep
 from diffusers_gm.studies import sampler_benchmark as bench
+from diffusers_gm.studies import sampler_benchmark_cells as cells
 from diffusers_gm.studies import sampler_benchmark_models as models
 from diffusers_gm.studies import step_cost
 from diffusers_gm.studies.demo import SAMPLERS
@@ -50,7 +51,7 @@ def test_a_budget_is_network_calls(cls):
         calls += 1
         return torch.zeros_like(x)
 
-    num_steps = bench.budget(scheduler, 9)
+    num_steps = cells.budget(scheduler, 9)
     assert num_steps == (9 if scheduler.order == 1 else 5)
     pipeline = pipeline_of(NetworkOf(network, (1, 8, 8)), scheduler)
     _, said = sample(pipeline, scheduler, num_steps, num_images=1, seed=0, batch_size=1)
@@ -64,7 +65,7 @@ def test_every_scheduler_has_a_run_on_some_grid():
             if grid == GITS or grid.startswith(tuple(VARIANTS)):  # theirs would be made now
                 continue
             with contextlib.suppress(NoGridError):
-                possible.append(bench.budget(scheduler, 21))
+                possible.append(cells.budget(scheduler, 21))
         assert possible, name
         assert "default" in by_grid
 
@@ -114,7 +115,7 @@ def results_in(folder):
 
 
 def best_of(model, calls, seeds, results, grids):
-    return bench.best_of_each(model, [("s", grid) for grid in grids], calls, seeds, results).get(("s", calls))
+    return cells.best_of_each(model, [("s", grid) for grid in grids], calls, seeds, results).get(("s", calls))
 
 
 def test_the_best_grid_and_nothing_is_measured_twice(tmp_path):
@@ -126,7 +127,7 @@ def test_the_best_grid_and_nothing_is_measured_twice(tmp_path):
     assert again == best
     assert [grid.asked for grid in model.samplers["s"].values()] == [3 * 5, 3 * 5]
     assert best_of(model, 5, 3, results_in(tmp_path), "a").grid == "a"
-    assert str(bench.Best("b", Statistic.of([2.0, 2.0]), 1.0)) == "2.00 ± 0.00 b"
+    assert str(cells.Best("b", Statistic.of([2.0, 2.0]), 1.0)) == "2.00 ± 0.00 b"
 
 
 def test_what_is_far_behind_has_one_seed(tmp_path):
@@ -134,7 +135,7 @@ def test_what_is_far_behind_has_one_seed(tmp_path):
     model = model_with(a=Grid(-0.7), b=Grid(-0.8))
     model.samplers["DDPM"] = {"default": Grid(0.0)}
     settings = [("s", "a"), ("s", "b"), ("DDPM", "default")]
-    bests = bench.best_of_each(model, settings, 5, 3, results_in(tmp_path))
+    bests = cells.best_of_each(model, settings, 5, 3, results_in(tmp_path))
     assert [grid.asked for grid in model.samplers["s"].values()] == [5, 3 * 5]
     assert bests["DDPM", 5].ratio.num_values == 3
     assert best_of(model, 5, 3, results_in(tmp_path), "a").ratio.num_values == 3  # alone it is the best
@@ -169,9 +170,9 @@ def test_a_first_look_leaves_out_what_is_far_behind(tmp_path, monkeypatch):
 def test_a_run_that_diverges_or_does_not_exist_is_no_result(tmp_path):
     model = model_with(nan=Grid(float("nan")), none=Grid(runs=1))
     assert best_of(model, 5, 1, results_in(tmp_path), ["nan", "none"]) is None
-    cells = {cell.scheduler: cell for cell in Results.read(tmp_path / "cells.json").cells}
-    assert cells["s, nan"].scores == {"num_nan": 4}
-    assert "no run of so many calls" in cells["s, none"].reason or "network calls" in cells["s, none"].reason
+    kept = {cell.scheduler: cell for cell in Results.read(tmp_path / "cells.json").cells}
+    assert kept["s, nan"].scores == {"num_nan": 4}
+    assert "no run of so many calls" in kept["s, none"].reason or "network calls" in cells["s, none"].reason
 
 
 def test_the_command_in_small(tmp_path):

@@ -26,7 +26,6 @@ NUM_FAST = 56
 # Pairs of batches that stochasticities are judged by: fewer would leave it to chance.
 JUDGED = 4
 
-
 # Of each budget: its levels, and its errors on the fixed grid and on them, if they were measured.
 Found = dict[int, tuple[list[float], tuple[float, float] | None]]
 
@@ -66,6 +65,7 @@ class Ladder:
         """
         sigmas = torch.tensor(levels, dtype=torch.float64)
         lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
+        shown = float(images.min()), float(images.max())  # a pipeline clips what it makes, too
 
         def distance(tau: Stochasticity) -> float:
             sampler = replace(self.sampler, stochasticity=tau)
@@ -75,7 +75,7 @@ class Ladder:
                 generator = torch.Generator().manual_seed(SEEDS + 100 + seed)
                 y = sign * lower * self.fresh_start(3 + seed)
                 *_, last = denoised_images(self.denoiser, y, sigmas, sampler, draw(generator, y.device, y.dtype))
-                batches.append(last.clamp(images.min(), images.max()))  # as a pipeline clips what it shows
+                batches.append(last.clamp(*shown))
             return sliced_distance(torch.cat(batches), images)
 
         return min(taus, key=distance)

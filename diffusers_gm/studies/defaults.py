@@ -25,7 +25,7 @@ from .command import parse, study_parser
 from .digits import kept_results
 from .pictures import as_curves, save_picture
 from .report import Report, table_of
-from .sampler_benchmark import best_of_each
+from .sampler_benchmark_cells import best_of_each
 from .sampler_benchmark_models import Model, exact_model, own_model
 
 GRIDS = ("even", "log_snr", "karras", "trailing")

@@ -21,39 +21,31 @@ calibration: an interrupted benchmark goes on where it was.
 import argparse
 import logging
 import math
-import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
-from torch import Tensor
 
 from ..cli import Parser, at_least
 from ..data import examine, open_source, split_digits
-from ..evaluation.report import Curve, groups, plot_curves
-from ..evaluation.results import Cell, Results, Statistic
-from ..evaluation.sampling import NoGridError, num_steps_for, sample
-from ..evaluation.scoring import SLICED_WASSERSTEIN
+from ..evaluation.report import Curve, plot_curves
+from ..evaluation.results import Results
 from ..evaluation.table import Table
 from .command import need_held_out
 from .digits import kept_results
 from .pictures import plot_behind, save_picture
 from .report import Report, by_calls
+from .sampler_benchmark_cells import ALL_GRIDS_UP_TO, CONTENDS, Best, Bests, Which, contending, measure
 from .sampler_benchmark_models import SHAPES, Model, ddpm_model, exact_model, mixture_model, own_model, saved_model
 from .sampler_benchmark_schedulers import (
-    CALIBRATED,
-    CHOSEN,
     MULTISTEP,
     OWN,
     PEERS,
     STOCHASTIC,
     Samplers,
-    Setting,
-    name_of,
 )
 
 TRAINED = ("ddpm", "ncsnv2", "gm-sgm", "cld")
@@ -65,121 +57,12 @@ ERRORS = {"erring": 0.2, "erring-much": 0.4}
 # Optimizer steps of the trained networks, unless told.
 STEPS = 1200
 
-# A setting that has so many times the least error on the first seed is not measured on others, nor after a first look;
-# but for those that all are compared with.
-CONTENDS = 1.25
-ALWAYS = (CALIBRATED, CHOSEN, (OWN, "default"), ("DDPM", "default"))
-
-# Above this number of calls only the grid that was best at the number below is run.
-ALL_GRIDS_UP_TO = 20
-
-
-def budget(scheduler: Any, num_calls: int) -> int:
-    """Set, and return, as many steps as `num_calls` network calls pay for.
-
-    Raises:
-        NoGridError: if there are none, or they leave more than one call unused.
-    """
-    num_steps = num_steps_for(scheduler, num_calls)
-    if len(scheduler.timesteps) < num_calls - 1:
-        raise NoGridError(f"its {num_steps} steps make {len(scheduler.timesteps)} network calls")
-    return num_steps
-
-
-@dataclass(frozen=True)
-class Best:
-    """A sampler at a number of calls, on the grid that is best in the mean of the seeds: over the floor."""
-
-    grid: str
-    ratio: Statistic
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.ratio:.2f} {self.grid}"
-
-
-# By sampler and number of calls; None where there is no run.
-Bests = dict[tuple[str, int], Best | None]
-
-# A setting's name and a number of calls, as in `Results`.
-Which = tuple[str, int | None]
-
-
-def contending(results: Results, metric: str = SLICED_WASSERSTEIN) -> set[Which]:
-    """What is among the best on the first seed, and `ALWAYS`."""
-    first = {
-        which: cell.scores[metric]
-        for which, cells in groups(results).items()
-        for cell in cells
-        if cell.seed == 0 and metric in cell.scores
-    }
-    least = {calls: min(value for (_, n), value in first.items() if n == calls) for _, calls in first}
-    always = {*map(name_of, ALWAYS)}
-    return {which for which, value in first.items() if value <= CONTENDS * least[which[1]] or which[0] in always}
-
-
-def run(model: Model, setting: Setting, calls: int, seeds: Iterable[int], results: Results) -> list[Cell]:
-    """The cells of a setting, measured where they are not there; none where one of them has no distance."""
-    n, name, scheduler = results.conditions["num_samples"], name_of(setting), model.samplers[setting[0]][setting[1]]
-    seeds = list(seeds)
-    if callable(scheduler) and any(results.find(name, calls, seed) is None for seed in seeds):
-        scheduler = scheduler()
-
-    def draw(seed: int) -> tuple[Tensor, int]:
-        return sample(model.pipeline, scheduler, budget(scheduler, calls), n, seed, n)
-
-    cells = [results.measure(name, calls, seed, partial(draw, seed), model.score) for seed in seeds]
-    # Neither without a grid nor with NaN.
-    return cells if all(SLICED_WASSERSTEIN in cell.scores for cell in cells) else []
-
-
-def best_of_each(model: Model, settings: Iterable[Setting], calls: int, seeds: int, results: Results) -> Bests:
-    """The best grid of every sampler of `settings`. All are measured on the first seed; on the others those that are
-    within `CONTENDS` of the best one there, and what every setting is compared with."""
-    first = {s: cells[0].scores[SLICED_WASSERSTEIN] for s in settings if (cells := run(model, s, calls, [0], results))}
-    least = min(first.values(), default=math.inf)
-    floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
-    found: dict[str, list[Best]] = {}
-    for setting, value in first.items():
-        all_of_them = value <= CONTENDS * least or setting in ALWAYS
-        wanted = [s for s in range(seeds) if all_of_them or results.find(name_of(setting), calls, s)]
-        if cells := run(model, setting, calls, wanted, results):
-            ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
-            seconds = statistics.mean(cell.sampling_seconds for cell in cells)
-            found.setdefault(setting[0], []).append(Best(setting[1], ratio, seconds))
-    return {
-        (sampler, calls): min(of, key=lambda best: (-best.ratio.num_values, best.ratio.mean))
-        for sampler, of in found.items()
-    }
-
-
-def measure(model: Model, args: argparse.Namespace, results: Results, among: Collection[Which] | None = None) -> Bests:
-    """The best grid of every sampler at every number of calls; `among`: of these settings alone."""
-    if not results.floor:
-        results.floor = [model.score(draw) for draw in model.floor.split(args.num_samples)]
-    bests: Bests = {}
-    for i, calls in enumerate(args.calls):
-        settings = [(sampler, grid) for sampler, grids in model.samplers.items() for grid in grids]
-        if among is not None:
-            settings = [s for s in settings if (name_of(s), calls) in among]
-        elif i and calls > ALL_GRIDS_UP_TO:
-            below = {s: best.grid for s in model.samplers if (best := bests.get((s, args.calls[i - 1])))}
-            # The calibrated levels are always among them: they are what is judged.
-            settings = [s for s in settings if s[1] == below.get(s[0], s[1]) or s[1] == "calibrated" or s in ALWAYS]
-        found = best_of_each(model, settings, calls, args.seeds, results)
-        lacking = {*model.samplers} - {sampler for sampler, _ in found}  # that grid has no run of so many calls
-        if lacking and among is None:
-            others = [(sampler, grid) for sampler in lacking for grid in model.samplers[sampler]]
-            found |= best_of_each(model, others, calls, args.seeds, results)
-        bests |= {(sampler, calls): found.get((sampler, calls)) for sampler in model.samplers}
-    return bests
-
 
 def benchmark(
     name: str, model: Model, args: argparse.Namespace, results: Results, among: Collection[Which] | None = None
 ) -> Report:
     """The report of a model; `among`: what a first look has left."""
-    bests = measure(model, args, results, among)
+    bests = measure(model, args.calls, args.seeds, results, among)
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
@@ -350,8 +233,8 @@ def models_of(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
 
 
 def first_look(args: argparse.Namespace) -> argparse.Namespace:
-    """The same with fewer samples of one seed."""
-    return argparse.Namespace(**{**vars(args), "num_samples": args.first_look, "seeds": 1})
+    """The same with fewer samples."""
+    return argparse.Namespace(**{**vars(args), "num_samples": args.first_look})
 
 
 def kept_cells(stem: str, model: Model, args: argparse.Namespace) -> Results:
@@ -393,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             among = None
             if look is not None:
                 kept = kept_cells(*look, first_look(args))
-                measure(look[1], first_look(args), kept)
+                measure(look[1], args.calls, 1, kept)
                 among = contending(kept)
             benchmark(stem, model, args, kept_cells(stem, model, args), among).write(args.output)
     except ValueError as error:

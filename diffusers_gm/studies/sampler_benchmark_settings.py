@@ -20,7 +20,7 @@ from ..evaluation.scoring import SLICED_WASSERSTEIN
 from ..evaluation.table import Table
 from .digits import parts_of
 from .report import Report, by_calls
-from .sampler_benchmark import contending
+from .sampler_benchmark_cells import contending
 from .sampler_benchmark_models import FRECHET
 from .sampler_benchmark_schedulers import CALIBRATED, CHOSEN, MULTISTEP, OUR_GRIDS, PEERS, Setting, name_of
 
