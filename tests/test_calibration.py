@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from PIL import Image
 from points import DOUBLE, HIGH, LOW, POINTS, network, points, seen, start
 
 from diffusers_gm import (
@@ -28,6 +29,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
     calibrate,
 )
+from diffusers_gm.calibrate import __main__ as command
 from diffusers_gm.calibration.calibrate import calibrate_in_full
 from diffusers_gm.calibration.levels import Ladder, levels_from_one_run, levels_from_trajectories
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
@@ -342,9 +344,9 @@ def test_the_function_and_the_command_have_one_name(first):
 def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     pipe = NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0))
     pipe.save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "diffusers_gm.calibrate", tmp_path / "model", "--calls", "5", "8"]
-    command += ["--batch_size", "2", "--stochasticity", "0.5,1"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "diffusers_gm.calibrate", tmp_path / "model", "--calls", "5", "8"]
+    words += ["--batch_size", "2", "--stochasticity", "0.5,1"]
+    run = subprocess.run(words, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "5 calls: 20, " in run.stdout
     assert "stochasticity 0.5 then 1\n" in run.stdout
@@ -354,6 +356,29 @@ def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     assert loaded.scheduler.config.calibration["stochasticity"] == {"5": [0.5, 1.0], "8": [0.5, 1.0]}
     assert {"5", "8"} <= set(loaded.scheduler.config.calibration)
     assert json.loads((tmp_path / "model" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
-    missing = subprocess.run([*command[:3], tmp_path / "none"], capture_output=True, text=True, check=False)
+    missing = subprocess.run([*words[:3], tmp_path / "none"], capture_output=True, text=True, check=False)
     assert missing.returncode == 2
     assert "is not the folder of a pipeline" in missing.stderr
+
+
+def test_the_command_has_real_images_choose(tiny_unet, tmp_path, monkeypatch, capsys):
+    """As large as those of the pipeline; and not where the stochasticity is given."""
+    NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0)).save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), "--calls", "4", "--effort", "fast", "--batch_size", "2"]
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 30), (40 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    seen = []
+    monkeypatch.setattr(Ladder, "closest", lambda self, taus, levels, images: seen.append(images) or 0.4)
+    command.main([*words, "--train_data_dir", str(tmp_path / "photos")])
+    command.main([*words, "--dataset_name", "digits"])
+    assert [tuple(images.shape) for images in seen] == [(3, 1, 8, 8), (1437, 1, 8, 8)]
+    assert "stochasticity 0.4\n" in capsys.readouterr().out
+    for more, message in (
+        (["--dataset_name", "digits", "--stochasticity", "0"], "stochasticity=0.0 is what images would choose"),
+        (["--dataset_name", "digits", "--train_data_dir", "photos"], "--dataset_name or --train_data_dir, one of them"),
+        (["--train_data_dir", str(tmp_path / "none")], "--train_data_dir"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main([*words, *more])
+        assert message in capsys.readouterr().err

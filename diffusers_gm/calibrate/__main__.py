@@ -7,16 +7,20 @@ levels of each budget before and after, and, where they were measured (`--effort
 not dominate), how far the last images are from those of very many calls, before and after.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
 from ..cli import Parser
-from ..evaluation.sampling import load_pipeline
+from ..data import examine, open_source
+from ..evaluation.sampling import image_shape, load_pipeline
 from ..extra import how_to_install
 from ..files import write_json, write_text
 from ..pipelines.loading import write_component_loader
@@ -43,9 +47,23 @@ def build_parser() -> Parser:
         default=None,
         help="tau of the sampler, or two: above noise level 1 and below [by the network's errors]",
     )
+    parser.add_argument(
+        "--dataset_name", help="by whose images stochasticity is chosen: 'digits' or a set of the Hub [none]"
+    )
+    parser.add_argument("--train_data_dir", metavar="PATH", help="the same, of a folder of images or of parquet files")
     parser.add_argument("--batch_size", type=int, default=None, help="images [64, fewer if they are large]")
     parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes [the folder]")
     return parser
+
+
+def real_images(pipe: Any, args: argparse.Namespace) -> Tensor | None:
+    """Of the options, as large as those of the pipeline."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        return None
+    if args.dataset_name is not None and args.train_data_dir is not None:
+        raise ValueError("say what the real images are: --dataset_name or --train_data_dir, one of them")
+    channels, *size = image_shape(pipe)
+    return examine(open_source(args.dataset_name, train_data_dir=args.train_data_dir), 0, size, channels).images
 
 
 def keep(calibration: Calibration, folder: Path) -> list[Path]:
@@ -72,7 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
-        calibration = calibrate_in_full(pipe, args.calls, effort=args.effort, stochasticity=args.stochasticity, **batch)
+        calibration = calibrate_in_full(
+            pipe,
+            args.calls,
+            effort=args.effort,
+            stochasticity=args.stochasticity,
+            images=real_images(pipe, args),
+            **batch,
+        )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     wrote = keep(calibration, folder)

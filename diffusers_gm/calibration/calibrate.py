@@ -137,7 +137,7 @@ def calibrate(
 
     Raises:
         ValueError: for a pipeline whose scheduler cannot be swapped or that cannot be calibrated, numbers of calls out
-            of range, a denoised image that is not finite.
+            of range, a denoised image that is not finite, `images` where `stochasticity` is given.
     """
     return calibrate_in_full(
         pipe, calls, effort=effort, stochasticity=stochasticity, images=images, progress=progress, **arguments
@@ -158,6 +158,8 @@ def calibrate_in_full(
     budgets = _checked_calls(calls)
     if effort not in ("full", "fast"):
         raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
+    if stochasticity is not None and images is not None:
+        raise ValueError(f"stochasticity={stochasticity} is what images would choose: leave one of the two out")
     scheduler = _swapped(pipe)
     sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
     replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
