@@ -18,6 +18,7 @@ from diffusers_gm import (
     NCSNv2Pipeline,
     calibrate,
 )
+from diffusers_gm.pipelines.encoding import is_within
 from diffusers_gm.pipelines.guidance import Guidance
 from diffusers_gm.studies.exact import ExactDenoiser
 
@@ -127,6 +128,18 @@ def test_guidance_acts_in_its_interval_only(pipeline):
         keep = lambda pipe, i, t, tensors, kept=kept: kept.append(tensors["latents"]) or {}
         images(pipeline, (0,), 1, guidance_scale=2.0, callback_on_step_end=keep, **options)
     assert not torch.equal(inside[0], everywhere[0]), "the first level is above the interval"
+
+
+@pytest.mark.parametrize("config", [{"noise_space": "edm"}, {}, {"sigma_labels": True}], ids=str)
+def test_the_ends_of_a_guidance_interval_are_in_it(config):
+    """Labels are rounded, and so are levels of a calibration."""
+    ends = {"sigma_min": 0.002, "sigma_max": 14.6}
+    scheduler = AnnealedLangevinScheduler(**ends, **config, algorithm_type="consistent")
+    for sigma_max in (10.0, 14.6):
+        scheduler.register_to_config(sigma_max=sigma_max)
+        scheduler.set_timesteps(5)
+        assert all(is_within((0.002, sigma_max), scheduler, t) for t in scheduler.timesteps)
+        assert [is_within((0.0021, 0.99 * sigma_max), scheduler, t) for t in scheduler.timesteps] == [0, 1, 1, 1, 0]
 
 
 def test_guidance_interval_of_a_scheduler_of_diffusers(monkeypatch):
