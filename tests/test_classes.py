@@ -61,6 +61,14 @@ def images(pipeline, seeds, labels, steps=8, **options):
     return pipeline(len(seeds), steps, seeded(*seeds), class_labels=labels, **{"output_type": "pt"} | options).images
 
 
+def test_more_than_ten_classes_keep_their_numbers_in_a_folder(tmp_path):
+    """JSON has keys in the order of the alphabet: "10" before "2"."""
+    names = [f"class {i}" for i in range(12)]
+    network = tiny_network(num_class_embeds=13)
+    GMSGMPipeline(network, SCHEDULERS["gm-sgm"](), class_names=names).save_pretrained(tmp_path)
+    assert GMSGMPipeline.from_pretrained(tmp_path).class_names == names
+
+
 def test_names_survive_a_folder(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     for loaded in (

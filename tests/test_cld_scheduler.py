@@ -333,6 +333,16 @@ def test_native_add_noise_has_the_law_of_the_process(generator):
     torch.testing.assert_close(scheduler.scale_model_input(state), state * torch.tensor([1.0, 2.0]))
 
 
+def test_a_spacing_in_time_may_be_named_as_the_grid():
+    spaced, gridded = (
+        CLDSSCSScheduler.from_config(DDPMScheduler().config, **{name: "quadratic"})
+        for name in ("timestep_spacing", "grid")
+    )
+    spaced.set_timesteps(8)
+    gridded.set_timesteps(8)
+    assert torch.equal(gridded.timesteps, spaced.timesteps)
+
+
 def test_lifted_scheduler_reads_other_configs(generator):
     ddpm = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     scheduler = CLDSSCSScheduler.from_config(ddpm.config)
