@@ -42,7 +42,7 @@ def flow_nll(
         start, start_scale: what a run starts from, noise of this law times the scale; by default the largest level.
 
     Raises:
-        ValueError: for images that are not finite, fewer than one step, levels that do not rise.
+        ValueError: for images in half precision or not finite, fewer than one step, levels that do not rise.
         ImportError: without torchdiffeq.
     """
     low, high = levels
@@ -50,6 +50,8 @@ def flow_nll(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not 0 < low < high:
         raise ValueError(f"levels must be positive and rise, got {levels}")
+    if images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images must be float32 or float64, got {images.dtype}")
     if not images.isfinite().all():
         raise ValueError("the images hold values that are not finite")
     with extra("ode"):

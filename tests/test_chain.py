@@ -8,6 +8,8 @@ from networks import CPU, perfect_network
 from networks import run as run_from
 
 from diffusers_gm import AnnealedLangevinScheduler, GMLangevinScheduler
+from diffusers_gm.processes.random import Draw
+from diffusers_gm.samplers import Explore, Memory
 from diffusers_gm.studies.exact import ExactDenoiser
 
 
@@ -48,10 +50,38 @@ def test_the_network_is_told_where_the_chain_is(scheduler, generator):
     assert float(ladder.timesteps[5]) < float(scheduler.timesteps[5]), "the chain lags behind"
 
 
+def test_a_score_is_read_at_the_level_where_the_chain_is(generator):
+    """It tells the component of an image by its length, which is that of the chain's own level."""
+    mixture = {"mixture_weights": [0.8, 0.2], "mixture_scales": [0.75, 1.62], "model_noise": "mixture"}
+    scheduler = GMLangevinScheduler(**mixture, algorithm_type="langevin", prediction_type="score", sigma_max=4.0)
+    scheduler.set_timesteps(12)
+    levels = scheduler.reading.sigma(scheduler.timesteps)
+    first, second = levels[:2].tolist()
+    _, _, kept, fresh = scheduler.sampler.plan(levels).steps[0]
+    lag = math.sqrt((kept + fresh) * first**2)
+    y, start, score = torch.randn(3, 8, 1, 3, 3, generator=generator, dtype=torch.float64)
+    scheduler.step(start, scheduler.timesteps[0], y, generator)
+    found = scheduler.step(score / second, scheduler.timesteps[1], y, generator).pred_original_sample
+    displacement = second * score
+    read = lambda level: y + displacement / scheduler.mixture.displacement_precision(displacement, level)
+    torch.testing.assert_close(found, read(lag), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, read(second), rtol=0.01)
+
+
 def test_unknown_network_level():
     for cls in (AnnealedLangevinScheduler, GMLangevinScheduler):
         with pytest.raises(ValueError, match="network_level 'level': use 'ladder' or 'chain'"):
             cls(network_level="level")
+
+
+def test_what_was_known_before_exploring_is_of_another_image(generator):
+    """A level that is named twice on the way down: the step that leaves it knows one denoised image, the last."""
+    y, *denoised = torch.randn(4, 2, 1, 2, 2, generator=generator, dtype=torch.float64)
+    plan, memory = Explore().plan(torch.tensor([8.0, 4.0, 4.0, 1.0], dtype=torch.float64)), Memory()
+    for i in range(2):
+        y, memory = Explore().step(plan, i, y, denoised[i], memory, Draw.like(y, generator))
+    left, _ = Explore().step(plan, 2, y, denoised[2], memory, Draw.like(y, generator))
+    torch.testing.assert_close(left, denoised[2] + (y - denoised[2]) / 4)
 
 
 def test_exploring_from_the_first_level():

@@ -18,6 +18,7 @@ from diffusers_gm import (
     NCSNv2Pipeline,
     calibrate,
 )
+from diffusers_gm.pipelines.encoding import is_within
 from diffusers_gm.pipelines.guidance import Guidance
 from diffusers_gm.studies.exact import ExactDenoiser
 
@@ -58,6 +59,14 @@ def image_by_image(pipeline, monkeypatch):
 
 def images(pipeline, seeds, labels, steps=8, **options):
     return pipeline(len(seeds), steps, seeded(*seeds), class_labels=labels, **{"output_type": "pt"} | options).images
+
+
+def test_more_than_ten_classes_keep_their_numbers_in_a_folder(tmp_path):
+    """JSON has keys in the order of the alphabet: "10" before "2"."""
+    names = [f"class {i}" for i in range(12)]
+    network = tiny_network(num_class_embeds=13)
+    GMSGMPipeline(network, SCHEDULERS["gm-sgm"](), class_names=names).save_pretrained(tmp_path)
+    assert GMSGMPipeline.from_pretrained(tmp_path).class_names == names
 
 
 def test_names_survive_a_folder(pipeline, tmp_path):
@@ -127,6 +136,18 @@ def test_guidance_acts_in_its_interval_only(pipeline):
         keep = lambda pipe, i, t, tensors, kept=kept: kept.append(tensors["latents"]) or {}
         images(pipeline, (0,), 1, guidance_scale=2.0, callback_on_step_end=keep, **options)
     assert not torch.equal(inside[0], everywhere[0]), "the first level is above the interval"
+
+
+@pytest.mark.parametrize("config", [{"noise_space": "edm"}, {}, {"sigma_labels": True}], ids=str)
+def test_the_ends_of_a_guidance_interval_are_in_it(config):
+    """Labels are rounded, and so are levels of a calibration."""
+    ends = {"sigma_min": 0.002, "sigma_max": 14.6}
+    scheduler = AnnealedLangevinScheduler(**ends, **config, algorithm_type="consistent")
+    for sigma_max in (10.0, 14.6):
+        scheduler.register_to_config(sigma_max=sigma_max)
+        scheduler.set_timesteps(5)
+        assert all(is_within((0.002, sigma_max), scheduler, t) for t in scheduler.timesteps)
+        assert [is_within((0.0021, 0.99 * sigma_max), scheduler, t) for t in scheduler.timesteps] == [0, 1, 1, 1, 0]
 
 
 def test_guidance_interval_of_a_scheduler_of_diffusers(monkeypatch):

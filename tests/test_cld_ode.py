@@ -163,6 +163,14 @@ def test_starts_from_latents(pipeline):
     assert torch.equal(given[0], given[2]) == (channels == 2)
 
 
+def test_latents_as_wide_as_another_level_are_refused(tiny_unet):
+    pipeline = CLDPipeline(tiny_unet, CLDSSCSScheduler(sigma_max=30.0))
+    latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="the run begins at noise level 30:"):
+        pipeline(latents=latents, ode_solver="bosh3")
+    start_and_ends(pipeline.scheduler, (1, 1, 8, 8), 30 * latents, torch.Generator(), torch.device("cpu"))
+
+
 def test_bad_arguments(pipeline):
     for options, said in (
         ({"ode_solver": "rk4"}, "unknown ode_solver 'rk4': use one of .*dopri5"),

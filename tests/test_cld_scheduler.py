@@ -306,6 +306,23 @@ def test_clipping_acts_on_the_denoised_image(make, generator):
         torch.testing.assert_close(a.prev_sample, b.prev_sample, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", [{}, *ALGORITHMS], ids=str)
+def test_a_native_run_that_ends_early_ends_with_the_denoised_image(algorithm, generator):
+    """The step of the paper to 0 leaves what noise there is, which is next to none where its grids end."""
+    scheduler = native(**algorithm)
+    denoise = lambda y, sigma: y / (1 + sigma**2)
+    for num_calls, levels, ends in ((8, None, False), (1, None, True), (None, [20.0, 2.0, 0.3], True)):
+        scheduler.set_timesteps(num_calls, sigmas=levels)
+        sample = scheduler.initial_sample((2, 2, 4, 4), generator, CPU, torch.float64)
+        network, seen = perfect_network(scheduler, denoise), []
+        for t in scheduler.timesteps:
+            seen.append(scheduler.step(network(scheduler.scale_model_input(sample, t), t), t, sample, generator))
+            sample = seen[-1].prev_sample
+        image, denoised = scheduler.reading.image(sample), seen[-1].pred_original_sample
+        assert torch.equal(image, denoised) == ends
+        torch.testing.assert_close(image, denoised, rtol=0, atol=0.03)
+
+
 def test_native_add_noise_has_the_law_of_the_process(generator):
     scheduler = native()
     images = torch.full((20_000, 1), 0.5)
@@ -314,6 +331,16 @@ def test_native_add_noise_has_the_law_of_the_process(generator):
     error = state.mean(0) - 0.5 * marginal.transition[:, 0]
     assert (error.abs() < 5 * (marginal.covariance.diagonal() / 20_000).sqrt()).all()
     torch.testing.assert_close(scheduler.scale_model_input(state), state * torch.tensor([1.0, 2.0]))
+
+
+def test_a_spacing_in_time_may_be_named_as_the_grid():
+    spaced, gridded = (
+        CLDSSCSScheduler.from_config(DDPMScheduler().config, **{name: "quadratic"})
+        for name in ("timestep_spacing", "grid")
+    )
+    spaced.set_timesteps(8)
+    gridded.set_timesteps(8)
+    assert torch.equal(gridded.timesteps, spaced.timesteps)
 
 
 def test_lifted_scheduler_reads_other_configs(generator):

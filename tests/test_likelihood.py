@@ -217,6 +217,8 @@ def test_bad_input():
         flow_nll(denoiser, images * math.nan, (0.1, 1.0))
     with pytest.raises(ValueError, match=r"levels must be positive and rise, got \(1.0, 0.1\)"):
         flow_nll(denoiser, images, (1.0, 0.1))
+    with pytest.raises(ValueError, match="float32 or float64, got torch.bfloat16"):
+        flow_nll(denoiser, images.bfloat16(), (0.1, 1.0))
 
 
 # --- The command ---

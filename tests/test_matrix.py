@@ -111,12 +111,12 @@ HALF = {"splitting_order": 1, "half_step": True}
         (
             CLDSSCSScheduler,
             {"prediction_type": "velocity_score"},
-            CriticallyDamped(CLD(), **HALF, published_end=True),
+            CriticallyDamped(CLD(), **HALF, published_end=0.004),
         ),
         (
             CLDSSCSScheduler,
             {"prediction_type": "velocity_score", "network_at": "step_start"},
-            CriticallyDamped(CLD(), splitting_order=1, published_end=True),
+            CriticallyDamped(CLD(), splitting_order=1, published_end=0.004),
         ),
     ],
     ids=str,

@@ -18,6 +18,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
 )
 from diffusers_gm.data import split_digits
+from diffusers_gm.pipelines.guidance import Guidance
 from diffusers_gm.processes.noise_level import estimate_noise_level
 from diffusers_gm.readings.velocity import COMPANION_PREDICTION_TYPE
 from diffusers_gm.studies.exact import ExactDenoiser, NetworkOf, exact_network
@@ -223,6 +224,8 @@ def test_class_conditional_networks_are_told_the_class():
     ]
     assert (of[0][0] == of[1][0]).all()
     assert (of[0][1] != of[1][1]).any()
+    copies = Guidance(torch.tensor([0, 2])).copied(2).labels.tolist()
+    assert copies == [0, 2, 0, 2], "one batch after the other"
     # The last class of a network of which nothing is known may be one like all.
     with pytest.raises(ValueError, match="class-conditional"):
         pipe.estimate_noise_level(y)

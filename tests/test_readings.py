@@ -257,6 +257,17 @@ def test_noise_is_added_to_half_precision_in_single(reading, generator):
     assert torch.equal(reading.add_noise(images, noise, labels), single.bfloat16())
 
 
+@pytest.mark.parametrize("name", SPACES)
+def test_velocities_are_what_a_velocity_network_answers(name, generator):
+    space = SPACES[name]
+    reading = ImageReading(space, "flow_prediction" if space.kind == "flow" else "v_prediction")
+    labels = torch.linspace(*space.timestep_range, 6, dtype=torch.float64)
+    images, noise = torch.randn(2, 6, 1, 4, 4, generator=generator, dtype=torch.float64)
+    sigmas = space.sigma(labels)[:, None, None, None]
+    answer = space.output(images, noise, sigmas, reading.prediction_type)
+    torch.testing.assert_close(reading.velocity(images, noise, labels), answer, rtol=1e-6, atol=1e-6)
+
+
 def test_score_coefficients():
     marginal = CLD().marginal(torch.tensor(1.0))
     ell = 1 / marginal.root[1, 1]

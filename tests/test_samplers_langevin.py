@@ -11,7 +11,7 @@ from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.processes.annealed import PRESETS
 from diffusers_gm.processes.random import Draw
 from diffusers_gm.samplers import Ancestral, Explore, Langevin, Memory, TwoStep, sample
-from diffusers_gm.samplers.langevin import exponential_step, langevin_step
+from diffusers_gm.samplers.langevin import exponential_step, exponential_step_size, langevin_step
 from diffusers_gm.samplers.mixture import check_consistent_step, consistent_step
 from diffusers_gm.samplers.sampler import levels_after, to_the_middle
 from diffusers_gm.studies.exact import ExactDenoiser
@@ -61,6 +61,23 @@ def test_exponential_step_is_langevin_for_small_steps_and_exact_for_a_point_mass
     torch.testing.assert_close(kept, e2 * y)
     fresh = exponential_step(torch.zeros_like(y), torch.zeros_like(y), 0.7, 1.6, noise)
     torch.testing.assert_close(fresh, 0.7 * math.sqrt(1 - e2**2) * noise)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_step_of_exponential_runs_has_the_smallest_sum_of_lag_and_narrowing(num_steps):
+    """The lag is that of a chain of so many steps a level, which has gone down many."""
+    weights, scales, ratio = torch.tensor([0.8, 0.2], **DOUBLE), torch.tensor([0.75, 1.62], **DOUBLE), 1.7
+
+    def errors(a):
+        e, variance = torch.exp(-a * scales**2), 1.0
+        for _ in range(200):
+            variance *= ratio**2
+            for _ in range(num_steps):
+                variance = float(weights @ e**2) * variance + 1 - float(weights @ e**2)
+        return variance - 1 + (1 - float(weights @ e)) / 2
+
+    a = float(exponential_step_size(torch.tensor([ratio], **DOUBLE), torch.tensor([num_steps]), weights, scales))
+    assert errors(a) < min(errors(1.05 * a), errors(a / 1.05))
 
 
 def test_ancestral_step_is_ddpm_s_for_one_component(generator):

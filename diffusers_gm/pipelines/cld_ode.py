@@ -9,6 +9,7 @@ from torch import Tensor
 from ..extra import extra
 from ..processes.cld import lift
 from ..processes.random import Draw, Generators
+from .encoding import check_deviation
 
 # Those of torchdiffeq that adapt their steps, but for fehlberg2, which is far off its tolerance on a Gaussian.
 ODE_SOLVERS = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
@@ -40,6 +41,7 @@ def start_and_ends(
     call, draw = reading.calls(ends)[0], Draw(generator, device)
     if latents is None:
         latents = reading.initial_sample(draw.normal(shape), call.sigma)
+    check_deviation(scheduler, latents, call.sigma)
     y, companion = reading.coordinates(latents.to(device, wide), call)
     if companion is None:
         companion = draw.normal(shape).to(wide)

@@ -23,9 +23,14 @@ def ours(scheduler: Any) -> Any:
     return CalibratedMultistepScheduler.from_config(scheduler.config)
 
 
+# How far off its level a timestep in float32 may be.
+ROUNDING = 1e-4
+
+
 def is_within(interval: tuple[float, float], scheduler: Any, timestep: Tensor) -> bool:
     """Whether sigma of `y = x0 + sigma noise` at a timestep is in the interval, by a scheduler of this package."""
-    return interval[0] <= float(scheduler.reading.sigma(timestep.cpu().double())) <= interval[1]
+    sigma = float(scheduler.reading.sigma(timestep.cpu().double()))
+    return interval[0] <= (1 + ROUNDING) * sigma and sigma <= (1 + ROUNDING) * interval[1]
 
 
 def encode(
@@ -68,20 +73,20 @@ def encode(
 WIDTH = 5.0
 
 
-def check_deviation(scheduler: Any, latents: Tensor) -> None:
-    """Raise a ValueError for latents that are not as wide as the first level of a run that carries y: unit noise, or
+def check_deviation(scheduler: Any, latents: Tensor, first: float) -> None:
+    """Raise a ValueError for latents that are not as wide as the `first` level of a run that carries y: unit noise, or
     latents that were encoded on other levels."""
     reading = getattr(scheduler, "reading", None)
     if not isinstance(reading, ImageReading) or not reading.space.carries_y:
         return
     if not scheduler.model_mixture.is_standard_gaussian:  # an image may be of any component
         return
-    wanted, found = scheduler.init_noise_sigma, float(latents.std())
-    if not wanted / WIDTH < found < wanted * WIDTH:
+    found = float(latents.std())
+    if not first / WIDTH < found < first * WIDTH:
         raise ValueError(
-            f"latents have a standard deviation of {found:.3g}, and the run begins at noise level {wanted:.3g}: "
-            "multiply unit noise by scheduler.init_noise_sigma after set_timesteps, or encode images with as many "
-            "num_inference_steps and this scheduler"
+            f"latents have a standard deviation of {found:.3g}, and the run begins at noise level {first:.3g}: "
+            "multiply unit noise by that (scheduler.init_noise_sigma after set_timesteps), or encode images with as "
+            "many num_inference_steps and this scheduler"
         )
 
 

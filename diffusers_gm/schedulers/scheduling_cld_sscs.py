@@ -11,7 +11,7 @@ from torch import Tensor
 from ..processes.cld import CLD
 from ..readings import VelocityReading
 from ..readings.grids import TIME_SPACINGS, time_grid
-from ..readings.velocity import VELOCITY_PREDICTION_TYPES
+from ..readings.velocity import LAST_TIME, VELOCITY_PREDICTION_TYPES
 from ..samplers import CriticallyDamped
 from .base import SamplerScheduler
 from .options import with_common_options
@@ -31,7 +31,8 @@ class CLDSSCSScheduler(SamplerScheduler):
       the clock whose `sigma_eff` is the network's first noise level.
 
     `set_timesteps(n)` spends n network calls, the last on the final denoising: a noiseless step from t = 1e-3 to 0
-    for networks that answer a score of the velocity, D itself for all others, `cld_edm` among them.
+    for networks that answer a score of the velocity, D itself for all others, `cld_edm` among them, and where a run
+    ends earlier.
 
     | `algorithm_type` | | order |
     |---|---|---|
@@ -89,7 +90,7 @@ class CLDSSCSScheduler(SamplerScheduler):
             algorithm_type,
             splitting_order or (1 if published or network_at else 2),
             half_step=network_at == "half_step" or (network_at is None and published),
-            published_end=published,
+            published_end=self.process.clock(torch.tensor(LAST_TIME, dtype=torch.float64)).item() if published else 0.0,
         )
         self._setup(sampler)
 
