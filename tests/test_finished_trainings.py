@@ -39,6 +39,8 @@ def test_a_finished_training_is_left_as_it_is(train, tmp_path, capsys):
     train(OPTIONS, "--output_dir", folder)
     assert "has the model of all 2 steps: there is nothing to do" in capsys.readouterr().out
     assert contents(folder) == before
+    train(OPTIONS, "--dry_run --output_dir", folder)
+    assert "steps: 2 to 2" in capsys.readouterr().out
     # What a sampler of the model is to be may change: then it is written anew.
     train(OPTIONS, "--num_langevin_steps 2", "--output_dir", folder)
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["num_langevin_steps"] == 2
@@ -220,6 +222,7 @@ def test_a_network_that_is_fine_tuned_is_trained_and_its_command_is_as_it_was_gi
     assert record["sigma_max"] == 5
     assert "--model_name_or_path first" in record["command"]
     assert "--sigma" not in record["command"]
+    assert "--method ncsnv2" in record["command"]
 
 
 def test_a_calibration_is_of_the_averaged_weights_and_of_the_images(request, tmp_path, monkeypatch):
