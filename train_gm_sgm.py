@@ -286,7 +286,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / SAMPLES).mkdir(exist_ok=True)
     if args.report_to != "none":
-        start_tracker(accelerator, record)
+        start_tracker(accelerator, record, state.step)
 
     def sample_grid():
         """All processes draw the samples, of the averaged weights; the main one shows them to the tracker, too."""

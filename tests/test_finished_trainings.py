@@ -190,13 +190,15 @@ def test_the_warm_up_of_a_training_that_is_lengthened_stays(train, tmp_path):
 
 
 def test_the_time_before_an_interruption_counts(train, tmp_path):
-    options = f"{TINY.replace('--checkpointing_steps 0', '--checkpointing_steps 1')} --output_dir {tmp_path / 'out'}"
+    """As that of the training; a slice of it has minutes of its own."""
+    options = TINY.replace("--max_train_steps 2 --checkpointing_steps 0", "--max_train_steps 3 --checkpointing_steps 1")
+    options += f" --output_dir {tmp_path / 'out'}"
     train(options)
     state = tmp_path / "out" / "checkpoint-1" / "training_state.json"
     content = json.loads(state.read_text())
     content["state"]["seconds"] = 3600
     state.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))  # without a seal: 0.1.0
-    train(options, "--resume_from_checkpoint checkpoint-1")
+    train(options, "--resume_from_checkpoint checkpoint-1 --max_train_minutes 30")
     assert 3600 <= json.loads((tmp_path / "out" / ARGS_FILE).read_text())["training_seconds"] < 3700
     assert "60 min" in (tmp_path / "out" / "README.md").read_text()
 
