@@ -250,9 +250,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             first, _ = classes.on(device, batches.first())
             image_grid((space.decode(first) if space else first)[:64]).save(args.first_batch)
         model.train()
-        accelerator.print(rehearse(take_step, plan.max_train_steps - state.step, device))
+        if steps_left := plan.max_train_steps - state.step:
+            accelerator.print(rehearse(take_step, steps_left, device))
+            accelerator.print(f"loss: {level_losses.means()[0]:.4f}")
+        else:
+            accelerator.print("no step is left")
         written = f" but {args.first_batch}" if args.first_batch else ""
-        accelerator.print(f"loss: {level_losses.means()[0]:.4f}. Nothing was written{written}.")
+        accelerator.print(f"Nothing was written{written}.")
         return
 
     claim_output_dir()
@@ -282,7 +286,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         start_output_dir(output_dir, record | {"versions": versions()}, checkpoint, state.step)
         (output_dir / SAMPLES).mkdir(exist_ok=True)
     if args.report_to != "none":
-        start_tracker(accelerator, record)
+        start_tracker(accelerator, record, state.step)
 
     def sample_grid():
         """All processes draw the samples, of the averaged weights; the main one shows them to the tracker, too."""
@@ -316,7 +320,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             log=read_log(output_dir),
             levels=level_losses.names(),
             hardware=hardware(accelerator),
-            command=command_line(given, num_processes, accelerator.mixed_precision),
+            command=command_line(given, num_processes, accelerator.mixed_precision, device.type),
             versions=versions(),
         )
         temporary = files.fresh_folder(output_dir / UNFINISHED_PIPELINE)

@@ -1,5 +1,6 @@
 """Work shared by the processes that `accelerate launch` started."""
 
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -46,12 +47,12 @@ def check_parallelism() -> None:
 def over_processes(work: Callable[[Tensor], Any], items: Tensor, batch_size: int, description: str) -> list:
     """`[work(batch), ...]` for the batches of `items`, in order, each done by one process and given to all. They are
     the same whatever the number of processes."""
-    state = process_state()
-    with state.split_between_processes(list(items.split(batch_size))) as mine:
-        bar = tqdm(
-            mine, desc=description, unit="batch", leave=False, disable=not state.is_main_process or len(mine) < 2
-        )
-        return gather_object([work(batch) for batch in bar])
+    state, batches = process_state(), items.split(batch_size)
+    # Not by accelerate, which in its older versions gives a process without a batch that of another.
+    share = math.ceil(len(batches) / state.num_processes)
+    mine = batches[state.process_index * share :][:share]
+    bar = tqdm(mine, desc=description, unit="batch", leave=False, disable=not state.is_main_process or len(mine) < 2)
+    return gather_object([work(batch) for batch in bar])
 
 
 def from_main(make: Callable[[], Any]) -> Any:

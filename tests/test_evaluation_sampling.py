@@ -1,6 +1,8 @@
 """Samples of an evaluation: network calls, seeds, schedulers by name, other pipelines."""
 
 import contextlib
+import math
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -20,6 +22,7 @@ from diffusers_gm import (
     CLDPipeline,
     CLDSSCSScheduler,
     GMLangevinScheduler,
+    launch,
 )
 from diffusers_gm.data import SAMPLES, generator_for
 from diffusers_gm.evaluation import num_steps_for
@@ -74,6 +77,22 @@ def test_a_reference_is_no_smaller_than_the_samples():
     args = build_parser("").parse_args(["model", "--dataset_name", "digits", "--num_reference", "20"])
     reference, floor, n = real_images(args, (1, 8, 8), 60)
     assert (len(reference), len(floor), n) == (60, 60, 60)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_processes_share_batches_each_once(processes, monkeypatch):
+    """Also where there are fewer batches than processes."""
+    monkeypatch.setattr(launch, "gather_object", lambda results: results)
+
+    def done_by(index, items):
+        state = SimpleNamespace(num_processes=processes, process_index=index, is_main_process=index == 0)
+        monkeypatch.setattr(launch, "process_state", lambda: state)
+        return launch.over_processes(lambda batch: batch.tolist(), items, 2, "")
+
+    for items in map(torch.arange, range(1, 12)):
+        parts = [done_by(index, items) for index in range(processes)]
+        assert [number for part in parts for batch in part for number in batch] == items.tolist()
+        assert max(map(len, parts)) == -(-math.ceil(len(items) / 2) // processes), "nobody does more than needed"
 
 
 def test_images_depend_on_seed_and_index_alone(ddpm):

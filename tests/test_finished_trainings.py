@@ -39,6 +39,8 @@ def test_a_finished_training_is_left_as_it_is(train, tmp_path, capsys):
     train(OPTIONS, "--output_dir", folder)
     assert "has the model of all 2 steps: there is nothing to do" in capsys.readouterr().out
     assert contents(folder) == before
+    train(OPTIONS, "--dry_run --output_dir", folder)
+    assert "steps: 2 to 2" in capsys.readouterr().out
     # What a sampler of the model is to be may change: then it is written anew.
     train(OPTIONS, "--num_langevin_steps 2", "--output_dir", folder)
     assert json.loads((folder / "scheduler/scheduler_config.json").read_text())["num_langevin_steps"] == 2
@@ -188,13 +190,15 @@ def test_the_warm_up_of_a_training_that_is_lengthened_stays(train, tmp_path):
 
 
 def test_the_time_before_an_interruption_counts(train, tmp_path):
-    options = f"{TINY.replace('--checkpointing_steps 0', '--checkpointing_steps 1')} --output_dir {tmp_path / 'out'}"
+    """As that of the training; a slice of it has minutes of its own."""
+    options = TINY.replace("--max_train_steps 2 --checkpointing_steps 0", "--max_train_steps 3 --checkpointing_steps 1")
+    options += f" --output_dir {tmp_path / 'out'}"
     train(options)
     state = tmp_path / "out" / "checkpoint-1" / "training_state.json"
     content = json.loads(state.read_text())
     content["state"]["seconds"] = 3600
     state.write_text(json.dumps({name: content[name] for name in ("state", "arguments")}))  # without a seal: 0.1.0
-    train(options, "--resume_from_checkpoint checkpoint-1")
+    train(options, "--resume_from_checkpoint checkpoint-1 --max_train_minutes 30")
     assert 3600 <= json.loads((tmp_path / "out" / ARGS_FILE).read_text())["training_seconds"] < 3700
     assert "60 min" in (tmp_path / "out" / "README.md").read_text()
 
@@ -220,6 +224,7 @@ def test_a_network_that_is_fine_tuned_is_trained_and_its_command_is_as_it_was_gi
     assert record["sigma_max"] == 5
     assert "--model_name_or_path first" in record["command"]
     assert "--sigma" not in record["command"]
+    assert "--method ncsnv2" in record["command"]
 
 
 def test_a_calibration_is_of_the_averaged_weights_and_of_the_images(request, tmp_path, monkeypatch):

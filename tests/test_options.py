@@ -121,6 +121,7 @@ def test_options_of_diffusers_are_understood(words, capsys):
         ("--learnig_rate 1", "unknown option --learnig_rate: is it --learning_rate?"),
         ("--learnig_rate=1", "unknown option --learnig_rate: is it --learning_rate?"),
         ("photos", "unknown option photos, see --help"),
+        ("--seed 1 2", "unknown option 2, see --help"),  # and not --adam_beta2
         ("--learn 1", "unknown option --learn: is it --learning_rate?"),
         ("--batch_size 4", "unknown option --batch_size: is it --train_batch_size or --eval_batch_size?"),
         ("--image_size 32", "unknown option --image_size, see --help"),  # nearest in letters: --step_size
@@ -402,6 +403,10 @@ def test_what_a_command_line_says_is_what_it_was(tmp_path):
     )
     assert parse(command_line(args, 1).partition("diffusers-gm-train")[2]) == args
     assert command_line(args, 2).startswith("accelerate launch --num_processes 2 -m train_gm_sgm --")
+    on_cpus = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m train_gm_sgm --"
+    assert command_line(args, 2, device="cpu").startswith(on_cpus), "without these words it is one process"
+    told = "diffusers-gm-train --dataset_name digits --model_name_or_path mine --conditioning sigma"
+    assert command_line(parse(told.partition(" ")[2]), 1) == told, "which is the default of other networks alone"
 
 
 def test_data_are_measured_for_ladders_only(monkeypatch):

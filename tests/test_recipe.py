@@ -142,6 +142,16 @@ def test_values_of_every_kind(recipe):
     assert (args.conditioning, args.mass) == ("sigma", 0.25)
 
 
+def test_what_a_recipe_says_is_told_as_on_a_command_line(recipe, caplog):
+    """Also what is the default; and a colour that YAML takes for a comment does not go unnoticed."""
+    assert parse(recipe("{method: cld, cld_loss: hsm}")).objective == parse("--method cld --cld_loss hsm").objective
+    assert parse(recipe("mixed_precision: no")).mixed_precision == "no"
+    assert parse(recipe("{train_data_dir: a, background: '#808080'}")).background == "#808080"
+    assert not caplog.records
+    assert parse(recipe("train_data_dir: a\nbackground: #808080")).background is None
+    assert "no value for background, left open" in caplog.text
+
+
 def test_sections_are_for_their_method_alone(recipe):
     words = recipe("{methods: {ncsnv2: {conditioning: none}, cld: {mass: 1}, gm-sgm: }}")
     assert parse(f"{words} --method ncsnv2").conditioning == "none"

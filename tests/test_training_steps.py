@@ -289,6 +289,16 @@ def test_tensorboard_has_losses_images_and_typed_options(train, tmp_path):
         assert line in options.splitlines()
 
 
+def test_tensorboard_has_every_step_once(train, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = TINY.replace("--max_train_steps 2 --checkpointing_steps 0", "--max_train_steps 4 --checkpointing_steps 2")
+    options += f" --logging_steps 1 --report_to tensorboard --output_dir {tmp_path / 'out'}"
+    for resumed in ("", "--resume_from_checkpoint checkpoint-2"):
+        train(options, resumed)
+    found = events.EventAccumulator(str(tmp_path / "out" / "logs" / "diffusers_gm")).Reload()
+    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4]
+
+
 def test_mlflow_has_losses_images_and_options(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)

@@ -260,7 +260,7 @@ class TrainingArguments(MethodOptions):
     )
     hub_token: str | None = hub(None, "Access token, never saved. [the one of `hf auth login`]", private=True)
 
-    # The options that were named on a command line, whatever their values.
+    # The options that were named, on a command line or in a recipe, whatever their values.
     named: InitVar[Collection[str]] = ()
 
     def __post_init__(self, named: Collection[str]) -> None:

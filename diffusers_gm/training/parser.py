@@ -80,7 +80,7 @@ class OptionParser(Parser):
             self.source = f"--config {name}: "
             recipe = self._values(as_words(recipe))
             self.source = ""
-            return TrainingArguments(**recipe | given, named=given.keys())
+            return TrainingArguments(**(named := recipe | given), named=named)
         except ValueError as error:
             self.error(str(error))
 
@@ -96,6 +96,8 @@ class OptionParser(Parser):
 
     def _guess(self, word: str) -> str:
         """Options that hold the word, or one that is nearly it; none is better than a wrong one."""
+        if not word.startswith("-"):  # a value too many
+            return ", see --help"
         known = [name for name in self._option_string_actions if not name.startswith("--no_")]
         near = [name for name in known if word.strip("-") in name]
         near = near if 1 <= len(near) <= 3 else difflib.get_close_matches(word, known, n=1, cutoff=0.8)
@@ -133,7 +135,7 @@ def as_words(options: dict[str, Any]) -> list[str]:
         if isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, bool):
-            words.append(f"--{name}={str(value).lower()}")
+            words.append(f"--{name}={'yes' if value else 'no'}")  # as YAML reads them, and --mixed_precision no
         elif value is not None:
             words.append(f"--{name}={value}")
     return words

@@ -15,7 +15,7 @@ from ..processes.annealed import max_pairwise_distance
 from ..version import __version__
 from .methods import METHODS, options_of_others
 from .methods.method import Noise
-from .option import changed_options
+from .option import given
 from .options import TrainingArguments, names_of
 
 
@@ -98,22 +98,25 @@ def portable(path: str | None) -> str | None:
     return path
 
 
-def command_line(args: TrainingArguments, num_processes: int, mixed_precision: str = "no") -> str:
+def command_line(args: TrainingArguments, num_processes: int, mixed_precision: str = "no", device: str = "cuda") -> str:
     """The command that gives these options, without tokens and places on this host; and the precision, which accelerate
     may have been told of."""
-    several = f"accelerate launch --num_processes {num_processes} -m train_gm_sgm"
+    # Without GPUs accelerate launches one process, unless told.
+    launcher = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" if device == "cpu" else "accelerate launch"
+    several = f"{launcher} --num_processes {num_processes} -m train_gm_sgm"
     words = ["diffusers-gm-train" if num_processes == 1 else several]
     private, paths = names_of("private"), names_of("path")
-    for name in changed_options(args):
+    for option in given(args, vars(args)):
+        name = option.removeprefix("--")
         value = getattr(args, name)
         if name in private:
             continue
         if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no_{name}")
+            words.append(option if value else f"--no_{name}")
         elif isinstance(value, list):
-            words.append(f"--{name} {shlex.join(map(str, value))}")
+            words.append(f"{option} {shlex.join(map(str, value))}")
         else:
-            words.append(f"--{name} {shlex.quote(str(portable(value) if name in paths else value))}")
+            words.append(f"{option} {shlex.quote(str(portable(value) if name in paths else value))}")
     if args.mixed_precision is None and mixed_precision != "no":
         words.append(f"--mixed_precision {mixed_precision}")
     return " ".join(words)

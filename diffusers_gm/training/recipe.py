@@ -8,6 +8,7 @@ A recipe maps options to values. Its section `methods` maps methods to options t
       ncsnv2: {prediction_type: v_prediction}
 """
 
+import logging
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,8 @@ import yaml
 
 from .methods import METHODS
 from .options import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 RECIPES = files("diffusers_gm.training") / "recipes"
 
@@ -57,4 +60,9 @@ def read_recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
     method = given.get("method") or content.get("method") or known["method"].default
     meaningless = {other for option in given for other in known[option].metadata["in_place_of"]}
     options = content | (methods.get(method) or {})
-    return {name: value for name, value in options.items() if name not in meaningless and name not in given}
+    chosen = {option: value for option, value in options.items() if option not in meaningless and option not in given}
+    if empty := [option for option, value in chosen.items() if value is None]:
+        logger.warning(
+            f"--config {name}: no value for {', '.join(empty)}, left open; # begins a comment unless it is quoted"
+        )
+    return chosen

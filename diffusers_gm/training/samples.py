@@ -28,10 +28,12 @@ def sample_images(pipeline: Any, num_images: int, batch_size: int, num_inference
     return [image for part in parts for image in part]
 
 
-def start_tracker(accelerator: Accelerator, record: dict[str, Any]) -> None:
-    """Begin a run of the tracker, if there is one, with the options: numbers as numbers."""
+def start_tracker(accelerator: Accelerator, record: dict[str, Any], step: int) -> None:
+    """Begin a run of the tracker, if there is one, with the options: numbers as numbers. What tensorboard has in this
+    folder of steps after `step` is of a branch that was left, or another training, and hidden."""
     simple = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in record.items()}
-    accelerator.init_trackers("diffusers_gm", {name: simple[name] for name in record if record[name] is not None})
+    given = {name: simple[name] for name in record if record[name] is not None}
+    accelerator.init_trackers("diffusers_gm", given, {"tensorboard": {"purge_step": step + 1}})
 
 
 def log_grid(accelerator: Accelerator, grid: Image.Image, step: int) -> None:
