@@ -28,6 +28,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
     calibrate,
 )
+from diffusers_gm.calibrate.__main__ import main
 from diffusers_gm.calibration.calibrate import calibrate_in_full
 from diffusers_gm.calibration.levels import Ladder, levels_from_one_run, levels_from_trajectories
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
@@ -357,3 +358,13 @@ def test_the_command_keeps_the_scheduler_in_the_model(tiny_unet, tmp_path):
     missing = subprocess.run([*command[:3], tmp_path / "none"], capture_output=True, text=True, check=False)
     assert missing.returncode == 2
     assert "is not the folder of a pipeline" in missing.stderr
+
+
+def test_the_command_replaces_the_scheduler_of_no_other_model(tiny_unet, tmp_path, capsys):
+    for name in ("model", "other"):
+        NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0)).save_pretrained(tmp_path / name)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "model"), "--effort", "fast", "--output_dir", str(tmp_path / "other")])
+    assert stopped.value.code == 2
+    assert "holds another pipeline, whose scheduler would be replaced" in capsys.readouterr().err
+    assert isinstance(NCSNv2Pipeline.from_pretrained(tmp_path / "other").scheduler, AnnealedLangevinScheduler)

@@ -15,7 +15,7 @@ import torch
 
 from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
-from ..cli import Parser
+from ..cli import Parser, at_least
 from ..evaluation.sampling import load_pipeline
 from ..extra import how_to_install
 from ..files import write_json, write_text
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
         default=None,
         help="tau of the sampler, or two: above noise level 1 and below [by the network's errors]",
     )
-    parser.add_argument("--batch_size", type=int, default=None, help="images [64, fewer if they are large]")
+    parser.add_argument("--batch_size", type=at_least(1), default=None, help="images [64, fewer if they are large]")
     parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes [the folder]")
     return parser
 
@@ -67,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
     folder = args.output_dir or Path(args.model)
-    if args.output_dir is None and not (folder / "model_index.json").is_file():
+    is_pipeline = (folder / "model_index.json").is_file()
+    if is_pipeline and folder.resolve() != Path(args.model).resolve():
+        parser.error(f"--output_dir {folder} holds another pipeline, whose scheduler would be replaced")
+    if args.output_dir is None and not is_pipeline:
         parser.error(f"{args.model} is not the folder of a pipeline: give --output_dir for a model of the Hub")
     try:
         pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
