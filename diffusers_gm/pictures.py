@@ -44,16 +44,17 @@ def image_grid(images: Sequence[Image.Image] | Tensor, columns: int | None = Non
     """Images with white gaps between them, small ones enlarged without smoothing.
 
     Args:
-        images: of one size; PIL images, or a tensor `(n, 1 or 3, H, W)` in [-1, 1].
+        images: of one size and mode; PIL images, or a tensor `(n, 1 or 3, H, W)` in [-1, 1].
         columns: images in a row; None: those of the squarest full grid.
         min_side: sides that are shorter are enlarged by a whole number, to at least this.
 
     Raises:
-        ValueError: without images.
+        ValueError: without images, or for images that differ in size or mode.
     """
     shown = as_images(images) if isinstance(images, Tensor) else list(images)
-    if not shown:
-        raise ValueError("a grid needs at least one image")
+    kinds = sorted({(image.size, image.mode) for image in shown})
+    if len(kinds) != 1:
+        raise ValueError(f"a grid needs at least one image, and all of one size and mode, got {kinds}")
     rows = next(r for r in range(math.isqrt(len(shown)), 0, -1) if len(shown) % r == 0)
     columns = columns or len(shown) // rows
     rows = math.ceil(len(shown) / columns)

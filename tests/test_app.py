@@ -265,6 +265,7 @@ def test_the_distance_is_that_of_the_evaluation_over_the_floor(folders):
     black = -torch.ones(40, 1, 8, 8)
     assert distance(model, black)[0] == pytest.approx(sliced_wasserstein(black, reference) / mean(floor))
     assert distance(model, black)[0] > 2
+    assert distance(model, held_out[:200])[1] is None, "held-out digits are enough for one draw"
 
 
 def test_no_distance_without_data(folders, tmp_path):
@@ -382,6 +383,8 @@ def test_a_table_shows_what_there_is(model):
     assert html.count("waiting</div>") == 1
     assert html.count("gm-finished") == 1
     assert "1.23 x floor (± 0.05)" in html
+    runs[1].distance = (1.234, None)
+    assert "1.23 x floor</span>" in cells.table(runs)
     assert html.count("x floor: the sliced Wasserstein distance") == 1
     assert "x floor" not in cells.table(runs[:1]), "nothing is explained that is not there"
     assert "denoised at call 1</span>" in html

@@ -29,7 +29,7 @@ from diffusers_gm import (
     UnconditionalPipeline,
     calibrate,
 )
-from diffusers_gm.calibrate import __main__ as command
+from diffusers_gm.calibrate.__main__ import main
 from diffusers_gm.calibration.calibrate import calibrate_in_full
 from diffusers_gm.calibration.levels import Ladder, levels_from_one_run, levels_from_trajectories
 from diffusers_gm.calibration.search import GROWTH, LocalDefects, fine_ladder, gram, growth, nearest, search
@@ -370,8 +370,8 @@ def test_the_command_has_real_images_choose(tiny_unet, tmp_path, monkeypatch, ca
         Image.new("RGB", (20, 30), (40 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
     seen = []
     monkeypatch.setattr(Ladder, "closest", lambda self, taus, levels, images: seen.append(images) or 0.4)
-    command.main([*words, "--train_data_dir", str(tmp_path / "photos")])
-    command.main([*words, "--dataset_name", "digits"])
+    main([*words, "--train_data_dir", str(tmp_path / "photos")])
+    main([*words, "--dataset_name", "digits"])
     assert [tuple(images.shape) for images in seen] == [(3, 1, 8, 8), (1437, 1, 8, 8)]
     assert "stochasticity 0.4\n" in capsys.readouterr().out
     for more, message in (
@@ -380,5 +380,15 @@ def test_the_command_has_real_images_choose(tiny_unet, tmp_path, monkeypatch, ca
         (["--train_data_dir", str(tmp_path / "none")], "--train_data_dir"),
     ):
         with pytest.raises(SystemExit):
-            command.main([*words, *more])
+            main([*words, *more])
         assert message in capsys.readouterr().err
+
+
+def test_the_command_replaces_the_scheduler_of_no_other_model(tiny_unet, tmp_path, capsys):
+    for name in ("model", "other"):
+        NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0)).save_pretrained(tmp_path / name)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "model"), "--effort", "fast", "--output_dir", str(tmp_path / "other")])
+    assert stopped.value.code == 2
+    assert "holds another pipeline, whose scheduler would be replaced" in capsys.readouterr().err
+    assert isinstance(NCSNv2Pipeline.from_pretrained(tmp_path / "other").scheduler, AnnealedLangevinScheduler)

@@ -17,6 +17,7 @@ from diffusers_gm.calibration.calibrate import calibrate_in_full
         ({"calls": (1,)}, "from 2 to 80"),
         ({"calls": ()}, "at least one"),
         ({"calls": (5.5,)}, "whole numbers"),
+        ({"calls": 10}, r"calls must be several whole numbers, such as \(5, 10, 20\), got 10"),
         ({"effort": "some"}, "unknown effort 'some'"),
         ({"num_inference_steps": 5}, "is what is calibrated"),
     ],

@@ -150,7 +150,7 @@ def test_a_scheduler_is_its_class_and_its_options(tmp_path):
     assert len({of(**saved), of(**saved | {"_class_name": "B"}), of(**saved | {"sigma_max": 8.0})}) == 3
 
 
-def test_a_card_is_kept_without_its_model(measured, tmp_path):
+def test_a_card_is_kept_without_its_model(measured, tmp_path, capsys):
     cards.main(["runs/model", str(tmp_path / "kept.md")])
     card = ModelCard.load(tmp_path / "kept.md")
     assert "# model\n\n![samples](kept-samples.png)" in card.text
@@ -161,6 +161,10 @@ def test_a_card_is_kept_without_its_model(measured, tmp_path):
         assert f"(kept-{name}.png)" in card.text
         assert (tmp_path / f"kept-{name}.png").read_bytes() == (measured / f"{name}.png").read_bytes()
     assert add_quality(tmp_path) is None
+    (measured / "samples.png").unlink()
+    with pytest.raises(SystemExit):
+        cards.main(["runs/model", str(tmp_path / "again.md")])
+    assert "No such file or directory: 'runs/model/samples.png'" in capsys.readouterr().err
     (measured / "training_args.json").unlink()
     for folder, path, message in [
         ("nowhere", "a.md", "no card of a training in nowhere: it has no README.md"),

@@ -336,6 +336,11 @@ def test_bad_classes_are_refused_before_the_first_network_call(pipeline, argumen
         pipeline(2, 4, **{"class_labels": 0} | arguments)
 
 
+def test_a_label_that_is_none_is_named_without_a_batch_size(pipeline):
+    with pytest.raises(ValueError, match=r"must be indices or names of classes, got 1\.5"):
+        pipeline(class_labels=1.5)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"guidance_scale": -1}, {"guidance_interval": (3, 1)}, {"strength": 2.0}, {"mask_image": torch.ones(1, 1, 8, 8)}],
@@ -356,6 +361,8 @@ def test_what_an_unconditional_network_does_not_have(tiny_unet):
         pipeline(class_labels=0)
     with pytest.raises(ValueError, match="guidance_scale=2 needs a class-conditional network"):
         pipeline(guidance_scale=2)
+    with pytest.raises(ValueError, match="guidance_interval needs a class-conditional network"):
+        pipeline(guidance_interval=(1, 2))
     with pytest.raises(ValueError, match="class_names for a network without classes"):
         GMSGMPipeline(tiny_unet, SCHEDULERS["gm-sgm"](), class_names=["a"])
     with pytest.raises(ValueError, match=r"class_embed_type 'timestep'"):

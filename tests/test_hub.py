@@ -25,6 +25,7 @@ from diffusers_gm import (
     NCSNv2Pipeline,
 )
 from diffusers_gm.pipelines.measurements import forget_quality
+from diffusers_gm.pipelines.repository import files_of
 
 
 def new_unet(channels_in: int = 1) -> UNet2DModel:
@@ -411,6 +412,18 @@ def test_broken_downloads_resume_or_fail_and_leave_nothing_half(odd_loads):
     for path in home.rglob("*.safetensors"):
         load_file(path)
     assert not list(home.rglob("*.incomplete"))
+
+
+def test_all_components_of_a_pipeline_are_uploaded_and_nothing_else(folders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "ddpm", folder)
+    index = json.loads((folder / "model_index.json").read_text()) | {"vqvae": ["diffusers", "VQModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for name in ("vqvae/config.json", "checkpoint-1/unet/config.json", "logs/events", "samples.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    names = {path.relative_to(folders / "ddpm").as_posix() for path in (folders / "ddpm").rglob("*") if path.is_file()}
+    assert set(files_of(folder)) == names | {"vqvae/config.json", "samples.png"}
 
 
 # --- Pushed again ---

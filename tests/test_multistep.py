@@ -206,6 +206,19 @@ def test_stochasticities_are_those_of_the_nearest_budget_in_the_logarithm_of_its
     assert values == [0.2, 0.2, 0.2, [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]
 
 
+def test_a_spacing_that_is_given_alone_is_taken():
+    def levels(**options):
+        scheduler = CalibratedMultistepScheduler(sigma_max=10.0, **options)
+        scheduler.set_timesteps(5)
+        return scheduler.sigmas.tolist()
+
+    for options in ({"timestep_spacing": "karras"}, {"use_karras_sigmas": True}):
+        assert levels(**options) == levels(grid="karras") != levels()
+    calibration = {"5": [10.0, 5.0, 1.0, 0.5, 0.1]}
+    assert levels(timestep_spacing="karras", calibration=calibration) == levels(calibration=calibration)
+    assert levels(timestep_spacing="karras", grid="calibrated") == levels()
+
+
 @pytest.mark.parametrize(("space", "top", "label"), [("flow", 4095.98, 1000), ("vp", 157.406, 999)])
 def test_a_rounded_first_level_is_the_last_label(space, top, label):
     """Calibrations have six digits; learned embeddings take whole labels alone, and pure noise has its own."""

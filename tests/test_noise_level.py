@@ -243,10 +243,11 @@ def test_noise_of_images_is_none_of_latents():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be .* of at least 3, got 0"),
+        ({"num_inference_steps": 2}, "num_inference_steps must be .* of at least 3, got 2"),
         ({"noise_level": 99.0}, r"noise_level must be in \[0.01, 10\], got 99"),
         ({"output_type": "jpg"}, "unknown output_type"),
-        ({"image": torch.zeros(1, 3, 8, 8)}, "image must be one image"),
+        ({"image": torch.zeros(1, 3, 8, 8)}, "image must be one image or several, of 1 x any x any"),
         ({"generator": seeded(0)}, "generator is a list of 1"),
     ],
 )

@@ -28,8 +28,9 @@ def test_grids_are_full_enlarged_and_have_gaps():
     assert image_grid(images[:7]).size == (7 * 68 - 4, 64)
     assert image_grid(images[:7], columns=4).size == (4 * 68 - 4, 2 * 68 - 4)
     assert image_grid([Image.new("RGB", (100, 100))]).size == (100, 100)
-    with pytest.raises(ValueError, match="at least one image"):
-        image_grid([])
+    for other in ([], [images[0], Image.new("L", (16, 4))], [images[0], Image.new("RGB", (8, 8))]):
+        with pytest.raises(ValueError, match="at least one image, and all of one size and mode, got "):
+            image_grid(other)
 
 
 def test_grids_of_tensors_are_not_smoothed():

@@ -176,6 +176,9 @@ def test_the_progress_bar_counts_network_calls(tiny_unet, capsys):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2.0}, "batch_size must be a whole number of at least 1, got 2.0"),
+        ({"generator": 0}, "generator must be a torch.Generator, or a list of them, got 0"),
+        ({"generator": [None, None]}, "generator must be a torch.Generator, or a list of them"),
         ({"output_type": "jpg"}, "output_type 'jpg'"),
         ({"generator": seeds(0)}, "list of 1"),
         ({"num_inference_steps": -1}, "num_inference_steps"),

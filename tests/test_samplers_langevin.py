@@ -191,6 +191,12 @@ def test_calls_are_spent_from_the_first_level_on(num_steps, denoise):
         assert all(a in (b, b + 1) for a, b in itertools.pairwise(counts[:-1]))
 
 
+@pytest.mark.parametrize("sigmas", [[0.1, 1.0], [1.0, 0.1, 0.0], [1.0, float("nan")], [], [[1.0, 0.1]]], ids=str)
+def test_levels_that_are_none_are_refused(sigmas):
+    with pytest.raises(ValueError, match="sigmas must be positive noise levels, none above the one before"):
+        sample(TwoStep(), lambda y, sigma: y, torch.zeros(1, 1, 4, 4), torch.tensor(sigmas))
+
+
 def test_the_loop_counts_its_calls_and_asks_at_the_levels_of_the_plan(generator):
     """`sample` is the loop: with `follow_chain` the network is told other levels than those of the grid."""
     sigmas = torch.logspace(1, -2, 12, **DOUBLE)

@@ -163,6 +163,16 @@ def test_what_is_asked_for_takes_the_place_of_what_the_source_has(cls):
     assert levels(use_exponential_sigmas=True) == levels(grid=None, timestep_spacing="log_snr", use_karras_sigmas=False)
 
 
+@every_scheduler
+def test_options_that_do_not_exist_are_named(cls, caplog):
+    cls.from_config(DDPMScheduler().config, algorithm="ode")
+    said = f"{cls.__name__} has no option 'algorithm', which does nothing; the nearest are ['algorithm_type'"
+    assert said in caplog.text
+    caplog.clear()
+    cls.from_config(FlowMatchEulerDiscreteScheduler().config, use_flow_sigmas=True, flow_shift=3.0)
+    assert "has no option" not in caplog.text
+
+
 def test_a_source_that_names_no_spacing_gets_even_levels():
     scheduler = CLDSSCSScheduler.from_config(DPMSolverSinglestepScheduler().config)
     assert scheduler.config.grid == "even"

@@ -41,7 +41,8 @@ def cell(run: Run) -> str:
         facts = [f"{run.seconds:.2f} s"]
         facts += [f"{run.network_calls} made"] if run.network_calls != run.calls else []
         if run.distance is not None:
-            facts.append(f"{run.distance[0]:.2f} x floor (± {run.distance[1]:.2f})")
+            ratio, spread = run.distance
+            facts.append(f"{ratio:.2f} x floor" + ("" if spread is None else f" (± {spread:.2f})"))
     else:
         facts = [f"denoised at call {run.network_calls}"]
     caption = "".join(f"<span>{fact}</span>" for fact in facts)

@@ -27,10 +27,10 @@ from .runs import Run, Settings
 # --- Real images ---
 
 
-def distance(model: Model, images: Tensor) -> tuple[float, float] | None:
+def distance(model: Model, images: Tensor) -> tuple[float, float | None] | None:
     """Sliced W2 of samples to the training images over its mean for as many other real images, and the standard
-    deviation of the latter: both by `diffusers_gm.evaluation`. None where the data are not at hand, or images not
-    finite or fewer than two.
+    deviation of the latter, None of a single draw: both by `diffusers_gm.evaluation`. None where the data are not at
+    hand, or images not finite or fewer than two.
 
     Raises:
         ImportError: without the `evaluation` extra.
@@ -47,7 +47,7 @@ def distance(model: Model, images: Tensor) -> tuple[float, float] | None:
         model.floors[n] = reference, floor
     reference, floor = model.floors[n]
     unit = mean(floor)
-    return sliced_wasserstein(images, reference) / unit, (stdev(floor) / unit if len(floor) > 1 else 0.0)
+    return sliced_wasserstein(images, reference) / unit, (stdev(floor) / unit if len(floor) > 1 else None)
 
 
 def _real_images(model: Model, n: int) -> tuple[Tensor, Tensor] | None:

@@ -92,7 +92,8 @@ class Run:
         finished: whether `images` are the samples.
         seconds: until the samples were there.
         network_calls: made.
-        distance: to real images over that of other real images, and the spread of the latter; None where not measured.
+        distance: to real images over that of other real images, and the spread of the latter, None of a single draw of
+            them; None where not measured.
         error: why there are no samples.
     """
 
@@ -104,7 +105,7 @@ class Run:
     finished: bool = False
     seconds: float = 0.0
     network_calls: int = 0
-    distance: tuple[float, float] | None = None
+    distance: tuple[float, float | None] | None = None
     error: str = ""
 
 

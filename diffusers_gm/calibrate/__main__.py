@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..calibration.calibrate import CALLS, Calibration, calibrate_in_full, in_words
 from ..calibration.picture import plot
-from ..cli import Parser
+from ..cli import Parser, at_least
 from ..data import examine, open_source
 from ..evaluation.sampling import image_shape, load_pipeline
 from ..extra import how_to_install
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
         "--dataset_name", help="by whose images stochasticity is chosen: 'digits' or a set of the Hub [none]"
     )
     parser.add_argument("--train_data_dir", metavar="PATH", help="the same, of a folder of images or of parquet files")
-    parser.add_argument("--batch_size", type=int, default=None, help="images [64, fewer if they are large]")
+    parser.add_argument("--batch_size", type=at_least(1), default=None, help="images [64, fewer if they are large]")
     parser.add_argument("--output_dir", type=Path, default=None, help="where the scheduler goes [the folder]")
     return parser
 
@@ -85,7 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(arguments)
     folder = args.output_dir or Path(args.model)
-    if args.output_dir is None and not (folder / "model_index.json").is_file():
+    is_pipeline = (folder / "model_index.json").is_file()
+    if is_pipeline and folder.resolve() != Path(args.model).resolve():
+        parser.error(f"--output_dir {folder} holds another pipeline, whose scheduler would be replaced")
+    if args.output_dir is None and not is_pipeline:
         parser.error(f"{args.model} is not the folder of a pipeline: give --output_dir for a model of the Hub")
     try:
         pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

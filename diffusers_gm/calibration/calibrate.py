@@ -3,7 +3,7 @@
 import inspect
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -244,6 +244,8 @@ def in_words(tau: Stochasticity) -> str:
 
 
 def _checked_calls(calls: Sequence[int]) -> list[int]:
+    if not isinstance(calls, Iterable):
+        raise ValueError(f"calls must be several whole numbers, such as (5, 10, 20), got {calls!r}")
     wrong = [n for n in calls if int(n) != n or not 2 <= n <= 80]
     if wrong or not calls:
         raise ValueError(f"calls must be whole numbers from 2 to 80, at least one, got {list(calls)}")

@@ -44,7 +44,7 @@ def build_parser(description: str) -> Parser:
     add("--train_data_dir", metavar="PATH", help="a folder of images or of parquet files")
     add("--image_column", help="column with the images [image or img]")
     add("--label_column", help="column with the classes, for --class_labels [label]")
-    add("--background", default="white", help="colour seen through transparent pixels")
+    add("--background", help="colour seen through transparent pixels [white]")
     add("--cache_dir", metavar="PATH", help="where downloaded data sets are kept")
     add("--resolution", type=at_least(1), nargs="+", help="side, or height and width, to which they are resized and cropped [their own]")  # fmt: skip # noqa: E501
     add("--num_reference", type=at_least(1), default=NUM_REFERENCE, help="as many to compare with, at most")
@@ -63,18 +63,32 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("give a model or --samples, one of them")
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError("say what the real images are: --dataset_name or --train_data_dir, one of them")
-    if args.samples is not None and args.scheduler:
-        raise ValueError("--scheduler means nothing for --samples: they are there already")
-    guided = [f"--{name}" for name in ("guidance_scale", "guidance_interval") if getattr(args, name) not in (None, [1])]
-    if args.samples is not None and guided:
-        raise ValueError(f"{guided[0]} means nothing for --samples: they are there already")
-    if guided == ["--guidance_interval"]:
-        raise ValueError("--guidance_interval means nothing without a --guidance_scale other than 1")
-    if args.label_column is not None and args.class_labels is None:
-        raise ValueError(f"--label_column {args.label_column} means nothing without --class_labels")
+    default = build_parser("").get_default
+    for name, why in without_meaning(args).items():
+        if getattr(args, name) != default(name):
+            raise ValueError(f"--{name} means nothing {why}")
     if len(args.resolution or []) > 2:
         raise ValueError(f"--resolution must be a side, or a height and a width, got {args.resolution}")
     for name in ("calls", "seeds", "guidance_scale"):
         values = getattr(args, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} must differ, got {values}: the same images twice would count as two draws")
+
+
+def without_meaning(args: argparse.Namespace) -> dict[str, str]:
+    """Options that would change nothing, and why."""
+    found: dict[str, str] = {}
+    if args.dataset_name in (None, "digits"):
+        found["dataset_config_name"] = "without a --dataset_name of the Hub"
+    if args.dataset_name == "digits":
+        found |= dict.fromkeys(("image_column", "label_column"), "for the digits")
+    if args.class_labels is None:
+        found["label_column"] = "without --class_labels"
+    if args.samples is not None:
+        of_runs = ("scheduler", "calls", "guidance_scale", "guidance_interval")
+        return found | dict.fromkeys(of_runs, "for --samples: they are there already")
+    if args.dataset_name == "digits":
+        found["background"] = "for the digits"
+    if args.guidance_scale == [1]:
+        found["guidance_interval"] = "without a --guidance_scale other than 1"
+    return found

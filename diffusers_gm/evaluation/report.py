@@ -56,13 +56,10 @@ def curves(results: Results, metric: str) -> dict[str, dict[int, Statistic | Non
     return found
 
 
-def curve_table(caption: str, first: str, curves: Mapping[str, Curve], bold: Sequence[str] = ()) -> Table:
+def curve_table(caption: str, first: str, curves: Mapping[str, Curve]) -> Table:
     """A row per curve, a column per number of calls; `-` where there is no value."""
     calls = sorted({n for curve in curves.values() for n in curve})
-    rows = []
-    for name, curve in curves.items():
-        values = [f"{value:.2f}" if (value := curve.get(n)) else "-" for n in calls]
-        rows.append([f"**{name}**" if name in bold else name, *values])
+    rows = [[name, *(f"{curve[n]:.2f}" if curve.get(n) else "-" for n in calls)] for name, curve in curves.items()]
     return Table(caption, [first, *(f"{n} calls" for n in calls)], rows)
 
 

@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         keep_card(args.folder, args.card)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {args.card}")
 

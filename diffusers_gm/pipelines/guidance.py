@@ -66,8 +66,8 @@ def check_guidance(scale: Any, interval: Any, null: int | None, is_conditional: 
         return
     if not is_conditional:
         raise ValueError(
-            f"guidance_scale={scale:g} needs a class-conditional network, and this one has no num_class_embeds: leave "
-            "guidance_scale and guidance_interval out"
+            f"{'guidance_interval' if scale == 1 else f'guidance_scale={scale:g}'} needs a class-conditional network, "
+            "and this one has no num_class_embeds: leave it out"
         )
     if null is None:
         raise ValueError(

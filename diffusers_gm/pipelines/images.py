@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -156,7 +158,8 @@ class ImagePipeline(HubPipeline):
         """What `diffusers_gm.calibrate` runs this pipeline with, which was `given` these arguments: many images, where
         they are small, and unless told of all classes, in the proportions of the training data."""
         channels, height, width = self._sample_shape(given.get("height"), given.get("width"))
-        most = given.get("batch_size") or images_at_once(64, channels, height, width)
+        most = given.get("batch_size")
+        most = images_at_once(64, channels, height, width) if most is None else most
         labels = given.get("class_labels", self.draw_labels(most, evenly=True))
         if labels is None:
             return {"batch_size": most}
@@ -201,8 +204,8 @@ class ImagePipeline(HubPipeline):
     def _batch_size(batch_size: int | None, class_labels: ClassLabels | None, latents: Tensor | None) -> int:
         if batch_size is not None:
             return batch_size
-        if class_labels is not None and not isinstance(class_labels, int | str):
-            return 1 if getattr(class_labels, "ndim", 1) == 0 else len(class_labels)
+        if class_labels is not None:
+            return (*np.shape(class_labels), 1)[0]
         return 1 if latents is None else len(latents)
 
     def _checked_shape(
@@ -217,8 +220,8 @@ class ImagePipeline(HubPipeline):
         """The shape of the sample; a ValueError for arguments that no run can serve."""
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}: use 'pil', 'np', 'pt' or 'latent'")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         check_generators(generator, batch_size)
         shape = (batch_size, *self._sample_shape(height, width))
         if latents is not None and tuple(latents.shape) != shape:

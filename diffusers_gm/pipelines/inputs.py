@@ -99,7 +99,7 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: boo
     if not all(fits[1:]) or not (fits[0] or len(images) == 1):
         wanted = " x ".join(str(size or "any") for size in shape[1:])
         raise ValueError(
-            f"{argument} must be one image or {shape[0]}, of {wanted} (channels, height, width), got "
+            f"{argument} must be one image or {shape[0] or 'several'}, of {wanted} (channels, height, width), got "
             f"{tuple(images.shape)}: convert or resize it, or give height and width"
         )
     low, high = images.min().item(), images.max().item()

@@ -1,5 +1,6 @@
 """What lies in a repository of the Hub beside the weights: the files that belong there, and the model card."""
 
+import json
 import logging
 import re
 from collections.abc import Collection
@@ -18,8 +19,6 @@ HOMEPAGE = "https://github.com/diffusers-gm/diffusers-gm"
 # What `diffusers_gm.evaluation` measures, with the model's folder as --output_dir; version 0.1.0 had `quality` too.
 QUALITY_FILES = ("quality.json", "quality.md", "quality.png", "results.json", "results.md", "results.png")
 CARD_FILES = ("README.md", "samples.png", "training_args.json", *QUALITY_FILES)
-# What belongs in a model repository: neither optimizer states nor logs.
-UPLOADED = ("model_index.json", "pipeline.py", "unet/*", "scheduler/*", "vae/*", *CARD_FILES)
 
 # The card of a model that was not pushed by its training loads it from its own folder.
 HERE = 'from_pretrained(".")'
@@ -87,6 +86,15 @@ def weights_before(there: Collection[str], content: Collection[str]) -> list[str
     return [name for name in there if stem(name, variants=True) in replaced and name not in content]
 
 
+def files_of(folder: Path) -> list[str]:
+    """What belongs in the repository of the pipeline in `folder`: neither optimizer states nor logs."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    patterns = [f"{name}/*" for name, value in index.items() if isinstance(value, list)]
+    patterns += ["model_index.json", "pipeline.py", *CARD_FILES]
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return list(filter_repo_objects(names, allow_patterns=patterns))
+
+
 def upload(
     folder: Path,
     repo_id: str,
@@ -96,7 +104,7 @@ def upload(
     create_pr: bool = False,
     card: ModelCard | None = None,
 ) -> str:
-    """Upload a finished pipeline and return its address. Only `UPLOADED` goes, and private means private.
+    """Upload a finished pipeline and return its address. Only `files_of` it go, and private means private.
 
     The README.md of the folder becomes that of the repository, with the name to load it by. Without one, `card` is
     written, unless the repository has its own.
@@ -111,10 +119,7 @@ def upload(
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and is public: make it private first, or do not ask for a private one")
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    content: dict[str, Path | bytes] = {
-        name: folder / name for name in filter_repo_objects(names, allow_patterns=list(UPLOADED))
-    }
+    content: dict[str, Path | bytes] = {name: folder / name for name in files_of(folder)}
     if "README.md" in content:
         # The folder keeps its card as it is: it may be uploaded elsewhere, too.
         content["README.md"] = card_of_repository((folder / "README.md").read_text(encoding="utf-8"), repo_id).encode()

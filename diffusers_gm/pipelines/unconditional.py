@@ -243,9 +243,8 @@ class UnconditionalPipeline(ImagePipeline):
         Raises:
             ValueError: for any argument out of range, before the first network call.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         own, noisy = self._own_level(image, generator, class_labels)
+        own.scheduler.sampler_for(num_inference_steps).calls_per_level(num_inference_steps)  # raises a ValueError
         self._checked_shape(len(noisy), generator, None, output_type, *noisy.shape[2:])
         if noise_level is not None and not own.low <= noise_level <= own.high:
             raise ValueError(f"noise_level must be in [{own.low:.4g}, {own.high:.4g}], got {noise_level}")

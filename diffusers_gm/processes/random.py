@@ -11,6 +11,9 @@ Generators = Generator | Sequence[Generator] | None
 
 def check_generators(generator: Generators, batch_size: int) -> None:
     """Raise a ValueError unless `generator` is None, one generator, or `batch_size` of them."""
+    each = generator if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(one, Generator) for one in each):
+        raise ValueError(f"generator must be a torch.Generator, or a list of them, got {generator!r}")
     if isinstance(generator, list | tuple) and len(generator) != batch_size:
         raise ValueError(
             f"generator is a list of {len(generator)}, but the batch has {batch_size} samples: pass one generator, "

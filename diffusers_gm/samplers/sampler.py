@@ -1,6 +1,6 @@
 """What a sampler is, and the loop around one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -73,11 +73,14 @@ def sample(
     sampler: Sampler,
     denoiser: Callable[[Tensor, float], Tensor],
     y: Tensor,
-    sigmas: Tensor,
+    sigmas: Tensor | Sequence[float],
     generator: Generators = None,
 ) -> Tensor:
     """Run a sampler: `y` `(B, ...)` at noise level `sigmas[0]`, one call of `denoiser(y, sigma)` a level."""
-    plan, memory, draw = sampler.plan(sigmas.double()), Memory(), Draw.like(y, generator)
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    if sigmas.ndim != 1 or not len(sigmas) or not (sigmas > 0).all() or (sigmas.diff() > 0).any():
+        raise ValueError(f"sigmas must be positive noise levels, none above the one before, got {sigmas.tolist()}")
+    plan, memory, draw = sampler.plan(sigmas), Memory(), Draw.like(y, generator)
     for i, sigma in enumerate(plan.sigmas.tolist()):
         y, memory = sampler.step(plan, i, y, denoiser(y, sigma), memory, draw)
     return y

@@ -1,6 +1,8 @@
 """Swaps: what schedulers of diffusers and ours may read of the other's configs."""
 
 import inspect
+import logging
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import diffusers
@@ -10,6 +12,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ..readings import NoiseSpace
 from .options import SIGMA_MAX, SIGMA_MIN, SPACING_FLAGS
+
+logger = logging.getLogger(__name__)
 
 # Values of `algorithm_type` of diffusers' schedulers, whose configs may come from ours and go back to them.
 SOLVERS = {"dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis"}
@@ -253,6 +257,10 @@ class Swappable(SchedulerMixin, ConfigMixin):
         flags = {flag: False for flag in SPACING_FLAGS if isinstance(config, dict) and config.get(flag)}
         if "timestep_spacing" in kwargs or any(kwargs.get(name) for name in ("grid", *SPACING_FLAGS)):
             kwargs = {"grid": None, **flags, **kwargs}
+        options = cls._get_init_keys(cls)
+        for name in kwargs.keys() - options - {*SAID_OF_FLOW}:
+            near = get_close_matches(name, options, 3, 0.0)
+            logger.warning(f"{cls.__name__} has no option {name!r}, which does nothing; the nearest are {near}")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
