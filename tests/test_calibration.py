@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -162,7 +163,7 @@ def test_other_starts_are_of_the_law_of_the_noise(generator):
     assert abs(fourth - 3 * mixture.moment(4)) < 5 * spread[1]
 
 
-@pytest.mark.parametrize("made", [levels_from_one_run, levels_from_trajectories])
+@pytest.mark.parametrize("made", [levels_from_one_run, partial(levels_from_trajectories, lower=False)])
 def test_as_many_calls_as_there_may_be(made):
     """The fixed grid ends below the ladder there, and has more levels than one run."""
     fixed = CalibratedMultistepScheduler(noise_space="ve", sigma_min=0.002, sigma_max=HIGH)
@@ -174,13 +175,20 @@ def test_as_many_calls_as_there_may_be(made):
         assert all(a > b for a, b in pairwise(levels))
 
 
+def test_runs_of_few_calls_begin_lower_where_they_may():
+    fixed = CalibratedMultistepScheduler(noise_space="ve", sigma_min=LOW, sigma_max=HIGH)
+    ladder = Ladder(seen(points), start(), HIGH, LOW, Multistep(), deviation=lambda sigma: sigma)
+    first = {may: levels_from_trajectories(ladder, fixed, [3], may)[3][0][0] for may in (False, True)}
+    assert first[True] < first[False] == pytest.approx(HIGH)
+
+
 def test_the_error_before_is_that_of_the_grid_before():
     """Which a shift of a pipeline's resolution moves."""
     scheduler = CalibratedMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
     ladder = Ladder(seen(points), start(), HIGH, LOW, Multistep(), shift=3.0)
     fixed = scheduler.calibrated_or_even_levels(5, 3.0).clamp(max=HIGH)
     scheduler.calibrated_or_even_levels = lambda n, shift=1.0: fixed if shift == 3.0 else even_levels(HIGH, LOW, n)
-    before, found = levels_from_trajectories(ladder, scheduler, [5])[5][1]
+    before, found = levels_from_trajectories(ladder, scheduler, [5], False)[5][1]
     others = ladder.trajectories(ladder.fresh_start(2), fine_ladder(HIGH, LOW))
     run = others.run(nearest(others.sigmas, fixed))
     assert before == sliced_distance(run.denoised[-1], others.teacher.denoised[-1])
@@ -243,7 +251,7 @@ def test_real_images_choose_the_stochasticity():
         pipe, (4,), effort="fast", images=images, progress=False, batch_size=64, output_type="np"
     )
     assert result.stochasticity[4] in (0.0, 0.4, (0.5, 1.0), 1.0)
-    assert result.network_calls == 48 + 56 + 4 * 4 * 4
+    assert result.network_calls == 48 + 56 + 4 * 4 * 8
     assert list(result.elsewhere) == [3], "more calls are as stochastic as the images have it"
     given = calibrate_in_full(pipe, (4,), effort="fast", stochasticity=(0.5, 1.0), progress=False, batch_size=2)
     assert given.stochasticity == {4: (0.5, 1.0)}

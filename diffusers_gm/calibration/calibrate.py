@@ -200,8 +200,10 @@ def measured(
     if run.errs:  # levels that follow the network's runs would follow its errors
         span = ladder.high, ladder.low, ladder.deviation, ladder.shift
         found: Found = {n: (levels_of_errors(run, n, *span).tolist(), None) for n in budgets}
-    else:
-        found = (levels_from_one_run if effort == "fast" else levels_from_trajectories)(ladder, scheduler, budgets)
+    elif effort == "fast":
+        found = levels_from_one_run(ladder, scheduler, budgets)
+    else:  # a teacher that errs says nothing of where runs may begin
+        found = levels_from_trajectories(ladder, scheduler, budgets, run.exact and ladder.deviation is not None)
     for n, (levels, errors) in found.items():
         result.levels[n] = levels
         result.fixed[n] = scheduler.calibrated_or_even_levels(n, ladder.shift).tolist()

@@ -18,15 +18,16 @@ from .trajectory import SEEDS, Denoiser, denoised_images
 NUM_MARTINGALE = 48
 
 # The martingale defect below which a network's errors dominate: exact denoisers have about 0, networks that were
-# trained as EDM says a little less, and those for epsilon, trained as long, clearly less.
-ERRS = -0.4
+# trained as EDM says a little less, and those for epsilon, trained as long, clearly less; and below which they vary so
+# much from level to level that the noise of a few steps adds to them.
+ERRS, ERRS_MUCH = -0.4, -0.55
 
 # How far it is off, of one image, with trained networks. Of four images its sign says nothing.
 SPREAD = 0.3
 
 # Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
 # noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
-# percent; one of very few calls, which cannot spare any, at half of it.
+# percent; one of very few calls, which cannot spare any, at half of it, if noise corrects that.
 HIDING, MANY_IMAGES = 10.0, 16
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
@@ -40,9 +41,10 @@ SHOWS, LITTLE, LONG = 2.5, 0.3, 12
 
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
-# errs most; and all there is where errors dominate, of `LOST` calls none, and of each more so much, up to `FOLLOWED`.
+# errs most; and all there is where errors dominate: of `LOST` calls, or where they vary much so many, none, and of each
+# more so much, up to `FOLLOWED`.
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
-LOST, GAINED, FOLLOWED = 3, 0.3, 7
+LOST, LOST_MUCH, GAINED, FOLLOWED = 3, 5, 0.5, 7
 
 # Where errors dominate, levels of very few calls end at such a share of the first, but at most so much higher than the
 # fixed grid.
@@ -77,6 +79,16 @@ class ReverseDiffusion:
         return self.defect < ERRS
 
     @property
+    def errs_much(self) -> bool:
+        """Whether noise of a few steps only adds to them."""
+        return self.defect < ERRS_MUCH
+
+    @property
+    def exact(self) -> bool:
+        """Whether its images show no errors."""
+        return self.defect >= -SPREAD / len(self.images) ** 0.5
+
+    @property
     def fades(self) -> bool:
         """Whether images lose on the way what was seen in noise; of a few it would be chance."""
         return self.left < 1 and len(self.images) >= MANY_IMAGES
@@ -106,11 +118,10 @@ def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
     """tau for a network: noise makes a run forget the errors of the levels before, if it has calls enough to follow
     it, and if those of the levels that follow are smaller."""
     if not found.errs:
-        certain = SPREAD / len(found.images) ** 0.5
-        return SOME if found.defect < -certain and num_calls >= ENOUGH else 0.0
+        return SOME if not found.exact and num_calls >= ENOUGH else 0.0
     if found.fades:
         return LITTLE if num_calls >= LONG else 0.0
-    return round(min(ALL, max(0.0, GAINED * (num_calls - LOST))), 3)
+    return min(ALL, max(0.0, GAINED * (num_calls - (LOST_MUCH if found.errs_much else LOST))))
 
 
 def levels_of_errors(
@@ -131,14 +142,16 @@ def levels_of_errors(
         shift: how far a pipeline moves levels for its resolution.
     """
     few = num_calls < ENOUGH
+    hiding, share = HIDING, LAST_SHARE
+    if few and not run.fades:
+        hiding, share = (HIDING, LAST_SHARE / 2) if run.errs_much else (HIDING / 2, LAST_SHARE)
     if deviation is not None and len(run.images) >= MANY_IMAGES:  # of few images their own deviation would be chance
-        hiding = HIDING / 2 if few and not run.fades else HIDING
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
     if few:
         last = float(levels[-1])
-        levels = power_levels(top, min(max(last, LAST_SHARE * top), HIGHER * last, top / 2), num_calls, POWER)
+        levels = power_levels(top, min(max(last, share * top), HIGHER * last, top / 2), num_calls, POWER)
     return levels * shift
 
 

@@ -96,10 +96,10 @@ def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> F
     return found
 
 
-def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
+def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int], lower: bool) -> Found:
     """By the end of every run beside that of a very long one from the same start. The search goes by the mean square,
     which prefers runs that average: what was found is compared with what it was found from, as sets of images and from
-    another start, and the closest one stays."""
+    another start, and the closest one stays. `lower`: levels of few calls may begin below the highest one."""
     trajectories = ladder.trajectories(ladder.start, fine_ladder(ladder.high, ladder.low))
     sigmas = trajectories.sigmas
     some = list(range(0, len(sigmas), 3))
@@ -118,7 +118,7 @@ def levels_from_trajectories(ladder: Ladder, scheduler: Any, budgets: list[int])
         starts = [[*places[:-1], last] for places in starts if places[-2] < last]
         most = min(MAX_RUNS * n, MAX_CALLS)
         candidates = [search(trajectories, n, starts, last, most).index, *starts]
-        if n <= SHORT and ladder.deviation is not None:
+        if n <= SHORT and lower:
             candidates.append(search(trajectories, n, starts, last, most, lower=True).index)
         fixed = nearest(sigmas, scheduler.calibrated_or_even_levels(n, ladder.shift)) or starts[0]
         distinct = list(dict.fromkeys(map(tuple, [*candidates, fixed])))
