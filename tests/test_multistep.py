@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMulti
 from networks import final_variance
 from scipy import integrate
 
-from diffusers_gm import CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
+from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from diffusers_gm.processes.mixture import GaussianMixtureNoise
 from diffusers_gm.readings import level_range
 from diffusers_gm.readings.grids import calibrated_levels, calibrated_value, even_levels
@@ -206,17 +206,14 @@ def test_stochasticities_are_those_of_the_nearest_budget_in_the_logarithm_of_its
     assert values == [0.2, 0.2, 0.2, [0.5, 1.0], [0.5, 1.0], [0.5, 1.0]]
 
 
-def test_a_spacing_that_is_given_alone_is_taken():
-    def levels(**options):
-        scheduler = CalibratedMultistepScheduler(sigma_max=10.0, **options)
+@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler, CLDSSCSScheduler])
+def test_the_spacing_of_another_scheduler_is_not_taken_for_its_own(cls):
+    """Which was made for that one's sampler."""
+    for config in (cls().config, dict(cls().config)):
+        scheduler = CalibratedMultistepScheduler.from_config(config)
         scheduler.set_timesteps(5)
-        return scheduler.sigmas.tolist()
-
-    for options in ({"timestep_spacing": "karras"}, {"use_karras_sigmas": True}):
-        assert levels(**options) == levels(grid="karras") != levels()
-    calibration = {"5": [10.0, 5.0, 1.0, 0.5, 0.1]}
-    assert levels(timestep_spacing="karras", calibration=calibration) == levels(calibration=calibration)
-    assert levels(timestep_spacing="karras", grid="calibrated") == levels()
+        high, low = float(scheduler.sigmas[0]), scheduler.config.sigma_min
+        assert scheduler.sigmas[:-1].tolist() == pytest.approx(even_levels(high, low, 5).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("space", "top", "label"), [("flow", 4095.98, 1000), ("vp", 157.406, 999)])

@@ -13,7 +13,7 @@ from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
 from .base import SamplerScheduler
 from .network import network_noise
-from .options import SPACING_FLAGS, with_common_options
+from .options import with_common_options
 
 
 class CalibratedMultistepScheduler(SamplerScheduler):
@@ -38,7 +38,6 @@ class CalibratedMultistepScheduler(SamplerScheduler):
             highest of the network: a run of so few calls begins there. Levels beyond those that the network was trained
             at become these. None: not calibrated.
         grid: `calibrated`; another spacing (or None, then `timestep_spacing` and its flags) in place of these levels.
-            None, too, where a spacing is given alone, without a calibration.
 
     All other arguments: see `AnnealedLangevinScheduler` and, for networks of mixture noise, `GMLangevinScheduler`. But
     `clip_sample` acts above noise level 4 only: there it mends a network's errors, below it makes a bias of them, which
@@ -67,9 +66,6 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         mixture_per_element: bool = False,
         model_noise: Literal["gaussian", "mixture"] = "gaussian",
     ):
-        unsaid = set(getattr(self.config, "_use_default_values", ()))
-        if self.config.calibration is None and "grid" in unsaid and not {"timestep_spacing", *SPACING_FLAGS} <= unsaid:
-            self.register_to_config(grid=None)
         self.mixture, self.model_mixture = network_noise(self.config)
         self._setup(self.sampler_for(None))
 
