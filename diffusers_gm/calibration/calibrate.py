@@ -21,6 +21,7 @@ from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
 from .errors import (
     ALL,
+    ENOUGH,
     FOLLOWED,
     LOST,
     SOME,
@@ -200,10 +201,15 @@ def measured(
     if run.errs:  # levels that follow the network's runs would follow its errors
         span = ladder.high, ladder.low, ladder.deviation, ladder.shift
         found: Found = {n: (levels_of_errors(run, n, *span).tolist(), None) for n in budgets}
-    elif effort == "fast":
-        found = levels_from_one_run(ladder, scheduler, budgets)
-    else:  # a teacher that errs says nothing of where runs may begin
-        found = levels_from_trajectories(ladder, scheduler, budgets, run.exact and ladder.deviation is not None)
+    else:  # a long run that errs is no judge of very few calls
+        unjudged = [n for n in budgets if n < ENOUGH and not run.exact]
+        found = {n: (scheduler.calibrated_or_even_levels(n, ladder.shift).tolist(), None) for n in unjudged}
+        judged = [n for n in budgets if n not in unjudged]
+        lower = run.exact and ladder.deviation is not None
+        if judged and effort == "fast":
+            found |= levels_from_one_run(ladder, scheduler, judged)
+        elif judged:
+            found |= levels_from_trajectories(ladder, scheduler, judged, lower)
     for n, (levels, errors) in found.items():
         result.levels[n] = levels
         result.fixed[n] = scheduler.calibrated_or_even_levels(n, ladder.shift).tolist()
