@@ -41,7 +41,8 @@ def start_and_ends(
     call, draw = reading.calls(ends)[0], Draw(generator, device)
     if latents is None:
         latents = reading.initial_sample(draw.normal(shape), call.sigma)
-    check_deviation(scheduler, latents, call.sigma)
+    else:
+        check_deviation(scheduler, latents, call.sigma)
     y, companion = reading.coordinates(latents.to(device, wide), call)
     if companion is None:
         companion = draw.normal(shape).to(wide)

@@ -73,14 +73,15 @@ def encode(
 WIDTH = 5.0
 
 
-def check_deviation(scheduler: Any, latents: Tensor, first: float) -> None:
-    """Raise a ValueError for latents that are not as wide as the `first` level of a run that carries y: unit noise, or
-    latents that were encoded on other levels."""
+def check_deviation(scheduler: Any, latents: Tensor, first: float | None = None) -> None:
+    """Raise a ValueError for latents that are not as wide as the `first` level of a run that carries y (None: that of
+    the scheduler): unit noise, or latents that were encoded on other levels."""
     reading = getattr(scheduler, "reading", None)
     if not isinstance(reading, ImageReading) or not reading.space.carries_y:
         return
     if not scheduler.model_mixture.is_standard_gaussian:  # an image may be of any component
         return
+    first = scheduler.init_noise_sigma if first is None else first
     found = float(latents.std())
     if not first / WIDTH < found < first * WIDTH:
         raise ValueError(

@@ -204,8 +204,8 @@ class ImagePipeline(HubPipeline):
     def _batch_size(batch_size: int | None, class_labels: ClassLabels | None, latents: Tensor | None) -> int:
         if batch_size is not None:
             return batch_size
-        if class_labels is not None:
-            return (*np.shape(class_labels), 1)[0]
+        if class_labels is not None and (shape := np.shape(class_labels)):
+            return shape[0]
         return 1 if latents is None else len(latents)
 
     def _checked_shape(

@@ -136,7 +136,7 @@ class UnconditionalPipeline(ImagePipeline):
                 sample = picture.start(scheduler, timesteps[0], noise(), finished)
             elif latents is not None:
                 sample = latents.to(device, torch.float32)
-                encoding.check_deviation(scheduler, sample, scheduler.init_noise_sigma)
+                encoding.check_deviation(scheduler, sample)
             else:
                 sample = self._initial_sample(shape, generator, device)
 
