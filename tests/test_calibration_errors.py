@@ -63,17 +63,22 @@ def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
     assert taus(-0.5, 0.7, 16, 2, 5, 10, 15, 50) == [0, 0, 0, 0.3, 0.3]
 
 
-def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
-    """Levels that follow its runs would follow its errors. It begins where noise hides images, as errors are largest
-    above, and ends higher where calls are very few."""
+def erring(error):
+    """A pipeline whose network answers the exact epsilon and so much noise."""
     own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
     unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
     unet.register_forward_hook(
         lambda module, args, output: setattr(
-            output, "sample", output.sample + 0.2 * torch.randn(output.sample.shape, generator=generator)
+            output, "sample", output.sample + error * torch.randn(output.sample.shape, generator=generator)
         )
     )
-    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
+    return DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
+
+
+def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
+    """Levels that follow its runs would follow its errors. It begins where noise hides images, as errors are largest
+    above, and ends higher where calls are very few."""
+    pipe = erring(0.2)
     result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=16, output_type="np")
     assert result.martingale_defect < -0.4
     assert result.network_calls == 48
@@ -91,14 +96,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
 
 def test_a_network_that_errs_keeps_the_fixed_grid_at_very_few_calls():
     """Its long runs are no judge of these; and it begins lower nowhere."""
-    own = CalibratedMultistepScheduler.from_config(DDPMScheduler(clip_sample=False).config)
-    unet, generator = network(own.noise_space), torch.Generator().manual_seed(0)
-    unet.register_forward_hook(
-        lambda module, args, output: setattr(
-            output, "sample", output.sample + 0.008 * torch.randn(output.sample.shape, generator=generator)
-        )
-    )
-    pipe = DDPMPipeline(unet, DDPMScheduler(clip_sample=False))
+    pipe = erring(0.008)
     result = calibrate_in_full(pipe, (4, 5, 7), progress=False, batch_size=64, output_type="np")
     assert -0.4 < result.martingale_defect < -0.05
     assert {n: result.levels[n] == result.fixed[n] for n in (4, 5, 7)} == {4: True, 5: True, 7: False}

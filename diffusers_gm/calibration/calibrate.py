@@ -69,8 +69,8 @@ class Calibration:
         scheduler: the result.
         levels: of each budget; `fixed`: of the grid that it would have without.
         errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's, from a start
-            that the levels were not chosen on: of the fixed grid, and of what was found. None with `effort="fast"`, nor
-            where errors dominate.
+            that the levels were not chosen on: of the fixed grid, and of what was found. None where no run was judged:
+            with `effort="fast"`, where errors dominate, and of very few calls of a network that errs.
         martingale_defect: rho, see `errors.ReverseDiffusion`.
         stochasticity: tau of each budget, one or two.
         elsewhere: of other numbers of calls, which follow noise more or less far; none where tau was given.

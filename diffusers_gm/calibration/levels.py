@@ -61,7 +61,7 @@ class Ladder:
         """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on.
 
         Batches come in pairs of opposite noise: without, the mean of the noise, which decides how bright images are,
-        is most of what chance does to the distance.
+        is most of what chance does to the distance. It does less to runs with noise: the others gain more by it.
         """
         sigmas = torch.tensor(levels, dtype=torch.float64)
         lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
