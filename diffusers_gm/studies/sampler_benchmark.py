@@ -28,6 +28,7 @@ from itertools import repeat
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 
 from ..cli import Parser, at_least
 from ..data import examine, open_source, split_digits
@@ -158,6 +159,8 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         if args.train_data_dir is None:
             parser.error("--pipeline needs --train_data_dir, real images that its samples are compared with")
         return
+    if args.compile:
+        parser.error("--compile: networks of --pipeline are compiled, and none is given")
     if {*args.models} & {*TRAINED}:
         need_held_out(parser, args.num_samples)
     if "cifar10" in args.models and args.cifar10 is None:
@@ -205,7 +208,11 @@ def saved_models(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
     images = examine(source, 0, args.resolution, num_images=args.num_images or source.num_images).images
     for path in args.pipeline:
         stem = Path(path).resolve().name if Path(path).exists() else path.replace("/", "-")
-        yield stem.replace(" ", "-"), saved_model(path, images, args.num_samples, args.output)
+        model = saved_model(path, images, args.num_samples, args.output)
+        if args.compile:
+            unet = model.pipeline.unet
+            unet.forward = torch.compile(unet.forward)  # not what is around it, where calls are counted
+        yield stem.replace(" ", "-"), model
 
 
 def selected(stem: str, samplers: Samplers, args: argparse.Namespace) -> Samplers:
@@ -254,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--first_look", type=at_least(2), metavar="N", help="samples by which what is far behind is left out [no look]")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
     add("--steps", type=at_least(1), default=STEPS, help="optimizer steps of the trained networks")
+    add("--compile", action="store_true", help="--pipeline: with compiled networks, which are faster [as they are]")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")
