@@ -378,6 +378,17 @@ def test_a_network_all_of_whose_classes_have_names_cannot_be_guided():
         pipeline(class_labels="dog", guidance_scale=2)
 
 
+def test_a_class_that_has_a_share_like_all_stands_for_none_neither():
+    shares = [0.1, 0.2, 0.2, 0.5]
+    pipeline = GMSGMPipeline(tiny_network(num_class_embeds=4), SCHEDULERS["gm-sgm"](), class_shares=shares)
+    assert (pipeline.num_classes, pipeline.null_class) == (4, None)
+    assert pipeline.draw_labels(10, evenly=True) == [0] + [1] * 2 + [2] * 2 + [3] * 5
+    for names in (["cat", "dog", "eel"], ["cat", "dog", "eel", "fox"]):
+        other = shares if len(names) == 3 else shares[1:]
+        with pytest.raises(ValueError, match=f"one for each of the {len(names)} class_names, got {len(other)}"):
+            GMSGMPipeline(pipeline.unet, SCHEDULERS["gm-sgm"](), class_names=names, class_shares=other)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

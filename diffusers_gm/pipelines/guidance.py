@@ -72,5 +72,5 @@ def check_guidance(scale: Any, interval: Any, null: int | None, is_conditional: 
     if null is None:
         raise ValueError(
             f"guidance_scale={scale:g} needs a class that stands for none, and all classes of this network have "
-            "names: it was trained without dropping labels"
+            "names or shares: it was trained without dropping labels"
         )

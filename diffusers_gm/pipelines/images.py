@@ -72,9 +72,11 @@ class ImagePipeline(HubPipeline):
 
     @property
     def null_class(self) -> int | None:
-        """The class that stands for none: the last one, unless all have names; None where there is none."""
-        embeds, names = num_class_embeds(self.unet), self.class_names
-        return None if embeds is None or (names is not None and len(names) == embeds) else embeds - 1
+        """The class that stands for none: the last one, unless it has a name or a share like all; None where there is
+        none."""
+        embeds = num_class_embeds(self.unet)
+        known = self.config.get("class_names") or self.config.get("class_shares") or ()
+        return None if embeds is None or len(known) == embeds else embeds - 1
 
     def labels_in_turn(self, num_images: int) -> list[int] | None:
         """All classes one after the other, as many of each as there is room for; None for a network without."""

@@ -34,6 +34,8 @@ def check_classes(names: list[str] | None, shares: list[float] | None, num_embed
                 f"{argument} has {len(values)} entries, but the network {num_embeds} classes: give {num_embeds - 1}, "
                 "without the last class, which stands for no class, or one for each"
             )
+    if names is not None and shares is not None and len(names) != len(shares):
+        raise ValueError(f"class_shares must be one for each of the {len(names)} class_names, got {len(shares)}")
     if names is not None and len(set(names)) < len(names):
         raise ValueError(f"class_names must differ, {sorted({n for n in names if names.count(n) > 1})} do not")
     if shares is not None and not (min(shares) >= 0 and sum(shares) > 0):

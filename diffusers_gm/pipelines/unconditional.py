@@ -43,7 +43,7 @@ class UnconditionalPipeline(ImagePipeline):
             mean 0 and standard deviation 1. None: scaled as the config of `vae` says, by its `scaling_factor`.
         class_names: of the classes, by index; saved with the pipeline. As many as the network has classes if none of
             them stands for none.
-        class_shares: share of each class in the training data; None: all alike.
+        class_shares: share of each of these classes in the training data; None: all alike.
 
     Raises:
         ValueError: for names or shares that do not suit the network.
