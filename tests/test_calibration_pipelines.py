@@ -28,6 +28,15 @@ def test_bad_arguments_are_named_before_any_work(arguments, message, tiny_unet):
         calibrate(pipe, progress=False, **arguments)
 
 
+def test_a_network_that_overflows_is_named_where_no_run_is_judged(tiny_unet):
+    """Of very few calls the fixed grid stays, and only the stochasticity is measured."""
+    with torch.no_grad():
+        tiny_unet.conv_out.bias.fill_(torch.inf)
+    for calls in ((3, 5), iter([4])):
+        with pytest.raises(ValueError, match="the denoised image is not finite at sigma = 40"):
+            calibrate(DDPMPipeline(tiny_unet, DDPMScheduler(clip_sample=False)), calls, batch_size=2, progress=False)
+
+
 @pytest.mark.parametrize(
     ("given", "size"),
     [({}, 16), ({"batch_size": 3}, 3), ({"generator": [torch.Generator().manual_seed(0)]}, 1)],

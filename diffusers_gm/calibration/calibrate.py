@@ -254,9 +254,9 @@ def in_words(tau: Stochasticity) -> str:
 def _checked_calls(calls: Sequence[int]) -> list[int]:
     if not isinstance(calls, Iterable):
         raise ValueError(f"calls must be several whole numbers, such as (5, 10, 20), got {calls!r}")
-    wrong = [n for n in calls if int(n) != n or not 2 <= n <= 80]
-    if wrong or not calls:
-        raise ValueError(f"calls must be whole numbers from 2 to 80, at least one, got {list(calls)}")
+    calls = list(calls)
+    if not calls or any(int(n) != n or not 2 <= n <= 80 for n in calls):
+        raise ValueError(f"calls must be whole numbers from 2 to 80, at least one, got {calls}")
     return sorted({int(n) for n in calls})
 
 

@@ -33,11 +33,22 @@ class OppositeDraw(Draw):
         return super().normal(shape).neg_()
 
 
+def answer(denoiser: Denoiser, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """What a denoiser says; a ValueError if D is not finite."""
+    y, denoised = denoiser(y, sigma)
+    if not torch.isfinite(denoised).all():
+        raise ValueError(
+            f"the denoised image is not finite at sigma = {sigma:.4g}: the network overflows, in half precision "
+            "perhaps; nothing can be calibrated on it"
+        )
+    return y, denoised
+
+
 def denoised_images(denoiser: Denoiser, y: Tensor, sigmas: Tensor, sampler: Multistep, draw: Draw) -> Iterator[Tensor]:
-    """D of every call of a run from y `(B, ...)`, the last one its result."""
+    """D of every call of a run from y `(B, ...)`, the last one its result; a ValueError if one is not finite."""
     plan, memory = sampler.plan(sigmas), Memory()
     for i, sigma in enumerate(sigmas.tolist()):
-        y, denoised = denoiser(y, sigma)
+        y, denoised = answer(denoiser, y, sigma)
         yield denoised
         y, memory = sampler.step(plan, i, y, denoised, memory, draw)
 
@@ -125,14 +136,7 @@ class Trajectories:
 
     def _denoised(self, y: Tensor, level: int) -> tuple[Tensor, Tensor]:
         self.num_calls += 1
-        sigma = float(self.sigmas[level])
-        y, denoised = self.denoiser(y, sigma)
-        if not torch.isfinite(denoised).all():
-            raise ValueError(
-                f"the denoised image is not finite at sigma = {sigma:.4g}: the network overflows, in half precision "
-                "perhaps; nothing can be calibrated on it"
-            )
-        return y, denoised
+        return answer(self.denoiser, y, float(self.sigmas[level]))
 
 
 def sliced_distance(images: Tensor, others: Tensor) -> float:
