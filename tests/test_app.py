@@ -426,3 +426,18 @@ def test_an_emptied_box_of_the_guidance_is_none():
 
     assert chosen_settings(0, 4, "3", None).guidance_scale == 1.0
     assert chosen_settings(0, 4, "3", 0).guidance_scale == 0.0
+
+
+@pytest.mark.parametrize("name", ["cld", "nowhere"])
+def test_another_model_leaves_no_results_of_the_one_before(folders, name):
+    pytest.importorskip("gradio")
+    from diffusers_gm.app.page import build, load
+
+    told = load(folders.get(name, name))
+    assert (told["result"], told["message"], told["compared"]) == ("", "", None)
+    assert not told["export"]["visible"]
+    assert not told["levels"]["visible"]
+    loading = [event for event in build(name).fns.values() if [part.elem_id for part in event.inputs] == ["model"]]
+    assert len(loading) == 2, "of the page, and of another model"
+    for event in loading:
+        assert {"result", "message", "export", "levels"} <= {part.elem_id for part in event.outputs}

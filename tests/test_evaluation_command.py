@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.evaluation.sampling import NoGridError, load_pipeline, scheduler_by_name
 from diffusers_gm.evaluation.sources import read_samples
 from diffusers_gm.evaluation.table import this_command
+from diffusers_gm.files import write_text
 
 CPU = torch.device("cpu")
 
@@ -403,6 +405,22 @@ def test_what_another_run_has_measured_meanwhile_stays(tmp_path):
     assert found.floor == many.floor
     assert {cell.scheduler for cell in found.cells} == {"a", "b"}
     assert few.floor != many.floor
+
+
+def test_a_run_waits_while_another_writes(tmp_path, monkeypatch):
+    first, second = (Results.open(tmp_path / "results.json", {"model": "m"}) for _ in range(2))
+    late = Thread(target=second.measure, args=("b", 5, 0, lambda: (None, 5), lambda _: {"sliced W2": 4.0}))
+
+    def after_the_other(path, text):
+        monkeypatch.undo()
+        late.start()
+        late.join(0.5)
+        write_text(path, text)
+
+    monkeypatch.setattr("diffusers_gm.evaluation.results.write_text", after_the_other)
+    first.measure("a", 5, 0, lambda: (None, 5), lambda _: {"sliced W2": 3.0})
+    late.join()
+    assert {cell.scheduler for cell in Results.read(tmp_path / "results.json").cells} == {"a", "b"}
 
 
 def test_results_of_before_schedulers_were_told_go_on(tmp_path):

@@ -170,6 +170,15 @@ def test_the_command_of_a_card_can_be_pasted():
     assert words[words.index("--seed") + 1] == "3"
 
 
+def test_the_command_of_a_card_begins_anew_and_uploads_nothing():
+    """Whoever repeats the training has neither its checkpoints nor its repository."""
+    args = arguments(
+        seed=3, resume_from_checkpoint="checkpoint-500", overwrite_output_dir=True, max_train_minutes=9.0,
+        push_to_hub=True, hub_model_id="me/model", hub_private_repo=True, hub_strategy="every_save",
+    )  # fmt: skip
+    assert command_line(args, 1) == "diffusers-gm-train --dataset_name digits --seed 3"
+
+
 @pytest.mark.parametrize(("option", "of_accelerate"), [("", "bf16"), ("--mixed_precision no", "bf16"), ("", "no")])
 def test_the_command_of_a_card_has_the_precision_that_accelerate_was_told(
     train, tmp_path, monkeypatch, option, of_accelerate

@@ -163,7 +163,7 @@ def test_a_stray_table_beside_images(tmp_path, caplog):
     (folder / "broken.parquet").write_bytes(b"no parquet")
     with caplog.at_level(logging.INFO):
         assert count(folder) == 6
-    assert "2 parquet files without a column of images" in caplog.text
+    assert "1 parquet files that cannot be read, 1 parquet files without a column of images" in caplog.text
 
 
 def test_images_and_tables_of_images(tmp_path):

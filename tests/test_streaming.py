@@ -247,6 +247,13 @@ def test_a_stream_is_of_one_kind_of_files(tmp_path, other):
         open_stream(train_data_dir=str(folder))
 
 
+def test_a_broken_table_beside_tar_files_is_left_out(tmp_path, caplog):
+    folder = save_tars(tmp_path / "stream")
+    (folder / "broken.parquet").write_bytes(b"no parquet")
+    assert len(list(open_stream(train_data_dir=str(folder)).dataset)) == SHARDS * ROWS
+    assert f"{SHARDS} files are used, not used are 1 parquet files that cannot be read" in caplog.text
+
+
 def test_pairs_of_images_are_told_apart_by_their_user(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("0.jpg", "0.png"):

@@ -41,12 +41,14 @@ def in_words(error: Exception) -> str:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The model in a folder or on the Hub, and what can be chosen for it."""
+    """The model in a folder or on the Hub, and what can be chosen for it; nothing is left of the one before."""
+    hidden = gr.update(visible=False)
+    cleared = {"message": "", "result": "", "compared": None, "levels": hidden, "export": hidden}
     try:
         model = Model.load(name)
     except Exception as error:
         empty = gr.update(choices=[], value=[])
-        return {"model": None, "status": in_words(error), "samplers": empty, "conditional": gr.update(visible=False)}
+        return {"model": None, "status": in_words(error), "samplers": empty, "conditional": hidden, **cleared}
     first = [entry for entry in FIRST if entry in model.samplers]
     parameters = sum(weight.numel() for weight in model.pipe.unet.parameters())
     words = (
@@ -59,6 +61,7 @@ def load(name: str) -> dict[str, Any]:
         "samplers": gr.update(choices=list(model.samplers), value=first),
         "conditional": gr.update(visible=bool(model.classes)),
         "label": gr.update(choices=[ALL, *model.classes], value=ALL),
+        **cleared,
     }
 
 
@@ -196,7 +199,8 @@ def build(given: str) -> gr.Blocks:
 
         settings = "seed images label guidance"
         for event in (page.load, parts["name"].change):
-            listen(event, load, "name", "model status samplers conditional label", **QUEUE)
+            of_model = "model status samplers conditional label message result compared levels export"
+            listen(event, load, "name", of_model, **QUEUE)
         running = listen(
             parts["compare"].click,
             compare,

@@ -306,17 +306,20 @@ def open_source(
 
 
 def tables_of_images(folder: Path, listing: Listing, image_column: str | None) -> list[str]:
-    """The parquet files that have a column of images; others are counted as left out."""
+    """The parquet files that have a column of images; others are counted as left out, beside data of another kind also
+    those that cannot be read."""
     tables = []
     for path in listing.tables:
         try:
             if holds_images(folder / path, image_column):
                 tables.append(path)
                 continue
+            why = "parquet files without a column of images"
         except ValueError:
-            if not listing.images:
+            if not (listing.images or listing.tars):
                 raise
-        listing.left_out["parquet files without a column of images"] += 1
+            why = "parquet files that cannot be read"
+        listing.left_out[why] += 1
     return tables
 
 

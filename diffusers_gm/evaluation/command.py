@@ -100,15 +100,16 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
 def write_report(results: Results, model: str | None, output_dir: Path) -> list[Path]:
     """Table and picture beside the results, and both in the card of the model where `output_dir` is its folder; of all
     that the file has by now, of runs that went on beside this one too."""
-    results = Results.read(results.path)
-    write_text(output_dir / "results.md", report.table(results).markdown() + "\n")
-    written = ["results.json", "results.md"]
-    if any(cell.calls is not None for cell in results.cells):
-        report.plot(results, output_dir / "results.png")
-        written.append("results.png")
-    if model is not None and Path(model).resolve() == output_dir.resolve() and (output_dir / "README.md").is_file():
-        add_quality(output_dir)
-        written.append("README.md")
+    with results.lock():
+        results = Results.read(results.path)
+        write_text(output_dir / "results.md", report.table(results).markdown() + "\n")
+        written = ["results.json", "results.md"]
+        if any(cell.calls is not None for cell in results.cells):
+            report.plot(results, output_dir / "results.png")
+            written.append("results.png")
+        if model is not None and Path(model).resolve() == output_dir.resolve() and (output_dir / "README.md").is_file():
+            add_quality(output_dir)
+            written.append("README.md")
     return [output_dir / name for name in written]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from filelock import FileLock
+
 from ..files import write_text
 from ..launch import from_main, process_state
 from .sampling import NoGridError
@@ -185,25 +187,29 @@ class Results:
         cells = [self.measure(scheduler, calls, seed, partial(draw, seed), make) for seed in range(num_seeds)]
         return None if any(cell.reason for cell in cells) else [cell.scores for cell in cells]
 
+    def lock(self) -> FileLock:
+        """Held while the file, and what is made of it, is written: another run waits."""
+        return FileLock(self.path.with_name(f".{self.path.name}.lock"))
+
     def save(self) -> None:
         """Write the file; the main process does. What another run has added to it meanwhile stays."""
 
         def write() -> None:
-            found = Results.read(self.path) if self.path.is_file() else self
-            if found.conditions != self.conditions:
-                raise ValueError(
-                    f"{self.path} has meanwhile got results under other conditions, of another run: take another "
-                    "--output_dir"
-                )
-            there = found.cells
-            ours = {cell.which for cell in self.cells}
-            cells = [*self.cells, *(cell for cell in there if cell.which not in ours)]
-            content = {
-                "command": self.command,
-                "conditions": self.conditions,
-                "floor": max(self.floor, found.floor, key=len),
-                "cells": [asdict(cell) for cell in cells],
-            }
-            write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            with self.lock():
+                found = Results.read(self.path) if self.path.is_file() else self
+                if found.conditions != self.conditions:
+                    raise ValueError(
+                        f"{self.path} has meanwhile got results under other conditions, of another run: take another "
+                        "--output_dir"
+                    )
+                ours = {cell.which for cell in self.cells}
+                cells = [*self.cells, *(cell for cell in found.cells if cell.which not in ours)]
+                content = {
+                    "command": self.command,
+                    "conditions": self.conditions,
+                    "floor": max(self.floor, found.floor, key=len),
+                    "cells": [asdict(cell) for cell in cells],
+                }
+                write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
         from_main(write)

@@ -16,13 +16,14 @@ class OptionSpec:
         help: a sentence.
         choices: the values that are known, where the type does not say it.
         at_least: the smallest value that makes sense.
-        positive: whether it must be positive and finite.
+        positive: whether it must be positive.
         below_one: whether it must be in [0, 1).
         aliases: other names of it, those of diffusers' own training script.
         in_place_of: options that a recipe may hold and that mean nothing beside this one.
         free_on_resume: whether a training may be resumed with another value: it does not change what is learned.
         private: never written down: a secret, or a place on this host.
         path: may be a path, of which only the last part is written down.
+        of_a_run: where a run of the training begins, ends and goes to: whoever repeats the training says that anew.
     """
 
     group: str
@@ -36,6 +37,7 @@ class OptionSpec:
     free_on_resume: bool = False
     private: bool = False
     path: bool = False
+    of_a_run: bool = False
 
 
 def option(group: str, default: Any, help: str, **spec: Any) -> Any:
@@ -58,18 +60,22 @@ GROUPS = (
 trained, data, network, noise, sampler, optimisation, output, hub = (partial(option, group) for group in GROUPS)
 # How samples are drawn, and where all goes, changes nothing of what is learned.
 sampler, output, hub = (partial(of_group, free_on_resume=True) for of_group in (sampler, output, hub))
+hub = partial(hub, of_a_run=True)
 
 
 def check_bounds(f: Field, value: Any) -> None:
-    """Raise a ValueError if `value` is out of the bounds of the option `f`; None is in."""
+    """Raise a ValueError if `value` is out of the bounds of the option `f`, or not finite; None is in."""
     if value is None:
         return
     spec = OptionSpec(**f.metadata)
+    numbers = value if isinstance(value, list) else [value]
+    if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+        raise ValueError(f"--{f.name} must be finite, got {value}")
     if spec.choices is not None and value not in spec.choices:
         raise ValueError(f"--{f.name} must be one of {', '.join(spec.choices)}, got {value!r}")
     if spec.at_least is not None and not value >= spec.at_least:
         raise ValueError(f"--{f.name} must be at least {spec.at_least}, got {value}")
-    if spec.positive and not 0 < value < math.inf:
+    if spec.positive and not value > 0:
         raise ValueError(f"--{f.name} must be positive, got {value}")
     if spec.below_one and not 0 <= value < 1:
         raise ValueError(f"--{f.name} must be in [0, 1), got {value}")

@@ -189,6 +189,7 @@ class TrainingArguments(MethodOptions):
         "Write a checkpoint and end after so many minutes of training; --resume_from_checkpoint latest goes on.",
         positive=True,
         free_on_resume=True,
+        of_a_run=True,
     )
     learning_rate: float | None = optimisation(
         None, "Peak learning rate. [2e-3 up to 16 pixels, else 2e-4]", positive=True
@@ -225,13 +226,15 @@ class TrainingArguments(MethodOptions):
 
     # Checkpoints, samples and logs
     output_dir: str = output("outputs/gm-sgm", "Where the pipeline, its card, checkpoints and samples go.", path=True)
-    overwrite_output_dir: bool = output(False, "Start anew in a folder that holds other files or checkpoints.")
+    overwrite_output_dir: bool = output(
+        False, "Start anew in a folder that holds other files or checkpoints.", of_a_run=True
+    )
     checkpointing_steps: int = output(500, "Steps between checkpoints; 0 for none.", at_least=0)
     checkpoints_total_limit: int | None = output(
         None, "Keep only so many, the newest; superseded-checkpoint-* are no longer counted, and stay.", at_least=1
     )
     resume_from_checkpoint: str | None = output(
-        None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", path=True
+        None, "A checkpoint folder, or 'latest' of --output_dir, if there is one.", path=True, of_a_run=True
     )
     validation_steps: int = output(500, "Steps between grids of samples; 0 for one at the end only.", at_least=0)
     num_validation_images: int = output(
@@ -376,7 +379,7 @@ def check_picture(path: str, dry_run: bool) -> None:
         raise ValueError(f"--first_batch {path!r}: there is no folder {str(Path(path).parent)!r}")
 
 
-def names_of(kind: Literal["path", "private"]) -> set[str]:
+def names_of(kind: Literal["path", "private", "of_a_run"]) -> set[str]:
     """The options that are of a kind."""
     return {f.name for f in fields(TrainingArguments) if f.metadata[kind]}
 

@@ -99,17 +99,17 @@ def portable(path: str | None) -> str | None:
 
 
 def command_line(args: TrainingArguments, num_processes: int, mixed_precision: str = "no", device: str = "cuda") -> str:
-    """The command that gives these options, without tokens and places on this host; and the precision, which accelerate
-    may have been told of."""
+    """The command that repeats a training of these options, without tokens and places on this host, where its runs
+    began and ended, and uploads; and with the precision, which accelerate may have been told of."""
     # Without GPUs accelerate launches one process, unless told.
     launcher = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" if device == "cpu" else "accelerate launch"
     several = f"{launcher} --num_processes {num_processes} -m train_gm_sgm"
     words = ["diffusers-gm-train" if num_processes == 1 else several]
-    private, paths = names_of("private"), names_of("path")
+    left_out, paths = names_of("private") | names_of("of_a_run"), names_of("path")
     for option in given(args, vars(args)):
         name = option.removeprefix("--")
         value = getattr(args, name)
-        if name in private:
+        if name in left_out:
             continue
         if isinstance(value, bool):
             words.append(option if value else f"--no_{name}")

@@ -31,7 +31,9 @@ class LadderOptions(LevelOptions):
         "Feed the network y / sqrt(1 + sigma^2) rather than the noisy image y; edm: y / sqrt(sigma_data^2 + sigma^2).",
     )
     num_langevin_steps: int = sampler(1, "Langevin steps per noise level.", at_least=1)
-    step_size: float | None = sampler(None, "Langevin step size (the paper's eps). [by Technique 4 of NCSNv2]")
+    step_size: float | None = sampler(
+        None, "Langevin step size (the paper's eps). [by Technique 4 of NCSNv2]", positive=True
+    )
     step_size_criterion: Literal["fixed_point", "prop3"] = sampler(
         "fixed_point", "What Technique 4 looks at: the whole Langevin run, or one level as in the paper."
     )
