@@ -101,6 +101,20 @@ def test_what_is_white_is_looked_for_in_the_whole_set(tmp_path, monkeypatch):
     assert_is_the_ramp(open_folder(tmp_path).read(7), 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_negative_is_turned_or_refused(tmp_path, dtype):
+    """A TIFF in which 0 is white."""
+    white = np.iinfo(dtype).max
+    path = save(tmp_path / "images", (RAMP * white).round().astype(dtype)) / "000.tif"
+    tag, black_is_zero = struct.pack("<HHI", 262, 3, 1), struct.pack("<I", 1)
+    path.write_bytes(path.read_bytes().replace(tag + black_is_zero, tag + struct.pack("<I", 0)))
+    if dtype is np.uint8:
+        assert_is_the_ramp(-read(path.parent), 0.5 / 127)
+    else:
+        with pytest.raises(ValueError, match="a TIFF of mode I;16 in which 0 is white: save it with 0 as black"):
+            read(path.parent)
+
+
 def png_of_16_bits(path, white):
     """A colour image, which PIL reads and does not write."""
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from ..processes.random import Draw, Generators
@@ -47,6 +48,8 @@ def decode(image: Image.Image, background: Colour = (255, 255, 255)) -> np.ndarr
     if image.mode[0] in "IF":
         if image.has_transparency_data:
             raise ValueError(f"an image of mode {image.mode} with a transparent colour")
+        if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:  # PIL inverts those of 8 bits alone
+            raise ValueError(f"a TIFF of mode {image.mode} in which 0 is white: save it with 0 as black")
         pixels = np.array(image)
         if image.mode == "F" and not np.isfinite(pixels).all():
             raise ValueError("pixels that are not finite")
