@@ -17,8 +17,8 @@ def points(y, sigma):
 
 
 def seen(denoiser):
-    """As calibrations see it: y and D, of a network whose D is not clipped."""
-    return lambda y, sigma: (y, denoiser(y, sigma))
+    """As calibrations see it: D of a network, which is not clipped."""
+    return lambda y, sigma: (denoiser(y, sigma), None)
 
 
 def start(n=256):

@@ -1,6 +1,7 @@
 """Calibration: what a network's errors are, and what is done about them."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from diffusers_gm.calibration.errors import (
     stochasticity_for,
 )
 from diffusers_gm.calibration.oracle import MANY, with_denoiser
+from diffusers_gm.calibration.trajectory import Trajectories
 from diffusers_gm.readings.grids import even_levels, power_levels
+from diffusers_gm.samplers import Memory, Multistep
 
 
 def test_the_martingale_defect_tells_a_network_that_errs():
@@ -169,40 +172,54 @@ def test_the_fixed_grid_is_shifted_once():
     torch.testing.assert_close((s / (1 - s)).tolist(), result.levels[10][1:], rtol=1e-4, atol=0)  # as it is said
 
 
-def test_what_clipping_takes_from_d_it_takes_from_y_as_ddim_does():
-    """The noise between them stays what the network saw: first-order steps are those of diffusers' DDIM, and a
-    calibration sees y as a run does."""
-    theirs = DDIMScheduler(clip_sample=True, set_alpha_to_one=False)
+def test_what_clipping_takes_from_d_long_steps_take_from_y_as_ddim_does():
+    """The noise between them stays what the network saw: long first-order steps are those of diffusers' DDIM."""
+    theirs = DDIMScheduler(clip_sample=True, set_alpha_to_one=False, timestep_spacing="trailing")
     ours = CalibratedMultistepScheduler.from_config(
-        theirs.config, grid=None, timestep_spacing="leading", multistep_order=1, corrector=False
+        theirs.config, grid=None, timestep_spacing="trailing", multistep_order=1, corrector=False
     )
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(2, 1, 4, 4, generator=generator)
-    theirs.set_timesteps(50)
-    ours.set_timesteps(50)
-    high = int((ours.sigmas > 5).sum())
-    assert high > 10
-    for t in theirs.timesteps[:high]:
-        output = sample + 0.1 * torch.randn(2, 1, 4, 4, generator=generator)
-        expected, result = theirs.step(output, t, sample), ours.step(output, t, sample)
-        assert float(expected.pred_original_sample.abs().max()) == 1
-        torch.testing.assert_close(result.pred_original_sample, expected.pred_original_sample, atol=1e-4, rtol=0)
-        torch.testing.assert_close(result.prev_sample, expected.prev_sample, atol=1e-4, rtol=0)
-        sample = expected.prev_sample
+    theirs.set_timesteps(4)
+    ours.set_timesteps(4)
+    assert ours.sigmas[1] > 5
+    sample, output = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = theirs.timesteps[0]
+    expected, result = theirs.step(output, t, sample), ours.step(output, t, sample)
+    assert float(expected.pred_original_sample.abs().max()) == 1
+    torch.testing.assert_close(result.pred_original_sample, expected.pred_original_sample, atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.prev_sample, expected.prev_sample, atol=1e-4, rtol=0)
 
 
-def test_a_calibration_sees_y_move_where_d_is_clipped():
+def test_runs_converge_where_d_is_clipped():
+    """In first order: what y takes of it shrinks with the steps."""
+    scheduler = CalibratedMultistepScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True)
+
+    def too_strong(y, sigma):
+        denoised, memory = scheduler.clipped(2 * y / sigma, sigma, Memory())
+        return denoised, memory.clipped
+
+    def end(n):
+        sigmas, y = torch.logspace(2, 1, n, **DOUBLE), 100 * torch.linspace(-2, 2, 8, **DOUBLE)[:, None]
+        sampler = Multistep(1, corrector=False)
+        trajectories = Trajectories(too_strong, y, sigmas, sampler)
+        return trajectories.run(list(range(n))).states[-1][0]
+
+    distances = [float((end(n) - end(2 * n)).abs().max()) for n in (50, 100, 200)]
+    for coarse, fine in pairwise(distances):
+        assert 1.7 < coarse / fine < 2.3, distances
+
+
+def test_a_calibration_sees_what_clipping_adds_to_d():
     diffuser = DDPMScheduler(clip_sample_range=0.5)
     scheduler = CalibratedMultistepScheduler.from_config(diffuser.config)
     pipe = DDPMPipeline(network(scheduler.noise_space), diffuser)
 
     def work(denoiser, start, _):
-        return [(start, *denoiser(start, sigma), points(start, sigma)) for sigma in (8.0, 2.0)]
+        return [(*denoiser(start, sigma), points(start, sigma)) for sigma in (8.0, 2.0)]
 
     arguments = {"num_inference_steps": MANY, "batch_size": 4, "output_type": "np", "generator": torch.Generator()}
-    (y, moved, clipped, denoised), (_, still, whole, _) = with_denoiser(pipe, scheduler, work, **arguments)
+    (clipped, added, denoised), (whole, nothing, _) = with_denoiser(pipe, scheduler, work, **arguments)
     assert float(denoised.abs().max()) > 0.51
     torch.testing.assert_close(clipped, denoised.clamp(-0.5, 0.5), atol=1e-4, rtol=0)
-    torch.testing.assert_close(moved - y, clipped - denoised, atol=1e-3, rtol=0)
-    torch.testing.assert_close(still, y)
+    torch.testing.assert_close(added, clipped - denoised, atol=1e-3, rtol=0)
+    assert nothing is None
     assert float(whole.abs().max()) > 0.51

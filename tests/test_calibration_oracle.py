@@ -32,7 +32,7 @@ def test_a_pipeline_that_begins_midway_is_told_what_is_asked():
     pipe = Midway(network(scheduler.noise_space), scheduler)
     y, levels = start(4), (30.0, 2.0, 0.3)
     work = lambda denoiser, first, shift: [denoiser(0.1 * y, sigma) for sigma in levels]
-    for sigma, (_, denoised) in zip(levels, with_denoiser(pipe, scheduler, work, num_inference_steps=20), strict=True):
+    for sigma, (denoised, _) in zip(levels, with_denoiser(pipe, scheduler, work, num_inference_steps=20), strict=True):
         torch.testing.assert_close(denoised.double(), points(0.1 * y, sigma), rtol=1e-3, atol=1e-3)
     assert pipe.scheduler is scheduler
 

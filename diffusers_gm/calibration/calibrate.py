@@ -31,7 +31,7 @@ from .errors import (
 )
 from .levels import Found, Ladder, levels_from_one_run, levels_from_trajectories
 from .oracle import MANY, with_denoiser
-from .trajectory import Denoiser
+from .trajectory import Denoised, Denoiser
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
@@ -238,7 +238,7 @@ class Counted:
     calls: int = 0
     seconds: float = 0.0
 
-    def __call__(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, y: Tensor, sigma: float) -> Denoised:
         asked = time.perf_counter()
         answer = self.denoiser(y, sigma)
         self.seconds += time.perf_counter() - asked

@@ -18,6 +18,7 @@ from ..processes.random import Generators
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler
 from ..schedulers.calls import Levels
+from .trajectory import Denoised
 
 # Steps that the pipeline is told of; it is stopped before.
 MANY = 20_000
@@ -73,9 +74,9 @@ class AskedScheduler(CalibratedMultistepScheduler):
             )
         state = sample.float()
         y, companion = self.reading.coordinates(state, call)
-        denoised, _ = self._denoised(self.without_variance(model_output.float(), state), state, y, call, Memory())
-        moved, denoised = self.clipped(y, denoised, call.sigma)
-        sigma, y = self.exchange(y, (moved, denoised))
+        denoised, memory = self._denoised(self.without_variance(model_output.float(), state), state, y, call, Memory())
+        denoised, memory = self.clipped(denoised, call.sigma, memory)
+        sigma, y = self.exchange(y, (denoised, memory.clipped))
         self._taken += 1
         label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))
         self.ask(label)
@@ -98,15 +99,15 @@ class AskedScheduler(CalibratedMultistepScheduler):
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         return self.reading.model_input(sample, timestep, self.asked)
 
-    exchange: Callable[[Tensor, tuple[Tensor, Tensor]], tuple[float, Tensor]]
+    exchange: Callable[[Tensor, Denoised], tuple[float, Tensor]]
 
 
 def with_denoiser(
     pipe: Any, scheduler: CalibratedMultistepScheduler, work: Callable[[Any, Tensor, float], Any], **arguments: Any
 ) -> Any:
-    """Run `work(denoiser, start, shift)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is y and D of the
-    pipeline's batch as a sampler is given them, `start` its y at the first level, `shift` the factor by which it moves
-    levels for its resolution (`flow`).
+    """Run `work(denoiser, start, shift)` while `pipe(**arguments)` answers: `denoiser(y, sigma)` is D of the
+    pipeline's batch and what clipping has added to it, `start` its y at the first level, `shift` the factor by which
+    it moves levels for its resolution (`flow`).
 
     Returns:
         what `work` returns.
@@ -155,7 +156,7 @@ class _Asker:
         self.requests: queue.Queue[Any] = queue.Queue()
         self.thread: threading.Thread | None = None
 
-    def exchange(self, y: Tensor, answer: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+    def exchange(self, y: Tensor, answer: Denoised) -> tuple[float, Tensor]:
         """Called by the pipeline: y of the call that was asked for, and the answer; the level and y of the next one."""
         if self.thread is None:
             # D of the first call is asked for again: the work need not know of this one.
@@ -168,7 +169,7 @@ class _Asker:
             raise _Done
         return request
 
-    def denoiser(self, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def denoiser(self, y: Tensor, sigma: float) -> Denoised:
         """Called by the work."""
         self.requests.put((sigma, y))
         answer = self.answers.get()

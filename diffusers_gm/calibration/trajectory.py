@@ -21,8 +21,9 @@ NUM_DIRECTIONS = 128
 # the pipeline's start.
 SEEDS = 7_919_000
 
-# Of y and sigma of a batch: y and D as a sampler is given them; y moves where D is clipped.
-Denoiser = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+# D, and what clipping has added to it, if anything (`Memory.clipped`); by a batch's y and sigma.
+Denoised = tuple[Tensor, Tensor | None]
+Denoiser = Callable[[Tensor, float], Denoised]
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,24 @@ class OppositeDraw(Draw):
         return super().normal(shape).neg_()
 
 
-def answer(denoiser: Denoiser, y: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+def answer(denoiser: Denoiser, y: Tensor, sigma: float) -> Denoised:
     """What a denoiser says; a ValueError if D is not finite."""
-    y, denoised = denoiser(y, sigma)
+    denoised, clipped = denoiser(y, sigma)
     if not torch.isfinite(denoised).all():
         raise ValueError(
             f"the denoised image is not finite at sigma = {sigma:.4g}: the network overflows, in half precision "
             "perhaps; nothing can be calibrated on it"
         )
-    return y, denoised
+    return denoised, clipped
 
 
 def denoised_images(denoiser: Denoiser, y: Tensor, sigmas: Tensor, sampler: Multistep, draw: Draw) -> Iterator[Tensor]:
     """D of every call of a run from y `(B, ...)`, the last one its result; a ValueError if one is not finite."""
     plan, memory = sampler.plan(sigmas), Memory()
     for i, sigma in enumerate(sigmas.tolist()):
-        y, denoised = answer(denoiser, y, sigma)
+        denoised, clipped = answer(denoiser, y, sigma)
         yield denoised
-        y, memory = sampler.step(plan, i, y, denoised, memory, draw)
+        y, memory = sampler.step(plan, i, y, denoised, memory._replace(clipped=clipped), draw)
 
 
 @dataclass
@@ -119,7 +120,8 @@ class Trajectories:
         else:
             y, memory = self.start_at(index[0]), Memory()
         for i in range(same, len(index)):
-            y, denoised = self._denoised(y, index[i])
+            denoised, clipped = self._denoised(y, index[i])
+            memory = memory._replace(clipped=clipped)
             if keep:
                 run.states.append((y, memory))
             run.denoised.append(denoised)
@@ -134,7 +136,7 @@ class Trajectories:
         assert self.deviation is not None
         return self.start * (self.deviation(float(self.sigmas[level])) / self.deviation(float(self.sigmas[0])))
 
-    def _denoised(self, y: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    def _denoised(self, y: Tensor, level: int) -> Denoised:
         self.num_calls += 1
         return answer(self.denoiser, y, float(self.sigmas[level]))
 

@@ -25,6 +25,11 @@ from .sampler import Memory, Plan, Stepped, one_a_level
 # the step over the one before: the difference of the two D's is of noise, which a longer step extrapolates.
 DAMPING = 0.2
 
+# Where D is clipped, the noise that the network saw stays in a long step, as in DDIM (arXiv 2010.02502): y moves as D
+# does; else what is out of range would stay in y, and come back. In short ones y moves at this rate, `FOLLOWS h`: moves
+# that do not shrink with the steps would add up, the more of them the further.
+FOLLOWS = 0.6
+
 # Where the second of two stochasticities begins: above this noise level an image of [-1, 1] takes shape, below it has
 # its details.
 FINE = 1.0
@@ -68,13 +73,14 @@ class Multistep:
         return one_a_level(num_calls)
 
     def plan(self, sigmas: Tensor) -> Plan:
-        """Of each call, its level, the factors of its step on y and on the noise, and for each number of D's that are
-        remembered the weights of the new D and of these, the newest first."""
+        """Of each call, its level, the factors of its step on y, on what clipping added to D, and on the noise, and for
+        each number of D's that are remembered the weights of the new D and of these, the newest first."""
         clock, n = -sigmas.log(), len(sigmas)
         above, below = torch.tensor(self._taus, dtype=torch.float64)
         tau, h = torch.where(sigmas[:-1] > FINE, above, below), clock.diff()
         a = 1 + tau**2
-        decay = torch.exp(-a * h).tolist()
+        decay = torch.exp(-a * h)
+        follows = (decay * (FOLLOWS * h).clamp(max=1)).tolist()
         spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
         # The clocks of the last calls, each once, the newest first.
         known = [list(dict.fromkeys(reversed(clock[: i + 1].tolist())))[: self.order] for i in range(n - 1)]
@@ -99,21 +105,23 @@ class Multistep:
                 predictor[i].append(weights[row].tolist())
                 if self.corrector:
                     corrector[i + 1].append(correction[row].tolist())
-        decay, spread = [*decay, 0.0], [*spread, 0.0]
+        decays, follows, spread = [*decay.tolist(), 0.0], [*follows, 0.0], [*spread, 0.0]
         of_calls = [
             [in_one(*step, remembered) for remembered in range(self.order + 1)]
-            for step in zip(decay, predictor, corrector, strict=True)
+            for step in zip(decays, predictor, corrector, strict=True)
         ]
-        return Plan(sigmas, list(zip(sigmas.tolist(), decay, spread, of_calls, strict=True)))
+        return Plan(sigmas, list(zip(sigmas.tolist(), decays, follows, spread, of_calls, strict=True)))
 
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         """The correction of y goes with the step from it, so that an edit between two steps stays."""
         if i == len(plan.steps) - 1:
             return denoised, memory
-        sigma, decay, spread, weights = plan.steps[i]
+        sigma, decay, follows, spread, weights = plan.steps[i]
         known = [item for item in memory.denoised if item[0] > sigma]
         items = ((sigma, denoised), *known)
         y = draw.normal(y.shape).mul_(spread).add_(y, alpha=decay) if spread else decay * y
+        if memory.clipped is not None:
+            y = y.add_(memory.clipped, alpha=follows)
         for weight, (_, image) in zip(weights[len(known)], items, strict=False):
             y = y.add_(image, alpha=weight)
         return y, memory._replace(denoised=items[: self.order])

@@ -19,12 +19,14 @@ class Memory(NamedTuple):
         level: the noise level, in units of the component's scale, at which a Langevin run under mixture noise really
             is; None: at that of the call.
         precision: the factor w of the score `w (D - y) / sigma^2` under mixture noise, where the reading gave it.
+        clipped: what clipping has added to D at this call; None: nothing that y is to follow.
     """
 
     companion: Tensor | None = None
     denoised: tuple[tuple[float, Tensor], ...] = ()
     level: float | None = None
     precision: Tensor | float | None = None
+    clipped: Tensor | None = None
 
 
 # y after a step, and what is remembered.

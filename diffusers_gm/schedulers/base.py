@@ -291,7 +291,7 @@ class SamplerScheduler(Calls, Swappable):
         y, companion = self.reading.coordinates(state, call)
         memory = run.memory if companion is None else run.memory._replace(companion=companion)
         denoised, memory = self._denoised(output, state, y, call, memory)
-        y, denoised = self.clipped(y, denoised, call.sigma)
+        denoised, memory = self.clipped(denoised, call.sigma, memory)
         if per_token_timesteps is not None:
             waiting, own = self._waiting(per_token_timesteps.to(dtype)[..., None], output, state, call)
             denoised = torch.where(waiting, own, denoised)
@@ -349,9 +349,9 @@ class SamplerScheduler(Calls, Swappable):
         have_channels = model_output.ndim > 1 and sample.ndim > 1
         return without_variance(model_output, sample.shape[1]) if learned and have_channels else model_output
 
-    def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """y and D, clipped, as the sampler is given them."""
-        return y, self.clip(denoised, sigma)
+    def clipped(self, denoised: Tensor, sigma: float, memory: Memory) -> Stepped:
+        """D, clipped, and what the sampler is to know of that."""
+        return self.clip(denoised, sigma), memory
 
     def clip(self, denoised: Tensor, sigma: float) -> Tensor:
         """`thresholding` and, above a noise level, `clip_sample` act on D."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..readings.grids import calibrated_value
 from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
+from ..samplers.sampler import Memory, Stepped
 from .base import SamplerScheduler
 from .network import network_noise
 from .options import with_common_options
@@ -41,8 +42,8 @@ class CalibratedMultistepScheduler(SamplerScheduler):
 
     All other arguments: see `AnnealedLangevinScheduler` and, for networks of mixture noise, `GMLangevinScheduler`. But
     `clip_sample` acts above noise level 4 only: there it mends a network's errors, below it makes a bias of them, which
-    the steps of a stochastic run add up. What it takes from D it takes from y, too, so that the noise between them is
-    still what the network saw, as in DDIM (arXiv 2010.02502): what is out of range would else stay in y, and come back.
+    the steps of a stochastic run add up. What it takes from D it takes from y, too, in long steps wholly, as DDIM
+    (arXiv 2010.02502) does, see `samplers.multistep.FOLLOWS`.
 
     Raises:
         ValueError: for a calibration that is none; for arguments out of range.
@@ -77,12 +78,11 @@ class CalibratedMultistepScheduler(SamplerScheduler):
             tau = calibrated_value(config.calibration, "stochasticity", num_calls) or 0.0
         return Multistep(config.multistep_order, config.corrector, tau)
 
-    def clipped(self, y: Tensor, denoised: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """y moves with D where `clip_sample` acts; not with `thresholding`, which is of all levels."""
+    def clipped(self, denoised: Tensor, sigma: float, memory: Memory) -> Stepped:
+        """y follows D where `clip_sample` acts; not where `thresholding` does, which is of all levels."""
         clipped = self.clip(denoised, sigma)
-        if clipped is denoised or self.config.thresholding:
-            return y, clipped
-        return y + (clipped - denoised), clipped
+        still = clipped is denoised or self.config.thresholding
+        return clipped, memory._replace(clipped=None if still else clipped - denoised)
 
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
         self.sampler = self.sampler_for(len(labels))
