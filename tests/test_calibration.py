@@ -377,7 +377,7 @@ def test_the_command_has_real_images_choose(tiny_unet, tmp_path, monkeypatch, ca
     for i in range(3):
         Image.new("RGB", (20, 30), (40 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
     seen = []
-    monkeypatch.setattr(Ladder, "closest", lambda self, taus, levels, images: seen.append(images) or 0.4)
+    monkeypatch.setattr(Ladder, "closest", lambda self, ruled, taus, levels, images: seen.append(images) or 0.4)
     main([*words, "--train_data_dir", str(tmp_path / "photos")])
     main([*words, "--dataset_name", "digits"])
     assert [tuple(images.shape) for images in seen] == [(3, 1, 8, 8), (1437, 1, 8, 8)]

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from points import HIGH, LOW, POINTS, network, points, seen, start
+from points import DOUBLE, HIGH, LOW, POINTS, network, points, seen, start
 
 from diffusers_gm import CalibratedMultistepScheduler
 from diffusers_gm.calibration.calibrate import _quiet
 from diffusers_gm.calibration.levels import Ladder
 from diffusers_gm.calibration.oracle import with_denoiser
-from diffusers_gm.calibration.trajectory import sliced_distance
+from diffusers_gm.calibration.trajectory import denoised_images, sliced_distance
+from diffusers_gm.processes.random import Draw
 from diffusers_gm.samplers import Multistep
 
 
@@ -61,7 +62,7 @@ def test_stochasticities_are_judged_by_runs_whose_noise_is_not_that_of_their_sta
         return torch.zeros_like(y)
 
     ladder = Ladder(seen(blind), start().float(), HIGH, LOW, Multistep())
-    ladder.closest((1.0,), [HIGH, 30.0, 20.0], torch.zeros(1024, 1, 1, 1))
+    ladder.closest(1.0, (), [HIGH, 30.0, 20.0], torch.zeros(1024, 1, 1, 1))
     for sigma, batches in seen_at.items():
         y = torch.cat(batches)
         assert float(y.std()) == pytest.approx(sigma, rel=5 / (2 * len(y)) ** 0.5)
@@ -76,13 +77,27 @@ def test_stochasticities_are_judged_from_fresh_starts_of_the_level_that_a_run_be
         return points(y, sigma)
 
     ladder = Ladder(seen(denoiser), start(), HIGH, LOW, Multistep(), deviation=lambda sigma: sigma)
-    assert ladder.closest((0.0,), [4.0, 1.0, 0.1], POINTS[torch.arange(1024) % 3].view(1024, 1, 1, 1)) == 0.0
+    assert ladder.closest(0.0, (), [4.0, 1.0, 0.1], POINTS[torch.arange(1024) % 3].view(1024, 1, 1, 1)) == 0.0
     first, opposite, second, *_ = starts
     assert torch.equal(opposite, -first)
     for y in starts:
         assert float(y.std()) == pytest.approx(4.0, rel=5 / (2 * 256) ** 0.5)
     assert not torch.equal(first, second)
     assert not torch.equal(first, start())
+
+
+@pytest.mark.parametrize("ruled", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("best", [0.0, 1.0])
+def test_real_images_overrule_a_stochasticity_where_that_is_no_chance(ruled, best):
+    """Of images that runs with a stochasticity make, that one is chosen; of any images, none among equals."""
+    levels, half = [HIGH, 8.0, 2.0, 0.5], seen(lambda y, sigma: 0.5 * y)
+    y = HIGH * torch.randn(4096, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    draw = Draw.like(y, torch.Generator().manual_seed(2))
+    *_, images = denoised_images(half, y, torch.tensor(levels, **DOUBLE), Multistep(stochasticity=best), draw)
+    ladder = Ladder(half, start().float(), HIGH, LOW, Multistep())
+    assert ladder.closest(ruled, (0.0, 1.0), levels, images) == best
+    exact = Ladder(seen(lambda y, sigma: torch.zeros_like(y)), start().float(), HIGH, LOW, Multistep())
+    assert exact.closest(ruled, (0.0, 1.0), levels, images) == ruled
 
 
 def test_a_fresh_start_is_as_wide_as_the_pipeline_s():

@@ -125,9 +125,9 @@ def calibrate(
             above 1 and of the others. None: by the martingale defect of the network and the number of calls, see
             `errors.stochasticity_for`; or by `images`.
         images: real ones, `(n, C, H, W)` in [-1, 1], such as those that the network was trained on; with a `vae` these
-            or their latents, as the network takes them (`autoencoders.as_learned`). Then the choice among tau
-            = 0, 0.4, (0.5, 1) and 1 is that of the samples which are closest to these, for each number of calls, in
-            sliced Wasserstein distance.
+            or their latents, as the network takes them (`autoencoders.as_learned`). Then that of tau = 0, 0.4, (0.5, 1)
+            and 1 whose samples are closest to these in sliced Wasserstein distance, for each number of calls, takes the
+            place of what the defect says, if that is more than chance.
         progress: show a bar.
         arguments: of the pipeline. `num_inference_steps` is not among them. Our own pipelines take `batch_size` 64,
             fewer where images are large, and all classes, unless told; others that have a `batch_size`, as
@@ -216,10 +216,9 @@ def measured(
         result.errors |= {n: errors} if errors else {}
         if stochasticity is not None:
             result.stochasticity[n] = stochasticity
-        elif images is not None:
-            result.stochasticity[n] = ladder.closest(CANDIDATES, levels, images)
         else:
-            result.stochasticity[n] = stochasticity_for(run, n)
+            ruled = stochasticity_for(run, n)
+            result.stochasticity[n] = ruled if images is None else ladder.closest(ruled, CANDIDATES, levels, images)
     if stochasticity is None:
         others = [n for n in range(LOST, FOLLOWED + 1) if n < budgets[0] or (images is None and n not in budgets)]
         result.elsewhere = {n: stochasticity_for(run, n) for n in others}

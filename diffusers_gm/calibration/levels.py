@@ -23,8 +23,9 @@ MAX_RUNS, MAX_CALLS = 40, 240
 # Levels of the one run of `effort="fast"`.
 NUM_FAST = 56
 
-# Pairs of batches that stochasticities are judged by: fewer would leave it to chance.
-JUDGED = 4
+# Pairs of batches that stochasticities are judged by, and how many standard errors closer to real images another than
+# that of the rules must be: of so few pairs less is chance.
+JUDGED, SURE = 4, 2.0
 
 # Of each budget: its levels, and its errors on the fixed grid and on them, if they were measured.
 Found = dict[int, tuple[list[float], tuple[float, float] | None]]
@@ -57,17 +58,22 @@ class Ladder:
         scale = self.start.std() if self.noise.is_standard_gaussian else self.high
         return self.noise.sample(self.start.shape, generator).to(self.start) * scale
 
-    def closest(self, taus: Sequence[Stochasticity], levels: list[float], images: Tensor) -> Stochasticity:
-        """The stochasticity whose samples are closest to real images; from starts that no levels were chosen on.
+    def closest(
+        self, ruled: Stochasticity, taus: Sequence[Stochasticity], levels: list[float], images: Tensor
+    ) -> Stochasticity:
+        """The stochasticity whose samples are closest to real images, where that is more than chance, else `ruled`;
+        from starts that no levels were chosen on.
 
         Batches come in pairs of opposite noise: without, the mean of the noise, which decides how bright images are,
-        is most of what chance does to the distance. It does less to runs with noise: the others gain more by it.
+        is most of what chance does to the distance. The standard error of a difference is that of the jackknife over
+        pairs.
         """
         sigmas = torch.tensor(levels, dtype=torch.float64)
         lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
         shown = float(images.min()), float(images.max())  # a pipeline clips what it makes, too
 
-        def distance(tau: Stochasticity) -> float:
+        def distances(tau: Stochasticity) -> Tensor:
+            """Of all pairs, and of all but one, `(1 + JUDGED,)`."""
             sampler = replace(self.sampler, stochasticity=tau)
             batches = []
             for seed, (sign, draw) in product(range(JUDGED), ((1, Draw), (-1, OppositeDraw))):
@@ -76,9 +82,16 @@ class Ladder:
                 y = sign * lower * self.fresh_start(3 + seed)
                 *_, last = denoised_images(self.denoiser, y, sigmas, sampler, draw(generator, y.device, y.dtype))
                 batches.append(last.clamp(*shown))
-            return sliced_distance(torch.cat(batches), images)
+            without = [batches[: 2 * k] + batches[2 * k + 2 :] for k in range(JUDGED)]
+            return torch.tensor([sliced_distance(torch.cat(some), images) for some in (batches, *without)])
 
-        return min(taus, key=distance)
+        best, gained, of_rule = ruled, 0.0, distances(ruled)
+        for tau in (tau for tau in taus if tau != ruled):
+            gain, *without = of_rule - distances(tau)
+            spread = torch.stack(without).std(correction=0) * (JUDGED - 1) ** 0.5
+            if gain > max(gained, SURE * float(spread)):
+                best, gained = tau, float(gain)
+        return best
 
 
 def levels_from_one_run(ladder: Ladder, scheduler: Any, budgets: list[int]) -> Found:
