@@ -80,7 +80,7 @@ def test_noise_is_for_networks_that_err_and_less_of_it_for_few_calls():
     assert taus(-0.5, 1.0, 16, 4, 5, 6, 50, excess=5.0) == [0.5, 1, (0.5, 1.0), (0.5, 1.0)]
     assert taus(-0.6, 1.0, 16, 4, 5, 6, 50, excess=5.0) == [0, 0, (0.5, 1.0), (0.5, 1.0)]
     assert taus(-0.5, 1.0, 4, 5, 50) == [1, (0.5, 1.0)]  # by chance
-    assert taus(-0.5, 0.7, 16, 2, 5, 10, 15, 50) == [0, 0, 0, 0.3, 0.3]
+    assert taus(-0.5, 0.7, 16, 2, 5, 10, 15, 50) == [0, 0, 0, 0, 0]
 
 
 def erring(error):
@@ -154,6 +154,7 @@ def test_where_runs_of_a_network_of_errors_begin():
     assert begins(6) == pytest.approx(30)
     assert begins(5) == pytest.approx(15)
     assert begins(5, left=0.9) == pytest.approx(30)
+    assert begins(6, left=0.9) == pytest.approx(100), "no level can be spared"
     assert begins(5, defect=-0.6) == pytest.approx(30), "without noise, which corrects a lower start"
     assert begins(5, high=10.0) == pytest.approx(10)
     assert begins(6, num_images=15) == pytest.approx(100), "of few images nothing is concluded"

@@ -35,9 +35,8 @@ WIDER = 0.02
 
 # The mean square of an exact D grows along the reverse diffusion, by that of its changes. A network that is hardly
 # trained sees far too strong images in nothing but noise, and loses some of them on the way. Where less is left at the
-# end than was at level `SHOWS`, noise feeds the errors: long runs have a little, others none, and all begin where noise
-# hides the images.
-SHOWS, LITTLE, LONG = 2.5, 0.3, 12
+# end than was at level `SHOWS`, noise feeds the errors, and no level can be spared.
+SHOWS = 2.5
 
 # Above level `BLIND` an exact D is the mean of all images, give or take a fiftieth of their variance. Of networks that
 # are trained long it differs by up to some times that variance, of others by many times.
@@ -144,7 +143,7 @@ def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
     if not found.errs:
         return SOME if not found.exact and num_calls >= ENOUGH else 0.0
     if found.fades:
-        return LITTLE if num_calls >= LONG else 0.0
+        return 0.0
     if num_calls >= ENOUGH and not found.astray:
         return SOME
     return min(ALL, max(0.0, GAINED * (num_calls - (LOST_MUCH if found.errs_much else LOST))))
@@ -158,7 +157,7 @@ def levels_of_errors(
     deviation: Callable[[float], float] | None = None,
     shift: float = 1.0,
 ) -> Tensor:
-    """The fixed grid from where noise hides the images, of very few calls one that ends higher: what is below costs
+    """The fixed grid, from where noise hides the images; of very few calls one that ends higher: what is below costs
     steps that the noise above needs.
 
     Args:
@@ -171,7 +170,8 @@ def levels_of_errors(
     hiding, share = HIDING, LAST_SHARE
     if few and not run.fades:
         hiding, share = (HIDING, LAST_SHARE / 2) if run.errs_much else (HIDING / 2, LAST_SHARE)
-    if deviation is not None and len(run.images) >= MANY_IMAGES:  # of few images their own deviation would be chance
+    spared = few or not run.fades
+    if spared and deviation is not None and len(run.images) >= MANY_IMAGES:  # of few their deviation would be chance
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
