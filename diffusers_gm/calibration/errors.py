@@ -12,7 +12,7 @@ from ..processes.random import Draw
 from ..readings.grids import POWER, even_levels, power_levels
 from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
-from .trajectory import SEEDS, Denoised, Denoiser, denoised_images
+from .trajectory import SEEDS, Denoiser, denoised_images
 
 # Levels of the run that measures the martingale defect.
 NUM_MARTINGALE = 48
@@ -38,14 +38,10 @@ WIDER = 0.02
 # end than was at level `SHOWS`, noise feeds the errors, and no level can be spared.
 SHOWS = 2.5
 
-# Above level `BLIND` an exact D is the mean of all images, give or take a fiftieth of their variance. Of networks that
-# are trained long it differs by up to some times that variance, of others by many times.
-BLIND, ASTRAY = 16.0, 7.0
-
 # Stochasticities of a run of enough calls to follow them: none where D is exact, which noise has nothing to correct in;
 # some for a network that errs, as trained ones do, above noise level 1 less than below, where steps are short and D
-# errs most; and all there is where it goes astray. Of `LOST` calls, or where errors vary much so many, none, and where
-# they dominate of each more so much, up to `FOLLOWED`.
+# errs most; and all there is where errors dominate: of `LOST` calls, or where they vary much so many, none, and of each
+# more so much, up to `FOLLOWED`.
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
 LOST, LOST_MUCH, GAINED, FOLLOWED = 3, 5, 0.5, 7
 
@@ -69,14 +65,11 @@ class ReverseDiffusion:
             denoiser D is one, and rho about 0, or a little above; errors of a network that vary from level to level
             make it negative.
         left: the mean square of D at the end over that at level `SHOWS`; of an exact denoiser at least 1.
-        excess: the mean square of D above level `BLIND`, less the mean of the images, over their variance; of an exact
-            denoiser next to nothing.
         images: D at the end.
     """
 
     defect: float
     left: float
-    excess: float
     images: Tensor
 
     @property
@@ -88,11 +81,6 @@ class ReverseDiffusion:
     def errs_much(self) -> bool:
         """Whether noise of a few steps only adds to them."""
         return self.defect < ERRS_MUCH
-
-    @property
-    def astray(self) -> bool:
-        """Whether it sees images where there is nothing but noise; of a few it would be chance."""
-        return self.excess > ASTRAY and len(self.images) >= MANY_IMAGES
 
     @property
     def exact(self) -> bool:
@@ -114,16 +102,7 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
     sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(SEEDS)
     products = squares = 0.0
     strengths = []  # the mean square of D below level `SHOWS`
-    blind = []  # the first two moments of D, not clipped, above level `BLIND`
-
-    def seen(y: Tensor, sigma: float) -> Denoised:
-        denoised, clipped = denoiser(y, sigma)
-        if sigma > BLIND:
-            whole = denoised if clipped is None else denoised - clipped
-            blind.append((whole.mean(0), whole.square().mean()))
-        return denoised, clipped
-
-    runs = pairwise(denoised_images(seen, y, sigmas, sampler, Draw.like(y, generator)))
+    runs = pairwise(denoised_images(denoiser, y, sigmas, sampler, Draw.like(y, generator)))
     for (before, denoised), sigma in zip(runs, sigmas[1:].tolist(), strict=True):
         change = denoised - before
         products += float((before * change).mean())
@@ -131,10 +110,7 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
         if sigma <= SHOWS:
             strengths.append(float(denoised.square().mean()))
     left = strengths[-1] / strengths[0] if strengths and strengths[0] else 1.0
-    mean, variance = denoised.mean(0), denoised.var(0, correction=0).mean()
-    squares_off = [float(square - (2 * first * mean - mean.square()).mean()) for first, square in blind]
-    excess = sum(squares_off) / len(squares_off) / max(float(variance), 1e-12) if blind else 0.0
-    return ReverseDiffusion(products / squares, left, excess, denoised)
+    return ReverseDiffusion(products / squares, left, denoised)
 
 
 def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
@@ -144,8 +120,6 @@ def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
         return SOME if not found.exact and num_calls >= ENOUGH else 0.0
     if found.fades:
         return 0.0
-    if num_calls >= ENOUGH and not found.astray:
-        return SOME
     return min(ALL, max(0.0, GAINED * (num_calls - (LOST_MUCH if found.errs_much else LOST))))
 
 
