@@ -100,30 +100,6 @@ def test_a_sampler_has_its_grid_back_after_a_calibrated_one(cls, source):
 
 
 @every_scheduler
-@pytest.mark.parametrize("theirs", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-def test_a_spacing_that_nobody_asked_for_is_left_to_the_next_scheduler(cls, theirs):
-    """As without ours in between; one that somebody asked for goes along."""
-
-    def spacing(config, into=theirs):
-        return into.from_config(config).config.timestep_spacing
-
-    source = DDPMScheduler()
-    ours = cls.from_config(source.config)
-    for config in (ours.config, CLDSSCSScheduler.from_config(ours.config).config):
-        assert config.timestep_spacing == "leading"
-        assert spacing(config) == spacing(source.config)
-        solver = UniPCMultistepScheduler.from_config(config)
-        assert spacing(cls.from_config(solver.config).config, DDPMScheduler) == "leading"
-    for asked in (
-        cls.from_config(source.config, timestep_spacing="leading"),
-        cls.from_config(ours.config, timestep_spacing="leading"),
-        cls.from_config(DDPMScheduler(timestep_spacing="leading").config),
-        cls.from_config(theirs.from_config(ours.config, timestep_spacing="leading").config),
-    ):
-        assert spacing(asked.config) == "leading"
-
-
-@every_scheduler
 @pytest.mark.parametrize("theirs", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
 def test_the_ends_of_our_ladder_do_not_leak_into_others(cls, theirs, tmp_path):
     source = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)

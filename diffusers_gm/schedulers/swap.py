@@ -25,23 +25,15 @@ SAID_OF_FLOW = ("use_flow_sigmas", "flow_shift")
 # Where a saved config keeps what diffusers would misread under its own name.
 OWN = "diffusers_gm"
 
-# Where a config in memory keeps the spacing that a scheduler of diffusers had by default.
-UNSAID = "_unsaid_spacing"
-
 
 # --- From other schedulers to ours ---
 
 
 def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others: set[str]) -> dict[str, Any]:
     """A config of ours, for a class with these `algorithms`: what was kept from diffusers is back in its place, and a
-    sampler that belongs to another class (`others`: those of all) is left out. Configs of others are left alone, but
-    for a note of a spacing that nobody asked for."""
+    sampler that belongs to another class (`others`: those of all) is left out. Configs of others are left alone."""
     if isinstance(config, SwapConfig):
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    else:
-        unsaid = "timestep_spacing" in config.get("_use_default_values", ())
-        config = {key: value for key, value in config.items() if key != UNSAID}
-        config |= {UNSAID: config["timestep_spacing"]} if unsaid else {}
     if OWN in config:
         added = {OWN, *config[OWN].get("added", ())}
         config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
@@ -58,8 +50,7 @@ def from_source_config(config: dict[str, Any], noise_space: str | None = None) -
       configs in memory, and keeps them in the same configs read from disk; files of older versions leave out what was
       new later.
     - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
-      at few calls: `grid="even"` takes their place, and they stay in the config for the way back. One that the source
-      left at its default is unsaid in memory: the next scheduler of diffusers has its own, as without ours in between.
+      at few calls: `grid="even"` takes their place, and they stay in the config for the way back.
     - `algorithm_type` is the source's own, and left out.
     - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
       pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space; its network is told sigma itself.
@@ -177,7 +168,7 @@ def saved_config(config: Any, space: NoiseSpace | None) -> dict[str, Any]:
     """The config as it goes to disk. Keys that mean something else to schedulers of diffusers have a value that these
     understand, or are left out; our own values stand under `OWN`. A `ve` network gets the betas of the DDPM network
     that it is, a `flow` network the words of solvers that serve both."""
-    theirs = {key: value for key, value in config.items() if key not in ("_use_default_values", UNSAID)}
+    theirs = {key: value for key, value in config.items() if key != "_use_default_values"}
     changed: dict[str, Any] = {"algorithm_type": None}
     if config["timestep_spacing"] not in THEIR_SPACINGS:
         changed["timestep_spacing"] = "trailing"
@@ -205,16 +196,14 @@ class SwapConfig(FrozenDict):
     """A config of ours, of which schedulers of diffusers take what they understand.
 
     They leave out the fields named under `_use_default_values`, for which they have defaults of their own. Here these
-    are the ones that stand for "not given", our algorithms, our spacings, one that its source had by default, and the
-    ends of our ladder where a network has none; everything else means the same to both.
+    are the ones that stand for "not given", our algorithms, our spacings and the ends of our ladder where a network has
+    none; everything else means the same to both.
     """
 
     def get(self, key: str, default: Any = None) -> Any:
         if key != "_use_default_values":
             return super().get(key, default)
-        own, spacing = {"algorithm_type"}, self["timestep_spacing"]
-        if spacing not in THEIR_SPACINGS or spacing == super().get(UNSAID):
-            own.add("timestep_spacing")
+        own = {"algorithm_type", *(["timestep_spacing"] if self["timestep_spacing"] not in THEIR_SPACINGS else [])}
         own |= set(ends_of_no_ladder(self))
         return sorted(own | {name for name, value in self.items() if value is None})
 
@@ -268,8 +257,6 @@ class Swappable(SchedulerMixin, ConfigMixin):
         flags = {flag: False for flag in SPACING_FLAGS if isinstance(config, dict) and config.get(flag)}
         if "timestep_spacing" in kwargs or any(kwargs.get(name) for name in ("grid", *SPACING_FLAGS)):
             kwargs = {"grid": None, **flags, **kwargs}
-        if "timestep_spacing" in kwargs and isinstance(config, dict):
-            config = {**config, UNSAID: None}
         options = cls._get_init_keys(cls)
         for name in kwargs.keys() - options - {*SAID_OF_FLOW}:
             near = get_close_matches(name, options, 3, 0.0)
