@@ -235,6 +235,15 @@ def test_a_saved_pipeline_beside_real_images(tmp_path, faces):
     assert [row[0] for row in report.tables[0].rows] == ["DDPM", "UniPC"]
 
 
+def test_a_compiled_network_is_what_is_sampled(tmp_path, faces, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda forward: lambda *args, **kw: calls.append(1) or forward(*args, **kw))
+    words = ["--pipeline", saved(DDPMScheduler(), tmp_path / "ddpm"), "--train_data_dir", faces, "--num_samples", "8"]
+    words += ["--seeds", "1", "--calls", "5", "--output", str(tmp_path), "--samplers", "DDIM", "--grids", "default"]
+    bench.main([*words, "--compile"])
+    assert len(calls) == 5
+
+
 def test_edm_schedulers_of_diffusers_on_given_levels():
     config = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=20.0, sigma_min=0.02).config
     for by_grid in edm_peers(config, UNMADE).values():
@@ -282,6 +291,7 @@ def test_a_saved_pipeline_and_images_that_do_not_suit(changed, message, tmp_path
         (["--samplers", "SSCS"], "exact has CLD, sscs,"),
         (["--first_look", "9", "--num_samples", "9"], "--first_look 9: must be fewer than --num_samples 9"),
         (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["--compile"], "--compile: networks of --pipeline are compiled, and none is given"),
         (["--models", "cld", "--num_samples", "400"], "there are 360 held-out digits"),
         (
             ["--models", "cld", "--num_samples", "40", "--resolution", "8"],

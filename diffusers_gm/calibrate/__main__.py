@@ -5,7 +5,7 @@
 Writes the scheduler into the folder (of a model on the Hub: into --output_dir), and `calibration.png` beside it: the
 levels of each budget before and after, and, where they were measured (`--effort full`, and calls enough for the errors
 of the network), how far the last images are from those of very many calls, before and after. With --train_data_dir or
---dataset_name real images choose the stochasticity.
+--dataset_name real images may overrule its stochasticity.
 """
 
 import argparse

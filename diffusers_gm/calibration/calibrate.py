@@ -35,7 +35,7 @@ from .trajectory import Denoised, Denoiser
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 
-# Stochasticities among which real images choose.
+# Stochasticities that real images may have in place of that of the rules.
 CANDIDATES = (0.0, 0.4, SOME, ALL)
 
 # Images of a pipeline that makes a single one unless told, and what else tells it how many.
