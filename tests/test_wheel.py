@@ -34,7 +34,8 @@ def built(tmp_path_factory):
     run(*build, "-t", "sdist", cwd=ROOT)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # as of Python 3.11.4, and the default of 3.14
+        tar.extractall(folder)
     source = folder / archive.name.removesuffix(".tar.gz")
     run(*build, "-t", "wheel", cwd=source)
     (wheel,) = folder.glob("*.whl")
