@@ -1,5 +1,6 @@
-"""No float64 where there is none: Apple's GPUs."""
+"""No float64 where there is none: Apple's GPUs. And nothing that lets the CPU wait for the device."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,18 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
+class NothingSent(TorchDispatchMode):
+    """Nothing may be copied to the meta device: a GPU lets the CPU wait until it has what it is sent."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves, _ = tree_flatten((args, kwargs))
+        from_elsewhere = any(isinstance(leaf, torch.Tensor) and leaf.device != DEVICE for leaf in leaves)
+        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        assert not (copies and from_elsewhere and result.device == DEVICE), f"sent to the device: {func}"
+        return result
+
+
 @pytest.fixture
 def no_float64():
     with NoFloat64() as mode:
@@ -84,6 +97,38 @@ def test_a_run(reading, name, no_float64):
             sample = result.prev_sample
             assert sample.dtype == result.pred_original_sample.dtype == dtype
         scheduler.scale_model_input(sample, 3)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nothing_is_sent_in_a_run(reading, name):
+    """But by the first step of the first run, the table of a mixture."""
+    for arguments in ({}, {"clip_sample": True}, {"thresholding": True}):
+        scheduler = make(reading, name, **arguments)
+        for guard in (nullcontext(), NothingSent()):
+            scheduler.set_timesteps(60, device=DEVICE)
+            sample = scheduler.initial_sample(
+                images(1 + (scheduler.noise_space is None)).shape, None, DEVICE, torch.float32
+            )
+            timesteps = list(scheduler.timesteps)
+            with guard:
+                for t in timesteps[:3]:
+                    output = scheduler.scale_model_input(sample, t)[:, :1]
+                    sample = scheduler.step(output, t, sample).prev_sample
+
+
+@pytest.mark.parametrize("reading", [name for name in READINGS if "score" not in name and "cld" not in name])
+def test_nothing_is_sent_in_a_step_of_training_by_hand(reading):
+    scheduler, timesteps = make(reading, "ancestral"), torch.ones(2, device=DEVICE)
+    for guard in (nullcontext(), NothingSent()):
+        with guard:
+            scheduler.add_noise(images(), images(), timesteps)
+            scheduler.get_velocity(images(), images(), timesteps)
+
+
+def test_the_guard_sees_what_is_sent():
+    with NothingSent(), pytest.raises(AssertionError, match="sent to the device"):
+        torch.ones(3).to(DEVICE)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "scaled_score"])

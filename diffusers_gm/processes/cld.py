@@ -301,13 +301,8 @@ def transform(matrix: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """`matrix @ (a, b)` for every element; `matrix` is `(2, 2)` or `(B, 2, 2)`, a and b are `(B, ...)`."""
     if a.shape != b.shape:
         raise ValueError(f"the two halves of a state must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    (aa, ab), (ba, bb) = [[_like(matrix[..., i, j], a) for j in (0, 1)] for i in (0, 1)]
+    (aa, ab), (ba, bb) = [[per_image(matrix[..., i, j], a) for j in (0, 1)] for i in (0, 1)]
     return aa * a + ab * b, ba * a + bb * b
-
-
-def _like(coefficient: Tensor, image: Tensor) -> Tensor:
-    """A coefficient shaped to multiply an image: one per sample, or a scalar on the CPU, which any device takes."""
-    return coefficient if coefficient.ndim == 0 else per_image(coefficient, image)
 
 
 def _matrix(xx: Tensor, xv: Tensor, vx: Tensor, vv: Tensor) -> Tensor:

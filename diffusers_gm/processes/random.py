@@ -54,7 +54,8 @@ class Draw:
         shape = tuple(shape)
         check_generators(self.generator, shape[0])
         if isinstance(self.generator, list | tuple):
-            alone = [Draw(generator, self.device, self.dtype) for generator in self.generator]
-            return torch.cat([one._numbers(function, (1, *shape[1:])) for one in alone])
+            first = self.generator[0].device  # moved at once: one by one, each would wait for the device
+            alone = [Draw(generator, first, self.dtype) for generator in self.generator]
+            return torch.cat([one._numbers(function, (1, *shape[1:])) for one in alone]).to(self.device)
         source = self.generator.device if isinstance(self.generator, Generator) else self.device
         return function(shape, generator=self.generator, device=source, dtype=self.dtype).to(self.device)

@@ -7,6 +7,7 @@ module is the only place that knows about those: timestep <-> sigma <-> alpha, a
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -146,11 +147,22 @@ class NoiseSpace:
             return t.clamp(*self.timestep_range)
         if self.kind == "flow":
             return torch.logit(t / self.num_train_timesteps).exp().clamp(max=MAX_SIGMA)
-        ladder = self.log_sigmas.to(t.dtype).to(t.device)
+        ladder = self._ladder(t.dtype, t.device)
         t = t.clamp(0, len(ladder) - 1)
         low = t.floor().long().clamp(max=max(len(ladder) - 2, 0))
         high = (low + 1).clamp(max=len(ladder) - 1)
         return torch.lerp(ladder[low], ladder[high], t - low).exp()
+
+    @cached_property
+    def _ladders(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        return {}
+
+    def _ladder(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`log_sigmas` there; sent once, as the CPU waits for a device that it sends something."""
+        if (dtype, device) not in self._ladders:
+            with torch.inference_mode(False):  # a gradient may pass through a later use
+                self._ladders[dtype, device] = self.log_sigmas.to(dtype).to(device)
+        return self._ladders[dtype, device]
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The fractional label of noise levels, the inverse of `sigma`: same shape, precision as there.

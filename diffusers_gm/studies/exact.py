@@ -146,12 +146,12 @@ class GaussianMixture(Denoiser):
         return torch.cat([self._denoised(part, float(sigma)) for part in y.split(CHUNK)])
 
     def _denoised(self, y: Tensor, sigma: float) -> Tensor:
-        flat, centres = y.flatten(1).double(), self.points.flatten(1).double()
-        variances = self.deviations.flatten(1).double().square()
+        flat, centres = y.flatten(1).double(), self.points.to(y.device).flatten(1).double()
+        variances = self.deviations.to(y.device).flatten(1).double().square()
         precisions = 1 / (variances + sigma**2)
         distances = flat.square() @ precisions.T - 2 * flat @ (centres * precisions).T
         constant = (centres.square() * precisions - precisions.log()).sum(1)
-        posterior = torch.softmax(self.weights.log().double() - 0.5 * (distances + constant), 1)
+        posterior = torch.softmax(self.weights.to(y.device).log().double() - 0.5 * (distances + constant), 1)
         kept = variances * precisions
         mean = posterior @ (centres * (1 - kept)) + (posterior @ kept) * flat
         return mean.view(y.shape).to(y)
@@ -206,17 +206,21 @@ class NetworkOf(nn.Module):
     """
 
     dtype = torch.float32
-    device = torch.device("cpu")
 
     def __init__(self, function: Network, shape: Sequence[int], in_channels: int | None = None):
         super().__init__()
         self.function = function
+        self.register_buffer("nothing", torch.empty(0), persistent=False)  # but a place
         self.config = {
             "in_channels": in_channels or shape[0],
             "out_channels": shape[0],
             "sample_size": tuple(shape[1:]),
             "block_out_channels": (1,),  # it takes images of any size
         }
+
+    @property
+    def device(self) -> torch.device:
+        return self.nothing.device
 
     def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=self.function(sample, timestep))

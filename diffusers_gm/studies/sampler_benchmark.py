@@ -91,6 +91,7 @@ def benchmark(
     if "CLD, sscs" in ours and {"DDPM", "Euler ancestral"} <= set(peers):
         verdict += " " + " ".join(against_peers(bests, calls, ours) for calls in args.calls)
     curves = {s: {c: b.ratio if (b := bests[s, c]) else None for c in args.calls} for s in model.samplers}
+    gpu = f" On one {torch.cuda.get_device_name()}." if args.device == "cuda" else ""
     looked = f" What {args.first_look} samples put {CONTENDS} times behind is left out." if among is not None else ""
     # A comparison of some is no replacement for one of all.
     stem = f"samplers_{name}_n{args.num_samples}{'_selected' if args.samplers or args.grids else ''}"
@@ -105,7 +106,7 @@ def benchmark(
         f"{model.conditions} n = {args.num_samples}, {args.seeds} seed(s), the same for all.{looked} The best grid is "
         f"picked on the same samples; above {ALL_GRIDS_UP_TO} calls only the grid that was best before is run. What "
         f"has more than {CONTENDS} times the least error on the first seed need not have been measured on the others "
-        "(no ±).",
+        f"(no ±).{gpu}",
     )
 
 
@@ -153,6 +154,8 @@ def against_peers(bests: Bests, calls: int, ours: Sequence[str]) -> str:
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """End the program for what does not go together."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here, or torch cannot use it; leave it out")
     if args.first_look is not None and args.first_look >= args.num_samples:
         parser.error(f"--first_look {args.first_look}: must be fewer than --num_samples {args.num_samples}")
     if args.pipeline:
@@ -236,6 +239,7 @@ def models_of(args: argparse.Namespace) -> Iterator[tuple[str, Model]]:
     """The models that are asked for, with the samplers that are, and the stems of their files."""
     models = saved_models(args) if args.pipeline else (model_of(name, args) for name in args.models)
     for stem, model in models:
+        model.pipeline.to(args.device)
         yield stem, replace(model, samplers=selected(stem, model.samplers, args))
 
 
@@ -262,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
     add("--steps", type=at_least(1), default=STEPS, help="optimizer steps of the trained networks")
     add("--compile", action="store_true", help="--pipeline: with compiled networks, which are faster [as they are]")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where networks run; their noise is the same")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--grids", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
     add("--dataset_name", default="digits", help="exact: 'digits' or a data set of the Hub")

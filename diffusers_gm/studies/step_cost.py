@@ -1,10 +1,11 @@
 """What a scheduler's `step` costs in CPU time, beside those of diffusers.
 
-    python -m diffusers_gm.studies.step_cost [--compiled]
+    python -m diffusers_gm.studies.step_cost [--compiled | --device cuda]
 
 Every scheduler of this package, swapped onto a DDPM network's config, over `EulerAncestralDiscreteScheduler` and
 `UniPCMultistepScheduler` on the same tensors. The runs take turns, so that a busy machine slows all alike, and CPU time
-of the process counts, not wall time; medians. With --compiled also what `torch.compile` makes of the samplers' steps,
+of the process counts, not wall time; medians. On a GPU that is what it takes to ask for the work: a step that waited
+for the device would cost that, too. With --compiled also what `torch.compile` makes of the samplers' steps,
 without a break, over fused read-and-writes: of three tensors into one, as the simplest of them does, and of the very
 tensors that each has to move (CLD's step has two images and two noises in it); noise is drawn before.
 """
@@ -68,14 +69,14 @@ def milliseconds(function: Callable[..., Any], *arguments: Any, **named: Any) ->
 
 
 @torch.no_grad()
-def costs(shape: Shape, num_steps: int) -> dict[str, float]:
+def costs(shape: Shape, num_steps: int, device: str) -> dict[str, float]:
     """Median CPU milliseconds of a step, by scheduler; all take their steps in turn, on the same numbers."""
     schedulers, tensors, generators = all_schedulers(), {}, {}
     found: dict[str, list[float]] = {name: [] for name in schedulers}
     for name, scheduler in schedulers.items():
-        scheduler.set_timesteps(max(num_steps + WARM_UP + 1, FEWEST_STEPS))
-        generators[name] = torch.Generator().manual_seed(0)
-        tensors[name] = torch.randn((2, *shape), generator=generators[name])
+        scheduler.set_timesteps(max(num_steps + WARM_UP + 1, FEWEST_STEPS), device=device)
+        generators[name] = torch.Generator(device).manual_seed(0)
+        tensors[name] = torch.randn((2, *shape), generator=generators[name], device=device)
     for i in range(num_steps + WARM_UP):  # not the last step, which adds no noise
         for name, scheduler in schedulers.items():
             t, (sample, output) = scheduler.timesteps[i], tensors[name]
@@ -166,7 +167,7 @@ def table_of(caption: str, found: Costs, places: int = 2, peer: str | None = Non
 
 
 def report(
-    found: Costs, compiled: dict[Shape, tuple[dict[str, float], dict[str, float]]] | None, num_steps: int
+    found: Costs, compiled: dict[Shape, tuple[dict[str, float], dict[str, float]]] | None, num_steps: int, device: str
 ) -> Report:
     names = list(found[SHAPES[0]])
     caption = "CPU time of `step` over that of {}, medians of {}."
@@ -199,13 +200,14 @@ def report(
             f" Compiled: at most {least[0]:.2f} times a fused read-and-write of three tensors into one ({least[1]}), "
             f"{same[0]:.2f} times one of the same tensors ({same[1]})."
         )
+    of_gpu = "" if device == "cpu" else f", one {torch.cuda.get_device_name()}"
     return Report(
-        "step_cost",
-        "What a step costs",
+        f"step_cost{'' if device == 'cpu' else '_gpu'}",
+        f"What a step costs{'' if device == 'cpu' else ' on a GPU'}",
         "How much CPU time does a scheduler's `step` take, beside those of diffusers on the same tensors?",
         verdict,
         tables,
-        conditions=f"{torch.get_num_threads()} thread(s); all take their steps in turn.",
+        conditions=f"{torch.get_num_threads()} thread(s){of_gpu}; all take their steps in turn.",
     )
 
 
@@ -214,12 +216,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=at_least(1), default=60, help="steps of each scheduler on each shape")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of torch")
     parser.add_argument("--compiled", action="store_true", help="the compiled steps too; needs a C++ compiler")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors are")
     parser.add_argument("--output", type=Path, default=Path("outputs/studies"), help="folder of the report")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and (args.compiled or not torch.cuda.is_available()):
+        parser.error("--device cuda: needs a GPU, and is not for --compiled")
     torch.set_num_threads(args.threads)
-    found = {shape: costs(shape, args.steps) for shape in SHAPES}
+    found = {shape: costs(shape, args.steps, args.device) for shape in SHAPES}
     compiled = {shape: compiled_costs(shape, args.steps) for shape in SHAPES} if args.compiled else None
-    report(found, compiled, args.steps).write(args.output)
+    report(found, compiled, args.steps, args.device).write(args.output)
 
 
 if __name__ == "__main__":
