@@ -127,7 +127,7 @@ def test_the_best_grid_and_nothing_is_measured_twice(tmp_path):
     assert again == best
     assert [grid.asked for grid in model.samplers["s"].values()] == [3 * 5, 3 * 5]
     assert best_of(model, 5, 3, results_in(tmp_path), "a").grid == "a"
-    assert str(cells.Best("b", Statistic.of([2.0, 2.0]), 1.0)) == "2.00 ± 0.00 b"
+    assert str(cells.Best("b", Statistic.of([2.0, 2.0]))) == "2.00 ± 0.00 b"
 
 
 def test_what_is_far_behind_has_one_seed(tmp_path):
@@ -144,7 +144,8 @@ def test_what_is_far_behind_has_one_seed(tmp_path):
 def test_other_grids_where_the_best_one_below_has_no_run(tmp_path):
     """`b` is best at 20 calls and has no run at 50: `a` is the answer there, not a gap in the table."""
     model = model_with(a=Grid(-0.7), b=Grid(-0.8, runs=20))
-    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=4, output=tmp_path, samplers=None, grids=None)
+    given = {"samplers": None, "grids": None, "device": "cpu"}
+    args = argparse.Namespace(calls=[20, 50], seeds=1, num_samples=4, output=tmp_path, **given)
     report = bench.benchmark("it", model, args, Results.open(tmp_path / "cells.json", {"num_samples": 4}))
     assert report.tables[0].rows == [["s", "2.00 b", "3.00 a"]]
 
@@ -304,6 +305,14 @@ def test_arguments_out_of_range(words, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(words)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("study", [bench, step_cost])
+def test_a_gpu_that_is_not_there(study, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        study.main(["--device", "cuda"])
+    assert "--device cuda" in capsys.readouterr().err
 
 
 # --- The cost of a step ---

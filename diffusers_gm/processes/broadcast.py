@@ -4,9 +4,11 @@ from torch import Tensor
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """Values `(B,)` or scalar, in the dtype and on the device of `like` `(B, ...)`, to broadcast against it; a scalar on
-    the CPU stays there, as a number does: what is sent to a device makes the CPU wait for it."""
-    values = values.to(like.dtype)
+    """Values `(B,)` or scalar to multiply `like` `(B, ...)` by: in its dtype and on its device.
+
+    A scalar on the CPU is returned as it is. It acts as a number does, on every device and in every dtype, and to send
+    it would let the CPU wait for the device.
+    """
     if values.ndim == 0 and values.device.type == "cpu":
         return values
-    return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+    return values.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))

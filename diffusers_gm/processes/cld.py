@@ -242,7 +242,7 @@ class Lift:
     def velocity_score(self, x: Tensor, v: Tensor, denoised: Tensor) -> Tensor:
         """`grad_v log p(x, v)` from `D(y; sigma)`, all `(B, ...)`."""
         a, b = self.score_state.unbind(-1)
-        return _like(a, x) * x + _like(b, x) * v + _like(self.score_gain, x) * denoised
+        return per_image(a, x) * x + per_image(b, x) * v + per_image(self.score_gain, x) * denoised
 
 
 def lift(marginal: Kernel) -> Lift:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +220,7 @@ class NetworkOf(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.nothing.device
+        return cast(Tensor, self.nothing).device
 
     def forward(self, sample: Tensor, timestep: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=self.function(sample, timestep))

@@ -11,17 +11,17 @@ Every scheduler of diffusers that fits, and ours, each at the best of its grids,
   `ncsnv2` under those of diffusers too (`diffusers_config`);
 - with --pipeline any saved networks, of this package or DDPMs of diffusers, beside the images of --train_data_dir.
 
-Quality is sliced W2, a root, over the floor, what as many real images have; means over seeds, and wall time beside
-them. Where there are eight times as many samples as pixels, FD of the pixels is measured too, a squared distance. What
-the settings are worth one by one, over all networks, is `.sampler_benchmark_settings`. With --first_look only what is
-not far behind for fewer samples is measured. Every finished cell is kept in `OUTPUT/.parts`, and so is every
-calibration: an interrupted benchmark goes on where it was.
+Quality is sliced W2, a root, over the floor, what as many real images have; means over seeds. Where there are eight
+times as many samples as pixels, FD of the pixels is measured too, a squared distance. What the settings are worth one
+by one, over all networks, is `.sampler_benchmark_settings`. With --first_look only what is not far behind for fewer
+samples is measured. Every finished cell is kept in `OUTPUT/.parts`, and so is every calibration: an interrupted
+benchmark goes on where it was.
 """
 
 import argparse
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -39,7 +39,7 @@ from .command import need_held_out
 from .digits import kept_results
 from .pictures import plot_behind, save_picture
 from .report import Report, by_calls
-from .sampler_benchmark_cells import ALL_GRIDS_UP_TO, CONTENDS, Best, Bests, Which, contending, measure
+from .sampler_benchmark_cells import ALL_GRIDS_UP_TO, CONTENDS, Bests, Which, contending, measure
 from .sampler_benchmark_models import SHAPES, Model, ddpm_model, exact_model, mixture_model, own_model, saved_model
 from .sampler_benchmark_schedulers import (
     MULTISTEP,
@@ -67,23 +67,19 @@ def benchmark(
     ours = [s for s in model.samplers if s not in PEERS]
     peers = [s for s in model.samplers if s in PEERS]
 
-    def table(caption: str, show: Callable[[Best], str]) -> Table:
-        rows = [
-            [
-                f"**{sampler}**" if sampler in ours and peers else sampler,
-                *(show(best) if (best := bests[sampler, calls]) else "-" for calls in args.calls),
-            ]
-            for sampler in model.samplers
+    rows = [
+        [
+            f"**{sampler}**" if sampler in ours and peers else sampler,
+            *(str(bests[sampler, calls] or "-") for calls in args.calls),
         ]
-        return Table(caption, ["sampler", *by_calls(args.calls)], rows)
-
+        for sampler in model.samplers
+    ]
     spread = f"mean of {args.seeds} seeds ± standard deviation, " if args.seeds > 1 else ""
-    tables = [
-        table(f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls"
-              f"{'' if among is None else ', or far behind at a first look'}.", str),
-        table(f"Seconds for {args.num_samples} samples (mean, on a machine that may have been busy).",
-              lambda best: f"{best.seconds:.2f}"),
-    ]  # fmt: skip
+    behind = "" if among is None else ", or far behind at a first look"
+    caption = (
+        f"Sliced W2 over the floor, {spread}and the best grid; ours in bold; `-`: no run of that many calls{behind}."
+    )
+    tables = [Table(caption, ["sampler", *by_calls(args.calls)], rows)]
     if model.made is not None and (calibrations := model.made.table()):
         tables.append(calibrations)
     answers = [f"{calls} calls: {winner(bests, model.samplers, calls)[1]}" for calls in args.calls]

@@ -43,7 +43,6 @@ class Best:
 
     grid: str
     ratio: Statistic
-    seconds: float
 
     def __str__(self) -> str:
         return f"{self.ratio:.2f} {self.grid}"
@@ -96,8 +95,7 @@ def best_of_each(model: Model, settings: Iterable[Setting], calls: int, seeds: i
         wanted = [s for s in range(seeds) if all_of_them or results.find(name_of(setting), calls, s)]
         if cells := run(model, setting, calls, wanted, results):
             ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
-            seconds = statistics.mean(cell.sampling_seconds for cell in cells)
-            found.setdefault(setting[0], []).append(Best(setting[1], ratio, seconds))
+            found.setdefault(setting[0], []).append(Best(setting[1], ratio))
     return {
         (sampler, calls): min(of, key=lambda best: (-best.ratio.num_values, best.ratio.mean))
         for sampler, of in found.items()
