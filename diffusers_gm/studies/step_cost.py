@@ -200,7 +200,11 @@ def report(
             f" Compiled: at most {least[0]:.2f} times a fused read-and-write of three tensors into one ({least[1]}), "
             f"{same[0]:.2f} times one of the same tensors ({same[1]})."
         )
-    of_gpu = "" if device == "cpu" else f", one {torch.cuda.get_device_name()}"
+    of_gpu = (
+        ""
+        if device == "cpu"
+        else f", one {torch.cuda.get_device_name()}, whose other work a step waits for if it waits"
+    )
     return Report(
         f"step_cost{'' if device == 'cpu' else '_gpu'}",
         f"What a step costs{'' if device == 'cpu' else ' on a GPU'}",
