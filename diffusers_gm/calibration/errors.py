@@ -27,8 +27,12 @@ SPREAD = 0.3
 
 # Where errors dominate they are largest on high levels, at which the network sees next to nothing: a run begins where
 # noise is so many times as wide as the images in the direction in which they differ most, and narrows these by half a
-# percent; one of very few calls, which cannot spare any, at half of it, if noise corrects that.
+# percent.
 HIDING, MANY_IMAGES = 10.0, 16
+
+# Runs of few calls cannot spare any there. Where noise corrects what is lost, those of up to `FEW` begin lower, from
+# `FEWEST` on by so much for each, on levels that are more even, and end so much higher than the fixed grid.
+FEW, FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 9, 5, 0.7, 1.5, 2.0
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
@@ -45,8 +49,7 @@ SHOWS = 2.5
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
 LOST, LOST_MUCH, GAINED, FOLLOWED = 3, 5, 0.5, 7
 
-# Where errors dominate, levels of very few calls end at such a share of the first, but at most so much higher than the
-# fixed grid.
+# Without, levels of very few calls end at such a share of the first, but at most so much higher than the fixed grid.
 LAST_SHARE, HIGHER = 0.014, 8.0
 
 
@@ -131,8 +134,8 @@ def levels_of_errors(
     deviation: Callable[[float], float] | None = None,
     shift: float = 1.0,
 ) -> Tensor:
-    """The fixed grid, from where noise hides the images; of very few calls one that ends higher: what is below costs
-    steps that the noise above needs.
+    """The fixed grid, from where noise hides the images; of few calls one that begins lower, if noise corrects that,
+    and ends higher: what is below costs steps that the noise above needs.
 
     Args:
         run: of the network.
@@ -140,17 +143,19 @@ def levels_of_errors(
         deviation: of a y that a run starts from, at a noise level; None: all begin at `high`.
         shift: how far a pipeline moves levels for its resolution.
     """
-    few = num_calls < ENOUGH
-    hiding, share = HIDING, LAST_SHARE
-    if few and not run.fades:
-        hiding, share = (HIDING, LAST_SHARE / 2) if run.errs_much else (HIDING / 2, LAST_SHARE)
-    spared = few or not run.fades
-    if spared and deviation is not None and len(run.images) >= MANY_IMAGES:  # of few their deviation would be chance
+    very_few = num_calls < ENOUGH
+    known = deviation is not None and len(run.images) >= MANY_IMAGES  # of few their deviation would be chance
+    corrected = known and num_calls <= FEW and not (run.errs_much or run.fades)
+    if deviation is not None and known and (very_few or not run.fades):
+        hiding = HIDING_EACH * max(num_calls, FEWEST) if corrected else HIDING
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
-    if few:
-        last = float(levels[-1])
+    last = float(levels[-1])
+    if corrected:
+        levels = power_levels(top, min(HIGHER_OF_FEW * last, top / 2), num_calls, POWER_OF_FEW)
+    elif very_few:
+        share = LAST_SHARE / 2 if run.errs_much and not run.fades else LAST_SHARE
         levels = power_levels(top, min(max(last, share * top), HIGHER * last, top / 2), num_calls, POWER)
     return levels * shift
 

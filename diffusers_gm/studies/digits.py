@@ -17,7 +17,7 @@ from ..data import Examination, ImageStream, split_digits
 from ..evaluation.results import Results, Statistic
 from ..evaluation.sampling import num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN, Reference, score
-from ..files import fresh_folder, publish_folder, write_json, write_text
+from ..files import fresh_folder, publish_folder, write_json
 from ..pipelines import CLDPipeline
 from ..pipelines.unconditional import UnconditionalPipeline
 from ..schedulers import CLDSSCSScheduler
@@ -105,7 +105,7 @@ def parts_of(output: Path) -> Path:
     """The folder `.parts` beside the reports: networks and measurements of unfinished studies, ignored by git."""
     parts = output / ".parts"
     parts.mkdir(parents=True, exist_ok=True)
-    write_text(parts / ".gitignore", "*\n")
+    (parts / ".gitignore").write_text("*\n", encoding="utf-8")  # always the same: studies at once do no harm
     return parts
 
 
