@@ -134,13 +134,13 @@ def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
     def levels(num_calls, deviation=lambda sigma: sigma, **images):
         return levels_of_errors(of_deviation(1.0, **images), num_calls, 40.0, 0.01, deviation).tolist()
 
-    assert levels(5) == pytest.approx(power_levels(3.5, 0.2, 5, 1.5).tolist())
-    assert levels(9) == pytest.approx(power_levels(6.3, 1 / 9, 9, 1.5).tolist())
-    assert levels(2) == pytest.approx([3.5, 0.5])
-    for among in (levels(10), levels(9, defect=-0.6)):
+    assert levels(5) == pytest.approx(power_levels(3.5, 0.3, 5, 1.5).tolist())
+    assert levels(14) == pytest.approx(power_levels(9.8, 1.5 / 14, 14, 1.5).tolist())
+    assert levels(2) == pytest.approx([3.5, 0.75])
+    for among in (levels(15), levels(14, defect=-0.6)):
         assert among == pytest.approx(even_levels(10.0, 0.01, len(among)).tolist())
     # Where no run may begin lower there is nothing to correct.
-    assert levels(9, deviation=None) == pytest.approx(even_levels(40.0, 0.01, 9).tolist())
+    assert levels(14, deviation=None) == pytest.approx(even_levels(40.0, 0.01, 14).tolist())
 
 
 def test_where_runs_of_a_network_of_errors_begin():
@@ -149,7 +149,7 @@ def test_where_runs_of_a_network_of_errors_begin():
     def begins(num_calls, high=100.0, **images):
         return float(levels_of_errors(of_deviation(3.0, **images), num_calls, high, 0.01, lambda sigma: sigma)[0])
 
-    assert begins(10) == pytest.approx(30)
+    assert begins(15) == pytest.approx(30)
     assert [begins(n) for n in (3, 5, 6, 9)] == pytest.approx([10.5, 10.5, 12.6, 18.9])
     assert begins(5, left=0.9) == pytest.approx(30)
     assert begins(6, left=0.9) == pytest.approx(100), "no level can be spared"

@@ -30,9 +30,9 @@ SPREAD = 0.3
 # percent.
 HIDING, MANY_IMAGES = 10.0, 16
 
-# Runs of few calls cannot spare any there. Where noise corrects what is lost, those of up to `FEW` begin lower, from
-# `FEWEST` on by so much for each, on levels that are more even, and end so much higher than the fixed grid.
-FEW, FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 9, 5, 0.7, 1.5, 2.0
+# Runs of few calls cannot spare any there. Where noise corrects what is lost, they begin at so much for each call, of at
+# least `FEWEST`, until that is as high; their levels are more even, and end so much higher than the fixed grid.
+FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 1.5, 3.0
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
@@ -145,9 +145,10 @@ def levels_of_errors(
     """
     very_few = num_calls < ENOUGH
     known = deviation is not None and len(run.images) >= MANY_IMAGES  # of few their deviation would be chance
-    corrected = known and num_calls <= FEW and not (run.errs_much or run.fades)
+    lower = HIDING_EACH * max(num_calls, FEWEST)
+    corrected = known and lower < HIDING and not (run.errs_much or run.fades)
     if deviation is not None and known and (very_few or not run.fades):
-        hiding = HIDING_EACH * max(num_calls, FEWEST) if corrected else HIDING
+        hiding = lower if corrected else HIDING
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
     top = high / shift
     levels = even_levels(top, low / shift, num_calls)
