@@ -49,8 +49,8 @@ class NoFloat64(TorchDispatchMode):
 
 
 class NothingSent(TorchDispatchMode):
-    """Nothing may be copied to the meta device, or not more often than `most`: a GPU lets the CPU wait until it has what
-    it is sent."""
+    """Nothing may be copied to the meta device, or not more often than `most`: a GPU makes the CPU wait until it
+    has what it is sent."""
 
     def __init__(self, most=0):
         super().__init__()
