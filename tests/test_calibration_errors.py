@@ -134,8 +134,8 @@ def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
     def levels(num_calls, deviation=lambda sigma: sigma, **images):
         return levels_of_errors(of_deviation(1.0, **images), num_calls, 40.0, 0.01, deviation).tolist()
 
-    assert levels(5) == pytest.approx(power_levels(3.5, 0.3, 5, 1.5).tolist())
-    assert levels(14) == pytest.approx(power_levels(9.8, 1.5 / 14, 14, 1.5).tolist())
+    assert levels(5) == pytest.approx(power_levels(3.5, 0.3, 5, 2.0).tolist())
+    assert levels(14) == pytest.approx(power_levels(9.8, 1.5 / 14, 14, 2.0).tolist())
     assert levels(2) == pytest.approx([3.5, 0.75])
     for among in (levels(15), levels(14, defect=-0.6)):
         assert among == pytest.approx(even_levels(10.0, 0.01, len(among)).tolist())

@@ -32,7 +32,7 @@ HIDING, MANY_IMAGES = 10.0, 16
 
 # Runs of few calls cannot spare any there. Where noise corrects what is lost, they begin at so much for each call, of
 # `FEWEST` at least, until that is as high; their levels are more even, and end so much higher than the fixed grid.
-FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 1.5, 3.0
+FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 2.0, 3.0
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
