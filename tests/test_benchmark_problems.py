@@ -274,6 +274,15 @@ def test_what_a_look_left_out_is_as_far_behind_as_it_was(tmp_path):
     assert "(n = 8, 1 seed(s); n = 400, 1 seed(s))" in settings.study([more, look], 5).conditions
 
 
+def test_a_look_at_one_seed_is_no_measurement_where_others_have_several(tmp_path):
+    kept = results(
+        tmp_path, "a", {(OURS, 5): 2.0, ("UniPC, Karras", 5): 1.0, (OURS, 8): 9.0, ("UniPC, Karras", 8): 1.0}
+    )
+    for name in (OURS, "UniPC, Karras"):
+        kept.measure(name, 5, 1, lambda: (None, 5), lambda _: {"sliced W2": 1.0})
+    assert set(settings.Measured.of([kept], "sliced W2").values) == {("a", 5)}
+
+
 def test_settings_without_results(tmp_path, capsys):
     with pytest.raises(SystemExit):
         settings.main(["--output", str(tmp_path)])

@@ -47,8 +47,10 @@ class Measured:
     @classmethod
     def of(cls, kept: Iterable[Results], metric: str) -> "Measured":
         """Of a network that has been looked at with fewer samples and then measured with more, what was left out counts
-        as so many times the least error as it had at the look."""
+        as so many times the least error as it had at the look. A look at one seed is no measurement where others have
+        several: it does not tell stochasticities apart."""
         values: dict[Cell, dict[Setting, float]] = {}
+        seeds: dict[Cell, int] = {}
         defaults: dict[str, Setting] = {}
         samples: dict[str, list[str]] = {}
         titles: dict[str, str] = {}
@@ -62,12 +64,15 @@ class Measured:
                 looked = values.get((name, calls), {})
                 scale = min(by_setting.values()) / min(looked.values()) if looked else 1.0
                 values[name, calls] = {s: scale * value for s, value in looked.items()} | by_setting
+                seeds[name, calls] = num_seeds
                 spreads += of_spread
                 most = max(most, num_seeds)
             if found:
                 samples.setdefault(name, []).append(f"n = {said['num_samples']}, {most} seed(s)")
         conditions = {name: f"{titles[name]} ({'; '.join(words)})" for name, words in samples.items()}
-        return cls(values, defaults, conditions, statistics.median(spreads) if spreads else math.nan)
+        looks = {cell for cell, count in seeds.items() if count == 1} if max(seeds.values(), default=1) > 1 else set()
+        counted = {cell: by_setting for cell, by_setting in values.items() if cell not in looks}
+        return cls(counted, defaults, conditions, statistics.median(spreads) if spreads else math.nan)
 
     def best(self, cell: Cell, among: Callable[[Setting], bool]) -> float:
         return min((value for setting, value in self.values[cell].items() if among(setting)), default=math.nan)
