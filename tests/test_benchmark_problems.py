@@ -299,7 +299,7 @@ def test_the_calibrated_sampler_in_small(tmp_path, capsys):
     first = capsys.readouterr().out
     report = Report.read(tmp_path / "samplers_mixture-2_n40_selected.json")
     assert [row[0] for row in report.tables[0].rows] == [f"**{MULTISTEP}**", "DDPM", "UniPC"]
-    assert [row[0] for row in report.tables[2].rows] == ["fast"]
+    assert [row[0] for row in report.tables[1].rows] == ["fast"]
     assert "FD of pixels" in first
     bench.main(words)
     assert "sampled in" not in capsys.readouterr().out
