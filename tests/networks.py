@@ -25,8 +25,8 @@ POINTS = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]).view
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def seeded(*seeds, device="cpu"):
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 # --- Networks ---

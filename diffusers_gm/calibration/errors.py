@@ -49,7 +49,8 @@ SHOWS = 2.5
 SOME, ALL, ENOUGH = (0.5, 1.0), 1.0, 6
 LOST, LOST_MUCH, GAINED, FOLLOWED = 3, 5, 0.5, 7
 
-# Without, levels of very few calls end at such a share of the first, but at most so much higher than the fixed grid.
+# Where nothing corrects them, levels of very few calls end at such a share of the first, but at most so much higher
+# than the fixed grid.
 LAST_SHARE, HIGHER = 0.014, 8.0
 
 

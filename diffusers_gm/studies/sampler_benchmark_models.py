@@ -43,7 +43,7 @@ class Scores:
     """Sliced W2 of samples to a reference, and the Frechet distance of their pixels where they are enough.
 
     Sliced W2 is that of `evaluation`, on the same directions; where the reference is a multiple of the samples in
-    number, its sorted projections are worked out once, on a device, which is thirty times faster.
+    number, its sorted projections are worked out once, which is thirty times faster, and on the device of the network.
     """
 
     def __init__(self, reference: Tensor, device: torch.device | str = "cpu"):
