@@ -1,12 +1,14 @@
 """Calibration: what a network's errors are, and what is done about them."""
 
 import math
+from io import BytesIO
 from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
 from diffusers_pipelines import embeddings, sd3
+from PIL import Image
 from points import DOUBLE, HIGH, LOW, network, points, seen, start
 
 from diffusers_gm import CalibratedMultistepScheduler
@@ -20,6 +22,7 @@ from diffusers_gm.calibration.errors import (
     stochasticity_for,
 )
 from diffusers_gm.calibration.oracle import MANY, with_denoiser
+from diffusers_gm.calibration.picture import plot
 from diffusers_gm.calibration.trajectory import Trajectories
 from diffusers_gm.readings.grids import even_levels, power_levels
 from diffusers_gm.samplers import Memory, Multistep
@@ -106,6 +109,9 @@ def test_a_network_that_errs_keeps_the_fixed_grid_at_very_few_calls():
     assert result.levels[7][0] == pytest.approx(result.fixed[7][0])
     assert result.errors.keys() == {7}
     assert result.stochasticity == {4: 0.0, 5: 0.0, 7: (0.5, 1.0)}
+    drawn = BytesIO()
+    plot(result, drawn)
+    assert Image.open(drawn).size[0] > 1000, "both panels, though two budgets have no errors"
 
 
 def of_deviation(largest, left=1.0, num_images=20, defect=-0.5):
@@ -141,6 +147,22 @@ def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
         assert among == pytest.approx(even_levels(10.0, 0.01, len(among)).tolist())
     # Where no run may begin lower there is nothing to correct.
     assert levels(14, deviation=None) == pytest.approx(even_levels(40.0, 0.01, 14).tolist())
+
+
+def test_a_network_of_errors_that_is_sampled_without_noise_has_no_levels_that_need_it():
+    """`stochasticity=0` is the user's word: they are those of a network that noise does not help either."""
+    span = 40.0, 0.01, lambda sigma: sigma, 1.0
+    for n in (5, 8):
+        told = levels_of_errors(of_deviation(1.0), n, *span, noisy=False)
+        assert float(told[0]) == pytest.approx(10.0)
+        assert float(told[0]) > 1.3 * float(levels_of_errors(of_deviation(1.0), n, *span)[0])
+    asked = {"progress": False, "batch_size": 64, "output_type": "np"}
+    by_rule, told, also = (
+        calibrate_in_full(erring(0.02), (8,), stochasticity=s, **asked) for s in (None, 0.0, (0.0, 0.0))
+    )
+    assert -0.55 < by_rule.martingale_defect < -0.4
+    assert told.levels[8][0] > 1.3 * by_rule.levels[8][0]
+    assert also.levels == told.levels
 
 
 def test_where_runs_of_a_network_of_errors_begin():

@@ -18,12 +18,13 @@ from diffusers_gm.calibration.calibrate import calibrate_in_full
         ({"calls": ()}, "at least one"),
         ({"calls": (5.5,)}, "whole numbers"),
         ({"calls": 10}, r"calls must be several whole numbers, such as \(5, 10, 20\), got 10"),
+        ({"calls": (10, 70)}, r"calls=\[10, 70\]: the network was trained at 60 noise levels; use at most 60"),
         ({"effort": "some"}, "unknown effort 'some'"),
         ({"num_inference_steps": 5}, "is what is calibrated"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments, message, tiny_unet):
-    pipe = DDPMPipeline(tiny_unet, DDPMScheduler())
+    pipe = DDPMPipeline(tiny_unet, DDPMScheduler(num_train_timesteps=60))
     with pytest.raises(ValueError, match=message):
         calibrate(pipe, progress=False, **arguments)
 

@@ -155,13 +155,16 @@ def calibrate_in_full(
     progress: bool = True,
     **arguments: Any,
 ) -> Calibration:
-    """`calibrate`, with all that was measured."""
+    """`calibrate`, with all that was measured: the same arguments, and the same errors are raised."""
     budgets = _checked_calls(calls)
     if effort not in ("full", "fast"):
         raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
     if stochasticity is not None and images is not None:
         raise ValueError(f"stochasticity={stochasticity} is what images would choose: leave one of the two out")
     scheduler = _swapped(pipe)
+    most = scheduler.config.num_train_timesteps
+    if scheduler.reading.counts_levels and budgets[-1] > most:
+        raise ValueError(f"calls={budgets}: the network was trained at {most} noise levels; use at most {most}")
     sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
     replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
     low, high = level_range(scheduler.reading)
@@ -200,7 +203,8 @@ def measured(
     result = Calibration(scheduler, martingale_defect=run.defect)
     if run.errs:  # levels that follow the network's runs would follow its errors
         span = ladder.high, ladder.low, ladder.deviation, ladder.shift
-        found: Found = {n: (levels_of_errors(run, n, *span).tolist(), None) for n in budgets}
+        noisy = stochasticity is None or bool(torch.as_tensor(stochasticity).any())
+        found: Found = {n: (levels_of_errors(run, n, *span, noisy).tolist(), None) for n in budgets}
     else:  # a long run that errs is no judge of very few calls
         unjudged = [n for n in budgets if n < ENOUGH and not run.exact]
         found = {n: (scheduler.calibrated_or_even_levels(n, ladder.shift).tolist(), None) for n in unjudged}

@@ -98,7 +98,16 @@ class ReverseDiffusion:
 
 
 def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float) -> ReverseDiffusion:
-    """A run of the reverse diffusion on levels from sigma 40 to 0.05, where the network has them."""
+    """A run of the reverse diffusion on levels from sigma 40 to 0.05, where the network has them.
+
+    Args:
+        denoiser: from a noisy image and its noise level to D.
+        start: `(n, ...)`, what a run begins with at level `high`.
+        high, low: the noise levels that the network has.
+
+    Raises:
+        ValueError: for a D that is not finite.
+    """
     sigmas = torch.logspace(
         math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
     )
@@ -134,20 +143,23 @@ def levels_of_errors(
     low: float,
     deviation: Callable[[float], float] | None = None,
     shift: float = 1.0,
+    noisy: bool = True,
 ) -> Tensor:
-    """The fixed grid, from where noise hides the images; of few calls one that begins lower, if noise corrects that,
-    and ends higher: what is below costs steps that the noise above needs.
+    """Noise levels `(num_calls,)`, descending, in float64: the fixed grid, from where noise hides the images; of few
+    calls one that begins lower, if noise corrects that, and ends higher: what is below costs steps that the noise above
+    needs.
 
     Args:
         run: of the network.
         high, low: the noise levels that it has.
         deviation: of a y that a run starts from, at a noise level; None: all begin at `high`.
         shift: how far a pipeline moves levels for its resolution.
+        noisy: whether the sampler may inject noise.
     """
     very_few = num_calls < ENOUGH
     known = deviation is not None and len(run.images) >= MANY_IMAGES  # of few their deviation would be chance
     lower = HIDING_EACH * max(num_calls, FEWEST)
-    corrected = known and lower < HIDING and not (run.errs_much or run.fades)
+    corrected = noisy and known and lower < HIDING and not (run.errs_much or run.fades)
     if deviation is not None and known and (very_few or not run.fades):
         hiding = lower if corrected else HIDING
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)

@@ -8,7 +8,7 @@ from .calibrate import Calibration, in_words
 
 
 def plot(calibration: Calibration, path: Path | BinaryIO) -> None:
-    """The levels of each budget before and after, with tau, and its errors, where they were measured."""
+    """The levels of each budget before and after, with tau, its errors, where they were measured, and rho."""
     from matplotlib import rc_context
 
     with rc_context(style()):
@@ -34,13 +34,15 @@ def _figure(calibration: Calibration) -> Any:
     left.invert_yaxis()
     for right in others:
         for at, name in enumerate(names):
-            values = [calibration.errors[n][at] ** 0.5 for n in budgets]
-            right.plot(budgets, values, label=name, **curve_style(at))
+            values = [errors[at] ** 0.5 for errors in calibration.errors.values()]
+            right.plot(list(calibration.errors), values, label=name, **curve_style(at))
         right.set(
             xscale="log", yscale="log", xlabel="network calls", ylabel="sliced Wasserstein distance, pixels in [-1, 1]",
             title="distance to very many calls from the same starts",
         )  # fmt: skip
-        right.set_xticks(budgets, [str(n) for n in budgets])
+        right.set_xticks(list(calibration.errors), [str(n) for n in calibration.errors])
         right.xaxis.minorticks_off()
+    if calibration.martingale_defect is not None:
+        figure.suptitle(f"rho = {calibration.martingale_defect:.2f}: about 0 for an exact network, less where it errs")
     figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
