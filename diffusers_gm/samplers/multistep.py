@@ -42,8 +42,8 @@ Stochasticity = float | Sequence[float]
 class Multistep:
     """See the module; ends with D.
 
-    Order of convergence on smooth D: `order` without the corrector and for tau > 0 in the weak sense on Gaussian data,
-    `order + 1` with it for tau = 0.
+    Order of convergence on smooth D: `order`, with the corrector one more; for tau > 0 the same in the weak sense on
+    Gaussian data, but 2 at most, as D along a noisy run is no polynomial.
 
     Attributes:
         order: 1 to 3, the number of D's that a step is predicted from.
