@@ -216,7 +216,8 @@ def test_every_setting_alone(tmp_path, capsys):
     settings.main(["--output", str(tmp_path)])
     capsys.readouterr()
     report = Report.read(tmp_path / "samplers_settings.json")
-    networks, chosen, given_ours, default, alone = report.tables
+    networks, chosen, given_ours, default, levels, alone = report.tables
+    assert levels.rows == [], "no other sampler has both grids"
     assert networks.rows == [["a", "2.00", "2.00"], ["b", "0.25", "0.25"]]
     # The peers chosen afterwards are UniPC on a and DEIS on b; not on our levels, but in the next table.
     assert chosen.rows == [[OURS, "0.71", "0.71", "2.00 (a, 5 calls)"]]
@@ -242,6 +243,21 @@ def test_what_is_against_us_is_said(tmp_path):
     verdict = settings.study([kept], 5).verdict
     assert "5 calls (UniPC, Karras, 1.00 against 2.00), 8 calls (DEIS, AYS, 1.00 against 2.00)" in verdict
     assert "run everywhere (UniPC, Karras)" in verdict
+
+
+def test_where_no_setting_was_run_everywhere_is_said(tmp_path):
+    """Above 20 calls only the grid that was best before is run, another one for every network."""
+    one = results(tmp_path, "a", {(OURS, n): 1.0 for n in (5, 30)} | {("UniPC, Karras", n): 2.0 for n in (5, 30)})
+    two = results(tmp_path, "b", {(OURS, n): 1.0 for n in (5, 30)} | {("UniPC, Karras", 5): 2.0, ("LMS, AYS", 30): 2.0})
+    verdict = settings.study([one, two], 5).verdict
+    assert "ahead of ours at no number of calls (none of them was run everywhere at 30 calls)" in verdict
+
+
+def test_what_our_levels_are_worth_to_others(tmp_path):
+    both = {("UniPC, calibrated", 5): 1.0, ("UniPC, default", 5): 2.0, ("CLD, sscs, calibrated", 5): 3.0}
+    kept = results(tmp_path, "a", {(OURS, 5): 1.0, ("CLD, sscs, default", 5): 1.0, **both})
+    rows = settings.worth_of_levels(settings.Measured.of([kept], "sliced W2"), "").rows
+    assert [row[:2] for row in rows] == [["**CLD, sscs**", "3.00"], ["UniPC", "0.50"]]
 
 
 def test_settings_are_compared_on_the_seeds_that_most_of_them_have(tmp_path):

@@ -238,9 +238,17 @@ def multistep(config: Any, made: Calibrations) -> dict[str, Any]:
     }
 
 
+def on_our_levels(cls: Any, arguments: dict[str, Any], made: Calibrations) -> Any:
+    """Another scheduler of ours on the calibrated levels."""
+    return cls.from_config(made.scheduler("calibrated").config, grid="calibrated", **arguments)
+
+
 def compatible(config: Any, made: Calibrations) -> Samplers:
     """Everything that samples an ordinary `vp` network: ours, and theirs."""
-    ours = {name: grids(cls, arguments, config) for name, (cls, arguments) in OURS.items()}
+    ours = {
+        name: grids(cls, arguments, config) | {"calibrated": partial(on_our_levels, cls, arguments, made)}
+        for name, (cls, arguments) in OURS.items()
+    }
     return ours | {MULTISTEP: multistep(config, made)} | peers(config, made, config)
 
 

@@ -189,6 +189,19 @@ def alone(measured: Measured, caption: str, most: int) -> Table:
     return Table(caption, ["rank", "setting", *by_calls(calls), "all", "worst cell", "wins"], rows)
 
 
+def worth_of_levels(measured: Measured, caption: str) -> Table:
+    """Every sampler but the one that they are made for on our calibrated levels over itself on its default grid."""
+    calls, rows = measured.calls(), []
+    for sampler in sorted({s for s, grid in measured.settings() if grid == "calibrated"} - {MULTISTEP}):
+
+        def default(cell: Cell, sampler: str = sampler) -> float:
+            return measured.values[cell].get((sampler, "default"), math.nan)
+
+        if found := ratios(measured, (sampler, "calibrated"), default):
+            rows.append(row_of(sampler if sampler in PEERS else f"**{sampler}**", found, calls))
+    return Table(caption, ["sampler", *by_calls(calls), "all", "worst cell"], rows)
+
+
 def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
     """All tables of a distance."""
     known = measured.settings()
@@ -210,6 +223,9 @@ def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
             if s in known
         ),
         *(against(measured, f"{title}: our settings {caption}.", other) for caption, other in captions.items()),
+        worth_of_levels(
+            measured, f"{title}: other samplers on our calibrated levels, over themselves on their default grid."
+        ),
         alone(measured, f"{rows} settings, of {len(measured.values)}.", most),
     ]
 
@@ -269,17 +285,19 @@ def verdict_of(title: str, measured: Measured) -> str:
         leader = min(complete, key=lambda s: geometric_mean(complete[s]))
         mean = geometric_mean(complete[leader])
         text += f"; the best single setting of diffusers that was run everywhere ({name_of(leader)}) has {mean:.2f}"
-    ahead, compared = [], False
+    ahead, uncompared = [], []
     for n in sorted({n for _, n in of_cells}):
         own, cells = geometric_mean(of_cells, n), {cell for cell in of_cells if cell[1] == n}
         # Settings that other numbers of calls lack count too.
         of_n = {s: geometric_mean(found, n) for s, found in peers.items() if found.keys() >= cells}
-        compared |= bool(of_n)
+        if not of_n:
+            uncompared.append(str(n))
         first = min(of_n, key=of_n.__getitem__, default=None)
         if first is not None and of_n[first] < own:
             ahead.append(f"{n} calls ({name_of(first)}, {of_n[first]:.2f} against {own:.2f})")
-    if compared:
-        text += f"; a single setting is ahead of ours at {', '.join(ahead) or 'no number of calls'}"
+    text += f"; a single setting is ahead of ours at {', '.join(ahead) or 'no number of calls'}"
+    if uncompared:
+        text += f" (none of them was run everywhere at {', '.join(uncompared)} calls)"
     of_default = ratios(measured, CALIBRATED, measured.default)
     if of_default:
         text += f"; {geometric_mean(of_default):.2f} times the scheduler that a network comes with"
