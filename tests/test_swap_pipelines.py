@@ -143,6 +143,14 @@ def test_sdxl_in_two_parts(cls):
 
 
 @every_scheduler
+def test_views_of_a_panorama_are_runs_of_their_own(cls):
+    """The pipeline keeps what the scheduler is before the first step once for all of them."""
+    pipeline = swapped(stable_diffusion(diffusers.StableDiffusionPanoramaPipeline), cls)
+    arguments = {**TEXT, "prompt": "a cat", "output_type": "latent", "view_batch_size": 1}
+    check(pipeline, count=1, **arguments, height=128, width=144)
+
+
+@every_scheduler
 def test_dit_with_a_learned_variance(cls):
     transformer = build(
         diffusers.DiTTransformer2DModel,

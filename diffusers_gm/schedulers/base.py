@@ -79,7 +79,7 @@ class SamplerScheduler(Calls, Swappable):
         self.sigmas = self.visible_sigmas(self.reading.sigma(labels))
         self.num_inference_steps: int | None = None
         self._run: Run | None = None
-        self._prepared: dict[int, Run] = {}  # by thread: its last run
+        self._prepared: dict[int, Run] = {}  # by thread: its last run, until it begins
         self._begin_index: int | None = None
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -150,8 +150,7 @@ class SamplerScheduler(Calls, Swappable):
         run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
         visible_sigmas = self.visible_sigmas(plan.sigmas)
         with TURN:
-            waiting = {thread: other for thread, other in self._prepared.items() if other.index is None}
-            self._prepared = {**waiting, threading.get_ident(): run}
+            self._prepared = {**self._prepared, threading.get_ident(): run}
             self._run = run.after(self._run)
             self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas
             self._begin_index = None
@@ -163,7 +162,7 @@ class SamplerScheduler(Calls, Swappable):
         A thread that has prepared a run sees that one until it begins, so that it is told if another has ended it.
         """
         mine = self._prepared.get(threading.get_ident())
-        return self._timesteps if mine is None or mine.index is not None else mine.timesteps
+        return self._timesteps if mine is None else mine.timesteps
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
@@ -276,13 +275,16 @@ class SamplerScheduler(Calls, Swappable):
         Raises:
             ValueError: if shapes do not go together, or the step cannot be the next of the run.
         """
-        run = self._run
-        if run is None:
+        if self._run is None:
             raise ValueError("set_timesteps must be called before step")
         model_output = self.without_variance(model_output, sample)
         self.reading.check(model_output, sample)
         check_generators(generator, sample.shape[0])
-        i = run.claim(timestep, self._begin_index, sample.shape)
+        with TURN:
+            before = self._run
+            i, run = before.claim(timestep, self._begin_index, sample.shape)
+            self._prepared = {thread: other for thread, other in self._prepared.items() if other is not before}
+            self._run = run
         call, after = run.calls[i], run.calls[i + 1]
         dtype = torch.promote_types(sample.dtype, torch.float32)
         output, state = model_output.to(dtype), sample.to(dtype)

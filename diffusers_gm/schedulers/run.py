@@ -2,7 +2,7 @@
 
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,8 +55,9 @@ class Run:
                 self.stopped_at = previous.calls[previous.index].label
         return self
 
-    def claim(self, timestep: Tensor | float, begin_index: int | None, shape: torch.Size) -> int:
-        """The index of the call that a step at `timestep` makes; the next step makes the next one.
+    def claim(self, timestep: Tensor | float, begin_index: int | None, shape: torch.Size) -> "tuple[int, Run]":
+        """The index of the call that a step at `timestep` makes, and the run whose next step makes the next one. This
+        one stays where it is: panoramas keep one for all their views.
 
         Tensors are told by their place in memory, without waiting for the device.
 
@@ -64,29 +65,25 @@ class Run:
             ValueError: if the step cannot be the next of this run.
         """
         position = _position(timestep, self.timesteps)
-        with TURN:
-            if position is None and any(_position(timestep, timesteps) is not None for timesteps in self.former):
-                raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
-            index = self.index
-            if index is None:
-                index = self._first(timestep) if begin_index is None else begin_index
-            if index >= len(self):
-                raise ValueError(
-                    f"all {len(self)} steps of this run have been taken: call set_timesteps before the next run"
-                )
-            at = f"step {index} of this run is at timestep {self.calls[index].label:g}, not"
-            if position is not None and position != index:
-                raise ValueError(f"{at} step {position}: {ONE_RUN}")
-            # Several values, or one that only waiting for the device would tell, are taken on trust.
-            tells = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
-            if position is None and tells and not _same_label(float(timestep), self.calls[index].label):
-                raise ValueError(f"{at} {float(timestep):g}: {ONE_RUN}")
-            if self.shape is not None and shape != self.shape:
-                raise ValueError(
-                    f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}"
-                )
-            self.index, self.shape = index + 1, shape
-        return index
+        if position is None and any(_position(timestep, timesteps) is not None for timesteps in self.former):
+            raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
+        index = self.index
+        if index is None:
+            index = self._first(timestep) if begin_index is None else begin_index
+        if index >= len(self):
+            raise ValueError(
+                f"all {len(self)} steps of this run have been taken: call set_timesteps before the next run"
+            )
+        at = f"step {index} of this run is at timestep {self.calls[index].label:g}, not"
+        if position is not None and position != index:
+            raise ValueError(f"{at} step {position}: {ONE_RUN}")
+        # Several values, or one that only waiting for the device would tell, are taken on trust.
+        tells = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
+        if position is None and tells and not _same_label(float(timestep), self.calls[index].label):
+            raise ValueError(f"{at} {float(timestep):g}: {ONE_RUN}")
+        if self.shape is not None and shape != self.shape:
+            raise ValueError(f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}")
+        return index, replace(self, index=index + 1, shape=shape)
 
     def call_at(self, timestep: Any) -> Any | None:
         """The call of an element of `timesteps`; None for anything else."""
