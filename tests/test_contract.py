@@ -263,6 +263,16 @@ def test_custom_timesteps_and_sigmas_are_one_network_call_each(cls):
 
 
 @every_scheduler
+def test_a_number_may_stand_beside_as_many_levels(cls):
+    """As the pipeline of Cosmos 3 passes both, which flow schedulers of diffusers take."""
+    theirs = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    ours = cls.from_config(theirs.config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(4, sigmas=np.linspace(0.999, 0.0, 5)[:-1])
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas, rtol=1e-5, atol=1e-6)
+
+
+@every_scheduler
 def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
     """`sigmas=linspace(1, 1 / n, n)`: on the config's own grid where it has one, else as it is."""
     passed = np.linspace(1.0, 1 / 6, 6)
@@ -347,8 +357,8 @@ def test_flow_sigmas_are_s_before_the_shift(cls):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of"),
-        ({"num_inference_steps": 3, "timesteps": [3, 2, 1]}, "exactly one of"),
+        ({}, "give num_inference_steps, or custom"),
+        ({"num_inference_steps": 4, "timesteps": [3, 2, 1]}, "num_inference_steps=4 beside 3 custom timesteps"),
         ({"timesteps": [3, 2, 1], "sigmas": [3, 2]}, "must be as many, got 3 and 2"),
         ({"timesteps": [10, 20, 5]}, "none above the one before"),
         ({"timesteps": [1000, 20, 5]}, r"in \[0, 999\]"),

@@ -115,9 +115,10 @@ class SamplerScheduler(Calls, Swappable):
             num_inference_steps: network calls, all included; levels are those of the config's grid. A single call is D
                 at the first level.
             device: where `timesteps` is to be.
-            timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number. Calls with equal
-                labels are Langevin steps on one level; the last call is the final denoising (`denoise`), so repeat the
-                last label for Langevin steps there. With both, the network is told `timesteps` at the levels `sigmas`.
+            timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number, or beside theirs.
+                Calls with equal labels are Langevin steps on one level; the last call is the final denoising
+                (`denoise`), so repeat the last label for Langevin steps there. With both, the network is told
+                `timesteps` at the levels `sigmas`.
                 `flow`: `sigmas` are s, before the shift; a final 0 is left out; those that pipelines pass unasked, 1,
                 1 - 1/n, ..., stand for a number, which a sampler spends and a config lays out as they will.
             mu: `flow` with `use_dynamic_shifting`: the shift, as pipelines compute it from the image's size.
@@ -125,8 +126,16 @@ class SamplerScheduler(Calls, Swappable):
         Raises:
             ValueError: see the class.
         """
-        if (num_inference_steps is not None) + (timesteps is not None or sigmas is not None) != 1:
-            raise ValueError("give exactly one of num_inference_steps and custom timesteps or sigmas")
+        custom = timesteps if sigmas is None else sigmas
+        if num_inference_steps is None and custom is None:
+            raise ValueError("give num_inference_steps, or custom timesteps or sigmas")
+        if custom is not None:
+            if num_inference_steps not in (None, len(custom)):
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps} beside {len(custom)} custom timesteps or sigmas: leave "
+                    "it out"
+                )
+            num_inference_steps = None
         if sigmas is not None and timesteps is None and self.passed_by_pipelines(sigmas):
             num_inference_steps, sigmas = len(sigmas), None
         if num_inference_steps is None:
