@@ -61,11 +61,10 @@ def text_encoder(cls=CLIPTextModel):
 
 def stable_diffusion(cls, **extra):
     return cls(
-        **({"unet": unet()} | extra),
+        **({"unet": unet(), "scheduler": DDIMScheduler(**SD, steps_offset=1)} | extra),
         vae=vae(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
-        scheduler=DDIMScheduler(**SD, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

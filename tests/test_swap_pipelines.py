@@ -150,6 +150,15 @@ def test_views_of_a_panorama_are_runs_of_their_own(cls):
     check(pipeline, count=1, **arguments, height=128, width=144)
 
 
+def test_a_pipeline_that_mends_a_config_leaves_the_way_back_open():
+    """Those of Stable Diffusion put a plain dictionary in its place where `steps_offset` is not 1."""
+    ours = GMLangevinScheduler.from_config(DDIMScheduler(**SD).config, algorithm_type="ode")
+    mended = stable_diffusion(diffusers.StableDiffusionPipeline, scheduler=ours).scheduler.config
+    assert mended.steps_offset == 1
+    assert diffusers.DPMSolverMultistepScheduler.from_config(mended).config.algorithm_type == "dpmsolver++"
+    assert GMLangevinScheduler.from_config(mended).config.algorithm_type == "ode"
+
+
 @every_scheduler
 def test_dit_with_a_learned_variance(cls):
     transformer = build(

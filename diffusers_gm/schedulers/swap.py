@@ -223,9 +223,15 @@ class Swappable(SchedulerMixin, ConfigMixin):
     calibrates: ClassVar[bool] = False
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
 
-    config: Any
     _internal_dict: Any
     noise_space: NoiseSpace | None
+
+    @property
+    def config(self) -> Any:
+        """Pipelines of Stable Diffusion put a plain dictionary in the place of ours where `steps_offset` is not 1."""
+        if not isinstance(self._internal_dict, SwapConfig):
+            self._internal_dict = SwapConfig(self._internal_dict)
+        return self._internal_dict
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -272,8 +278,8 @@ class Swappable(SchedulerMixin, ConfigMixin):
         super().register_to_config(**kwargs)
         config = self.config
         if config.get("use_flow_sigmas"):  # what solvers of diffusers go by, on the way back
-            config = {**config, "flow_shift": 1.0 if config["shift"] is None else config["shift"]}
-        self._internal_dict = SwapConfig(config)
+            shift = 1.0 if config["shift"] is None else config["shift"]
+            self._internal_dict = SwapConfig({**config, "flow_shift": shift})
 
     def to_json_string(self) -> str:
         """The config as it is saved: schedulers of diffusers can read it wherever they can read the network, and ours
