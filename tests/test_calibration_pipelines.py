@@ -1,5 +1,8 @@
 """Calibration: what it asks of pipelines, and leaves of them."""
 
+import copy
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPAGPipeline
@@ -159,3 +162,46 @@ def test_attention_that_a_pipeline_perturbs_is_put_back():
     size = {"height": 16, "width": 16, "output_type": "latent"}
     calibrate(pipe, (4,), effort="fast", prompt="a cat", pag_scale=3.0, progress=False, **size)
     assert pipe.unet.attn_processors == before
+
+
+class Copying(UnconditionalPipeline):
+    """As pipelines of views, and of pictures with sound, do."""
+
+    def __call__(self, num_inference_steps, **_):
+        self.scheduler.set_timesteps(num_inference_steps)
+        copy.deepcopy(self.scheduler)
+
+
+class ByToken(UnconditionalPipeline):
+    def __call__(self, num_inference_steps, **_):
+        self.scheduler.set_timesteps(num_inference_steps)
+        t, sample = self.scheduler.timesteps[0], torch.zeros(1, 4, 2)
+        self.scheduler.step(sample, t, sample, per_token_timesteps=t.expand(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"), [(Copying, "copies its scheduler"), (ByToken, "gives tokens timesteps of their own")]
+)
+def test_what_a_calibration_would_misread_is_named(cls, message, tiny_unet):
+    with pytest.raises(ValueError, match=f"the pipeline {message}"):
+        calibrate(cls(tiny_unet, FlowMatchEulerDiscreteScheduler()), (5,), progress=False)
+
+
+def test_a_known_part_that_is_put_back_says_nothing_of_the_network():
+    """As inpainting does after every step: there D goes straight to the image, which would hide the other errors."""
+    ddpm = DDPMScheduler(clip_sample=False)
+    exact = network(CalibratedMultistepScheduler.from_config(ddpm.config).noise_space)
+
+    class Inpainting(DDPMPipeline):
+        def __call__(self, num_inference_steps, generator, known):
+            noise = torch.randn((64, 1, 2, 2), generator=generator)
+            self.scheduler.set_timesteps(num_inference_steps)
+            sample, image = noise, torch.full_like(noise, 0.9)
+            for t, after in pairwise(self.scheduler.timesteps):
+                sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
+                given = self.scheduler.add_noise(image, noise, torch.tensor([after]))
+                sample[..., :known] = given[..., :known]
+
+    for known in (0, 1):
+        found = calibrate_in_full(Inpainting(exact, ddpm), (4,), effort="fast", known=known, progress=False)
+        assert abs(found.martingale_defect) < 0.1

@@ -53,7 +53,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         self.timesteps = torch.full((count,), float(top), device=device, dtype=torch.float32)
         self.num_inference_steps = count
         self.sigmas = self.sigmas[:1].repeat(count + 1)
-        self._taken = 0
+        self._taken, self._free = 0, None
 
     def step(
         self,
@@ -65,18 +65,25 @@ class AskedScheduler(CalibratedMultistepScheduler):
         per_token_timesteps: Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """D of the call that was asked for; the sample of the next one."""
+        if per_token_timesteps is not None:
+            raise ValueError("the pipeline gives tokens timesteps of their own: it cannot be calibrated")
         call = self.asked
-        told = float(torch.as_tensor(timestep).flatten()[0])
-        if abs(told - call.label) > 1e-3 * max(1.0, abs(call.label)):
+        at = float(torch.as_tensor(timestep).flatten()[0])
+        if abs(at - call.label) > 1e-3 * max(1.0, abs(call.label)):
             raise ValueError(
-                f"the pipeline called its network at timestep {told:g}, not at {call.label:g}: it takes its timesteps "
+                f"the pipeline called its network at timestep {at:g}, not at {call.label:g}: it takes its timesteps "
                 "from elsewhere than the scheduler, and cannot be calibrated"
             )
         state = sample.float()
         y, companion = self.reading.coordinates(state, call)
         denoised, memory = self._denoised(self.without_variance(model_output.float(), state), state, y, call, Memory())
         denoised, memory = self.clipped(denoised, call.sigma, memory)
-        sigma, y = self.exchange(y, (denoised, memory.clipped))
+        if self._taken == 1:
+            free = (sample == self._handed)[:, : denoised.shape[1]]  # of x, where there is a velocity
+            self._free = free if free.any() and not free.all() else None
+        # What a pipeline puts back after every step, as those that paint in do, says nothing of its network.
+        told = denoised if self._free is None else torch.where(self._free, denoised, 0.0)
+        sigma, y = self.exchange(y, (told, memory.clipped))
         self._taken += 1
         label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))
         self.ask(label)
@@ -85,6 +92,8 @@ class AskedScheduler(CalibratedMultistepScheduler):
             self.timesteps[place] = float(label)
             self.sigmas[place] = self.visible_sigmas(self.reading.sigma(label))[0]
         prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
+        if self._taken == 1:
+            self._handed = prev_sample.clone()  # pipelines may write into theirs
         denoised = denoised.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 
@@ -100,6 +109,8 @@ class AskedScheduler(CalibratedMultistepScheduler):
         return self.reading.model_input(sample, timestep, self.asked)
 
     exchange: Callable[[Tensor, Denoised], tuple[float, Tensor]]
+    _handed: Tensor  # the sample after the first step
+    _free: Tensor | None  # where the pipeline leaves that as it is; None: everywhere, as far as can be told
 
 
 def with_denoiser(
@@ -155,6 +166,12 @@ class _Asker:
         self.answers: queue.Queue[Any] = queue.Queue()
         self.requests: queue.Queue[Any] = queue.Queue()
         self.thread: threading.Thread | None = None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        raise ValueError(
+            "the pipeline copies its scheduler, for several samples at once (sound, views of a panorama): it cannot be "
+            "calibrated"
+        )
 
     def exchange(self, y: Tensor, answer: Denoised) -> tuple[float, Tensor]:
         """Called by the pipeline: y of the call that was asked for, and the answer; the level and y of the next one."""
