@@ -74,7 +74,8 @@ class Multistep:
 
     def plan(self, sigmas: Tensor) -> Plan:
         """Of each call, its level, the factors of its step on y, on what clipping added to D, and on the noise, and for
-        each number of D's that are remembered the weights of the new D and of these, the newest first."""
+        each number of D's that are remembered the weights of the new D and of these, the newest first; `sigmas`: noise
+        levels `(n,)`, descending, in float64."""
         clock, n = -sigmas.log(), len(sigmas)
         above, below = torch.tensor(self._taus, dtype=torch.float64)
         tau, h = torch.where(sigmas[:-1] > FINE, above, below), clock.diff()
@@ -113,7 +114,8 @@ class Multistep:
         return Plan(sigmas, list(zip(sigmas.tolist(), decays, follows, spread, of_calls, strict=True)))
 
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
-        """The correction of y goes with the step from it, so that an edit between two steps stays."""
+        """y at the next level, D at the last one. The correction of y goes with the step from it, so that an edit
+        between two steps stays. `y`, `denoised`: `(n, ...)`, of one shape and a floating point type."""
         if i == len(plan.steps) - 1:
             return denoised, memory
         sigma, decay, follows, spread, weights = plan.steps[i]
