@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,12 @@ def test_a_calibrated_pipeline_is_read_as_the_network_that_it_has(tmp_path, gene
     edm = AnnealedLangevinScheduler(noise_space="edm", sigma_data=0.5, sigma_max=20.0, sigma_min=0.02)
     NCSNv2Pipeline(tiny_network(), CalibratedMultistepScheduler.from_config(edm.config)).save_pretrained(tmp_path / "m")
     images = torch.rand(16, 1, 8, 8, generator=generator)
-    samplers = models.saved_model(str(tmp_path / "m"), images, 8, tmp_path).samplers
+    model = models.saved_model(str(tmp_path / "m"), images, 8, tmp_path)
+    samplers = model.samplers
+    args = argparse.Namespace(num_samples=8, steps=1, output=tmp_path)
+    for asked in (samplers, {"EDM Euler": samplers["EDM Euler"]}):  # cells of some are kept beside those of all
+        kept = bench.kept_cells("m", replace(model, samplers=asked), args)
+        assert kept.conditions["default"] == ["as it comes", "default"]
     assert {"langevin", "consistent", "EDM Euler"} <= set(samplers)
     assert "DDPM" not in samplers
     assert isinstance(samplers["as it comes"]["default"], CalibratedMultistepScheduler)

@@ -43,7 +43,6 @@ from .sampler_benchmark_cells import ALL_GRIDS_UP_TO, CONTENDS, Bests, Which, co
 from .sampler_benchmark_models import SHAPES, Model, ddpm_model, exact_model, mixture_model, own_model, saved_model
 from .sampler_benchmark_schedulers import (
     MULTISTEP,
-    OWN,
     PEERS,
     STOCHASTIC,
     Samplers,
@@ -246,8 +245,7 @@ def first_look(args: argparse.Namespace) -> argparse.Namespace:
 
 def kept_cells(stem: str, model: Model, args: argparse.Namespace) -> Results:
     """What has been measured of a model."""
-    default = (OWN if OWN in model.samplers else "DDPM", "default")  # what the pipeline comes with
-    settings = {"steps": args.steps, "content": model.content, "default": default, "title": model.title}
+    settings = {"steps": args.steps, "content": model.content, "default": model.default, "title": model.title}
     return kept_results(f"samplers {stem}", args.num_samples, args.output, **settings)
 
 

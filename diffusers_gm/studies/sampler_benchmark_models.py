@@ -24,7 +24,7 @@ from .demo import OF_PIPELINES
 from .digits import parts_of, pipeline_of, trained
 from .exact import Denoiser, Erring, ExactDenoiser, GaussianMixture, NetworkOf, exact_network
 from .sampler_benchmark_calibration import Calibrations
-from .sampler_benchmark_schedulers import OWN, SOURCE, Samplers, compatible, own_samplers
+from .sampler_benchmark_schedulers import OWN, SOURCE, Samplers, Setting, compatible, own_samplers
 
 WIDTH = 0.1
 REFERENCE = 5  # times as many images as there are samples
@@ -88,6 +88,7 @@ class Model:
         conditions: in words.
         content: a hash of the network.
         made: the calibrations of the network.
+        default: the setting that the pipeline comes with, whichever samplers are asked for.
     """
 
     title: str
@@ -98,6 +99,7 @@ class Model:
     conditions: str
     content: str
     made: Calibrations | None = None
+    default: Setting = ("DDPM", "default")
 
     @cached_property
     def score(self) -> Scores:
@@ -116,7 +118,9 @@ def _model(
     """A model with its calibrations; `images` are the reference and the floor, by which calibrations may choose."""
     content = content or describe_model(pipeline)
     made = Calibrations(pipeline, parts_of(output), content, images[1])
-    return Model(title, pipeline, samplers(made), *images, conditions, content, made)
+    offered = samplers(made)
+    default = OWN if OWN in offered else "DDPM"
+    return Model(title, pipeline, offered, *images, conditions, content, made, (default, "default"))
 
 
 # --- Networks ---
