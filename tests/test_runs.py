@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from networks import CPU, seeded, tiny_network
-from schedulers import VP, every_scheduler
+from schedulers import READINGS, VP, every_scheduler
 
-from diffusers_gm import AnnealedLangevinScheduler, CLDSSCSScheduler, GMSGMPipeline
+from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMSGMPipeline
 
 
 def loop(scheduler, sample, timesteps, seed=0):
@@ -343,3 +343,55 @@ def test_too_few_calls_for_langevin_dynamics_say_how_many():
         AnnealedLangevinScheduler(**VP, num_langevin_steps=3).set_timesteps(6)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         AnnealedLangevinScheduler(**VP, denoise=False).set_timesteps(1)
+
+
+# --- Compiled ---
+
+
+def compiled_and_not(scheduler, sample, begin_index=None):
+    """The result of the calls from `begin_index` on, compiled without a break, and as they are. Their noise, if they
+    have any, is the global one: `torch.compile` knows no generators."""
+    torch._dynamo.reset()
+    images = slice(0, 1)  # with velocities the sample is twice as wide as the output
+    for step in (torch.compile(scheduler.step, fullgraph=True, backend="eager"), scheduler.step):
+        scheduler.set_timesteps(6)
+        if begin_index is not None:
+            scheduler.set_begin_index(begin_index)
+        x = sample
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for t in scheduler.timesteps[begin_index or 0 :]:
+                x = step(0.3 * x[:, images], t, x, return_dict=False)[0]
+        yield x
+
+
+@every_scheduler
+def test_a_whole_step_compiles_without_a_break(cls, generator):
+    for begin_index in (None, 2):
+        compiled, plain = compiled_and_not(cls(**VP), torch.randn(2, 1, 4, 4, generator=generator), begin_index)
+        assert torch.equal(compiled, plain)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.4])
+@pytest.mark.parametrize("reading", ["vp v", "ve", "flow", "edm", "velocity score"])
+def test_a_whole_step_of_the_calibrated_sampler_compiles_for_every_reading(reading, tau, generator):
+    channels = 2 if "velocity" in reading else 1
+    scheduler = CalibratedMultistepScheduler(**READINGS[reading], stochasticity=tau, clip_sample=True)
+    compiled, plain = compiled_and_not(scheduler, torch.randn(2, channels, 4, 4, generator=generator))
+    assert torch.equal(compiled, plain)
+
+
+def test_a_compiled_step_at_another_timestep_is_an_error(generator):
+    x = torch.randn(2, 1, 4, 4, generator=generator)
+    scheduler = CalibratedMultistepScheduler(**VP)
+    torch._dynamo.reset()
+    step = torch.compile(scheduler.step, fullgraph=True, backend="eager")
+    scheduler.set_timesteps(6)
+    with pytest.raises(RuntimeError, match="another timestep.*one run at a time"):
+        step(0.3 * x, scheduler.timesteps[2], x, return_dict=False)
+    torch._dynamo.reset()
+    scheduler.set_timesteps(2)
+    for t in scheduler.timesteps:
+        step(0.3 * x, t, x, return_dict=False)
+    with pytest.raises(Exception, match="all 2 steps of this run have been taken"):
+        step(0.3 * x, scheduler.timesteps[-1], x, return_dict=False)

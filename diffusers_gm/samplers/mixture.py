@@ -52,8 +52,7 @@ class Ancestral:
             scales = self.noise.sample_scales(y.shape, draw, probabilities)
             noise = draw.normal(y.shape).mul_(scales)
         else:
-            noise, scale = draw.normal(y.shape), float(self.noise.scales[0])
-            noise = noise if scale == 1 else noise.mul_(scale)
+            noise = draw.normal(y.shape).mul_(float(self.noise.scales[0]))
         return consistent_step(y, denoised, sigma, after, eta, noise), memory
 
 

@@ -6,7 +6,7 @@ rest, and everything that changes during a run is in a `Run`.
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -289,11 +289,7 @@ class SamplerScheduler(Calls, Swappable):
         model_output = self.without_variance(model_output, sample)
         self.reading.check(model_output, sample)
         check_generators(generator, sample.shape[0])
-        with TURN:
-            before = self._run
-            i, run = before.claim(timestep, self._begin_index, sample.shape)
-            self._prepared = {thread: other for thread, other in self._prepared.items() if other is not before}
-            self._run = run
+        i, run = self._claim(timestep, sample.shape)
         call, after = run.calls[i], run.calls[i + 1]
         dtype = torch.promote_types(sample.dtype, torch.float32)
         output, state = model_output.to(dtype), sample.to(dtype)
@@ -312,6 +308,18 @@ class SamplerScheduler(Calls, Swappable):
             prev_sample = torch.where(waiting, state, prev_sample)
         prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def _claim(self, timestep: Tensor | float, shape: torch.Size) -> tuple[int, Run]:
+        """The index of the call that a step makes, and the run, which is past it now."""
+        if torch.compiler.is_compiling():  # a compiler knows no locks
+            i, self._run = cast(Run, self._run).claim_compiled(timestep, self._begin_index, shape)
+            return i, self._run
+        with TURN:
+            before = cast(Run, self._run)
+            i, run = before.claim(timestep, self._begin_index, shape)
+            self._prepared = {thread: other for thread, other in self._prepared.items() if other is not before}
+            self._run = run
+        return i, run
 
     def denoise(
         self, network: Callable[[Tensor, Tensor], Tensor], y: Tensor, companion: Tensor | None, sigma: Tensor
