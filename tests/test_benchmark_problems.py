@@ -9,7 +9,7 @@ import torch
 from points import seen
 
 from diffusers_gm import CalibratedMultistepScheduler
-from diffusers_gm.evaluation.distances import sliced_wasserstein
+from diffusers_gm.evaluation.distances import frechet_distance, sliced_wasserstein
 from diffusers_gm.evaluation.results import Results
 from diffusers_gm.studies import sampler_benchmark as bench
 from diffusers_gm.studies import sampler_benchmark_settings as settings
@@ -178,17 +178,30 @@ def test_a_calibration_is_made_once(tmp_path):
 # --- Scores ---
 
 
-@pytest.mark.parametrize("num_reference", [200, 130])
+@pytest.mark.parametrize("num_reference", [200, 130, 40, 27])
 def test_sliced_w2_is_that_of_evaluation(num_reference, generator):
-    """By ranks where the reference is a multiple of the samples, and where it is not."""
+    """Whether the reference is a multiple of the samples, fewer or neither."""
     samples = torch.rand(40, 1, 3, 2, generator=generator) * 3 - 1.5
     reference = torch.rand(num_reference, 1, 3, 2, generator=generator)
     found = Scores(reference)(samples)
     assert found["sliced W2"] == pytest.approx(sliced_wasserstein(samples.clamp(-1, 1), reference), rel=1e-9)
-    assert FRECHET not in found
-    assert FRECHET in Scores(reference)(torch.rand(48, 1, 3, 2, generator=generator))
     samples[3, 0, 0, 0] = math.nan
     assert Scores(reference)(samples) == {"num_nan": 1}
+
+
+def test_fd_is_of_as_many_principal_components_as_the_samples_allow(generator):
+    """Of all, rotated, it is that of the pixels; of fewer, that of the directions in which the reference varies most:
+    what samples lack in the others is not seen."""
+    spread = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5, 0.2]).view(1, 3, 2) / 20
+    reference, samples = (spread * torch.randn(n, 1, 3, 2, generator=generator) for n in (4000, 480))
+    of_pixels = frechet_distance(samples.flatten(1), reference.flatten(1))
+    assert Scores(reference)(samples)[FRECHET] == pytest.approx(of_pixels, rel=1e-6)
+    few = samples[:32]
+    first = frechet_distance(few.flatten(1)[:, :4], reference.flatten(1)[:, :4])
+    assert Scores(reference)(few)[FRECHET] == pytest.approx(first, rel=0.1)
+    few[:, 0, 2] = 0
+    assert Scores(reference)(few)[FRECHET] == pytest.approx(first, rel=0.1)
+    assert FRECHET not in Scores(reference)(few[:7])
 
 
 # --- Settings alone ---

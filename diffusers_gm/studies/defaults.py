@@ -53,7 +53,7 @@ def defaults(args: argparse.Namespace) -> Report:
     n = args.num_samples
     models: dict[str, Callable[[], Model]] = {
         "exact digits, as a DDPM network": partial(exact_model, split_digits()[0], "the digits", n, args.output),
-        "a network of NCSNv2": partial(own_model, "ncsnv2", n, args.steps, args.output),
+        "a network of NCSNv2": partial(own_model, "ncsnv2", n, args.steps, 0, args.output),
     }
     tables, panels = [], {}
     over: dict[str, list[float]] = {}

@@ -34,7 +34,7 @@ GLOSSARY = """\
   diffusers.
 - **FD-Lite0**, **KID-Lite0**: Frechet and kernel distance of samples to real images by features of an
   EfficientNet-Lite0, what FID and KID are by those of Inception; squared distances, and no FID. **FD of pixels**:
-  that of the pixels themselves.
+  that of the pixels themselves, or of as many principal components of the images as the samples allow.
 - **Sliced W2**: Wasserstein-2 distance of the pixels, the root mean square over random directions; no squared
   distance.
 - **Precision**, **density**: whether samples lie among real images; **recall**, **coverage**: whether real ones lie

@@ -11,8 +11,9 @@ Every scheduler of diffusers that fits, and ours, each at the best of its grids,
   `ncsnv2` under those of diffusers too (`diffusers_config`);
 - with --pipeline any saved networks, of this package or DDPMs of diffusers, beside the images of --train_data_dir.
 
-Quality is sliced W2, a root, over the floor, what as many real images have; means over seeds. Where there are eight
-times as many samples as pixels, FD of the pixels is measured too, a squared distance. What the settings are worth one
+Quality is sliced W2, a root, over the floor, what as many real images have (of networks of the digits at most the 360
+held-out ones); means over seeds. FD of the pixels is measured too, a squared distance; of large images that of their
+principal components, an eighth as many as samples. What the settings are worth one
 by one, over all networks, is `.sampler_benchmark_settings`. With --first_look only what is not far behind for fewer
 samples is measured. Every finished cell is kept in `OUTPUT/.parts`, and so is every calibration: an interrupted
 benchmark goes on where it was.
@@ -35,7 +36,6 @@ from ..data import examine, open_source, split_digits
 from ..evaluation.report import Curve, plot_curves
 from ..evaluation.results import Results
 from ..evaluation.table import Table
-from .command import need_held_out
 from .digits import kept_results
 from .pictures import plot_behind, save_picture
 from .report import Report, by_calls
@@ -159,8 +159,6 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         return
     if args.compile:
         parser.error("--compile: networks of --pipeline are compiled, and none is given")
-    if {*args.models} & {*TRAINED}:
-        need_held_out(parser, args.num_samples)
     if "cifar10" in args.models and args.cifar10 is None:
         parser.error("--models cifar10 needs --cifar10, the folder of its parquet files")
     if "cifar10" in args.models and not args.cifar10.is_dir():
@@ -179,10 +177,13 @@ def model_of(name: str, args: argparse.Namespace) -> tuple[str, Model]:
     n, output = args.num_samples, args.output
     if name in TRAINED:
         make = ddpm_model if name == "ddpm" else partial(own_model, name)
-        if args.steps == STEPS:
-            return name, make(n, STEPS, output)
-        model = make(n, args.steps, output)
-        return f"{name}-{args.steps}", replace(model, title=f"{model.title}, {args.steps} steps")
+        model = make(n, args.steps, args.training_seed, output)
+        stem, title = name, model.title
+        if args.steps != STEPS:
+            stem, title = f"{stem}-{args.steps}", f"{title}, {args.steps} steps"
+        if args.training_seed:
+            stem, title = f"{stem}-s{args.training_seed}", f"{title}, seed {args.training_seed}"
+        return stem, replace(model, title=title)
     if name.startswith("mixture"):
         return name, mixture_model(int(name.removeprefix("mixture-")), n, output)
     if name == "cifar10":
@@ -255,10 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--models", nargs="+", choices=MODELS, default=["exact"], help="what is sampled, see above")
     add("--pipeline", nargs="+", metavar="PATH", help="in place of --models: saved pipelines, folders or of the Hub")
     add("--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50, 200], help="numbers of network calls")
-    add("--num_samples", type=at_least(2), default=1000, help="images per cell; trained networks: at most 360")
+    add("--num_samples", type=at_least(2), default=1000, help="images per cell")
     add("--first_look", type=at_least(2), metavar="N", help="samples by which what is far behind is left out [no look]")
     add("--seeds", type=at_least(1), default=3, help="runs of each cell")
     add("--steps", type=at_least(1), default=STEPS, help="optimizer steps of the trained networks")
+    add("--training_seed", type=at_least(0), default=0, help="of their trainings")
     add("--compile", action="store_true", help="--pipeline: with compiled networks, which are faster [as they are]")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where networks run; their noise is the same")
     add("--samplers", nargs="+", metavar="NAME", help="only these, as named in the table [all]")
