@@ -14,7 +14,7 @@ from scipy import integrate
 from diffusers_gm import CLDPipeline, CLDSSCSScheduler
 from diffusers_gm.processes.cld import CLD, lift
 from diffusers_gm.readings.velocity import score_coefficients
-from diffusers_gm.studies.exact import ExactDenoiser
+from diffusers_gm.studies.exact import ExactDenoiser, exact_network
 
 DOUBLE = {"dtype": torch.float64}
 PROCESS = CLD()
@@ -145,6 +145,17 @@ def test_native_prediction_types_agree(prediction_type, generator):
 
 
 # --- Probability flow ---
+
+
+@pytest.mark.parametrize("prediction_type", ["velocity_score", "scaled_velocity_score", "cld_mixed"])
+def test_the_exact_network_of_the_studies_is_that_of_the_lift(prediction_type, generator):
+    scheduler = CLDSSCSScheduler(prediction_type=prediction_type, mass=0.5, gamma=0.1)
+    denoiser = ExactDenoiser(torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64), 0.1)
+    seen, label = torch.randn(5, 2, 2, 2, generator=generator, dtype=torch.float64), torch.tensor(300.0)
+    expected = velocity_network(scheduler.process, denoiser, prediction_type)(seen, label)
+    torch.testing.assert_close(exact_network(denoiser, scheduler)(seen, label), expected)
+    with pytest.raises(ValueError, match="prediction_type 'cld_edm': must be one of velocity_score"):
+        exact_network(denoiser, CLDSSCSScheduler(prediction_type="cld_edm"))
 
 
 def test_probability_flow_converges_to_the_ode_with_order_two(generator):

@@ -360,9 +360,10 @@ def test_the_only_study_of_a_module_needs_no_name():
 def test_defaults_over_the_best_of_their_options(tmp_path):
     from diffusers_gm.studies import defaults
 
-    defaults.main(["--steps", "1", "--seeds", "1", "--num_samples", "8", "--calls", "4", "--output", str(tmp_path)])
+    words = ["--steps", "1", "--seeds", "1", "--num_samples", "8", "--calls", "4", "--output", str(tmp_path)]
+    defaults.main([*words, "--networks", "exact, flow matching", "exact, CLD", "trained, gm-sgm"])
     report = Report.read(tmp_path / "defaults.json")
-    assert [len(table.rows) for table in report.tables] == [4, 4]
+    assert [len(table.rows) for table in report.tables] == [4, 4, 2], "Langevin and CLD do not read mixtures"
     assert all(float(row[1].split()[0]) >= 1 for table in report.tables for row in table.rows), "over the best"
 
 

@@ -21,13 +21,12 @@ from ..evaluation.report import Curve, plot_curves
 from ..evaluation.sampling import describe_model
 from ..pictures import curve_style
 from ..pipelines import CLDPipeline
-from ..processes.cld import CLD, lift
 from ..processes.random import Draw
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
 from .cld_training import results_of, train_cld
 from .digits import images_of
-from .exact import ExactDenoiser, Network, NetworkOf
+from .exact import ExactDenoiser, NetworkOf, exact_network
 from .pictures import as_curves, plot_behind, save_picture
 from .report import Report, table_of
 
@@ -115,19 +114,6 @@ def factors(by_name: dict[str, list[float]]) -> list[str]:
 EXACT, TRAINED = "exact denoiser", "trained network"
 
 
-def exact_velocity_score(process: CLD, points: Tensor) -> Network:
-    """The `velocity_score` of data that are `points`, through the lift of their exact denoiser."""
-    denoiser = ExactDenoiser(points)
-
-    def network(model_input: Tensor, timestep: Tensor) -> Tensor:
-        x, v = model_input.chunk(2, 1)
-        v = v * process.velocity_scale
-        at = lift(process.marginal(process.clock(timestep.double() / 1000)))
-        return at.velocity_score(x, v, denoiser(at.image(x, v)[0], float(at.sigma)))
-
-    return network
-
-
 def models_of(args: argparse.Namespace) -> dict[str, tuple[Any, CLDSSCSScheduler]]:
     """Networks of the digits that see a velocity, and the schedulers that describe them: exact, and trained."""
     if args.model:
@@ -136,7 +122,7 @@ def models_of(args: argparse.Namespace) -> dict[str, tuple[Any, CLDSSCSScheduler
     else:
         trained = train_cld(args)
     exact = CLDSSCSScheduler.from_config(trained[1].config, prediction_type="velocity_score")
-    network = NetworkOf(exact_velocity_score(exact.process, split_digits()[0]), (1, 8, 8), 2)
+    network = NetworkOf(exact_network(ExactDenoiser(split_digits()[0]), exact), (1, 8, 8), 2)
     return {EXACT: (network, exact), TRAINED: trained}
 
 

@@ -1,12 +1,13 @@
 """What a scheduler does without any option, over the best of its options: `python -m diffusers_gm.studies.defaults`.
 
-Of every scheduler of ours, as `from_config` makes it for a network of diffusers (the exact denoiser of the digits)
-and as a network of ours comes with it: sliced W2 over that of the best algorithm and grid that it offers, chosen
-afterwards.
+Of every scheduler of ours, as `from_config` makes it for a network of each noise space (the exact denoiser of the
+digits in its words) and for networks that we trained: sliced W2 over that of the best algorithm and grid that it
+offers, chosen afterwards. Every finished cell is kept in `OUTPUT/.parts`: interrupted, it goes on where it was.
 """
 
 import argparse
 import itertools
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from ..cli import at_least
 from ..data import split_digits
@@ -27,6 +29,7 @@ from .pictures import as_curves, save_picture
 from .report import Report, table_of
 from .sampler_benchmark_cells import best_of_each
 from .sampler_benchmark_models import Model, exact_model, own_model
+from .sampler_benchmark_schedulers import SOURCE
 
 GRIDS = ("even", "log_snr", "karras", "trailing")
 LANGEVIN = [{"algorithm_type": "langevin", "network_level": level} for level in ("chain", "ladder")]
@@ -49,21 +52,39 @@ def settings_of(cls: Any, config: Any) -> dict[str, Any]:
     return made
 
 
-def defaults(args: argparse.Namespace) -> Report:
-    n = args.num_samples
-    models: dict[str, Callable[[], Model]] = {
-        "exact digits, as a DDPM network": partial(exact_model, split_digits()[0], "the digits", n, args.output),
-        "a network of NCSNv2": partial(own_model, "ncsnv2", n, args.steps, 0, args.output),
+# Networks by what they answer in which space, and who trained them.
+EXACT: dict[str, Any] = {
+    "exact, DDPM (vp)": SOURCE,
+    "exact, flow matching": FlowMatchEulerDiscreteScheduler(),
+    "exact, NCSN (ve)": AnnealedLangevinScheduler(noise_space="ve", sigma_min=0.01, sigma_max=98.0),
+    "exact, EDM": EDMEulerScheduler(),
+    "exact, CLD": CLDSSCSScheduler(prediction_type="velocity_score"),
+}
+TRAINED = ("ncsnv2", "gm-sgm", "cld")
+
+
+def models_of(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
+    """The networks, by their titles, each made when it is its turn."""
+    n, output = args.num_samples, args.output
+    exact = {
+        title: partial(exact_model, split_digits()[0], "", n, output, 0.0, source) for title, source in EXACT.items()
     }
+    trained = {f"trained, {method}": partial(own_model, method, n, args.steps, 0, output) for method in TRAINED}
+    return {title: make for title, make in (exact | trained).items() if title in (args.networks or (title,))}
+
+
+def defaults(args: argparse.Namespace) -> Report:
     tables, panels = [], {}
     over: dict[str, list[float]] = {}
-    for title, make in models.items():
+    for title, make in models_of(args).items():
         model, cells = make(), {}
         ratios: dict[str, list[float]] = {}
         config = model.pipeline.scheduler.config
-        model = replace(model, samplers={cls.__name__: settings_of(cls, config) for cls in OPTIONS})
-        results = kept_results(f"defaults {title}", n, args.output, content=model.content)
-        results.floor = [model.score(model.floor[:n])]
+        of_mixture = config.get("model_noise") == "mixture"
+        samplers = {c.__name__: settings_of(c, config) for c in OPTIONS if c.reads_mixtures or not of_mixture}
+        model = replace(model, samplers=samplers)
+        results = kept_results(f"defaults {title}", args.num_samples, args.output, content=model.content)
+        results.floor = [model.score(draw) for draw in model.floor.split(args.num_samples)]
         for name in model.samplers:
             settings = [(name, grid) for grid in model.samplers[name]]
             found = [
@@ -89,19 +110,24 @@ def defaults(args: argparse.Namespace) -> Report:
         f"{statistics.geometric_mean(itertools.chain.from_iterable(over.values())):.2f} times.",
         tables,
         [plot(panels, args.output / "defaults.png")],
-        f"n = {n}, {args.seeds} seed(s), a training of {args.steps} steps. The best option is picked on "
-        "the same samples.",
+        f"n = {args.num_samples}, {args.seeds} seed(s), trainings of {args.steps} steps. The best option is picked on "
+        "the same samples; sliced W2 of so few does not tell what is close to the floor.",
     )
 
 
 def plot(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> str:
-    """Curves side by side by their titles, with one legend for all; the name of the file."""
-    size = (1.5 + 5 * len(panels), 5.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    """Curves by their titles, four panels a row, with one legend for all; the name of the file."""
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    size = (1.5 + 4 * columns, 0.5 + 4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         plot_curves(axis, curves)
-        axis.set(title=title, ylabel="sliced W2 of the default over the best option")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+        axis.set(title=title)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.supylabel("sliced W2 of the default over the best option")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     return save_picture(figure, path)
 
 
@@ -110,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--calls", type=at_least(3), nargs="+", default=[5, 10, 20, 50], help="numbers of network calls"
     )
-    args = parse(parser, arguments, over_floor=["defaults"])
+    names = [*EXACT, *(f"trained, {method}" for method in TRAINED)]
+    parser.add_argument("--networks", nargs="+", choices=names, metavar="NAME", help="only these of the table [all]")
+    args = parse(parser, arguments)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # of what configs of other schedulers say besides
     defaults(args).write(args.output)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..readings import NoiseSpace
+from ..readings.velocity import VELOCITY_PREDICTION_TYPES, VelocityReading
 
 # A network or an exact answer: `(scaled sample, timestep) -> output`.
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -191,9 +192,26 @@ class Erring(Denoiser):
 
 
 def exact_network(denoiser: Denoiser, scheduler: Any) -> Network:
-    """What a perfect network for these data answers to the scheduler's inputs."""
+    """What a perfect network for these data answers to the scheduler's inputs.
+
+    Raises:
+        ValueError: for networks of `cld_edm`, of which there is no exact one here.
+    """
     space, prediction_type = scheduler.noise_space, scheduler.reading.prediction_type
-    return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)
+    if space is not None:
+        return lambda sample, t: denoiser.network_output(sample, t, space, prediction_type)
+    if prediction_type not in VELOCITY_PREDICTION_TYPES:
+        raise ValueError(f"prediction_type {prediction_type!r}: must be one of {', '.join(VELOCITY_PREDICTION_TYPES)}")
+    reading: VelocityReading = scheduler.reading
+
+    def network(model_input: Tensor, t: Tensor) -> Tensor:
+        call = reading.calls(t.reshape(-1)[:1].double())[0]
+        x, v = model_input.chunk(2, 1)
+        state = torch.cat([x, v * reading.process.velocity_scale], 1)
+        y, _ = reading.coordinates(state, call)
+        return (denoiser(y, call.sigma) - reading.denoised(torch.zeros_like(y), state, call)) / call.gain
+
+    return network
 
 
 class NetworkOf(nn.Module):

@@ -19,7 +19,7 @@ from ..evaluation.distances import frechet_distance, num_not_finite
 from ..evaluation.features import fingerprint
 from ..evaluation.sampling import describe_model, image_shape, load_pipeline
 from ..evaluation.scoring import SLICED_WASSERSTEIN
-from ..schedulers import CalibratedMultistepScheduler, CLDSSCSScheduler
+from ..schedulers import CalibratedMultistepScheduler
 from .demo import OF_PIPELINES
 from .digits import parts_of, pipeline_of, trained
 from .exact import Denoiser, Erring, ExactDenoiser, GaussianMixture, NetworkOf, exact_network
@@ -134,9 +134,11 @@ def _model(
 # --- Networks ---
 
 
-def exact_model(points: Tensor, name: str, num_samples: int, output: Path, error: float = 0.0) -> Model:
-    """The exact denoiser of Gaussians of width `WIDTH` around images `(m, C, H, W)`, as a DDPM network would be; with
-    an `error`, see `Erring`."""
+def exact_model(
+    points: Tensor, name: str, num_samples: int, output: Path, error: float = 0.0, source: Any = SOURCE
+) -> Model:
+    """The exact denoiser of Gaussians of width `WIDTH` around images `(m, C, H, W)`, as a network that `source`
+    describes would be; with an `error`, see `Erring`."""
     denoiser: Denoiser = ExactDenoiser(points, WIDTH)
     title = f"the exact denoiser of {name}"
     conditions = f"Each of the {len(points)} images is a Gaussian of width {WIDTH}"
@@ -149,7 +151,8 @@ def exact_model(points: Tensor, name: str, num_samples: int, output: Path, error
         chosen = points[torch.randint(len(points), (n,), generator=generator)]
         return chosen + WIDTH * torch.randn(chosen.shape, generator=generator)
 
-    return known_model(denoiser, data, title, conditions, f"{fingerprint(points)} {error}", num_samples, output)
+    content = f"{fingerprint(points)} {error}"
+    return known_model(denoiser, data, title, conditions, content, num_samples, output, source)
 
 
 def mixture_model(dimension: int, num_samples: int, output: Path) -> Model:
@@ -169,16 +172,27 @@ def known_model(
     content: str,
     num_samples: int,
     output: Path,
+    source: Any = SOURCE,
 ) -> Model:
-    """A denoiser that is known, of data that can be drawn, as a DDPM network would be."""
-    described, generator = CLDSSCSScheduler.from_config(SOURCE.config), torch.Generator().manual_seed(1)
+    """A denoiser that is known, of data that can be drawn, as a network of the scheduler `source` would be."""
+    described, generator = CalibratedMultistepScheduler.from_config(source.config), torch.Generator().manual_seed(1)
     # Samples are pictures, and so are clipped; what they are compared with has to be.
     reference, floor = (data(n * num_samples, generator).clamp(-1, 1) for n in (REFERENCE, 8))
-    pipeline = pipeline_of(NetworkOf(exact_network(denoiser, described), reference.shape[1:]), SOURCE)
+    network, shape = exact_network(denoiser, described), reference.shape[1:]
+    sees_velocity = described.noise_space is None
+    pipeline = pipeline_of(NetworkOf(network, shape, 2 * shape[0] if sees_velocity else None), source)
     conditions += f"; reference {len(reference)} draws, floor of 8 times {num_samples} others, all clipped."
     content = hashlib.sha256(f"{content} {REFERENCE} clipped".encode()).hexdigest()
-    samplers = partial(compatible, SOURCE.config)
+    if source is SOURCE:
+        samplers = partial(compatible, SOURCE.config)
+    else:
+        content, samplers = f"{content} {described.config}", partial(as_it_comes, source)
     return _model(title, pipeline, samplers, (reference, floor), conditions, output, content)
+
+
+def as_it_comes(source: Any, made: Calibrations) -> Samplers:
+    """The scheduler that a network is described by, alone."""
+    return {OWN: {"default": source}}
 
 
 def images_of_digits(num_samples: int) -> tuple[Tensor, Tensor]:
