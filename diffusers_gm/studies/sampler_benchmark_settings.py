@@ -2,8 +2,8 @@
 
 `.sampler_benchmark` gives every scheduler the best of its grids, chosen afterwards, separately for every network and
 number of calls. Nobody can choose so. Here every setting, a scheduler on one kind of grid, stands alone for all
-networks and numbers of calls that were measured in OUTPUT, and ours are compared with the best that such a choice could
-find.
+networks and numbers of calls that were measured in OUTPUT, or whose cells are kept in CELLS, and ours are compared with
+the best that such a choice could find.
 """
 
 import math
@@ -233,8 +233,8 @@ def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
 # --- The study -------------------------------------------------------------------------------------------------------
 
 
-def study(kept: Sequence[Results], most: int) -> Report:
-    """The report of all networks in files of results.
+def study(kept: Sequence[Results], most: int, name: str = "") -> Report:
+    """The report of all networks in files of results; `name`: what is said of them, of all if it is empty.
 
     Raises:
         ValueError: if none of them has the calibrated sampler.
@@ -257,8 +257,8 @@ def study(kept: Sequence[Results], most: int) -> Report:
         "" if math.isnan(spread) else f" Relative standard deviation over seeds of a cell, the median: {spread:.3f}."
     )
     return Report(
-        "samplers_settings",
-        "One setting for everything: every scheduler on every grid alone",
+        f"samplers_settings_{name.replace(' ', '-')}" if name else "samplers_settings",
+        f"One setting for everything: every scheduler on every grid alone{f', {name}' if name else ''}",
         "How good is a scheduler on one kind of grid, the same for all networks and numbers of calls, and how near "
         "does the calibrated sampler come to the best choice that could be made afterwards?",
         " ".join(said),
@@ -308,11 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.sampler_benchmark_settings", __doc__)
     add = parser.add_argument
     add("--most", type=at_least(1), default=20, help="settings of peers that are shown")
+    add("--name", default="", help="of the report, where it is of some networks: what is said of them")
+    add("--cells", type=Path, help="folder of the cells [OUTPUT/.parts]")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     args = parser.parse_args(arguments)
     try:
-        paths = sorted(parts_of(args.output).glob("samplers *.json"))
-        study([Results.read(path) for path in paths], args.most).write(args.output)
+        paths = sorted((args.cells or parts_of(args.output)).glob("samplers *.json"))
+        study([Results.read(path) for path in paths], args.most, args.name).write(args.output)
     except ValueError as error:
         parser.error(str(error))
 
