@@ -233,8 +233,8 @@ def tables_of(title: str, measured: Measured, most: int) -> list[Table]:
 # --- The study -------------------------------------------------------------------------------------------------------
 
 
-def study(kept: Sequence[Results], most: int, name: str = "") -> Report:
-    """The report of all networks in files of results; `name`: what is said of them, of all if it is empty.
+def study(kept: Sequence[Results], most: int, name: str | None = None) -> Report:
+    """The report of all networks in files of results; `name`: what is said of them, of all if None.
 
     Raises:
         ValueError: if none of them has the calibrated sampler.
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(f"{__package__}.sampler_benchmark_settings", __doc__)
     add = parser.add_argument
     add("--most", type=at_least(1), default=20, help="settings of peers that are shown")
-    add("--name", default="", help="of the report, where it is of some networks: what is said of them")
+    add("--name", help="of the report, where it is of some networks: what is said of them")
     add("--cells", type=Path, help="folder of the cells [OUTPUT/.parts]")
     add("--output", type=Path, default=Path("outputs/studies"), help="folder of the reports")
     args = parser.parse_args(arguments)
