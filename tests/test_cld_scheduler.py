@@ -391,7 +391,7 @@ def test_bad_calls():
         scheduler.set_timesteps(0)
     with pytest.raises(ValueError, match="set_timesteps"):
         scheduler.step(torch.zeros(1, 1, 2, 2), 1.0, torch.zeros(1, 2, 2, 2))
-    with pytest.raises(ValueError, match="'uniform', 'quadratic', 'log_snr' or 'karras'"):
+    with pytest.raises(ValueError, match="'uniform', 'quadratic', 'even', 'log_snr' or 'karras'"):
         native(timestep_spacing="leading").set_timesteps(5)
     scheduler.set_timesteps(5)
     t = scheduler.timesteps[0]

@@ -159,7 +159,7 @@ def test_samplers_that_cannot_run_fail_before_the_training():
     for options, said in (
         ({"algorithm_type": "langevin"}, "unknown algorithm_type 'langevin'"),
         ({"splitting_order": 3}, "splitting_order must be 1, 2 or None"),
-        ({"timestep_spacing": "trailing"}, "'uniform', 'quadratic', 'log_snr' or 'karras'"),
+        ({"timestep_spacing": "trailing"}, "'uniform', 'quadratic', 'even', 'log_snr' or 'karras'"),
     ):
         args = arguments(method="cld", cld_feed_companion=True, **options)
         with pytest.raises(ValueError, match=said):

@@ -47,10 +47,16 @@ def calls_of(cls, n):
     return n + 1 if cls is AnnealedLangevinScheduler else n
 
 
+def on_their_levels(cls, source):
+    """The default is another grid, but for a schedule that somebody chose."""
+    chosen = source.config.sigma_schedule == "exponential"
+    return cls.from_config(source.config, **({} if chosen else {"timestep_spacing": "karras"}))
+
+
 @every_spaced_scheduler
 @every_source
 def test_levels_and_labels_are_those_of_diffusers(cls, source):
-    ours = cls.from_config(source.config)
+    ours = on_their_levels(cls, source)
     assert ours.noise_space.kind == "edm"
     ours.set_timesteps(calls_of(cls, 10))
     source.set_timesteps(10)
@@ -73,7 +79,7 @@ def test_a_continuous_config_without_a_range_has_that_of_its_betas(cls):
 @every_source
 def test_one_network_is_read_alike(cls, source, generator):
     """Input and denoised image of the same network output: `precondition_inputs` and `precondition_outputs`."""
-    ours = cls.from_config(source.config)
+    ours = on_their_levels(cls, source)
     ours.set_timesteps(calls_of(cls, 10))
     source.set_timesteps(10)
     sample = torch.randn(2, 3, 4, 4, generator=generator)
@@ -150,12 +156,15 @@ def test_video_diffusion_is_told_the_logarithm(cls, tmp_path, generator):
 
 
 @every_scheduler
-def test_video_diffusion_without_karras_flags_has_edm_s_grid(cls):
-    source = EulerDiscreteScheduler.from_config(SVD.config, use_karras_sigmas=False)
-    ours, flagged = cls.from_config(source.config), cls.from_config(SVD.config)
-    for scheduler in (ours, flagged):
-        scheduler.set_timesteps(12)
-    assert torch.equal(ours.timesteps, flagged.timesteps)
+def test_the_default_grid_of_a_swap_is_ours_unless_a_flag_chose_another(cls):
+    """EDM's own levels, ten calls of which are few for our samplers, are the default of its schedulers."""
+    unflagged = EulerDiscreteScheduler.from_config(SVD.config, use_karras_sigmas=False)
+    for source in (SOURCES["edm"], SOURCES["cosmos"], unflagged):
+        ours, even = cls.from_config(source.config), cls.from_config(source.config, timestep_spacing="even")
+        for scheduler in (ours, even):
+            scheduler.set_timesteps(12)
+        assert torch.equal(ours.timesteps, even.timesteps)
+        assert float(ours.sigmas[-2]) > 2 * float(ours.config.sigma_min)
 
 
 # --- What cannot be read ---

@@ -191,7 +191,7 @@ def test_bad_arguments_are_named():
         level_grid(SPACES["edm"], 5, "leading")
     with pytest.raises(ValueError, match="unknown prediction_type 'score': use 'epsilon'"):
         SPACES["vp"].output(torch.zeros(1), torch.zeros(1), 1.0, "score")
-    with pytest.raises(ValueError, match="'uniform', 'quadratic', 'log_snr' or 'karras'"):
+    with pytest.raises(ValueError, match="'uniform', 'quadratic', 'even', 'log_snr' or 'karras'"):
         VelocityReading(CLD(), "cld_mixed", 1000).grid(5, "leading")
 
 

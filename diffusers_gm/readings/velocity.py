@@ -72,26 +72,29 @@ class VelocityReading:
         return self.process.time(self.process.clock_of_sigma(sigma)) * self.num_train_timesteps
 
     def grid(self, num_levels: int, spacing: str, *_: object) -> Tensor:
-        """Labels between the ends of the trained range, `(num_levels,)` float64: `uniform` or `quadratic` in t, or
-        those of `sigma_grid` in `sigma_eff`.
+        """Labels in the trained range, `(num_levels,)` float64: `uniform` or `quadratic` in t, or those of `sigma_grid`
+        in `sigma_eff`. All but `even` end at its end.
 
         What is asked of image networks besides (offsets, shifts) has no meaning here.
 
         Raises:
             ValueError: for another spacing.
         """
+        last, first = self.timestep_range
         if spacing in TIME_SPACINGS:
-            low, high = (label / self.num_train_timesteps for label in self.timestep_range)
-            return self.num_train_timesteps * time_grid(high, low, num_levels, spacing)
-        if spacing not in ("log_snr", "karras"):
+            n = self.num_train_timesteps
+            return n * time_grid(first / n, last / n, num_levels, spacing)
+        if spacing not in ("even", "log_snr", "karras"):
             raise ValueError(
                 f"timestep_spacing {spacing!r} is not offered for velocity networks: use 'uniform', "
-                "'quadratic', 'log_snr' or 'karras'"
+                "'quadratic', 'even', 'log_snr' or 'karras'"
             )
-        ends = torch.tensor(self.timestep_range[::-1], dtype=torch.float64)
-        high, low = self.sigma(ends).tolist()
-        between = self.timestep(sigma_grid(high, low, num_levels, spacing)[1:-1])
-        return torch.cat([ends[:1], between, ends[1:]])[:num_levels]
+        high, low = self.sigma(torch.tensor([first, last], dtype=torch.float64)).tolist()
+        labels = self.timestep(sigma_grid(high, low, num_levels, spacing))
+        labels[0] = first
+        if spacing != "even" and num_levels > 1:
+            labels[-1] = last
+        return labels
 
     def calls(self, labels: Tensor, sigmas: Tensor | None = None) -> list[Any]:
         clocks = self.clock(labels) if sigmas is None else self.process.clock_of_sigma(sigmas)

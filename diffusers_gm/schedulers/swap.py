@@ -40,6 +40,8 @@ def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others:
     algorithm = config.get("algorithm_type")
     if "noise_space" in config and algorithm not in algorithms and algorithm in others | SOLVERS:
         config = {key: value for key, value in config.items() if key != "algorithm_type"}
+        if config["noise_space"] is None and config.get("grid") is None:  # levels in time, of a run with velocities
+            config["grid"] = "even"
     return config
 
 
@@ -49,13 +51,14 @@ def from_source_config(config: dict[str, Any], noise_space: str | None = None) -
     - Values that the source left at its defaults count as given: they describe the network. diffusers drops them from
       configs in memory, and keeps them in the same configs read from disk; files of older versions leave out what was
       new later.
-    - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, serve ours badly
-      at few calls: `grid="even"` takes their place, and they stay in the config for the way back.
+    - The grid belongs to the sampler. `leading` and `linspace`, the defaults of diffusers' schedulers, and `karras`,
+      that of EDM's, serve ours badly at few calls: `grid="even"` takes their place, and they stay in the config for the
+      way back. Flags that are set, `trailing` and EDM's `exponential` are somebody's choice.
     - `algorithm_type` is the source's own, and left out.
     - Flow schedulers name no prediction type and no spacing: `trailing` is s = 1, 1 - 1/n, ..., as their pipelines
       pass it. `ScoreSdeVeScheduler` names neither prediction type nor noise space; its network is told sigma itself.
     - EDM schedulers (`sigma_data`) and Stable Video Diffusion (`timestep_type="continuous"`) tell the network
-      `log(sigma) / 4`: the noise space `edm`, and EDM's grid, `karras`, unless theirs is `exponential`.
+      `log(sigma) / 4`: the noise space `edm`.
 
     Args:
         config: of another scheduler.
@@ -140,9 +143,9 @@ def sampler_grid(config: dict[str, Any]) -> str | None:
         return None
     spacing = config.get("timestep_spacing")
     if config.get("noise_space") == "edm" and spacing in (None, "log_snr", *THEIR_SPACINGS):
-        return "log_snr" if config.get("sigma_schedule") == "exponential" else "karras"
-    of_betas = any(config.get(name) is not None for name in ("beta_schedule", "trained_betas"))
-    return "even" if spacing in ("leading", "linspace") or (spacing is None and of_betas) else None
+        return "log_snr" if config.get("sigma_schedule") == "exponential" else "even"
+    of_flow = config.get("shift") is not None and config.get("beta_schedule") is None
+    return "even" if spacing in ("leading", "linspace") or (spacing is None and not of_flow) else None
 
 
 # --- From ours to others ---
