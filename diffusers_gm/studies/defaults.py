@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, ScoreSdeVeScheduler
 
 from ..cli import at_least
 from ..data import split_digits
@@ -56,7 +56,7 @@ def settings_of(cls: Any, config: Any) -> dict[str, Any]:
 EXACT: dict[str, Any] = {
     "exact, DDPM (vp)": SOURCE,
     "exact, flow matching": FlowMatchEulerDiscreteScheduler(),
-    "exact, NCSN (ve)": AnnealedLangevinScheduler(noise_space="ve", sigma_min=0.01, sigma_max=98.0),
+    "exact, NCSN++ (ve)": ScoreSdeVeScheduler(sigma_max=98.0),
     "exact, EDM": EDMEulerScheduler(),
     "exact, CLD": CLDSSCSScheduler(prediction_type="velocity_score"),
 }
