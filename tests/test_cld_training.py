@@ -150,7 +150,7 @@ def test_options_of_other_methods_are_refused(options, said):
 
 
 def test_the_default_grid_is_the_best_for_trained_networks():
-    for objective, grid in (("score", "quadratic"), ("denoiser", "log_snr")):
+    for objective, grid in (("score", "quadratic"), ("denoiser", "even")):
         args = arguments(method="cld", objective=objective)
         assert build_scheduler(args, plan_for(args)).config["timestep_spacing"] == grid
 

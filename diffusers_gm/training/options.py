@@ -168,7 +168,9 @@ class TrainingArguments(MethodOptions):
         None, "At the end, make the sampler for the network, see diffusers_gm.calibrate; by this effort."
     )
     algorithm_type: str | None = sampler(None, "Sampler of the saved scheduler. [that of its class]")
-    timestep_spacing: str | None = sampler(None, "Grid of its network calls. [that of its class, for cld quadratic]")
+    timestep_spacing: str | None = sampler(
+        None, "Grid of its network calls. [even, for --objective score of cld quadratic]"
+    )
 
     # Optimisation
     train_batch_size: int = optimisation(128, "Images per step and process.", at_least=1, free_on_resume=True)

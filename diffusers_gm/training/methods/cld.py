@@ -89,11 +89,11 @@ def noise(args: CLDOptions, images: Tensor, largest_distance: LargestDistance) -
 
 def scheduler(args: CLDOptions, noise: Noise, sampler: dict[str, Any]) -> CLDSSCSScheduler:
     if args.objective == "score":
-        # At few calls such a network is served better by the quadratic grid than by log_snr.
-        sampler = {"timestep_spacing": "quadratic"} | sampler
+        sampler = {"timestep_spacing": "quadratic"} | sampler  # as published
         prediction_type = "cld_mixed" if args.cld_mixed_score else "scaled_velocity_score"
         network = {"prediction_type": prediction_type, "num_train_timesteps": noise.num_train_timesteps}
     else:
+        sampler = {"timestep_spacing": "even"} | sampler
         network = ladder.network_config("edm", noise)
         if args.cld_feed_companion:
             network |= {"noise_space": None, "prediction_type": "cld_edm"}
