@@ -1,6 +1,7 @@
 """Calibration: what it asks of pipelines, and leaves of them."""
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -179,6 +180,53 @@ class ByToken(UnconditionalPipeline):
         self.scheduler.step(sample, t, sample, per_token_timesteps=t.expand(1, 4))
 
 
+class Grounded(UnconditionalPipeline):
+    """As GLIGEN's, whose default acts in a share of a run."""
+
+    def __call__(self, num_inference_steps, gligen_scheduled_sampling_beta=0.3, **_):
+        raise InterruptedError
+
+
+def test_a_default_that_acts_in_a_share_of_a_run_is_refused(tiny_unet):
+    pipe = Grounded(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match="gligen_scheduled_sampling_beta=0.3 acts in a share of a run.*: give 1.0"):
+        calibrate(pipe, (5,), progress=False)
+    with pytest.raises(InterruptedError):
+        calibrate(pipe, (5,), progress=False, gligen_scheduled_sampling_beta=1.0)
+
+
+def test_a_frame_at_a_level_of_its_own_is_refused(tiny_unet):
+    """As Wan 2.2's image-to-video with `expand_timesteps` has it."""
+    pipe = UnconditionalPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler())
+    pipe.register_to_config(expand_timesteps=True)
+    with pytest.raises(ValueError, match="expand_timesteps gives the frame that it begins with a level of its own"):
+        calibrate(pipe, (5,), progress=False, image=torch.zeros(1, 1, 4, 4))
+
+
+def test_a_shift_that_depends_on_the_number_of_calls_is_that_of_a_usual_run():
+    """As Flux.2's does, by `mu`: of the thousands of steps of a calibration it would be absurd."""
+    source = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    unet = network(CalibratedMultistepScheduler.from_config(source.config).noise_space)
+
+    class ByNumber(DDPMPipeline):
+        def __call__(self, num_inference_steps, generator):
+            sample = torch.randn((16, 1, 2, 2), generator=generator)
+            sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
+            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=2.2 - 0.01 * num_inference_steps)
+            for t in self.scheduler.timesteps:
+                sample = self.scheduler.step(self.unet(sample, t).sample, t, sample, generator=generator).prev_sample
+            return sample
+
+    pipe = ByNumber(unet, source)
+    for effort in ("fast", "full"):
+        pipe.scheduler = calibrate(pipe, (8,), effort=effort, progress=False)
+        assert pipe.scheduler.config.calibration["shift"] == pytest.approx(math.exp(2.0))
+        sample = pipe(8, generator=torch.Generator().manual_seed(1))
+        assert len(pipe.scheduler.sigmas.unique()) == 9
+        assert 0.3 < float(sample.std()) < 1
+        pipe.scheduler = source
+
+
 @pytest.mark.parametrize(
     ("cls", "message"), [(Copying, "copies its scheduler"), (ByToken, "gives tokens timesteps of their own")]
 )
@@ -189,19 +237,22 @@ def test_what_a_calibration_would_misread_is_named(cls, message, tiny_unet):
 
 def test_a_known_part_that_is_put_back_says_nothing_of_the_network():
     """As inpainting does after every step: there D goes straight to the image, which would hide the other errors."""
-    ddpm = DDPMScheduler(clip_sample=False)
+    ddpm = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     exact = network(CalibratedMultistepScheduler.from_config(ddpm.config).noise_space)
 
     class Inpainting(DDPMPipeline):
-        def __call__(self, num_inference_steps, generator, known):
+        def __call__(self, num_inference_steps, generator, known, from_image=False):
             noise = torch.randn((64, 1, 2, 2), generator=generator)
             self.scheduler.set_timesteps(num_inference_steps)
             sample, image = noise, torch.full_like(noise, 0.9)
+            if from_image:  # with a strength below 1: what is put back at the start's level is what is there
+                sample = self.scheduler.add_noise(image, noise, self.scheduler.timesteps[:1]).half()
             for t, after in pairwise(self.scheduler.timesteps):
-                sample = self.scheduler.step(self.unet(sample, t).sample, t, sample).prev_sample
+                output = self.unet(sample.float(), t).sample
+                sample = self.scheduler.step(output, t, sample).prev_sample
                 given = self.scheduler.add_noise(image, noise, torch.tensor([after]))
                 sample[..., :known] = given[..., :known]
 
-    for known in (0, 1):
-        found = calibrate_in_full(Inpainting(exact, ddpm), (4,), effort="fast", known=known, progress=False)
+    for given in ({"known": 0}, {"known": 1}, {"known": 1, "from_image": True}):
+        found = calibrate_in_full(Inpainting(exact, ddpm), (4,), effort="fast", progress=False, **given)
         assert abs(found.martingale_defect) < 0.1

@@ -274,8 +274,8 @@ def test_a_number_may_stand_beside_as_many_levels(cls):
 
 @every_scheduler
 def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
-    """`sigmas=linspace(1, 1 / n, n)`: on the config's own grid where it has one, else as it is."""
-    passed = np.linspace(1.0, 1 / 6, 6)
+    """`sigmas=linspace(1, 1 / n, n)`, or Bria's: on the config's own grid where it has one, else as it is."""
+    passed, of_bria = np.linspace(1.0, 1 / 6, 6), np.linspace(1.0, 1 / 1000, 6)
     calibration = {"6": [4096.0, 9.0, 2.0, 0.9, 0.4, 0.1], "shift": 3.0}
     for own in (
         {"grid": "karras"},
@@ -287,10 +287,11 @@ def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
         if own == {"use_karras_sigmas": True} and cls is CalibratedMultistepScheduler:
             continue  # its grid is `calibrated`, which nothing is said of
         runs = []
-        for arguments in ({"num_inference_steps": 6}, {"sigmas": passed}, {"sigmas": [1.0, 0.8, 0.6, 0.4, 0.3, 0.2]}):
-            scheduler.set_timesteps(**arguments)
+        for sigmas in (passed, of_bria, [1.0, 0.8, 0.6, 0.4, 0.3, 0.2]):
+            scheduler.set_timesteps(sigmas=sigmas)
             runs.append(scheduler.sigmas[:6].tolist())
-        assert runs[0] == runs[1] != runs[2], own
+        scheduler.set_timesteps(6)
+        assert runs[0] == runs[1] == scheduler.sigmas[:6].tolist() != runs[2], own
     if cls is AnnealedLangevinScheduler:  # spends the last call of a number on a level that it has been at
         return
     plain = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)

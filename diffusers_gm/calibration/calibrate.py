@@ -55,6 +55,7 @@ SHARES = {
     "denoising_start": None,
     "denoising_end": None,
     "use_dynamic_cfg": False,
+    "gligen_scheduled_sampling_beta": 1.0,
 }
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
@@ -278,16 +279,21 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the call: many steps, a seed, and no decoding, where the pipeline knows of these."""
     if "num_inference_steps" in given:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
-    callback = given.get("callback_on_step_end")
-    shares = {name for name, whole in SHARES.items() if not is_whole(given.get(name), whole)}
-    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):  # which cut something off after some steps
-        shares.add("callback_on_step_end")
-    for name in sorted(shares):
-        raise ValueError(
-            f"{name}={given[name]!r} acts in a share of a run, and a calibration makes no run as long as yours: leave "
-            "it out"
-        )
     parameters = inspect.signature(pipe.__call__).parameters
+    said = {name: parameter.default for name, parameter in parameters.items() if name in SHARES} | given
+    shares = {name: whole for name, whole in SHARES.items() if not is_whole(said.get(name), whole)}
+    if isinstance(said.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
+        shares["callback_on_step_end"] = None  # these cut something off after some steps
+    for name, whole in sorted(shares.items()):
+        raise ValueError(
+            f"{name}={said[name]!r} acts in a share of a run, and a calibration makes no run as long as yours: "
+            f"{'leave it out' if name in given else f'give {whole!r}'}"
+        )
+    if getattr(getattr(pipe, "config", None), "expand_timesteps", False) and given.get("image") is not None:
+        raise ValueError(
+            f"a {type(pipe).__name__} with expand_timesteps gives the frame that it begins with a level of its own, "
+            "which its scheduler does not see: it cannot be calibrated"
+        )
     if "num_inference_steps" not in parameters:
         raise ValueError(f"a {type(pipe).__name__} takes no num_inference_steps: it cannot be calibrated")
     arguments: dict[str, Any] = {"num_inference_steps": MANY}

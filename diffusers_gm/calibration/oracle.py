@@ -18,10 +18,11 @@ from ..processes.random import Generators
 from ..samplers import Memory
 from ..schedulers import CalibratedMultistepScheduler
 from ..schedulers.calls import Levels
+from ..schedulers.run import position_in
 from .trajectory import Denoised
 
-# Steps that the pipeline is told of; it is stopped before.
-MANY = 20_000
+# Steps that the pipeline is told of; it is stopped before. And of a run as people make them.
+MANY, USUAL = 20_000, 20
 
 
 class _Done(Exception):
@@ -39,7 +40,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         sigmas: Levels | None = None,
         mu: float | None = None,
     ) -> None:
-        self.shift_of_run = self.resolution_shift(mu)
+        self.shift_of_run = self.resolution_shift(self.mu if mu is not None and self.mu is not None else mu)
         if timesteps is not None or (sigmas is not None and not self.are_unasked(sigmas)):
             raise ValueError(
                 "the pipeline gives its scheduler timesteps or sigmas of its own, in place of which no calibrated ones "
@@ -54,6 +55,9 @@ class AskedScheduler(CalibratedMultistepScheduler):
         self.num_inference_steps = count
         self.sigmas = self.sigmas[:1].repeat(count + 1)
         self._taken, self._free = 0, None
+        if self.only_prepares:
+            self.mu = mu
+            raise _Done
 
     def step(
         self,
@@ -78,16 +82,23 @@ class AskedScheduler(CalibratedMultistepScheduler):
         y, companion = self.reading.coordinates(state, call)
         denoised, memory = self._denoised(self.without_variance(model_output.float(), state), state, y, call, Memory())
         denoised, memory = self.clipped(denoised, call.sigma, memory)
-        if self._taken == 1:
-            free = (sample == self._handed)[:, : denoised.shape[1]]  # of x, where there is a velocity
-            self._free = free if free.any() and not free.all() else None
-        # What a pipeline puts back after every step, as those that paint in do, says nothing of its network.
-        told = denoised if self._free is None else torch.where(self._free, denoised, 0.0)
-        sigma, y = self.exchange(y, (told, memory.clipped))
+        if self._taken == 0:
+            self._start = y
+            self._first = position_in(timestep, self.timesteps) or self.begin_index or 0
+            # At another level than the start's, where what is put back is other than what was handed.
+            sigma = call.sigma / 2
+        else:
+            if self._taken == 1:
+                y = self._start
+                free = (sample == self._handed)[:, : denoised.shape[1]]  # of x, where there is a velocity
+                self._free = free if free.any() and not free.all() else None
+            # What a pipeline puts back after every step, as those that paint in do, says nothing of its network.
+            told = denoised if self._free is None else torch.where(self._free, denoised, 0.0)
+            sigma, y = self.exchange(y, (told, memory.clipped))
         self._taken += 1
         label = self.reading.timestep(torch.tensor([sigma], dtype=torch.float64))
         self.ask(label)
-        place = (self.begin_index or 0) + self._taken
+        place = self._first + self._taken
         if place < len(self.timesteps):
             self.timesteps[place] = float(label)
             self.sigmas[place] = self.visible_sigmas(self.reading.sigma(label))[0]
@@ -109,7 +120,11 @@ class AskedScheduler(CalibratedMultistepScheduler):
         return self.reading.model_input(sample, timestep, self.asked)
 
     exchange: Callable[[Tensor, Denoised], tuple[float, Tensor]]
-    _handed: Tensor  # the sample after the first step
+    mu: float | None = None  # the shift of a run as long as others, which may depend on that; None: the pipeline's
+    only_prepares: bool = False
+    _start: Tensor  # y at the first step
+    _first: int  # its place among the timesteps
+    _handed: Tensor  # the sample after it
     _free: Tensor | None  # where the pipeline leaves that as it is; None: everywhere, as far as can be told
 
 
@@ -128,6 +143,8 @@ def with_denoiser(
     """
     asked = AskedScheduler.from_config(scheduler.config)
     asked.ask(torch.tensor([asked.reading.timestep_range[1]], dtype=torch.float64))
+    if asked.config.use_dynamic_shifting:
+        asked.mu = _mu_of(pipe, asked, arguments | {"num_inference_steps": USUAL})
     asker = _Asker(lambda denoiser, start: work(denoiser, start, asked.shift_of_run))
     asked.exchange = asker.exchange
     # Pipelines that perturb the attention put it back when their loop ends, which this one does not.
@@ -155,6 +172,19 @@ def with_denoiser(
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
     return asker.outcome.result()
+
+
+def _mu_of(pipe: Any, asked: AskedScheduler, arguments: dict[str, Any]) -> float | None:
+    """The shift for its resolution that the pipeline tells its scheduler in a run of `num_inference_steps`: that of
+    Flux.2 depends on their number, and of `MANY` it would be absurd."""
+    original, pipe.scheduler, asked.only_prepares = pipe.scheduler, asked, True
+    try:
+        pipe(**arguments)
+    except _Done:
+        pass
+    finally:
+        pipe.scheduler, asked.only_prepares = original, False
+    return asked.mu
 
 
 class _Asker:

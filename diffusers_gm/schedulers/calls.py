@@ -42,12 +42,14 @@ class Calls:
             return False
         return self.are_unasked(sigmas)
 
-    @staticmethod
-    def are_unasked(sigmas: Levels) -> bool:
-        """Whether levels are s = 1, 1 - 1/n, ..., 1/n."""
+    def are_unasked(self, sigmas: Levels) -> bool:
+        """Whether levels are s = 1, 1 - 1/n, ..., 1/n, or as many even ones down to the lowest s of the network."""
         given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
         n = len(given)
-        return n > 0 and torch.allclose(given, torch.linspace(1, 1 / n, n, dtype=torch.float64), rtol=0, atol=1e-6)
+        ends = (1 / n, 1 / self.config.num_train_timesteps) if n else ()
+        return any(
+            torch.allclose(given, torch.linspace(1, end, n, dtype=torch.float64), rtol=0, atol=1e-6) for end in ends
+        )
 
     def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:
         """The labels of `num_levels` levels on the config's grid; `mu`: see `resolution_shift`.
@@ -133,7 +135,10 @@ class Calls:
         if not config.use_dynamic_shifting:
             return 1.0 if config.shift is None else config.shift
         if mu is None:
-            raise ValueError("use_dynamic_shifting=True needs mu in set_timesteps (pipelines compute it from the size)")
+            raise ValueError(
+                "use_dynamic_shifting=True needs mu in set_timesteps, which pipelines compute from the size, some for "
+                "schedulers of diffusers alone: to them give from_config use_dynamic_shifting=False and shift=exp(mu)"
+            )
         if config.time_shift_type not in ("exponential", "linear"):
             raise ValueError(f"unknown time_shift_type {config.time_shift_type!r}: use 'exponential' or 'linear'")
         return math.exp(mu) if config.time_shift_type == "exponential" else mu

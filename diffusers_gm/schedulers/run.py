@@ -64,8 +64,8 @@ class Run:
         Raises:
             ValueError: if the step cannot be the next of this run.
         """
-        position = _position(timestep, self.timesteps)
-        if position is None and any(_position(timestep, timesteps) is not None for timesteps in self.former):
+        position = position_in(timestep, self.timesteps)
+        if position is None and any(position_in(timestep, timesteps) is not None for timesteps in self.former):
             raise ValueError(f"this step belongs to a run that set_timesteps has ended since: {ONE_RUN}")
         index = self.index
         if index is None:
@@ -101,12 +101,12 @@ class Run:
 
     def call_at(self, timestep: Any) -> Any | None:
         """The call of an element of `timesteps`; None for anything else."""
-        position = _position(timestep, self.timesteps)
+        position = position_in(timestep, self.timesteps)
         return None if position is None else self.calls[position]
 
     def _first(self, timestep: Tensor | float) -> int:
         """The call that a run begins with; of repeated labels the first, unless its position tells."""
-        position = _position(timestep, self.timesteps)
+        position = position_in(timestep, self.timesteps)
         if position is not None:
             return position
         value = float(torch.as_tensor(timestep).flatten()[0])
@@ -125,7 +125,7 @@ class Run:
         raise ValueError(f"timestep {timestep} is not one of scheduler.timesteps: {hint}")
 
 
-def _position(timestep: Any, timesteps: Tensor) -> int | None:
+def position_in(timestep: Any, timesteps: Tensor) -> int | None:
     """The index of an element of `timesteps` itself, as in any pipeline's loop."""
     if isinstance(timestep, Tensor) and timestep.ndim == 0:
         storages = (timestep.untyped_storage().data_ptr(), timesteps.untyped_storage().data_ptr())

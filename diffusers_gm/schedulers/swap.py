@@ -121,6 +121,11 @@ def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) ->
             "a flow map (FlowMapEulerDiscreteScheduler) answers the mean velocity between two levels, not a denoised "
             "image: no sampler of ours can read it; if the network is an ordinary one, give its noise_space"
         )
+    if config.get("sigma_data") is not None and config.get("shift") is not None:
+        raise ValueError(
+            "a flow scheduler with sigma_data is that of Cosmos 2, whose pipelines precondition the network themselves "
+            "and hand the scheduler noise at levels of their own: not supported"
+        )
     distilled = () if noise_space else ("original_inference_steps", "scale_factors", "s_noise", "num_policy_substeps")
     # EDM's and others that have the size of the data have ends of levels or a solver beside it.
     decoder = "sigma_data" in config and not config.keys() & {"sigma_max", "solver_order", "solver_type"}
