@@ -196,8 +196,9 @@ COSINE = {
         (dict(diffusers.CMStochasticIterativeScheduler().config), "a consistency model answers the end"),
         (dict(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config), "flow time backwards"),
         ({**diffusers.FlowMatchEulerDiscreteScheduler().config, "sigma_data": 1.0, "sigma_max": 80.0}, "Cosmos 2"),
+        (dict(diffusers.LTXEulerAncestralRFScheduler().config), "pass .*noise_space='flow' with shift"),
     ],
-    ids=["cosine", "consistency model", "mochi", "cosmos 2"],
+    ids=["cosine", "consistency model", "mochi", "cosmos 2", "ancestral flow"],
 )
 def test_networks_with_other_words_are_refused(cls, config, message):
     with pytest.raises(ValueError, match=message):

@@ -126,7 +126,7 @@ def refuse_unreadable(config: dict[str, Any], noise_space: str | None = None) ->
             "a flow scheduler with sigma_data is that of Cosmos 2, whose pipelines precondition the network themselves "
             "and hand the scheduler noise at levels of their own: not supported"
         )
-    distilled = () if noise_space else ("original_inference_steps", "scale_factors", "s_noise", "num_policy_substeps")
+    distilled = () if noise_space else ("original_inference_steps", "scale_factors", "num_policy_substeps")
     # EDM's and others that have the size of the data have ends of levels or a solver beside it.
     decoder = "sigma_data" in config and not config.keys() & {"sigma_max", "solver_order", "solver_type"}
     if any(name in config for name in ("s_tmin", "stages", *distilled)) or decoder or "clip_denoised" in config:
