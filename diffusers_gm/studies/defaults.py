@@ -22,6 +22,7 @@ from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, ScoreS
 from ..cli import at_least
 from ..data import split_digits
 from ..evaluation.report import Curve, plot_curves
+from ..evaluation.table import Table
 from ..schedulers import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 from .command import parse, study_parser
 from .digits import kept_results
@@ -74,7 +75,8 @@ def models_of(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
 
 
 def defaults(args: argparse.Namespace) -> Report:
-    tables, panels = [], {}
+    tables: list[Table] = []
+    panels: dict[str, Mapping[str, Curve]] = {}
     over: dict[str, list[float]] = {}
     for title, make in models_of(args).items():
         model, cells = make(), {}
@@ -99,7 +101,8 @@ def defaults(args: argparse.Namespace) -> Report:
             cells[name] = [f"{own / best.ratio.mean:.2f} ({own:.2f}; {best.grid})" for own, best in pairs]
         caption = f"{title}: the default over the best of its options (over the floor; the best of them)."
         tables.append(table_of(caption, cells, args.calls))
-        panels[title] = as_curves(ratios, args.calls)
+        # Every scheduler has its place: panels share their colours.
+        panels[title] = {c.__name__: {} for c in OPTIONS} | as_curves(ratios, args.calls)
     worst = max(over, key=lambda name: max(over[name]))
     most = max(over[worst])
     return Report(
