@@ -85,7 +85,7 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     """Levels that follow its runs would follow its errors. It begins where noise hides images, as errors are largest
     above, and ends higher where calls are very few."""
     pipe = erring(0.2)
-    result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=16, output_type="np")
+    result = calibrate_in_full(pipe, (5, 10), progress=False, batch_size=48, output_type="np")
     assert result.martingale_defect < -0.4
     assert result.network_calls == 48
     assert result.stochasticity == {5: 0.0, 10: 1.0}

@@ -99,19 +99,6 @@ def test_a_sampler_has_its_grid_back_after_a_calibrated_one(cls, source):
     assert grid_of(cls.from_config(between.config)) == grid_of(cls.from_config(source.config))
 
 
-@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
-def test_swaps_tell_the_network_where_the_chain_is(cls):
-    """The ladder's levels are noise after a few calls of a trained network; own configs say which they are for."""
-    native = CLDSSCSScheduler(prediction_type="velocity_score")
-    for source in (*GRIDS.values(), native):
-        assert cls.from_config(source.config).config.network_level == "chain"
-        assert cls.from_config(source.config, network_level="ladder").config.network_level == "ladder"
-    published = AnnealedLangevinScheduler()
-    for config in (published.config, {k: v for k, v in published.config.items() if k != "network_level"}):
-        assert cls.from_config(config).config.network_level == "ladder"
-    assert "network_level" not in CLDSSCSScheduler.from_config(GRIDS["leading"].config).config
-
-
 @every_scheduler
 @pytest.mark.parametrize("theirs", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
 def test_the_ends_of_our_ladder_do_not_leak_into_others(cls, theirs, tmp_path):

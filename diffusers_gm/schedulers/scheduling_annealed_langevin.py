@@ -66,7 +66,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
             where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls, and
-            what new trainings and swaps take.
+            what new trainings take; swaps from schedulers of diffusers take `ladder`.
 
     Raises:
         ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few

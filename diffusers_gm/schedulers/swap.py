@@ -249,12 +249,7 @@ class Swappable(SchedulerMixin, ConfigMixin):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         if isinstance(config, dict):
             others = {algorithm for c in _ours() for algorithm in c.algorithms}
-            given = config
             config = from_own_config(config, cls.algorithms, others)
-            # A chain of a swap lags behind its levels, and a network that is told these makes noise of few calls.
-            swapped = "noise_space" not in config or ("algorithm_type" in given and "algorithm_type" not in config)
-            if swapped and "network_level" in cls._get_init_keys(cls):
-                config = {"network_level": "chain", **config}
             if "noise_space" not in config:
                 said = {name: kwargs.pop(name) for name in SAID_OF_FLOW if name in kwargs}
                 config = from_source_config({**config, **said}, kwargs.get("noise_space"))
