@@ -390,6 +390,11 @@ def test_a_compiled_step_at_another_timestep_is_an_error(generator):
     with pytest.raises(RuntimeError, match="another timestep.*one run at a time"):
         step(0.3 * x, scheduler.timesteps[2], x, return_dict=False)
     torch._dynamo.reset()
+    scheduler.set_timesteps(6)
+    step(0.3 * x, scheduler.timesteps[0], x, return_dict=False)
+    with pytest.raises(Exception, match="the sample has shape"):
+        step(0.3 * x[:1], scheduler.timesteps[1], x[:1], return_dict=False)
+    torch._dynamo.reset()
     scheduler.set_timesteps(2)
     for t in scheduler.timesteps:
         step(0.3 * x, t, x, return_dict=False)

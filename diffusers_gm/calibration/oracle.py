@@ -40,7 +40,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         sigmas: Levels | None = None,
         mu: float | None = None,
     ) -> None:
-        self.shift_of_run = self.resolution_shift(self.mu if mu is not None and self.mu is not None else mu)
+        self.shift_of_run = self.resolution_shift(mu if self.mu is None else self.mu)
         if timesteps is not None or (sigmas is not None and not self.are_unasked(sigmas)):
             raise ValueError(
                 "the pipeline gives its scheduler timesteps or sigmas of its own, in place of which no calibrated ones "

@@ -78,9 +78,7 @@ class Run:
         tells = not isinstance(timestep, Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
         if position is None and tells and not _same_label(float(timestep), self.calls[index].label):
             raise ValueError(f"{at} {float(timestep):g}: {ONE_RUN}")
-        if self.shape is not None and shape != self.shape:
-            raise ValueError(f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}")
-        return index, replace(self, index=index + 1, shape=shape)
+        return index, self._past(index, shape)
 
     def claim_compiled(self, timestep: Tensor | float, begin_index: int | None, shape: torch.Size) -> "tuple[int, Run]":
         """`claim` for `torch.compile`, to which places in memory and values are unknown: the next call, or the first
@@ -91,7 +89,13 @@ class Run:
         near = (given - label).abs() <= 0.01 * max(abs(label), 1)
         same = near | (given == int(label)) | (given == round(label))
         torch._assert_async(same.all(), f"the next step of this run is at another timestep: {ONE_RUN}")
-        return index, replace(self, index=index + 1, shape=shape)
+        return index, self._past(index, shape)
+
+    def _past(self, index: int, shape: torch.Size) -> "Run":
+        """The run, when the call at `index` has been made."""
+        if self.shape is not None and shape != self.shape:
+            raise ValueError(f"the sample has shape {tuple(shape)}, this run began with {tuple(self.shape)}: {ONE_RUN}")
+        return replace(self, index=index + 1, shape=shape)
 
     def _check_left(self, index: int) -> None:
         if index >= len(self):

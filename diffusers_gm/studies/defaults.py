@@ -68,7 +68,8 @@ def models_of(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
     """The networks, by their titles, each made when it is its turn."""
     n, output = args.num_samples, args.output
     exact = {
-        title: partial(exact_model, split_digits()[0], "", n, output, 0.0, source) for title, source in EXACT.items()
+        title: partial(exact_model, split_digits()[0], "the digits", n, output, 0.0, source)
+        for title, source in EXACT.items()
     }
     trained = {f"trained, {method}": partial(own_model, method, n, args.steps, 0, output) for method in TRAINED}
     return {title: make for title, make in (exact | trained).items() if title in (args.networks or (title,))}
