@@ -27,7 +27,7 @@ def no_warnings_of_unexpected_config_keys():
 
 
 def ladder(cls):
-    """The published levels, where a swap takes others by itself."""
+    """The levels of its grid, where a swap tells the network others."""
     return {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}
 
 
@@ -303,7 +303,10 @@ def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
 
 def test_langevin_steps_are_spent_in_flow_pipelines_too():
     """They pass `sigmas` unasked, on the grid that a swap has; the number is what counts."""
-    for options, levels in (({"num_langevin_steps": 5}, 3), ({"algorithm_type": "explore"}, 12)):
+    for options, levels in (
+        ({"num_langevin_steps": 5, "network_level": "ladder"}, 3),
+        ({"algorithm_type": "explore"}, 12),
+    ):
         scheduler = AnnealedLangevinScheduler.from_config(FlowMatchEulerDiscreteScheduler().config, **options)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 20, 20))
         assert len(scheduler.timesteps) == 20
@@ -314,7 +317,7 @@ def test_langevin_steps_are_spent_in_flow_pipelines_too():
 def test_the_grid_of_a_number_may_be_given_back_as_timesteps(cls, generator):
     """Custom labels that repeat are the Langevin steps of a level: the same run."""
     langevin = cls in (AnnealedLangevinScheduler, GMLangevinScheduler)
-    steps = {"num_langevin_steps": 3, "algorithm_type": "langevin"} if langevin else {}
+    steps = {"num_langevin_steps": 3, "algorithm_type": "langevin", "network_level": "ladder"} if langevin else {}
     scheduler = cls(**VP, **steps)
     samples = []
     x = torch.randn(2, 1, 4, 4, generator=generator)
@@ -344,7 +347,7 @@ def test_flow_sigmas_are_s_before_the_shift(cls):
         for scheduler in (theirs, ours):
             scheduler.set_timesteps(sigmas=s, mu=mu)
         if cls is AnnealedLangevinScheduler:  # as a number, see above
-            by_number = cls.from_config(theirs.config)
+            by_number = cls.from_config(theirs.config, **ladder(cls))
             by_number.set_timesteps(6, mu=mu)
             assert torch.equal(ours.timesteps, by_number.timesteps)
             continue

@@ -47,10 +47,15 @@ def calls_of(cls, n):
     return n + 1 if cls is AnnealedLangevinScheduler else n
 
 
+def told_its_levels(cls):
+    """A Langevin chain is told where it is unless asked otherwise."""
+    return {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}
+
+
 def on_their_levels(cls, source):
     """The default is another grid, but for a schedule that somebody chose."""
     chosen = source.config.sigma_schedule == "exponential"
-    return cls.from_config(source.config, **({} if chosen else {"timestep_spacing": "karras"}))
+    return cls.from_config(source.config, **told_its_levels(cls), **({} if chosen else {"timestep_spacing": "karras"}))
 
 
 @every_spaced_scheduler
@@ -68,7 +73,7 @@ def test_levels_and_labels_are_those_of_diffusers(cls, source):
 @every_spaced_scheduler
 def test_a_continuous_config_without_a_range_has_that_of_its_betas(cls):
     source = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True)
-    ours = cls.from_config(source.config)
+    ours = cls.from_config(source.config, **told_its_levels(cls))
     ours.set_timesteps(calls_of(cls, 10))
     source.set_timesteps(10)
     torch.testing.assert_close(ours.sigmas[:10], source.sigmas[:10], rtol=1e-5, atol=1e-6)
@@ -137,7 +142,7 @@ def test_the_law_of_an_exact_denoiser(cls, name, generator):
 def test_video_diffusion_is_told_the_logarithm(cls, tmp_path, generator):
     SVD.save_pretrained(tmp_path / "theirs")
     for config in (SVD.config, EulerDiscreteScheduler.load_config(tmp_path / "theirs")):
-        ours = cls.from_config(config)
+        ours = cls.from_config(config, **told_its_levels(cls))
         ours.set_timesteps(calls_of(cls, 25))
         SVD.set_timesteps(25)
         assert ours.timesteps.dtype == torch.float32

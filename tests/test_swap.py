@@ -378,14 +378,58 @@ def test_networks_of_mixture_noise_are_kept_from_gaussian_samplers():
 
 
 @pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
-def test_a_swapped_chain_tells_the_network_the_labels_that_it_was_given(cls):
-    """Unless asked for the level where the chain is; a config of ours says itself, also through one of diffusers."""
-    swapped = cls.from_config(DDPMScheduler().config)
-    assert (swapped.config.network_level, swapped.config.grid) == ("ladder", "even")
-    assert cls.from_config(DDPMScheduler().config, network_level="chain").config.network_level == "chain"
-    published = cls(beta_schedule="linear")
-    assert cls.from_config(published.config).config.network_level == "ladder"
-    assert cls.from_config(DDPMScheduler.from_config(published.config).config).config.network_level == "ladder"
+def test_a_swapped_chain_tells_the_network_where_it_is(cls):
+    """Labels that are given it tells as they are; a network of DDPM is told whole numbers, each once."""
+    langevin = {"algorithm_type": "langevin"}
+    for options in ({}, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}):
+        swapped, chain, ladder = (
+            cls.from_config(DDPMScheduler().config, **langevin, **options, **level)
+            for level in ({}, {"network_level": "chain"}, {"network_level": "ladder"})
+        )
+        for n in (6, 40):
+            for scheduler in (swapped, chain, ladder):
+                scheduler.set_timesteps(n)
+            told = swapped.timesteps
+            assert torch.equal(told, chain.timesteps)
+            if not options:  # on the grid of a swap, which has whole numbers
+                assert told.dtype == torch.int64
+                assert (told.diff() < 0).all()
+            assert (told[2:-1] > ladder.timesteps[2:-1]).all(), "a chain lags behind"
+        for given in ({"timesteps": [900, 500, 100, 100]}, {"sigmas": [10.0, 2.0, 0.1, 0.1]}):
+            for scheduler in (swapped, chain, ladder):
+                scheduler.set_timesteps(**given)
+            assert torch.equal(swapped.timesteps, ladder.timesteps)
+            assert not torch.equal(swapped.timesteps, chain.timesteps)
+    assert swapped.config.network_level is None
+    # The samplers of one class may differ from run to run: none is left behind.
+    swapped.set_timesteps(6)
+    assert swapped.sampler.follow_chain
+    swapped.set_timesteps(timesteps=[900, 500, 100, 100])
+    assert not swapped.sampler.follow_chain
+
+
+@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
+def test_more_calls_than_a_network_has_levels(cls):
+    """Langevin steps on a level: what a chain is told then has no label of its own."""
+    swapped = cls.from_config(
+        DDPMScheduler(trained_betas=[0.1, 0.2, 0.4], num_train_timesteps=3).config,
+        algorithm_type="langevin",
+        num_langevin_steps=4,
+    )
+    swapped.set_timesteps(9)
+    assert swapped.sampler.follow_chain
+    assert len(swapped.timesteps) == 9
+
+
+def test_a_published_ladder_is_told_as_it_is():
+    for options in ({}, {"noise_space": "ve", "sigma_max": 9.0}):
+        published, ladder = (
+            AnnealedLangevinScheduler(**options),
+            AnnealedLangevinScheduler(**options, network_level="ladder"),
+        )
+        for scheduler in (published, ladder):
+            scheduler.set_timesteps(30)
+        assert torch.equal(published.timesteps, ladder.timesteps)
 
 
 # --- Options that change ---

@@ -79,16 +79,17 @@ def test_karras_levels_are_of_sigma_in_solvers_and_of_s_in_flow_schedulers(cls, 
     n = 9 if cls is AnnealedLangevinScheduler else 8  # the last level twice
     words = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
     theirs = UniPCMultistepScheduler(use_karras_sigmas=True, **words, **ends)
-    swapped = cls.from_config(theirs.config)
+    own = {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}
+    swapped = cls.from_config(theirs.config, **own)
     later = cls.from_config(
-        cls.from_config(UniPCMultistepScheduler(**words, **ends).config).config, use_karras_sigmas=True
+        cls.from_config(UniPCMultistepScheduler(**words, **ends).config, **own).config, use_karras_sigmas=True
     )
     for ours in (swapped, later):
         torch.testing.assert_close(levels(ours, n), levels(theirs), rtol=1e-4, atol=1e-5)
     # DPM-Solver takes sigma itself for s there.
     solver = DPMSolverMultistepScheduler(use_exponential_sigmas=True, **words)
-    found = levels(cls.from_config(solver.config), n).double()
+    found = levels(cls.from_config(solver.config, **own), n).double()
     torch.testing.assert_close((found / (1 - found)).log().diff(n=2), torch.zeros(6).double(), rtol=0, atol=1e-3)
     flow = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True, shift=3.0)
-    ends_of_s = levels(cls.from_config(flow.config), n)[[0, -1]]
+    ends_of_s = levels(cls.from_config(flow.config, **own), n)[[0, -1]]
     torch.testing.assert_close(ends_of_s, torch.tensor([1.0, 0.003]), rtol=0.01, atol=0)

@@ -6,6 +6,7 @@ rest, and everything that changes during a run is in a `Run`.
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import ImageReading, level_range
-from ..readings.grids import check_calibration
+from ..readings.grids import check_calibration, distinct_labels
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
 from .calls import Calls, Levels
@@ -95,8 +96,8 @@ class SamplerScheduler(Calls, Swappable):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    def sampler_for(self, num_calls: int) -> Sampler:
-        """What a run of so many calls does."""
+    def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
+        """What a run of so many calls does, on levels of the config's own or on given ones."""
         return self.sampler
 
     # --- The calls of a run ---
@@ -150,10 +151,16 @@ class SamplerScheduler(Calls, Swappable):
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
         """A run with these labels and noise levels, `(n,)` float64 each."""
         given_both = not torch.equal(levels, self.reading.sigma(labels))
+        self.sampler = self.sampler_for(len(labels), self._given[0] is not None)
         plan = self.sampler.plan(levels)
         moved = plan.sigmas != levels
         if moved.any():  # a sampler that tells the network other levels than those of the grid
-            labels = torch.where(moved, self.reading.timestep(plan.sigmas), labels)
+            told = self.reading.timestep(plan.sigmas)
+            if self._counts_whole(labels) and len(labels) <= len(self):
+                labels = distinct_labels(told, self.reading.timestep_range[1])
+                plan = replace(plan, sigmas=self.reading.sigma(labels))
+            else:
+                labels = torch.where(moved, told, labels)
         calls = self.reading.calls(labels, plan.sigmas)
         own_labels = self.reading.timestep(plan.sigmas).to(torch.float32) if given_both else None
         run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
@@ -163,6 +170,11 @@ class SamplerScheduler(Calls, Swappable):
             self._run = run.after(self._run)
             self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas
             self._begin_index = None
+
+    def _counts_whole(self, labels: Tensor) -> bool:
+        """Whether labels are whole numbers, which networks of `vp` space may take alone."""
+        vp = self.noise_space is not None and self.noise_space.kind == "vp"
+        return vp and torch.equal(labels, labels.round())
 
     @property
     def timesteps(self) -> Tensor:

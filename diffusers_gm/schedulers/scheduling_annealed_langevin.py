@@ -1,6 +1,7 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
@@ -8,7 +9,7 @@ import torch
 from diffusers import SchedulerMixin  # noqa: F401
 
 from ..processes.annealed import check_criterion
-from ..samplers import Ancestral, Explore, Langevin
+from ..samplers import Ancestral, Explore, Langevin, Sampler
 from ..samplers.langevin import DESCENT
 from .base import SamplerScheduler
 from .options import with_common_options
@@ -65,8 +66,9 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             would the second of two parts (SDXL's refiner), which it is not for.
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
-            where the `chain` really is, which lags behind by a known factor (`chain_levels`): better at few calls, and
-            what new trainings take; swaps from schedulers of diffusers take `ladder`.
+            where the `chain` really is, which lags behind by a known factor (`chain_levels`): at few calls the
+            difference between images and noise, and what new trainings take. None: the ladder's in a `ve` space without
+            a `grid`, as published, and of given timesteps or sigmas; else the chain's.
 
     Raises:
         ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few
@@ -83,7 +85,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
         algorithm_type: Literal["langevin", "consistent", "explore"] = "langevin",
         denoise: bool = True,
-        network_level: Literal["ladder", "chain"] = "ladder",
+        network_level: Literal["ladder", "chain"] | None = None,
     ):
         check_network_level(network_level)
         check_criterion(step_size_criterion)
@@ -94,6 +96,9 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         else:
             chain = network_level == "chain"
             self._setup(Langevin(num_langevin_steps, step_size, step_size_criterion, denoise, follow_chain=chain))
+
+    def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
+        return following(self.sampler, self.config, own_levels)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the next run at call `begin_index` (image-to-image).
@@ -119,6 +124,14 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         self.sigmas = self.visible_sigmas(levels)
 
 
-def check_network_level(value: str) -> None:
-    if value not in ("ladder", "chain"):
+def check_network_level(value: str | None) -> None:
+    if value not in ("ladder", "chain", None):
         raise ValueError(f"unknown network_level {value!r}: use 'ladder' or 'chain'")
+
+
+def following(sampler: Sampler, config: Any, own_levels: bool) -> Sampler:
+    """A sampler that tells the network the level that `network_level` of its config says."""
+    if not isinstance(sampler, Langevin) or config.network_level is not None:
+        return sampler
+    published = config.noise_space == "ve" and config.grid is None
+    return replace(sampler, follow_chain=own_levels and not published)

@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-import torch
-
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
 from torch import Tensor
@@ -70,7 +68,7 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         self.mixture, self.model_mixture = network_noise(self.config)
         self._setup(self.sampler_for(None))
 
-    def sampler_for(self, num_calls: int | None) -> Multistep:
+    def sampler_for(self, num_calls: int | None, own_levels: bool = True) -> Multistep:
         """The calibration may say how stochastic a run of this length is."""
         config = self.config
         tau = config.stochasticity
@@ -83,7 +81,3 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         clipped = self.clip(denoised, sigma)
         still = clipped is denoised or self.config.thresholding
         return clipped, memory._replace(clipped=None if still else clipped - denoised)
-
-    def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
-        self.sampler = self.sampler_for(len(labels))
-        super()._prepare(labels, levels, device)

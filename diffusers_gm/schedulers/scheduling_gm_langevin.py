@@ -7,11 +7,11 @@ from diffusers import SchedulerMixin  # noqa: F401
 
 from ..processes.annealed import check_criterion
 from ..processes.mixture import GAUSSIAN
-from ..samplers import Ancestral, Langevin, TwoStep
+from ..samplers import Ancestral, Langevin, Sampler, TwoStep
 from .base import SamplerScheduler
 from .network import network_noise
 from .options import with_common_options
-from .scheduling_annealed_langevin import check_network_level
+from .scheduling_annealed_langevin import check_network_level, following
 
 
 class GMLangevinScheduler(SamplerScheduler):
@@ -72,7 +72,7 @@ class GMLangevinScheduler(SamplerScheduler):
         step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
         algorithm_type: Literal["langevin", "jump", "exponential", "ancestral", "ode"] = "ancestral",
         denoise: bool = True,
-        network_level: Literal["ladder", "chain"] = "ladder",
+        network_level: Literal["ladder", "chain"] | None = None,
     ):
         check_network_level(network_level)
         check_criterion(step_size_criterion)
@@ -94,3 +94,6 @@ class GMLangevinScheduler(SamplerScheduler):
                     noise=self.model_mixture,
                 )
             )
+
+    def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
+        return following(self.sampler, self.config, own_levels)
