@@ -34,6 +34,11 @@ HIDING, MANY_IMAGES = 10.0, 16
 # `FEWEST` at least, until that is as high; their levels are more even, and end so much higher than the fixed grid.
 FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 2.0, 3.0
 
+# In a run of many calls those below noise level 1 are enough, and errors of the levels above it, at which images take
+# shape, add up: the less, the shorter the steps are there. From `MANY_CALLS[0]` to `MANY_CALLS[1]` calls, where noise
+# corrects errors, the power of the levels falls to that of most calls above.
+MANY_CALLS, POWER_OF_MANY = (10, 20), 1.0
+
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
 
@@ -147,7 +152,7 @@ def levels_of_errors(
 ) -> Tensor:
     """Noise levels `(num_calls,)`, descending, in float64: the fixed grid, from where noise hides the images; of few
     calls one that begins lower, if noise corrects that, and ends higher: what is below costs steps that the noise above
-    needs.
+    needs; of many calls, if noise corrects errors, one with more above.
 
     Args:
         run: of the network.
@@ -164,14 +169,20 @@ def levels_of_errors(
         hiding = lower if corrected else HIDING
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
     top = high / shift
-    levels = even_levels(top, low / shift, num_calls)
-    last = float(levels[-1])
+    last = float(even_levels(top, low / shift, num_calls)[-1])
+    levels = power_levels(top, last, num_calls, POWER if run.fades or not noisy else power_of(num_calls))
     if corrected:
         levels = power_levels(top, min(HIGHER_OF_FEW * last, top / 2), num_calls, POWER_OF_FEW)
     elif very_few:
         share = LAST_SHARE / 2 if run.errs_much and not run.fades else LAST_SHARE
         levels = power_levels(top, min(max(last, share * top), HIGHER * last, top / 2), num_calls, POWER)
     return levels * shift
+
+
+def power_of(num_calls: int) -> float:
+    """The power of the levels of so many calls, where noise corrects errors."""
+    few, many = MANY_CALLS
+    return POWER + (POWER_OF_MANY - POWER) * min(1.0, max(0.0, (num_calls - few) / (many - few)))
 
 
 def hiding_level(level: float, high: float, deviation: Callable[[float], float]) -> float:
