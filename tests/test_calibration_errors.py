@@ -135,7 +135,7 @@ def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
 
 
 def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
-    """Those of about ten are the fixed grid."""
+    """And up to fifteen the fixed grid."""
 
     def levels(num_calls, deviation=lambda sigma: sigma, **images):
         return levels_of_errors(of_deviation(1.0, **images), num_calls, 40.0, 0.01, deviation).tolist()
@@ -143,9 +143,10 @@ def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
     assert levels(5) == pytest.approx(power_levels(3.5, 0.3, 5, 2.0).tolist())
     assert levels(14) == pytest.approx(power_levels(9.8, 1.5 / 14, 14, 2.0).tolist())
     assert levels(2) == pytest.approx([3.5, 0.75])
-    assert levels(10, defect=-0.6) == pytest.approx(even_levels(10.0, 0.01, 10).tolist())
+    for among in (levels(15), levels(14, defect=-0.6)):
+        assert among == pytest.approx(even_levels(10.0, 0.01, len(among)).tolist())
     # Where no run may begin lower there is nothing to correct.
-    assert levels(10, deviation=None) == pytest.approx(even_levels(40.0, 0.01, 10).tolist())
+    assert levels(14, deviation=None) == pytest.approx(even_levels(40.0, 0.01, 14).tolist())
 
 
 def test_levels_of_many_calls_are_mostly_above_where_noise_corrects_errors():
@@ -153,11 +154,11 @@ def test_levels_of_many_calls_are_mostly_above_where_noise_corrects_errors():
     span = 40.0, 0.01, lambda sigma: sigma
     for defect in (-0.5, -0.6):
         run = of_deviation(1.0, defect=defect)
-        for n, power in ((15, 2.0), (20, 1.0), (50, 1.0)):
+        for n, power in ((18, 1.8), (20, 1.0), (50, 1.0)):
             levels, fixed = levels_of_errors(run, n, *span), even_levels(10.0, 0.01, n)
             assert levels.tolist() == pytest.approx(power_levels(10.0, 0.5 / n, n, power).tolist())
             assert ends(levels) == pytest.approx(ends(fixed))
-            assert (levels > 1).sum() > 1.15 * (fixed > 1).sum()
+            assert (levels > 1).sum() > (fixed > 1).sum()
             without_noise = levels_of_errors(run, n, *span, noisy=False)
             assert without_noise.tolist() == pytest.approx(fixed.tolist())
             fades = levels_of_errors(of_deviation(1.0, left=0.9, defect=defect), n, *span)

@@ -37,7 +37,7 @@ FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 2.0, 3.0
 # In a run of many calls those below noise level 1 are enough, and errors of the levels above it, at which images take
 # shape, add up: the less, the shorter the steps are there. From `MANY_CALLS[0]` to `MANY_CALLS[1]` calls, where noise
 # corrects errors, the power of the levels falls to that of most calls above.
-MANY_CALLS, POWER_OF_MANY = (10, 20), 1.0
+MANY_CALLS, POWER_OF_MANY = (15, 20), 1.0
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
