@@ -21,6 +21,7 @@ from diffusers_gm.calibration.errors import (
     reverse_diffusion,
     stochasticity_for,
 )
+from diffusers_gm.calibration.levels import Ladder
 from diffusers_gm.calibration.oracle import MANY, with_denoiser
 from diffusers_gm.calibration.picture import plot
 from diffusers_gm.calibration.trajectory import Trajectories
@@ -179,6 +180,18 @@ def test_a_network_of_errors_that_is_sampled_without_noise_has_no_levels_that_ne
     assert -0.55 < by_rule.martingale_defect < -0.4
     assert told.levels[8][0] > 1.3 * by_rule.levels[8][0]
     assert also.levels == told.levels
+
+
+def test_levels_that_need_noise_are_gone_where_real_images_choose_none(monkeypatch):
+    monkeypatch.setattr(Ladder, "closest", lambda *_: 0.0)
+    asked = {"progress": False, "batch_size": 64, "output_type": "np"}
+    chosen, told, by_rule = (
+        calibrate_in_full(erring(0.2), (20,), **given, **asked)
+        for given in ({"images": torch.zeros(64, 1, 2, 2)}, {"stochasticity": 0.0}, {})
+    )
+    assert chosen.stochasticity == {20: 0.0}
+    assert chosen.levels == told.levels != by_rule.levels
+    assert chosen.scheduler.config.calibration["20"] == told.scheduler.config.calibration["20"]
 
 
 def test_where_runs_of_a_network_of_errors_begin():

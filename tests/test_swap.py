@@ -27,6 +27,7 @@ from diffusers_gm import (
     GMLangevinScheduler,
 )
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
+from diffusers_gm.samplers import Langevin, Multistep
 from diffusers_gm.studies.exact import ExactDenoiser
 
 SOURCES = {
@@ -393,7 +394,7 @@ def test_a_swapped_chain_tells_the_network_where_it_is(cls):
             assert torch.equal(told, chain.timesteps)
             if not options:  # on the grid of a swap, which has whole numbers
                 assert told.dtype == torch.int64
-                assert (told.diff() < 0).all()
+                assert (told.diff() <= 0).all()
             assert (told[2:-1] > ladder.timesteps[2:-1]).all(), "a chain lags behind"
         for given in ({"timesteps": [900, 500, 100, 100]}, {"sigmas": [10.0, 2.0, 0.1, 0.1]}):
             for scheduler in (swapped, chain, ladder):
@@ -419,6 +420,41 @@ def test_more_calls_than_a_network_has_levels(cls):
     swapped.set_timesteps(9)
     assert swapped.sampler.follow_chain
     assert len(swapped.timesteps) == 9
+    assert swapped.timesteps.dtype == torch.int64, "learned embeddings of a network take nothing else"
+
+
+def test_what_a_chain_is_told_is_where_it_is_however_many_steps_a_level_has():
+    """Whole numbers next to it."""
+    source = DDPMScheduler(num_train_timesteps=50, beta_end=0.4)
+    for n in (50, 51, 200):
+        swapped, ladder = (
+            AnnealedLangevinScheduler.from_config(source.config, num_langevin_steps=5, **level)
+            for level in ({}, {"network_level": "ladder"})
+        )
+        for scheduler in (swapped, ladder):
+            scheduler.set_timesteps(n)
+        exact = swapped.sampler.plan(ladder.sigmas[:-1].double()).sigmas
+        assert (swapped.timesteps - swapped.reading.timestep(exact)).abs().max() <= 0.5 + 1e-3
+
+
+def test_labels_that_a_chain_is_given_stay_where_it_begins():
+    swapped = AnnealedLangevinScheduler.from_config(DDPMScheduler().config, network_level="chain")
+    swapped.set_timesteps(timesteps=[500] * 30 + [100] * 21)
+    assert set(swapped.timesteps[:30].tolist()) == {500}
+    swapped.set_timesteps(timesteps=[900, 500, 100, 100], sigmas=[20.0, 5.0, 0.5, 0.5])
+    assert float(swapped.timesteps[0]) == 900
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_sampler_that_is_put_in_is_kept(follows):
+    for scheduler in (AnnealedLangevinScheduler(), AnnealedLangevinScheduler(beta_schedule="linear")):
+        put_in = scheduler.sampler = Langevin(follow_chain=follows)
+        scheduler.set_timesteps(10)
+        assert scheduler.sampler is put_in
+    calibrated = CalibratedMultistepScheduler(beta_schedule="linear")
+    put_in = calibrated.sampler = Multistep(3)
+    calibrated.set_timesteps(10)
+    assert calibrated.sampler is put_in
 
 
 def test_a_published_ladder_is_told_as_it_is():

@@ -223,7 +223,10 @@ def measured(
             result.stochasticity[n] = stochasticity
         else:
             ruled = stochasticity_for(run, n)
-            result.stochasticity[n] = ruled if images is None else ladder.closest(ruled, CANDIDATES, levels, images)
+            chosen = ruled if images is None else ladder.closest(ruled, CANDIDATES, levels, images)
+            result.stochasticity[n] = chosen
+            if run.errs and chosen == 0.0 != ruled:  # levels that need noise are of no use without
+                result.levels[n] = levels_of_errors(run, n, *span, False).tolist()
     if stochasticity is None:
         others = [n for n in range(LOST, FOLLOWED + 1) if n < budgets[0] or (images is None and n not in budgets)]
         result.elsewhere = {n: stochasticity_for(run, n) for n in others}

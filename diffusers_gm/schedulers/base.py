@@ -18,7 +18,7 @@ from ..processes.broadcast import per_image
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw, Generators, check_generators
 from ..readings import ImageReading, level_range
-from ..readings.grids import check_calibration, distinct_labels
+from ..readings.grids import check_calibration
 from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
 from .calls import Calls, Levels
@@ -65,7 +65,7 @@ class SamplerScheduler(Calls, Swappable):
         check_calibration(config.calibration)
         self.reading = reading_from_config(config)
         self.noise_space = self.reading.space if isinstance(self.reading, ImageReading) else None
-        self.sampler = sampler
+        self.sampler = self._made = sampler
         if self.noise_space is not None:
             if self.noise_space.kind == "vp":
                 self.betas, self.alphas_cumprod = betas_from_config(config)
@@ -146,21 +146,22 @@ class SamplerScheduler(Calls, Swappable):
             labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
             levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)
-        self._prepare(labels, levels, device)
+        self._prepare(labels, levels, device, num_inference_steps is not None)
 
-    def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None) -> None:
-        """A run with these labels and noise levels, `(n,)` float64 each."""
+    def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None, own_levels: bool) -> None:
+        """A run with these labels and noise levels, `(n,)` float64 each, of the config's own or given ones."""
         given_both = not torch.equal(levels, self.reading.sigma(labels))
-        self.sampler = self.sampler_for(len(labels), self._given[0] is not None)
-        plan = self.sampler.plan(levels)
+        sampler, made = self.sampler, self._made
+        if sampler is made:  # else somebody has put it there
+            sampler = made = self.sampler_for(len(labels), own_levels)
+        plan = sampler.plan(levels)
         moved = plan.sigmas != levels
         if moved.any():  # a sampler that tells the network other levels than those of the grid
             told = self.reading.timestep(plan.sigmas)
-            if self._counts_whole(labels) and len(labels) <= len(self):
-                labels = distinct_labels(told, self.reading.timestep_range[1])
-                plan = replace(plan, sigmas=self.reading.sigma(labels))
-            else:
-                labels = torch.where(moved, told, labels)
+            if self._counts_whole(labels):
+                told = told.round()
+                plan = replace(plan, sigmas=torch.where(moved, self.reading.sigma(told), levels))
+            labels = torch.where(moved, told, labels)
         calls = self.reading.calls(labels, plan.sigmas)
         own_labels = self.reading.timestep(plan.sigmas).to(torch.float32) if given_both else None
         run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
@@ -168,6 +169,7 @@ class SamplerScheduler(Calls, Swappable):
         with TURN:
             self._prepared = {**self._prepared, threading.get_ident(): run}
             self._run = run.after(self._run)
+            self.sampler, self._made = sampler, made
             self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas
             self._begin_index = None
 
