@@ -89,7 +89,9 @@ def test_betas_are_those_of_the_ddpm_network_that_it_is(name):
 
 
 def test_flow_agrees_with_diffusers_forward_process_and_grid(generator):
-    ours = AnnealedLangevinScheduler(shift=1.0, prediction_type="flow_prediction", timestep_spacing="linspace")
+    ours = AnnealedLangevinScheduler(
+        shift=1.0, prediction_type="flow_prediction", timestep_spacing="linspace", network_level="ladder"
+    )
     theirs = FlowMatchEulerDiscreteScheduler(shift=1.0)
     theirs.set_timesteps(9)
     ours.set_timesteps(10)  # nine levels, and the last one twice
