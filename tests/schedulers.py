@@ -60,3 +60,8 @@ SAMPLERS = {
 def make(reading, name, **arguments):
     cls, options = SAMPLERS[name]
     return cls(**(READINGS[reading] | options | arguments))
+
+
+def told_its_levels(cls):
+    """Options with which the network is told the levels of the grid: a Langevin chain, by default, where it is."""
+    return {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}

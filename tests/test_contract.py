@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import logging as diffusers_logging
-from schedulers import SCHEDULERS, VP, every_scheduler, every_spaced_scheduler
+from schedulers import SCHEDULERS, VP, every_scheduler, every_spaced_scheduler, told_its_levels
 
 from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, GMLangevinScheduler
 
@@ -24,11 +24,6 @@ FLOW = FlowMatchEulerDiscreteScheduler().config
 @pytest.fixture(autouse=True)
 def no_warnings_of_unexpected_config_keys():
     diffusers_logging.set_verbosity_error()
-
-
-def ladder(cls):
-    """The levels of its grid, where a swap tells the network others."""
-    return {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}
 
 
 def public(config):
@@ -91,7 +86,7 @@ def test_which_grids_of_a_source_are_taken_over(cls):
 
     def labels(spacing, **arguments):
         source = DDPMScheduler(timestep_spacing=spacing, steps_offset=1)
-        scheduler = cls.from_config(source.config, **ladder(cls), **arguments)
+        scheduler = cls.from_config(source.config, **told_its_levels(cls), **arguments)
         scheduler.set_timesteps(calls)
         return scheduler.timesteps[:10].tolist()
 
@@ -101,7 +96,7 @@ def test_which_grids_of_a_source_are_taken_over(cls):
         assert labels(spacing, timestep_spacing=spacing) == theirs.timesteps.tolist()
         if cls is not CalibratedMultistepScheduler:  # which has levels of its own
             assert labels(spacing) == labels(spacing, timestep_spacing="trailing" if spacing == "trailing" else "even")
-        ours = cls.from_config(theirs.config, **ladder(cls))
+        ours = cls.from_config(theirs.config, **told_its_levels(cls))
         assert DDPMScheduler.from_config(ours.config).config.timestep_spacing == spacing
         again = cls.from_config(ours.config, timestep_spacing="leading")
         again.set_timesteps(calls)
@@ -128,7 +123,7 @@ def test_karras_and_beta_levels_are_those_of_diffusers(cls):
     for flag in ("use_karras_sigmas", "use_beta_sigmas"):
         theirs = EulerDiscreteScheduler(**VP, **{flag: True})
         theirs.set_timesteps(10)
-        ours = cls.from_config(theirs.config, **ladder(cls))
+        ours = cls.from_config(theirs.config, **told_its_levels(cls))
         ours.set_timesteps(10 if cls is not AnnealedLangevinScheduler else 11)
         torch.testing.assert_close(ours.sigmas[:10], theirs.sigmas[:10], rtol=1e-3, atol=1e-4)
 
@@ -283,7 +278,7 @@ def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
         {"grid": "calibrated", "calibration": calibration},
         {"use_karras_sigmas": True},
     ):
-        scheduler = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config, **ladder(cls), **own)
+        scheduler = cls.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config, **told_its_levels(cls), **own)
         if own == {"use_karras_sigmas": True} and cls is CalibratedMultistepScheduler:
             continue  # its grid is `calibrated`, which nothing is said of
         runs = []
@@ -343,11 +338,11 @@ def test_flow_sigmas_are_s_before_the_shift(cls):
         ({"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.1}, 1.4),
     ):
         theirs = FlowMatchEulerDiscreteScheduler(**config)
-        ours = cls.from_config(theirs.config, **ladder(cls))
+        ours = cls.from_config(theirs.config, **told_its_levels(cls))
         for scheduler in (theirs, ours):
             scheduler.set_timesteps(sigmas=s, mu=mu)
         if cls is AnnealedLangevinScheduler:  # as a number, see above
-            by_number = cls.from_config(theirs.config, **ladder(cls))
+            by_number = cls.from_config(theirs.config, **told_its_levels(cls))
             by_number.set_timesteps(6, mu=mu)
             assert torch.equal(ours.timesteps, by_number.timesteps)
             continue

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from networks import CPU, check_four_points, four_points, samples_of
-from schedulers import every_scheduler, every_spaced_scheduler
+from schedulers import every_scheduler, every_spaced_scheduler, told_its_levels
 
 from diffusers_gm import AnnealedLangevinScheduler
 
@@ -45,11 +45,6 @@ def public(config):
 def calls_of(cls, n):
     """As many calls as make `n` levels."""
     return n + 1 if cls is AnnealedLangevinScheduler else n
-
-
-def told_its_levels(cls):
-    """A Langevin chain is told where it is unless asked otherwise."""
-    return {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}
 
 
 def on_their_levels(cls, source):

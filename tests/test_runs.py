@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from networks import CPU, seeded, tiny_network
-from schedulers import READINGS, VP, every_scheduler
+from schedulers import READINGS, VP, every_scheduler, told_its_levels
 
 from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMSGMPipeline
 
@@ -96,7 +96,7 @@ def test_callbacks_may_edit_the_sample(cls, generator):
 def test_interleaved_loops_never_give_a_wrong_result(cls, numbers, lengths, lead, generator):
     """Two loops that take turns on one scheduler, the second begun after `lead` steps of the first."""
     # A chain is told the highest level for some calls, which numbers do not tell apart.
-    scheduler = cls(**VP, **({"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}))
+    scheduler = cls(**VP, **told_its_levels(cls))
     x = torch.randn(2, 1, 4, 4, generator=generator)
 
     def grid(n):

@@ -27,7 +27,6 @@ from diffusers_gm import (
     GMLangevinScheduler,
 )
 from diffusers_gm.readings.noise_space import PREDICTION_TYPES
-from diffusers_gm.samplers import Langevin, Multistep
 from diffusers_gm.studies.exact import ExactDenoiser
 
 SOURCES = {
@@ -376,96 +375,6 @@ def test_networks_of_mixture_noise_are_kept_from_gaussian_samplers():
         one = GMLangevinScheduler(model_noise="mixture", mixture_weights=[1.0], mixture_scales=[1.0])
         assert cls.from_config(one.config)
         assert cls.from_config(GMLangevinScheduler(**mixture).config), "jumps on an ordinary network"
-
-
-@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
-def test_a_swapped_chain_tells_the_network_where_it_is(cls):
-    """Labels that are given it tells as they are; a network of DDPM is told whole numbers, each once."""
-    langevin = {"algorithm_type": "langevin"}
-    for options in ({}, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}):
-        swapped, chain, ladder = (
-            cls.from_config(DDPMScheduler().config, **langevin, **options, **level)
-            for level in ({}, {"network_level": "chain"}, {"network_level": "ladder"})
-        )
-        for n in (6, 40):
-            for scheduler in (swapped, chain, ladder):
-                scheduler.set_timesteps(n)
-            told = swapped.timesteps
-            assert torch.equal(told, chain.timesteps)
-            if not options:  # on the grid of a swap, which has whole numbers
-                assert told.dtype == torch.int64
-                assert (told.diff() <= 0).all()
-            assert (told[2:-1] > ladder.timesteps[2:-1]).all(), "a chain lags behind"
-        for given in ({"timesteps": [900, 500, 100, 100]}, {"sigmas": [10.0, 2.0, 0.1, 0.1]}):
-            for scheduler in (swapped, chain, ladder):
-                scheduler.set_timesteps(**given)
-            assert torch.equal(swapped.timesteps, ladder.timesteps)
-            assert not torch.equal(swapped.timesteps, chain.timesteps)
-    assert swapped.config.network_level is None
-    # The samplers of one class may differ from run to run: none is left behind.
-    swapped.set_timesteps(6)
-    assert swapped.sampler.follow_chain
-    swapped.set_timesteps(timesteps=[900, 500, 100, 100])
-    assert not swapped.sampler.follow_chain
-
-
-@pytest.mark.parametrize("cls", [AnnealedLangevinScheduler, GMLangevinScheduler])
-def test_more_calls_than_a_network_has_levels(cls):
-    """Langevin steps on a level: what a chain is told then has no label of its own."""
-    swapped = cls.from_config(
-        DDPMScheduler(trained_betas=[0.1, 0.2, 0.4], num_train_timesteps=3).config,
-        algorithm_type="langevin",
-        num_langevin_steps=4,
-    )
-    swapped.set_timesteps(9)
-    assert swapped.sampler.follow_chain
-    assert len(swapped.timesteps) == 9
-    assert swapped.timesteps.dtype == torch.int64, "learned embeddings of a network take nothing else"
-
-
-def test_what_a_chain_is_told_is_where_it_is_however_many_steps_a_level_has():
-    """Whole numbers next to it."""
-    source = DDPMScheduler(num_train_timesteps=50, beta_end=0.4)
-    for n in (50, 51, 200):
-        swapped, ladder = (
-            AnnealedLangevinScheduler.from_config(source.config, num_langevin_steps=5, **level)
-            for level in ({}, {"network_level": "ladder"})
-        )
-        for scheduler in (swapped, ladder):
-            scheduler.set_timesteps(n)
-        exact = swapped.sampler.plan(ladder.sigmas[:-1].double()).sigmas
-        assert (swapped.timesteps - swapped.reading.timestep(exact)).abs().max() <= 0.5 + 1e-3
-
-
-def test_labels_that_a_chain_is_given_stay_where_it_begins():
-    swapped = AnnealedLangevinScheduler.from_config(DDPMScheduler().config, network_level="chain")
-    swapped.set_timesteps(timesteps=[500] * 30 + [100] * 21)
-    assert set(swapped.timesteps[:30].tolist()) == {500}
-    swapped.set_timesteps(timesteps=[900, 500, 100, 100], sigmas=[20.0, 5.0, 0.5, 0.5])
-    assert float(swapped.timesteps[0]) == 900
-
-
-@pytest.mark.parametrize("follows", [False, True])
-def test_a_sampler_that_is_put_in_is_kept(follows):
-    for scheduler in (AnnealedLangevinScheduler(), AnnealedLangevinScheduler(beta_schedule="linear")):
-        put_in = scheduler.sampler = Langevin(follow_chain=follows)
-        scheduler.set_timesteps(10)
-        assert scheduler.sampler is put_in
-    calibrated = CalibratedMultistepScheduler(beta_schedule="linear")
-    put_in = calibrated.sampler = Multistep(3)
-    calibrated.set_timesteps(10)
-    assert calibrated.sampler is put_in
-
-
-def test_a_published_ladder_is_told_as_it_is():
-    for options in ({}, {"noise_space": "ve", "sigma_max": 9.0}):
-        published, ladder = (
-            AnnealedLangevinScheduler(**options),
-            AnnealedLangevinScheduler(**options, network_level="ladder"),
-        )
-        for scheduler in (published, ladder):
-            scheduler.set_timesteps(30)
-        assert torch.equal(published.timesteps, ladder.timesteps)
 
 
 # --- Options that change ---

@@ -8,7 +8,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from schedulers import every_scheduler, every_spaced_scheduler
+from schedulers import every_scheduler, every_spaced_scheduler, told_its_levels
 
 from diffusers_gm import AnnealedLangevinScheduler
 
@@ -79,7 +79,7 @@ def test_karras_levels_are_of_sigma_in_solvers_and_of_s_in_flow_schedulers(cls, 
     n = 9 if cls is AnnealedLangevinScheduler else 8  # the last level twice
     words = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
     theirs = UniPCMultistepScheduler(use_karras_sigmas=True, **words, **ends)
-    own = {"network_level": "ladder"} if cls is AnnealedLangevinScheduler else {}
+    own = told_its_levels(cls)
     swapped = cls.from_config(theirs.config, **own)
     later = cls.from_config(
         cls.from_config(UniPCMultistepScheduler(**words, **ends).config, **own).config, use_karras_sigmas=True
