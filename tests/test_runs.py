@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from networks import CPU, seeded, tiny_network
-from schedulers import READINGS, VP, every_scheduler, told_its_levels
+from schedulers import READINGS, VP, every_scheduler
 
 from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMSGMPipeline
 
@@ -95,8 +95,7 @@ def test_callbacks_may_edit_the_sample(cls, generator):
 @pytest.mark.parametrize("lead", [0, 1, 3])
 def test_interleaved_loops_never_give_a_wrong_result(cls, numbers, lengths, lead, generator):
     """Two loops that take turns on one scheduler, the second begun after `lead` steps of the first."""
-    # A chain is told the highest level for some calls, which numbers do not tell apart.
-    scheduler = cls(**VP, **told_its_levels(cls))
+    scheduler = cls(**VP)
     x = torch.randn(2, 1, 4, 4, generator=generator)
 
     def grid(n):
@@ -337,13 +336,16 @@ def test_a_single_call_is_the_denoised_image_at_the_first_level(cls, space, gene
 
 
 def test_too_few_calls_for_langevin_dynamics_say_how_many():
-    scheduler = AnnealedLangevinScheduler(**VP)
+    ladder = {**VP, "network_level": "ladder"}
     with pytest.raises(ValueError, match="num_inference_steps must be 1 .*or .*at least 3, got 2"):
-        scheduler.set_timesteps(2)
+        AnnealedLangevinScheduler(**ladder).set_timesteps(2)
     with pytest.raises(ValueError, match="1 .*or .*at least 7, got 6"):
-        AnnealedLangevinScheduler(**VP, num_langevin_steps=3).set_timesteps(6)
-    with pytest.raises(ValueError, match="at least 2, got 1"):
-        AnnealedLangevinScheduler(**VP, denoise=False).set_timesteps(1)
+        AnnealedLangevinScheduler(**ladder, num_langevin_steps=3).set_timesteps(6)
+    with pytest.raises(ValueError, match="1 .*or .*at least 4, got 3"):
+        AnnealedLangevinScheduler(**VP, num_langevin_steps=3).set_timesteps(3)
+    for options in (ladder, VP):
+        with pytest.raises(ValueError, match="at least 2, got 1"):
+            AnnealedLangevinScheduler(**options, denoise=False).set_timesteps(1)
 
 
 # --- Compiled ---

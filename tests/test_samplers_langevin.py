@@ -150,8 +150,14 @@ def test_where_steps_lead_and_how_far_they_look():
 
 @pytest.mark.parametrize(
     ("sampler", "order"),
-    [(TwoStep(), 2), (Ancestral(), 1)],
-    ids=["two-step", "ancestral"],
+    [
+        (TwoStep(), 2),
+        (Ancestral(), 1),
+        (Ancestral(order=2), 2),
+        (Langevin(follow_chain=True), 1),
+        (Langevin(follow_chain=True, criterion="fixed_point"), 0.5),
+    ],
+    ids=["two-step", "ancestral", "ancestral of order 2", "chain", "chain, fixed point"],
 )
 def test_order_of_convergence_on_gaussian_data(sampler, order):
     """The variance after a run approaches that of the reference grid's limit at the promised order."""
@@ -177,6 +183,24 @@ def test_the_published_cifar10_chain_has_the_predicted_law():
     twice = Langevin(preset.num_langevin_steps, 4 * preset.step_size, denoise=False)
     one, two = sampler.plan(levels), twice.plan(2 * levels)
     assert [a for _, a, *_ in two.steps] == pytest.approx([a for _, a, *_ in one.steps])
+
+
+def test_a_chain_that_is_told_its_level_goes_down_from_its_first_call_on():
+    """Its noise is drawn at the first level, and steps there would lead nowhere. By Proposition 3 alone the step to the
+    next is the ancestral one."""
+    sigmas = torch.tensor([8.0, 2.0, 0.5, 0.2], **DOUBLE)
+    plan = Langevin(follow_chain=True).plan(sigmas)
+    assert [target for target, *_ in plan.steps] == [2, 0.5, 0.2, 0.2]
+    assert [a for _, a, *_ in plan.steps] == pytest.approx([1 - 1 / 16, 1 - 1 / 16, 1 - 0.4**2, 0], abs=1e-6)
+    assert (plan.sigmas.diff() < 0).all()
+    assert plan.sigmas[1] == pytest.approx(2 * math.sqrt(2 - 1 / 16))
+    assert Langevin(follow_chain=True).calls_per_level(4) == [1, 1, 1, 1]
+    assert Langevin(3, follow_chain=True).calls_per_level(9) == [1, 4, 4]
+    assert Langevin(3, follow_chain=True, denoise=False).calls_per_level(8) == [1, 4, 3]
+    # One level, and the call for D.
+    assert Langevin(follow_chain=True).calls_per_level(2) == [1, 1]
+    plan = Langevin(follow_chain=True).plan(sigmas[:2])
+    assert plan.sigmas.tolist() == pytest.approx([8, 2 * math.sqrt(2 - 1 / 16)])
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
@@ -218,10 +242,7 @@ def test_the_loop_counts_its_calls_and_asks_at_the_levels_of_the_plan(generator)
 
 
 def test_where_the_chain_is_is_where_the_network_is_told(generator):
-    """Data that are one point: the noise in y at every call has the level of the plan, exactly.
-
-    The first step overshoots the ladder: the network is told no more than its largest level.
-    """
+    """Data that are one point: the noise in y at every call has the level of the plan, exactly."""
     for jumps in (GaussianMixtureNoise([1.0], [1.0]), GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62])):
         for sampler in (
             Langevin(follow_chain=True, jumps=jumps),
@@ -232,7 +253,7 @@ def test_where_the_chain_is_is_where_the_network_is_told(generator):
             plan = sampler.plan(sigmas)
             variance = float(sigmas[0] ** 2)
             for i, told in enumerate(plan.sigmas.tolist()[:-1]):
-                assert told == pytest.approx(min(math.sqrt(variance), float(sigmas[0])), rel=1e-9)
+                assert told == pytest.approx(math.sqrt(variance), rel=1e-9)
                 # The law of one step on a point mass: kept and added variance, means over the jumps.
                 target, size, *_ = plan.steps[i]
                 if sampler.exact:

@@ -1,5 +1,6 @@
 """What is saved is read again: models of 0.1.0 by this version, our configs by ours and by schedulers of diffusers."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_models_of_0_1_0_are_saved_again(name, tmp_path):
     old = json.loads((BY_0_1_0 / name / "scheduler" / "scheduler_config.json").read_text())
     for key, value in public(old).items():
         assert again.scheduler.config[key] == value, key
+
+
+def test_the_order_of_0_1_0_is_of_what_it_saved_alone(tmp_path):
+    """Its reverse mixture diffusion had one order, and said nothing of it."""
+    old = GMLangevinScheduler.from_pretrained(BY_0_1_0 / "gm_sgm", subfolder="scheduler")
+    assert old.config.ancestral_order == 1
+    assert GMLangevinScheduler.from_config(old.config, ancestral_order=2).config.ancestral_order == 2
+    for order, source in ((1, old), (2, GMLangevinScheduler()), (2, AnnealedLangevinScheduler())):
+        ours = GMLangevinScheduler.from_config(source.config, algorithm_type="ancestral")
+        ours.save_pretrained(tmp_path)
+        for again in (ours, GMLangevinScheduler.from_pretrained(tmp_path), copy.deepcopy(ours)):
+            assert (again.config.ancestral_order, again.sampler.order) == (order, order)
 
 
 # --- By us, read by ours ---

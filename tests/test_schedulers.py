@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from networks import CPU, perfect_network
 from networks import run as run_from
 
@@ -159,11 +159,33 @@ def test_consistent_default_is_the_ancestral_sampler_of_one_component():
     samples = []
     for scheduler in (
         AnnealedLangevinScheduler(**SMALL, algorithm_type="consistent"),
-        GMLangevinScheduler(**SMALL, algorithm_type="ancestral"),
+        GMLangevinScheduler(**SMALL, algorithm_type="ancestral", ancestral_order=1),
     ):
         generator = torch.Generator().manual_seed(7)
         samples.append(run(scheduler, perfect_network(scheduler, points), 20, (3, 1, 4, 4), generator))
     torch.testing.assert_close(*samples, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_ancestral_of_order_2_is_sde_dpm_solver_2m_of_one_component(n):
+    """diffusers' own, on the same levels and with the same noise."""
+    solver = DPMSolverMultistepScheduler(
+        beta_schedule="linear", algorithm_type="sde-dpmsolver++", timestep_spacing="trailing", lower_order_final=False
+    )
+    ours = GMLangevinScheduler.from_config(solver.config, algorithm_type="ancestral")
+    assert ours.config.ancestral_order == 2
+    points = ExactDenoiser(torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)))
+    solver.set_timesteps(n)
+    samples = []
+    for scheduler in (solver, ours):
+        scheduler.set_timesteps(timesteps=solver.timesteps.tolist())
+        generator = torch.Generator().manual_seed(7)
+        sample = torch.randn(3, 1, 4, 4, generator=generator)
+        network = perfect_network(ours, points)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(network(sample, t), t, sample, generator=generator).prev_sample
+        samples.append(sample)
+    torch.testing.assert_close(*samples, rtol=1e-3, atol=1e-3)
 
 
 @all_samplers
@@ -312,6 +334,10 @@ def test_misuse_is_a_clear_error(make, generator):
         (lambda: AnnealedLangevinScheduler(num_langevin_steps=0).set_timesteps(10), "num_langevin_steps"),
         (lambda: AnnealedLangevinScheduler(step_size=2e-4).set_timesteps(10), "unstable step"),
         (lambda: AnnealedLangevinScheduler(step_size=-1e-6).set_timesteps(10), "unstable step"),
+        (
+            lambda: GMLangevinScheduler(ancestral_order=3),
+            "ancestral_order must be 1 or 2, got 3",
+        ),
         (
             lambda: AnnealedLangevinScheduler(step_size_criterion="x").set_timesteps(10),
             "step_size_criterion 'x'",

@@ -91,13 +91,14 @@ def chain_variance(a: Tensor, ratio: Tensor | float, num_steps: Tensor | float, 
     return torch.where(q * ratio**2 < 1, noise * (1 - q) / (1 - q * ratio**2), math.inf)
 
 
-def chain_levels(levels: Tensor, kept: Tensor, fresh: Tensor) -> Tensor:
-    """The noise level at which a chain really is at each of its calls, `(n,)`: it lags behind the ladder `levels`.
+def chain_levels(first: float, levels: Tensor, kept: Tensor, fresh: Tensor) -> Tensor:
+    """The noise level at which a chain really is at each of its calls, `(n,)`: it lags behind the ladder.
 
-    Proposition 3 step by step, for a chain that starts at the first level: `s_{i+1}^2 = kept_i s_i^2 + fresh_i
-    sigma_i^2`. A Langevin step of size a keeps `(1 - a)^2` of the variance and adds `2 a sigma^2`.
+    Proposition 3 step by step, for a chain that starts at level `first`: `s_{i+1}^2 = kept_i s_i^2 + fresh_i
+    sigma_i^2`, with `sigma_i` of `levels` the level that step i is drawn to. A Langevin step of size a keeps
+    `(1 - a)^2` of the variance and adds `2 a sigma^2`.
     """
-    chain = [float(levels[0]) ** 2]
+    chain = [first**2]
     for level, old, new in zip(levels[:-1].tolist(), kept[:-1].tolist(), fresh[:-1].tolist(), strict=True):
         chain.append(old * chain[-1] + new * level**2)
     return torch.tensor(chain, dtype=torch.float64).sqrt()
@@ -119,6 +120,7 @@ def optimal_step_size(
     criterion: Criterion = "fixed_point",
     fourth_moment: float = 1.0,
     max_step: float = 1.0,
+    must_follow: bool = True,
 ) -> Tensor:
     """Technique 4: the dimensionless step `a` that brings the variance after a level closest to the level's own.
 
@@ -129,13 +131,14 @@ def optimal_step_size(
             ratio changes, each level gets the step of the infinite ladder of its own ratio.
         fourth_moment: `E[c^4]` of the jump sizes, with `E[c^2] = 1`.
         max_step: the step stays below this (`1 / c_max^2` for jumps).
+        must_follow: False for a network that is told where the chain is, which may then fall behind for a while.
 
     Returns:
         `a`, same shape as `ratio`, float64. Both variances have a single minimum above 1 in (0, max_step); it is
         bracketed on a logarithmic grid, refined three times.
 
     Raises:
-        ValueError: if no step in (0, max_step) lets the chain follow the ladder.
+        ValueError: if no step in (0, max_step) lets the chain follow the ladder, and it must, or by `fixed_point`.
     """
     check_criterion(criterion)
     variance = level_variance if criterion == "prop3" else chain_variance
@@ -150,7 +153,8 @@ def optimal_step_size(
         low = log_a.gather(-1, (best - 1).clamp(min=0))
         high = log_a.gather(-1, (best + 1).clamp(max=len(unit) - 1))
     a = log_a.gather(-1, best).exp()
-    if not torch.isfinite(chain_variance(a, ratio, steps, fourth_moment)).all():
+    must_follow |= criterion == "fixed_point"
+    if must_follow and not torch.isfinite(chain_variance(a, ratio, steps, fourth_moment)).all():
         most = float(steps.max())
         other = "step_size_criterion='fixed_point' " * (criterion != "fixed_point")
         raise ValueError(

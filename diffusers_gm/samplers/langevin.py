@@ -23,15 +23,18 @@ from .sampler import Memory, Plan, Stepped, check_calls, from_level_to_level, on
 class Langevin:
     """Annealed Langevin dynamics (arXiv 2006.09011): `num_steps` steps on each level, then D.
 
-    Weak order 1 on a level: the stationary law is off by O(a). With `exact`, D is frozen over a step and the rest
-    integrated exactly: stable for any a.
+    Weak order 1 on a level: the stationary law is off by O(a). Down a ladder of one step a level, in the log ratio of
+    its levels: order 1 with `follow_chain` and `prop3`, whose step `1 - 1 / ratio^2` is that of `Ancestral`; order 1/2
+    with `fixed_point`. With `exact`, D is frozen over a step and the rest integrated exactly: stable for any a.
 
     Attributes:
         num_steps: T.
         step_size: the paper's eps, `a * sigma_L^2`; None: Technique 4 for the levels of the run.
-        criterion: of Technique 4.
+        criterion: of Technique 4. None: `prop3` for a network that is told where the chain is, which need not be near
+            the ladder; else `fixed_point`.
         denoise: end with D.
-        follow_chain: tell the network the level at which the chain is, which lags behind the ladder.
+        follow_chain: tell the network the level at which the chain is, which lags behind the ladder. A run then takes
+            no steps on the first level, at which its noise is drawn: every step leads to the level of the call after.
         jumps: law of the increments; `c_k` is drawn anew for every step. Each targets the same law: Langevin dynamics
             on a random clock.
         exact: see above.
@@ -40,7 +43,7 @@ class Langevin:
 
     num_steps: int = 1
     step_size: float | None = None
-    criterion: Criterion = "fixed_point"
+    criterion: Criterion | None = None
     denoise: bool = True
     follow_chain: bool = False
     jumps: GaussianMixtureNoise = GAUSSIAN
@@ -49,23 +52,27 @@ class Langevin:
 
     def calls_per_level(self, num_calls: int) -> list[int]:
         """`(num_calls - denoise) // num_steps` levels, the first ones with one step more where that does not divide;
-        the last level once more for D. A single call is D."""
+        the last level once more for D. With `follow_chain` the call at the level where the run begins comes first, and
+        its step is one of those to the next. A single call is D."""
         if self.num_steps < 1:
             raise ValueError(f"num_langevin_steps must be at least 1, got {self.num_steps}")
         if num_calls == 1 and self.denoise:
             return [1]
-        check_calls(num_calls, 2 * self.num_steps + self.denoise, or_one=self.denoise)
-        budget = int(num_calls) - self.denoise
+        levels_at_least = 1 if self.follow_chain else 2
+        last = self.denoise or self.follow_chain
+        check_calls(num_calls, levels_at_least * self.num_steps + last, or_one=self.denoise)
+        budget = int(num_calls) - last
         num_levels = budget // self.num_steps
         steps, rest = divmod(budget, num_levels)
         counts = [steps + (i < rest) for i in range(num_levels)]
-        return [*counts[:-1], counts[-1] + self.denoise]
+        return [1, *counts] if self.follow_chain else [*counts[:-1], counts[-1] + last]
 
     def plan(self, sigmas: Tensor) -> Plan:
         """Of each call, the level of the ladder that its step is drawn to (`sigmas` are what the network is told), the
         dimensionless step a, before jumps multiply it by `c_k^2`, and what it keeps of the variance of the noise, and
         adds in units of the level's own."""
-        a = self._step_sizes(sigmas[:-1] if self.denoise else sigmas)
+        targets = torch.cat([sigmas[1:], sigmas[-1:]]) if self.follow_chain else sigmas
+        a = self._step_sizes(float(sigmas[0]), targets[:-1] if self.denoise else targets)
         a = torch.nn.functional.pad(a, (0, int(self.denoise)))
         if self.exact:
             kept = torch.exp(-2 * a[:, None] * self.jumps.scales**2) @ self.jumps.weights
@@ -73,26 +80,29 @@ class Langevin:
         else:
             fresh = 2 * a * self.jumps.moment(2)
             kept = 1 - fresh + a**2 * self.jumps.moment(4)
-        told = chain_levels(sigmas, kept, fresh).clamp(sigmas[-1], sigmas[0]) if self.follow_chain else sigmas
-        return Plan(told, torch.stack([sigmas, a, kept, fresh], 1).tolist())
+        told = chain_levels(float(sigmas[0]), targets, kept, fresh) if self.follow_chain else sigmas
+        return Plan(told.clamp(sigmas[-1], sigmas[0]), torch.stack([targets, a, kept, fresh], 1).tolist())
 
-    def _step_sizes(self, levels: Tensor) -> Tensor:
-        """The dimensionless step of every call but that for D, `(n,)`."""
-        if len(levels) == 0:
-            return levels
-        distinct, index, counts = levels.unique_consecutive(return_inverse=True, return_counts=True)
-        if len(distinct) < 2:
+    def _step_sizes(self, first: float, targets: Tensor) -> Tensor:
+        """The dimensionless step of every call but that for D, `(n,)`: from level `first` to `targets`."""
+        if len(targets) == 0:
+            return targets
+        levels, index, counts = targets.unique_consecutive(return_inverse=True, return_counts=True)
+        if len(levels) < 2 and float(levels[0]) == first:
             raise ValueError("annealed Langevin dynamics needs at least two noise levels: give timesteps that differ")
         max_step = math.inf if self.exact else 1 / float(self.jumps.scales.max()) ** 2
         if self.step_size is not None:
-            return torch.full_like(levels, fixed_step_size(self.step_size, float(levels[-1]), max_step))
-        ratios = distinct[:-1] / distinct[1:]
-        ratios = torch.cat([ratios[:1], ratios])  # the first level has none above it, and is given the second's
+            return torch.full_like(targets, fixed_step_size(self.step_size, float(targets[-1]), max_step))
+        ratios = torch.cat([torch.tensor([first], dtype=levels.dtype), levels[:-1]]) / levels
+        if ratios[0] == 1:  # steps on the level where the run begins, which has none above it: the second's
+            ratios[0] = ratios[1]
         if self.exact:
             return exponential_step_size(ratios, counts, self.jumps.weights, self.jumps.scales)[index]
         variance = self.jumps.moment(2)
         kurtosis = self.jumps.moment(4) / variance**2
-        return (optimal_step_size(ratios, counts, self.criterion, kurtosis, max_step * variance) / variance)[index]
+        criterion = self.criterion or ("prop3" if self.follow_chain else "fixed_point")
+        a = optimal_step_size(ratios, counts, criterion, kurtosis, max_step * variance, not self.follow_chain)
+        return (a / variance)[index]
 
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         if self.denoise and i == len(plan.steps) - 1:

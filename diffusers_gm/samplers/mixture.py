@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from .sampler import Memory, Plan, Stepped, from_level_to_level, one_a_level, to_the_middle
+from .sampler import Memory, Plan, Stepped, ahead, from_level_to_level, one_a_level
 
 
 @dataclass(frozen=True)
 class Ancestral:
-    """Reverse Gaussian-mixture Brownian motion; DDPM's sampler for Gaussian noise. First order in the log ratio.
+    """Reverse Gaussian-mixture Brownian motion; for Gaussian noise DDPM's sampler or, of order 2, SDE-DPM-Solver++(2M).
 
     The jump size of every step is drawn from the posterior of the component given y: large jumps or small roaming. With
     one component for all elements y hardly leaves a doubt, and an image goes on in the component that it starts in.
@@ -23,11 +23,14 @@ class Ancestral:
         noise: law of the network's noise.
         denoise: end with D.
         step_size: `eta * sigma_L^2`; None: the ancestral step.
+        order: of the law of what is left, in the log ratio of the levels. 1: D is held over a step. 2: it is
+            extrapolated from two calls to the middle of the step (arXiv 2211.01095).
     """
 
     noise: GaussianMixtureNoise = GAUSSIAN
     denoise: bool = True
     step_size: float | None = None
+    order: int = 1
 
     def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
@@ -47,13 +50,17 @@ class Ancestral:
         sigma, after, eta = plan.steps[i]
         if after == 0:
             return denoised, memory
+        towards = denoised
+        if self.order == 2:
+            towards = ahead(denoised, sigma, after, memory)
+            memory = memory._replace(denoised=((sigma, denoised),))
         if len(self.noise) > 1:
             probabilities = self.noise.responsibilities(y - denoised, sigma)
             scales = self.noise.sample_scales(y.shape, draw, probabilities)
             noise = draw.normal(y.shape).mul_(scales)
         else:
             noise = draw.normal(y.shape).mul_(float(self.noise.scales[0]))
-        return consistent_step(y, denoised, sigma, after, eta, noise), memory
+        return consistent_step(y, towards, sigma, after, eta, noise), memory
 
 
 def consistent_step(y: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor) -> Tensor:
@@ -98,11 +105,7 @@ class TwoStep:
 
     def step(self, plan: Plan, i: int, y: Tensor, denoised: Tensor, memory: Memory, draw: Draw) -> Stepped:
         sigma, after = plan.steps[i][:2]  # a plan of `Explore` has more
-        before, memory = memory.denoised, memory._replace(denoised=((sigma, denoised),))
         if after == 0:
             return denoised, memory
-        ahead = denoised
-        if before:
-            length = to_the_middle(math.log(before[0][0] / sigma), math.log(sigma / after))
-            ahead = torch.lerp(before[0][1], denoised, 1 + length)
-        return torch.lerp(ahead, y, after / sigma), memory
+        towards = ahead(denoised, sigma, after, memory)
+        return torch.lerp(towards, y, after / sigma), memory._replace(denoised=((sigma, denoised),))

@@ -1,5 +1,6 @@
 """What a sampler is, and the loop around one."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -128,3 +129,12 @@ def to_the_middle(before: float, after: float) -> float:
         after: length of the step that follows, `log(sigma / sigma_next)`.
     """
     return after / (2 * before) if before else 0.0
+
+
+def ahead(denoised: Tensor, sigma: float, after: float, memory: Memory) -> Tensor:
+    """D in the middle of the step from level `sigma` to `after`, from D at `sigma` and at the call before; at the first
+    call D itself."""
+    if not memory.denoised:
+        return denoised
+    level, previous = memory.denoised[0]
+    return torch.lerp(previous, denoised, 1 + to_the_middle(math.log(level / sigma), math.log(sigma / after)))

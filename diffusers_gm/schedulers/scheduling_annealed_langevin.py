@@ -57,7 +57,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         num_langevin_steps: T, Langevin steps per level.
         step_size: the paper's `eps`: level i takes steps of `eps * (sigma_i / sigma_L)^2`, L the last level of the
             run. None: Technique 4 for the levels of the run.
-        step_size_criterion: Technique 4 for one level (`prop3`, the paper's) or the whole chain (`fixed_point`).
+        step_size_criterion: Technique 4 for one level (`prop3`, the paper's) or the whole chain (`fixed_point`). None:
+            `prop3` where the network is told where the chain is, which need not be near the ladder, else `fixed_point`.
         algorithm_type: `langevin`, or `consistent` annealed sampling (arXiv 2009.05475): one step per level, so more
             levels for the same calls; `num_langevin_steps` is not used, and `step_size=None` is the ancestral step.
             `explore`: all calls but a dozen are Langevin steps at the first level, `step_size=None` ones of a quarter
@@ -67,7 +68,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         denoise: end with `D(y; sigma_L)`, one network call (arXiv 2006.09011, section 4.3).
         network_level: of Langevin samplers: the network is told the level of the `ladder`, as published, or the one
             where the `chain` really is, which lags behind by a known factor (`chain_levels`): at few calls the
-            difference between images and noise, and what new trainings take. None: the ladder's in a `ve` space without
+            difference between images and noise, and what new trainings take. It takes no steps on the first level, at
+            which its noise is drawn. None: the ladder's in a `ve` space without
             a `grid`, as published, and of given timesteps or sigmas; else the chain's.
 
     Raises:
@@ -82,13 +84,14 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         self,
         num_langevin_steps: int = 1,
         step_size: float | None = None,
-        step_size_criterion: Literal["prop3", "fixed_point"] = "fixed_point",
+        step_size_criterion: Literal["prop3", "fixed_point"] | None = None,
         algorithm_type: Literal["langevin", "consistent", "explore"] = "langevin",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] | None = None,
     ):
         check_network_level(network_level)
-        check_criterion(step_size_criterion)
+        if step_size_criterion is not None:
+            check_criterion(step_size_criterion)
         if algorithm_type == "consistent":
             self._setup(Ancestral(denoise=denoise, step_size=step_size))
         elif algorithm_type == "explore":

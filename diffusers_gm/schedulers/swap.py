@@ -37,6 +37,8 @@ def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others:
     if OWN in config:
         added = {OWN, *config[OWN].get("added", ())}
         config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
+    if config.get("_class_name") == "GMLangevinScheduler" and "ancestral_order" not in config:  # of version 0.1.0
+        config = {**config, "ancestral_order": 1}
     algorithm = config.get("algorithm_type")
     if "noise_space" in config and algorithm not in algorithms and algorithm in others | SOLVERS:
         config = {key: value for key, value in config.items() if key != "algorithm_type"}

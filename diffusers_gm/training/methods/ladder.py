@@ -34,8 +34,8 @@ class LadderOptions(LevelOptions):
     step_size: float | None = sampler(
         None, "Langevin step size (the paper's eps). [by Technique 4 of NCSNv2]", positive=True
     )
-    step_size_criterion: Literal["fixed_point", "prop3"] = sampler(
-        "fixed_point", "What Technique 4 looks at: the whole Langevin run, or one level as in the paper."
+    step_size_criterion: Literal["fixed_point", "prop3"] | None = sampler(
+        None, "What Technique 4 looks at: the whole Langevin run, or one level as in the paper. [by the scheduler]"
     )
 
 
