@@ -29,7 +29,7 @@ from .digits import kept_results
 from .pictures import as_curves, save_picture
 from .report import Report, table_of
 from .sampler_benchmark_cells import best_of_each
-from .sampler_benchmark_models import Model, exact_model, own_model
+from .sampler_benchmark_models import Model, ddpm_model, exact_model, own_model
 from .sampler_benchmark_schedulers import SOURCE
 
 GRIDS = ("even", "log_snr", "karras", "trailing")
@@ -37,7 +37,12 @@ LANGEVIN = [{"algorithm_type": "langevin", "network_level": level} for level in 
 # By scheduler: its algorithms.
 OPTIONS: dict[Any, list[dict[str, Any]]] = {
     AnnealedLangevinScheduler: [*LANGEVIN, {"algorithm_type": "consistent"}, {"algorithm_type": "explore"}],
-    GMLangevinScheduler: [*LANGEVIN, {"algorithm_type": "ancestral"}, {"algorithm_type": "ode"}],
+    GMLangevinScheduler: [
+        *LANGEVIN,
+        {"algorithm_type": "ancestral"},
+        {"algorithm_type": "ancestral", "ancestral_order": 1},
+        {"algorithm_type": "ode"},
+    ],
     CLDSSCSScheduler: [{"algorithm_type": "sscs"}, {"algorithm_type": "probability_flow"}],
     CalibratedMultistepScheduler: [{"stochasticity": 0.0}, {"stochasticity": 0.4}],
 }
@@ -61,7 +66,10 @@ EXACT: dict[str, Any] = {
     "exact, EDM": EDMEulerScheduler(),
     "exact, CLD": CLDSSCSScheduler(prediction_type="velocity_score"),
 }
-TRAINED = ("ncsnv2", "gm-sgm", "cld")
+TRAINED: dict[str, Callable[..., Model]] = {
+    "ddpm": ddpm_model,
+    **{method: partial(own_model, method) for method in ("ncsnv2", "gm-sgm", "cld")},
+}
 
 
 def models_of(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
@@ -71,7 +79,7 @@ def models_of(args: argparse.Namespace) -> dict[str, Callable[[], Model]]:
         title: partial(exact_model, split_digits()[0], "the digits", n, output, 0.0, source)
         for title, source in EXACT.items()
     }
-    trained = {f"trained, {method}": partial(own_model, method, n, args.steps, 0, output) for method in TRAINED}
+    trained = {f"trained, {method}": partial(make, n, args.steps, 0, output) for method, make in TRAINED.items()}
     return {title: make for title, make in (exact | trained).items() if title in (args.networks or (title,))}
 
 
