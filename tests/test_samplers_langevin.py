@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from networks import Pulses, final_variance
 from diffusers_gm import GaussianMixtureNoise
 from diffusers_gm.processes.annealed import PRESETS
 from diffusers_gm.processes.random import Draw
+from diffusers_gm.readings.grids import even_levels
 from diffusers_gm.samplers import Ancestral, Explore, Langevin, Memory, TwoStep, sample
 from diffusers_gm.samplers.langevin import exponential_step, exponential_step_size, langevin_step
 from diffusers_gm.samplers.mixture import check_consistent_step, consistent_step
@@ -201,6 +203,17 @@ def test_a_chain_that_is_told_its_level_goes_down_from_its_first_call_on():
     assert Langevin(follow_chain=True).calls_per_level(2) == [1, 1]
     plan = Langevin(follow_chain=True).plan(sigmas[:2])
     assert plan.sigmas.tolist() == pytest.approx([8, 2 * math.sqrt(2 - 1 / 16)])
+
+
+def test_jumps_may_fall_behind_for_a_while_where_the_network_is_told():
+    sampler = Langevin(follow_chain=True, jumps=GaussianMixtureNoise([0.8, 0.2], [0.75, 1.62]))
+    sigmas = even_levels(157.0, 0.02, 50)
+    with pytest.raises(ValueError, match="Technique 4 .* has no solution"):
+        replace(sampler, follow_chain=False).plan(sigmas)
+    told = sampler.plan(sigmas).sigmas
+    assert 3 < told[-1] / sigmas[-1] < 8
+    with pytest.raises(ValueError, match="10 network calls: .* times the last noise level.*more network calls"):
+        sampler.plan(even_levels(157.0, 0.02, 10))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

@@ -18,6 +18,9 @@ from ..processes.random import Draw
 from .mixture import TwoStep
 from .sampler import Memory, Plan, Stepped, check_calls, from_level_to_level, one_a_level
 
+# At how many times the last noise level a chain that is told its level may end. D removes what is left.
+FURTHEST_BEHIND = 8.0
+
 
 @dataclass(frozen=True)
 class Langevin:
@@ -81,6 +84,13 @@ class Langevin:
             fresh = 2 * a * self.jumps.moment(2)
             kept = 1 - fresh + a**2 * self.jumps.moment(4)
         told = chain_levels(float(sigmas[0]), targets, kept, fresh) if self.follow_chain else sigmas
+        behind = float(told[-1] / sigmas[-1])
+        if self.step_size is None and behind > FURTHEST_BEHIND:
+            raise ValueError(
+                f"{len(sigmas)} network calls: random steps would leave images in {behind:.3g} times the last "
+                f"noise level, and at most {FURTHEST_BEHIND:g} can be removed. Use more network calls, smaller "
+                "mixture_scales or another algorithm_type."
+            )
         return Plan(told.clamp(sigmas[-1], sigmas[0]), torch.stack([targets, a, kept, fresh], 1).tolist())
 
     def _step_sizes(self, first: float, targets: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ def techniques(args: argparse.Namespace) -> Report:
     def pipeline(name: str, calls: int, seed: int) -> Any:
         options, config = rows_of[name]
         unet, scheduler = train_ncsnv2(args, seed, **options)
-        return pipeline_of(unet, AnnealedLangevinScheduler.from_config(scheduler.config, **config(calls)))
+        changes: dict[str, Any] = {"step_size_criterion": "fixed_point"} | config(calls)
+        return pipeline_of(unet, AnnealedLangevinScheduler.from_config(scheduler.config, **changes))
 
     found = {
         name: {c: quality(results, name, c, args.seeds, partial(pipeline, name, c)) for c in budgets}

@@ -68,6 +68,7 @@ OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "annealed, chain": (AnnealedLangevinScheduler, {"network_level": "chain"}),
     "annealed, consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
     "GM, ancestral": (GMLangevinScheduler, {}),
+    "GM, ancestral, order 1": (GMLangevinScheduler, {"ancestral_order": 1}),
     "GM, ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
     MULTISTEP: (CalibratedMultistepScheduler, {}),
 }

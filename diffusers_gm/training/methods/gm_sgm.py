@@ -129,7 +129,7 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
 - `jump`: the same with steps of random size, mostly small, now and then large, as the mixture is; it has no stable step
   at few calls.
 - `exponential`: the same random sizes in steps that are exact for a fixed denoised image, and stable for any size.
-- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step.
+- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step; of second order.
 - `ode`: its probability flow, without noise after the start.""",
     card_values=on_card,
     advice=Advice(
