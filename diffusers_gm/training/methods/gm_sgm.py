@@ -135,7 +135,7 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
     advice=Advice(
         "GMLangevinScheduler",
         'algorithm_type="ancestral"',
-        '`algorithm_type="ode"` serves up to 10 calls, `"ancestral"` from 20 on.',
+        '`algorithm_type="ode"` serves the fewest calls; from 10 on the two are close.',
     ),
     citation="""\
 ```bibtex
