@@ -117,6 +117,20 @@ def test_more_calls_than_a_network_has_levels(cls):
     assert swapped.timesteps.dtype == torch.int64, "learned embeddings of a network take nothing else"
 
 
+def test_all_levels_of_a_network_and_d():
+    """The published budget, L T + 1 calls, whether or not the call at the first level is one of those of a level."""
+    source = DDPMScheduler(num_train_timesteps=20)
+    for steps in (1, 3):
+        for level in ("ladder", "chain"):
+            scheduler = AnnealedLangevinScheduler.from_config(
+                source.config, num_langevin_steps=steps, network_level=level
+            )
+            scheduler.set_timesteps(20 * steps + 1)
+            assert len(scheduler.timesteps) == 20 * steps + 1
+            with pytest.raises(ValueError, match="noise levels are more than the 20"):
+                scheduler.set_timesteps(22 * steps + 1)
+
+
 def test_what_a_chain_is_told_is_where_it_is_however_many_steps_a_level_has():
     """Whole numbers next to it."""
     source = DDPMScheduler(num_train_timesteps=50, beta_end=0.4)

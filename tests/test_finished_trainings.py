@@ -34,6 +34,10 @@ def test_a_finished_training_is_left_as_it_is(train, tmp_path, capsys):
     train(OPTIONS, "--output_dir", folder)
     for name in ("results.json", "README.md", "scheduler/scheduler_config.json"):
         (folder / name).write_text((folder / name).read_text() + "\n" if (folder / name).is_file() else "{}")
+    record = json.loads((folder / ARGS_FILE).read_text())
+    assert record["step_size_criterion"] is None
+    record["step_size_criterion"] = "fixed_point"  # the default of earlier versions, which wrote it down
+    (folder / ARGS_FILE).write_text(json.dumps(record))
     before = contents(folder)
     capsys.readouterr()
     train(OPTIONS, "--output_dir", folder)

@@ -131,14 +131,15 @@ def optimal_step_size(
             ratio changes, each level gets the step of the infinite ladder of its own ratio.
         fourth_moment: `E[c^4]` of the jump sizes, with `E[c^2] = 1`.
         max_step: the step stays below this (`1 / c_max^2` for jumps).
-        must_follow: False for a network that is told where the chain is, which may then fall behind for a while.
+        must_follow: False for a network that is told where the chain is, which may then fall behind for a while: where
+            `fixed_point` has no step, that of `prop3` is taken.
 
     Returns:
         `a`, same shape as `ratio`, float64. Both variances have a single minimum above 1 in (0, max_step); it is
         bracketed on a logarithmic grid, refined three times.
 
     Raises:
-        ValueError: if no step in (0, max_step) lets the chain follow the ladder, and it must, or by `fixed_point`.
+        ValueError: if no step in (0, max_step) lets the chain follow the ladder, and it must.
     """
     check_criterion(criterion)
     variance = level_variance if criterion == "prop3" else chain_variance
@@ -153,8 +154,12 @@ def optimal_step_size(
         low = log_a.gather(-1, (best - 1).clamp(min=0))
         high = log_a.gather(-1, (best + 1).clamp(max=len(unit) - 1))
     a = log_a.gather(-1, best).exp()
-    must_follow |= criterion == "fixed_point"
-    if must_follow and not torch.isfinite(chain_variance(a, ratio, steps, fourth_moment)).all():
+    follows = torch.isfinite(chain_variance(a, ratio, steps, fourth_moment))
+    if not must_follow:
+        if criterion == "fixed_point" and not follows.all():
+            single = optimal_step_size(ratio[..., 0], steps[..., 0], "prop3", fourth_moment, max_step, must_follow)
+            a = torch.where(follows, a, single[..., None])
+    elif not follows.all():
         most = float(steps.max())
         other = "step_size_criterion='fixed_point' " * (criterion != "fixed_point")
         raise ValueError(

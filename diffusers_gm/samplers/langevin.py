@@ -28,13 +28,14 @@ class Langevin:
 
     Weak order 1 on a level: the stationary law is off by O(a). Down a ladder of one step a level, in the log ratio of
     its levels: order 1 with `follow_chain` and `prop3`, whose step `1 - 1 / ratio^2` is that of `Ancestral`; order 1/2
-    with `fixed_point`. With `exact`, D is frozen over a step and the rest integrated exactly: stable for any a.
+    with `fixed_point`; both without jumps. With `exact`, D is frozen over a step and the rest integrated exactly:
+    stable for any a.
 
     Attributes:
         num_steps: T.
         step_size: the paper's eps, `a * sigma_L^2`; None: Technique 4 for the levels of the run.
         criterion: of Technique 4. None: `prop3` for a network that is told where the chain is, which need not be near
-            the ladder; else `fixed_point`.
+            the ladder; but `fixed_point` for others, for jumps, and without `denoise`.
         denoise: end with D.
         follow_chain: tell the network the level at which the chain is, which lags behind the ladder. A run then takes
             no steps on the first level, at which its noise is drawn: every step leads to the level of the call after.
@@ -42,6 +43,7 @@ class Langevin:
             on a random clock.
         exact: see above.
         noise: law of the network's noise.
+        max_levels: how many levels the network has; None: any.
     """
 
     num_steps: int = 1
@@ -52,11 +54,12 @@ class Langevin:
     jumps: GaussianMixtureNoise = GAUSSIAN
     exact: bool = False
     noise: GaussianMixtureNoise = GAUSSIAN
+    max_levels: int | None = None
 
     def calls_per_level(self, num_calls: int) -> list[int]:
         """`(num_calls - denoise) // num_steps` levels, the first ones with one step more where that does not divide;
-        the last level once more for D. With `follow_chain` the call at the level where the run begins comes first, and
-        its step is one of those to the next. A single call is D."""
+        the last level once more for D. With `follow_chain` a call at the level where the run begins comes first, whose
+        step leads to the next, and `(num_calls - 1) // num_steps` levels follow. A single call is D."""
         if self.num_steps < 1:
             raise ValueError(f"num_langevin_steps must be at least 1, got {self.num_steps}")
         if num_calls == 1 and self.denoise:
@@ -66,6 +69,8 @@ class Langevin:
         check_calls(num_calls, levels_at_least * self.num_steps + last, or_one=self.denoise)
         budget = int(num_calls) - last
         num_levels = budget // self.num_steps
+        if self.follow_chain and num_levels == self.max_levels:
+            num_levels -= 1  # that of the first call is one of them
         steps, rest = divmod(budget, num_levels)
         counts = [steps + (i < rest) for i in range(num_levels)]
         return [1, *counts] if self.follow_chain else [*counts[:-1], counts[-1] + last]
@@ -88,8 +93,8 @@ class Langevin:
         if self.step_size is None and behind > FURTHEST_BEHIND:
             raise ValueError(
                 f"{len(sigmas)} network calls: random steps would leave images in {behind:.3g} times the last "
-                f"noise level, and at most {FURTHEST_BEHIND:g} can be removed. Use more network calls, smaller "
-                "mixture_scales or another algorithm_type."
+                f"noise level, and at most {FURTHEST_BEHIND:g} can be removed. Use more network calls, more "
+                "num_langevin_steps, smaller mixture_scales or another algorithm_type."
             )
         return Plan(told.clamp(sigmas[-1], sigmas[0]), torch.stack([targets, a, kept, fresh], 1).tolist())
 
@@ -110,7 +115,8 @@ class Langevin:
             return exponential_step_size(ratios, counts, self.jumps.weights, self.jumps.scales)[index]
         variance = self.jumps.moment(2)
         kurtosis = self.jumps.moment(4) / variance**2
-        criterion = self.criterion or ("prop3" if self.follow_chain else "fixed_point")
+        one_level = self.follow_chain and self.denoise and self.jumps.is_standard_gaussian
+        criterion = self.criterion or ("prop3" if one_level else "fixed_point")
         a = optimal_step_size(ratios, counts, criterion, kurtosis, max_step * variance, not self.follow_chain)
         return (a / variance)[index]
 

@@ -23,8 +23,8 @@ class Ancestral:
         noise: law of the network's noise.
         denoise: end with D.
         step_size: `eta * sigma_L^2`; None: the ancestral step.
-        order: of the law of what is left, in the log ratio of the levels. 1: D is held over a step. 2: it is
-            extrapolated from two calls to the middle of the step (arXiv 2211.01095).
+        order: 1: D is held over a step. 2: it is extrapolated from two calls to the middle of the step (arXiv
+            2211.01095). For Gaussian noise the law of what is left is of this order in the log ratio of the levels.
     """
 
     noise: GaussianMixtureNoise = GAUSSIAN

@@ -118,7 +118,8 @@ class SamplerScheduler(Calls, Swappable):
             device: where `timesteps` is to be.
             timesteps, sigmas: labels or noise levels of the calls, one each, in place of a number, or beside theirs.
                 Calls with equal labels are Langevin steps on one level; the last call is the final denoising
-                (`denoise`), so repeat the last label for Langevin steps there. With both, the network is told
+                (`denoise`), so repeat the last label for Langevin steps there (with `network_level="chain"` steps lead
+                to the level of the call after). With both, the network is told
                 `timesteps` at the levels `sigmas`.
                 `flow`: `sigmas` are s, before the shift; a final 0 is left out; those that pipelines pass unasked, 1,
                 1 - 1/n, ..., stand for a number, which a sampler spends and a config lays out as they will.

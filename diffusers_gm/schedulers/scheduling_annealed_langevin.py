@@ -1,7 +1,7 @@
 """Annealed Langevin dynamics, the sampler of NCSN and NCSNv2."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,7 +19,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
     """Annealed Langevin dynamics with theory-chosen step sizes (NCSNv2, arXiv 2006.09011).
 
     `set_timesteps(n)` spends n network calls: L noise levels with T Langevin steps each, and one call for the final
-    denoising. If n - 1 is no multiple of T, the first levels get one step more. `n = 1` is D at the first level.
+    denoising. If n - 1 is no multiple of T, the first levels get one step more. `n = 1` is D at the first level. Where
+    the network is told where the chain is (`network_level`), the run begins at a level above these L.
 
     Accuracy: a Langevin step is Euler-Maruyama, its stationary law off by O(a), weak order 1; `consistent` is first
     order in the log ratio of the levels and leaves exactly the variance of every level.
@@ -58,7 +59,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         step_size: the paper's `eps`: level i takes steps of `eps * (sigma_i / sigma_L)^2`, L the last level of the
             run. None: Technique 4 for the levels of the run.
         step_size_criterion: Technique 4 for one level (`prop3`, the paper's) or the whole chain (`fixed_point`). None:
-            `prop3` where the network is told where the chain is, which need not be near the ladder, else `fixed_point`.
+            `prop3` where the network is told where the chain is, which need not be near the ladder; but `fixed_point`
+            for others, for jumps, and without `denoise`.
         algorithm_type: `langevin`, or `consistent` annealed sampling (arXiv 2009.05475): one step per level, so more
             levels for the same calls; `num_langevin_steps` is not used, and `step_size=None` is the ancestral step.
             `explore`: all calls but a dozen are Langevin steps at the first level, `step_size=None` ones of a quarter
@@ -101,7 +103,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             self._setup(Langevin(num_langevin_steps, step_size, step_size_criterion, denoise, follow_chain=chain))
 
     def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
-        return following(self.sampler, self.config, own_levels)
+        return following(self, own_levels)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start the next run at call `begin_index` (image-to-image).
@@ -132,9 +134,12 @@ def check_network_level(value: str | None) -> None:
         raise ValueError(f"unknown network_level {value!r}: use 'ladder' or 'chain'")
 
 
-def following(sampler: Sampler, config: Any, own_levels: bool) -> Sampler:
-    """A sampler that tells the network the level that `network_level` of its config says."""
-    if not isinstance(sampler, Langevin) or config.network_level is not None:
+def following(scheduler: SamplerScheduler, own_levels: bool) -> Sampler:
+    """The sampler, which tells the network the level that `network_level` of the config says."""
+    sampler, config = scheduler.sampler, scheduler.config
+    if not isinstance(sampler, Langevin):
         return sampler
     published = config.noise_space == "ve" and config.grid is None
-    return replace(sampler, follow_chain=own_levels and not published)
+    follows = {"chain": True, "ladder": False, None: own_levels and not published}[config.network_level]
+    max_levels = config.num_train_timesteps if scheduler.reading.counts_levels else None
+    return replace(sampler, follow_chain=follows, max_levels=max_levels)

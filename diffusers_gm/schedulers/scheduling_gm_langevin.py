@@ -56,8 +56,8 @@ class GMLangevinScheduler(SamplerScheduler):
 
     Raises:
         ValueError: for a mixture that is not one; from `set_timesteps` for an unstable step (`a * c_max^2 >= 1` for
-            jumps, `a >= 1` without), for a budget at which no stable step follows the ladder, and
-            for too few calls.
+            jumps, `a >= 1` without), for a budget at which no stable step follows the ladder or, where the network is
+            told where the chain is, the chain ends too far above it, and for too few calls.
     """
 
     reads_mixtures = True
@@ -103,4 +103,4 @@ class GMLangevinScheduler(SamplerScheduler):
             )
 
     def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
-        return following(self.sampler, self.config, own_levels)
+        return following(self, own_levels)

@@ -252,7 +252,7 @@ def techniques(args: argparse.Namespace) -> Report:
         [Table("Sliced W2 over the floor of held-out digits; `-` where there is no stable step.",
                ["", *by_calls(budgets), "against the defaults"], rows)],
         [plot_techniques(curves, shown, args.output / "ncsnv2_techniques.png")],
-        conditions(args) + " The defaults are Techniques 1, 4 (for the whole chain) and 5, one Langevin step a level, "
+        conditions(args) + " The baseline is Techniques 1, 4 (for the whole chain) and 5, one Langevin step a level, "
         "and a network that is told the level (Technique 3 is not on). A difference counts from "
         f"{least:.0%}, the spread of sampling, and from the standard deviation of the ratio over the seeds.",
     )  # fmt: skip

@@ -205,6 +205,8 @@ def is_published(args: TrainingArguments, record: dict[str, Any], state: "Traini
     if (there.get(TRAINING_ID), there.get("images_seen")) != (state.training_id, state.images_seen):
         return False
     made, wanted = recorded_options(there, args.method), json.loads(json.dumps(record))
+    if made.get("step_size_criterion") == "fixed_point" and args.step_size_criterion is None:
+        made["step_size_criterion"] = None  # once the default, and so written down where nobody had asked for it
     return all(made.get(name) == wanted[name] for name in of_the_model(args) & wanted.keys())
 
 

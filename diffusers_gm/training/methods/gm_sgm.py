@@ -126,10 +126,11 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
 
 - `langevin`: annealed Langevin dynamics. The network is told the level where the chain of steps really is; as
   `langevin, ladder` (`network_level="ladder"`) that of the ladder, as published.
-- `jump`: the same with steps of random size, mostly small, now and then large, as the mixture is; it has no stable step
-  at few calls.
+- `jump`: the same with steps of random size, mostly small, now and then large, as the mixture is; at few calls it falls
+  too far behind.
 - `exponential`: the same random sizes in steps that are exact for a fixed denoised image, and stable for any size.
-- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step; of second order.
+- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step; `ancestral_order` is
+  2, or 1.
 - `ode`: its probability flow, without noise after the start.""",
     card_values=on_card,
     advice=Advice(
