@@ -129,8 +129,8 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
 - `jump`: the same with steps of random size, mostly small, now and then large, as the mixture is; at few calls it falls
   too far behind.
 - `exponential`: the same random sizes in steps that are exact for a fixed denoised image, and stable for any size.
-- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step; `ancestral_order` is
-  2, or 1.
+- `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step, of order 2
+  (`ancestral_order`).
 - `ode`: its probability flow, without noise after the start.""",
     card_values=on_card,
     advice=Advice(
