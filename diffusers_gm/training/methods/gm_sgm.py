@@ -136,7 +136,7 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
     advice=Advice(
         "GMLangevinScheduler",
         'algorithm_type="ancestral"',
-        '`algorithm_type="ode"` serves the fewest calls; from 10 on the two are close.',
+        '`algorithm_type="ode"` serves the fewest calls.',
     ),
     citation="""\
 ```bibtex
