@@ -92,8 +92,8 @@ class Langevin:
         behind = float(told[-1] / sigmas[-1])
         if self.step_size is None and behind > FURTHEST_BEHIND:
             raise ValueError(
-                f"{len(sigmas)} network calls: random steps would leave images in {behind:.3g} times the last "
-                f"noise level, and at most {FURTHEST_BEHIND:g} can be removed. Use more network calls, more "
+                f"steps of random size fall too far behind: {len(sigmas)} network calls would leave {behind:.3g} times "
+                f"the last level, and at most {FURTHEST_BEHIND:g} can be removed. Use more network calls, more "
                 "num_langevin_steps, smaller mixture_scales or another algorithm_type."
             )
         return Plan(told.clamp(sigmas[-1], sigmas[0]), torch.stack([targets, a, kept, fresh], 1).tolist())
