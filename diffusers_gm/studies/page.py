@@ -50,7 +50,7 @@ GLOSSARY = """\
 - **Technique 4**: how long a Langevin step is. **prop3** is the paper's criterion (its proposition 3), which looks at
   one level; the **fixed point** looks at the whole chain. *Annealed, chain, fixed point* took steps on the first level
   as well, where a chain that is told its level takes none any more; so did the chains of equal budgets and of GM-SGM.
-- **Ancestral**: of GM-SGM's samplers, order 1 in equal budgets and in the demo's cards of then, 2 by now.
+- **Ancestral**: of GM-SGM's samplers, of order 1 in equal budgets and of order 2 by now.
 - **Level not told**, **nor input scaled**: Technique 3 of NCSNv2 is a network that is not told the noise level, and
   whose output is divided by it. *Nor input scaled*: beyond that its input is the noisy image as it is, not brought to
   one size.
