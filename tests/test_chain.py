@@ -158,6 +158,7 @@ def test_a_sampler_that_is_put_in_is_kept(follows):
         put_in = scheduler.sampler = Langevin(follow_chain=follows)
         scheduler.set_timesteps(10)
         assert scheduler.sampler is put_in
+        assert scheduler.sampler_for(10) is put_in, "which pipelines ask for"
     calibrated = CalibratedMultistepScheduler(beta_schedule="linear")
     put_in = calibrated.sampler = Multistep(3)
     calibrated.set_timesteps(10)

@@ -155,6 +155,8 @@ def test_where_steps_lead_and_how_far_they_look():
     assert levels_after(sigmas, denoise=False) == [2, 1, 0.5]
     assert to_the_middle(2.0, 1.0) == 0.25
     assert to_the_middle(0.0, 1.0) == 0
+    with pytest.raises(ValueError, match="the order must be 1 or 2, got 3"):
+        Ancestral(order=3)
     with pytest.raises(ValueError, match="single call is the denoised image"):
         Ancestral(denoise=False).plan(sigmas[:1])
 

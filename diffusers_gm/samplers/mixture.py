@@ -32,6 +32,10 @@ class Ancestral:
     step_size: float | None = None
     order: int = 1
 
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"the order must be 1 or 2, got {self.order!r}")
+
     def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)
 

@@ -97,7 +97,11 @@ class SamplerScheduler(Calls, Swappable):
         return self.config.num_train_timesteps
 
     def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
-        """What a run of so many calls does, on levels of the config's own or on given ones."""
+        """What a run of so many calls does, on levels of the config's own or on given ones: the sampler that somebody
+        has put in, or that of the config."""
+        return self._made_for(num_calls, own_levels) if self.sampler is self._made else self.sampler
+
+    def _made_for(self, num_calls: int, own_levels: bool) -> Sampler:
         return self.sampler
 
     # --- The calls of a run ---
@@ -143,7 +147,7 @@ class SamplerScheduler(Calls, Swappable):
         if num_inference_steps is None:
             labels, levels = self.labels_and_levels(timesteps, sigmas, mu)
         else:
-            counts = self._next_sampler(num_inference_steps, True).calls_per_level(num_inference_steps)
+            counts = self.sampler_for(num_inference_steps).calls_per_level(num_inference_steps)
             labels = self.labels_of(len(counts), mu).repeat_interleave(torch.tensor(counts))
             levels = self.reading.sigma(labels)
         self._given = (num_inference_steps, mu)
@@ -152,7 +156,7 @@ class SamplerScheduler(Calls, Swappable):
     def _prepare(self, labels: Tensor, levels: Tensor, device: str | torch.device | None, own_levels: bool) -> None:
         """A run with these labels and noise levels, `(n,)` float64 each, of the config's own or given ones."""
         given_both = not torch.equal(levels, self.reading.sigma(labels))
-        sampler = self._next_sampler(len(labels), own_levels)
+        sampler = self.sampler_for(len(labels), own_levels)
         made = sampler if self.sampler is self._made else self._made
         plan = sampler.plan(levels)
         moved = plan.sigmas != levels
@@ -172,10 +176,6 @@ class SamplerScheduler(Calls, Swappable):
             self.sampler, self._made = sampler, made
             self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas
             self._begin_index = None
-
-    def _next_sampler(self, num_calls: int, own_levels: bool) -> Sampler:
-        """What the next run does: the sampler that somebody has put there, or that of the config."""
-        return self.sampler_for(num_calls, own_levels) if self.sampler is self._made else self.sampler
 
     def _counts_whole(self, labels: Tensor) -> bool:
         """Whether labels are whole numbers, which networks of `vp` space may take alone."""

@@ -102,7 +102,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
             chain = network_level == "chain"
             self._setup(Langevin(num_langevin_steps, step_size, step_size_criterion, denoise, follow_chain=chain))
 
-    def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
+    def _made_for(self, num_calls: int, own_levels: bool) -> Sampler:
         return following(self, own_levels)
 
     def set_begin_index(self, begin_index: int = 0) -> None:

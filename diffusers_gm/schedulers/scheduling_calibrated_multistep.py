@@ -66,9 +66,9 @@ class CalibratedMultistepScheduler(SamplerScheduler):
         model_noise: Literal["gaussian", "mixture"] = "gaussian",
     ):
         self.mixture, self.model_mixture = network_noise(self.config)
-        self._setup(self.sampler_for(None))
+        self._setup(self._made_for(None, True))
 
-    def sampler_for(self, num_calls: int | None, own_levels: bool = True) -> Multistep:
+    def _made_for(self, num_calls: int | None, own_levels: bool) -> Multistep:
         """The calibration may say how stochastic a run of this length is."""
         config = self.config
         tau = config.stochasticity

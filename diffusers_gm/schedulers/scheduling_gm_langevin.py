@@ -102,5 +102,5 @@ class GMLangevinScheduler(SamplerScheduler):
                 )
             )
 
-    def sampler_for(self, num_calls: int, own_levels: bool = True) -> Sampler:
+    def _made_for(self, num_calls: int, own_levels: bool) -> Sampler:
         return following(self, own_levels)
