@@ -45,7 +45,7 @@ SAMPLERS = {
     "jump": (GMLangevinScheduler, {"algorithm_type": "jump", **MIX}),
     "exponential": (GMLangevinScheduler, {"algorithm_type": "exponential", **MIX}),
     "ancestral": (GMLangevinScheduler, {"algorithm_type": "ancestral"}),
-    "ancestral, first order": (GMLangevinScheduler, {"ancestral_order": 1}),
+    "ancestral, first order": (GMLangevinScheduler, {"step_order": 1}),
     "ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
     "sscs": (CLDSSCSScheduler, {"splitting_order": 1, "network_at": "step_start"}),
     "sscs, second order": (CLDSSCSScheduler, {"splitting_order": 2}),

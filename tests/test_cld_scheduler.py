@@ -160,7 +160,7 @@ def test_the_exact_network_of_the_studies_is_that_of_the_lift(prediction_type, g
 
 def test_probability_flow_converges_to_the_ode_with_order_two(generator):
     """Lifted, exact denoiser of three blobs: against an adaptive solver of the velocity-score ODE."""
-    scheduler = lifted(algorithm_type="probability_flow")
+    scheduler = lifted(algorithm_type="probability_flow", timestep_spacing="log_snr")
     start = torch.linspace(-1.2, 1.2, 7, **DOUBLE).view(7, 1, 1, 1)
     results = {}
     for num_calls in (81, 161, 321):
@@ -320,7 +320,7 @@ def test_clipping_acts_on_the_denoised_image(make, generator):
 @pytest.mark.parametrize("algorithm", [{}, *ALGORITHMS], ids=str)
 def test_a_native_run_that_ends_early_ends_with_the_denoised_image(algorithm, generator):
     """The step of the paper to 0 leaves what noise there is, which is next to none where its grids end."""
-    scheduler = native(**algorithm)
+    scheduler = native(**algorithm, timestep_spacing="uniform")
     denoise = lambda y, sigma: y / (1 + sigma**2)
     for num_calls, levels, ends in ((8, None, False), (1, None, True), (None, [20.0, 2.0, 0.3], True)):
         scheduler.set_timesteps(num_calls, sigmas=levels)

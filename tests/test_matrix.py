@@ -88,20 +88,22 @@ def test_exact_moments_of_a_gaussian(reading, name):
     assert math.isfinite(errors[0])
 
 
-ALD = {"step_size": 1e-5, "denoise": False}
-OF_LANGEVIN = {"num_langevin_steps": 3, "step_size_criterion": "prop3", "network_level": "chain", **ALD}
+STEPS = {"step_size": 1e-5, "denoise": False}
+OF_LANGEVIN = {"num_langevin_steps": 3, "step_size_criterion": "prop3", "network_level": "chain", **STEPS}
+CHAIN = {"num_steps": 3, "criterion": "prop3", "follow_chain": True, "order": 2, **STEPS}
 HALF = {"splitting_order": 1, "half_step": True}
 
 
 @pytest.mark.parametrize(
     ("cls", "options", "expected"),
     [
-        (AnnealedLangevinScheduler, {"algorithm_type": "consistent", **ALD}, Ancestral(denoise=False, step_size=1e-5)),
-        (AnnealedLangevinScheduler, {"algorithm_type": "explore", **ALD}, Explore(1e-5, False)),
-        (AnnealedLangevinScheduler, OF_LANGEVIN, Langevin(3, 1e-5, "prop3", False, True)),
-        (GMLangevinScheduler, {"algorithm_type": "langevin"} | OF_LANGEVIN, Langevin(3, 1e-5, "prop3", False, True)),
+        (AnnealedLangevinScheduler, {"algorithm_type": "consistent", **STEPS}, Ancestral(**STEPS, order=2)),
+        (AnnealedLangevinScheduler, {"algorithm_type": "explore", **STEPS}, Explore(1e-5, False)),
+        (AnnealedLangevinScheduler, OF_LANGEVIN, Langevin(**CHAIN)),
+        (GMLangevinScheduler, {"algorithm_type": "langevin"} | OF_LANGEVIN, Langevin(**CHAIN)),
+        (AnnealedLangevinScheduler, {"step_order": 1}, Langevin()),
         (GMLangevinScheduler, {"algorithm_type": "ancestral", "denoise": False}, Ancestral(denoise=False, order=2)),
-        (GMLangevinScheduler, {"ancestral_order": 1}, Ancestral()),
+        (GMLangevinScheduler, {"step_order": 1}, Ancestral()),
         (GMLangevinScheduler, {"algorithm_type": "ode", "denoise": False}, TwoStep(False)),
         (CalibratedMultistepScheduler, {"corrector": False, "multistep_order": 3}, Multistep(3, False)),
         (CalibratedMultistepScheduler, {"stochasticity": (0.5, 1.0)}, Multistep(stochasticity=(0.5, 1.0))),
@@ -130,4 +132,4 @@ def test_options_reach_the_sampler(cls, options, expected):
 def test_options_reach_the_sampler_of_jumps(algorithm):
     scheduler = make("ve", algorithm, **OF_LANGEVIN)
     jumps, exact = scheduler.mixture, algorithm == "exponential"
-    assert scheduler.sampler == Langevin(3, 1e-5, "prop3", False, True, jumps=jumps, exact=exact)
+    assert scheduler.sampler == Langevin(**CHAIN, jumps=jumps, exact=exact)

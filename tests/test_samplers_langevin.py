@@ -149,6 +149,29 @@ def test_a_step_that_is_much_longer_than_the_one_before_looks_one_difference_ahe
             torch.testing.assert_close(after, torch.lerp(new + further * (new - old), y, share))
 
 
+def test_a_chain_looks_ahead_from_where_it_is_to_where_it_will_be(generator):
+    """And not at all where it goes up: steps on a level that it has reached leave it a little above."""
+    y, *denoised = torch.randn(4, 4, 1, 2, 2, **DOUBLE, generator=generator)
+    quiet = SimpleNamespace(normal=lambda shape: torch.zeros(shape, **DOUBLE))
+    down, level = torch.tensor([8.0, 2.0, 0.5, 0.2], **DOUBLE), torch.tensor([1.0, 1.0, 1.0, 0.9, 0.9], **DOUBLE)
+    for sampler in (Langevin(follow_chain=True, order=2), Langevin(order=2), Langevin(follow_chain=True)):
+        plan, memory, image = sampler.plan(down), Memory(), y
+        (_, first, *_), (_, second, *_) = plan.steps[:2]
+        for i in range(2):
+            image, memory = sampler.step(plan, i, image, denoised[i], memory, quiet)
+        above, here, after = plan.sigmas[:3].log().tolist()
+        further = (here - after) / (2 * (above - here)) if sampler.follow_chain and sampler.order == 2 else 0
+        assert not further or further > 0.1
+        towards = torch.lerp(denoised[0], denoised[1], 1 + further)
+        torch.testing.assert_close(image, torch.lerp(torch.lerp(y, denoised[0], first), towards, second))
+    sampler = Langevin(3, step_size=0.05, follow_chain=True, order=2)
+    plan = sampler.plan(level)
+    assert (plan.sigmas[1:] > plan.sigmas[0]).any() or plan.steps[0][1] > 0
+    memory = Memory(level=1.0, denoised=((1.1, denoised[0]),))
+    moved, _ = sampler.step(plan, 0, y, denoised[1], memory, quiet)
+    torch.testing.assert_close(moved, torch.lerp(y, denoised[1], plan.steps[0][1]))
+
+
 def test_where_steps_lead_and_how_far_they_look():
     sigmas = torch.tensor([4.0, 2.0, 1.0], **DOUBLE)
     assert levels_after(sigmas, denoise=True) == [2, 1, 0]
@@ -157,6 +180,8 @@ def test_where_steps_lead_and_how_far_they_look():
     assert to_the_middle(0.0, 1.0) == 0
     with pytest.raises(ValueError, match="the order must be 1 or 2, got 3"):
         Ancestral(order=3)
+    with pytest.raises(ValueError, match="the order must be 1 or 2, got 0"):
+        Langevin(order=0)
     with pytest.raises(ValueError, match="single call is the denoised image"):
         Ancestral(denoise=False).plan(sigmas[:1])
 
@@ -171,17 +196,23 @@ def test_where_steps_lead_and_how_far_they_look():
         (Ancestral(), 1),
         (Ancestral(order=2), 2),
         (Langevin(follow_chain=True), 1),
+        (Langevin(follow_chain=True, order=2), 2),
         (Langevin(follow_chain=True, criterion="fixed_point"), 0.5),
+        (Langevin(follow_chain=True, criterion="fixed_point", order=2), 1.5),
     ],
-    ids=["two-step", "ancestral", "ancestral of order 2", "chain", "chain, fixed point"],
+    ids=[
+        *("two-step", "ancestral", "ancestral of order 2"),
+        *("chain", "chain of order 2", "chain, fixed point", "chain of order 2, fixed point"),
+    ],
 )
 def test_order_of_convergence_on_gaussian_data(sampler, order):
     """The variance after a run approaches that of the reference grid's limit at the promised order."""
     variance, low = 0.25, 0.02
-    limit = variance**2 / (variance + low**2)  # what is left at the last level, denoised
     errors = []
     for n in (40, 80, 160):
         sigmas = torch.logspace(math.log10(8), math.log10(low), n, **DOUBLE)
+        end = float(sampler.plan(sigmas).sigmas[-1])  # of a chain that lags behind, above the last level
+        limit = variance**2 / (variance + end**2)  # what is left there, denoised
         errors.append(abs(final_variance(sampler, sigmas, variance) - limit))
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert slopes[1] == pytest.approx(order, abs=0.15), (errors, slopes)

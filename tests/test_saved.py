@@ -60,15 +60,20 @@ def test_models_of_0_1_0_are_saved_again(name, tmp_path):
 
 
 def test_the_order_of_0_1_0_is_of_what_it_saved_alone(tmp_path):
-    """Its reverse mixture diffusion had one order, and said nothing of it."""
-    old = GMLangevinScheduler.from_pretrained(BY_0_1_0 / "gm_sgm", subfolder="scheduler")
-    assert old.config.ancestral_order == 1
-    assert GMLangevinScheduler.from_config(old.config, ancestral_order=2).config.ancestral_order == 2
-    for order, source in ((1, old), (2, GMLangevinScheduler()), (2, AnnealedLangevinScheduler())):
-        ours = GMLangevinScheduler.from_config(source.config, algorithm_type="ancestral")
-        ours.save_pretrained(tmp_path)
-        for again in (ours, GMLangevinScheduler.from_pretrained(tmp_path), copy.deepcopy(ours)):
-            assert (again.config.ancestral_order, again.sampler.order) == (order, order)
+    """Its samplers had one order, and said nothing of it."""
+    classes = {"gm_sgm": GMLangevinScheduler, "ncsnv2": AnnealedLangevinScheduler}
+    old = [cls.from_pretrained(BY_0_1_0 / name, subfolder="scheduler") for name, cls in classes.items()]
+    new = [GMLangevinScheduler(), AnnealedLangevinScheduler()]
+    for order, source in [*((1, source) for source in old), *((2, source) for source in new)]:
+        assert source.config.step_order == order
+        assert type(source).from_config(source.config, step_order=2).config.step_order == 2
+        for cls, algorithm in ((GMLangevinScheduler, "ancestral"), (AnnealedLangevinScheduler, "langevin")):
+            if source.config.get("model_noise") == "mixture" and not cls.reads_mixtures:
+                continue
+            ours = cls.from_config(source.config, algorithm_type=algorithm)
+            ours.save_pretrained(tmp_path)
+            for again in (ours, cls.from_pretrained(tmp_path), copy.deepcopy(ours)):
+                assert (again.config.step_order, again.sampler.order) == (order, order)
 
 
 # --- By us, read by ours ---

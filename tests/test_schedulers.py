@@ -159,7 +159,7 @@ def test_consistent_default_is_the_ancestral_sampler_of_one_component():
     samples = []
     for scheduler in (
         AnnealedLangevinScheduler(**SMALL, algorithm_type="consistent"),
-        GMLangevinScheduler(**SMALL, algorithm_type="ancestral", ancestral_order=1),
+        GMLangevinScheduler(**SMALL, algorithm_type="ancestral"),
     ):
         generator = torch.Generator().manual_seed(7)
         samples.append(run(scheduler, perfect_network(scheduler, points), 20, (3, 1, 4, 4), generator))
@@ -173,7 +173,7 @@ def test_ancestral_of_order_2_is_sde_dpm_solver_2m_of_one_component(n):
         beta_schedule="linear", algorithm_type="sde-dpmsolver++", timestep_spacing="trailing", lower_order_final=False
     )
     ours = GMLangevinScheduler.from_config(solver.config, algorithm_type="ancestral")
-    assert ours.config.ancestral_order == 2
+    assert ours.config.step_order == 2
     points = ExactDenoiser(torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)))
     solver.set_timesteps(n)
     samples = []
@@ -334,10 +334,8 @@ def test_misuse_is_a_clear_error(make, generator):
         (lambda: AnnealedLangevinScheduler(num_langevin_steps=0).set_timesteps(10), "num_langevin_steps"),
         (lambda: AnnealedLangevinScheduler(step_size=2e-4).set_timesteps(10), "unstable step"),
         (lambda: AnnealedLangevinScheduler(step_size=-1e-6).set_timesteps(10), "unstable step"),
-        (
-            lambda: GMLangevinScheduler(ancestral_order=3),
-            "ancestral_order must be 1 or 2, got 3",
-        ),
+        (lambda: GMLangevinScheduler(step_order=3), "step_order must be 1 or 2, got 3"),
+        (lambda: AnnealedLangevinScheduler(step_order=0), "step_order must be 1 or 2, got 0"),
         (
             lambda: AnnealedLangevinScheduler(step_size_criterion="x").set_timesteps(10),
             "step_size_criterion 'x'",

@@ -16,7 +16,7 @@ from ..processes.annealed import Criterion, chain_levels, fixed_step_size, optim
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
 from .mixture import TwoStep
-from .sampler import Memory, Plan, Stepped, check_calls, from_level_to_level, one_a_level
+from .sampler import Memory, Plan, Stepped, ahead, check_calls, check_order, from_level_to_level, one_a_level
 
 # At how many times the last noise level a chain that is told its level may end. D removes what is left.
 FURTHEST_BEHIND = 8.0
@@ -27,9 +27,9 @@ class Langevin:
     """Annealed Langevin dynamics (arXiv 2006.09011): `num_steps` steps on each level, then D.
 
     Weak order 1 on a level: the stationary law is off by O(a). Down a ladder of one step a level, in the log ratio of
-    its levels: order 1 with `follow_chain` and `prop3`, whose step `1 - 1 / ratio^2` is that of `Ancestral`; order 1/2
-    with `fixed_point`; both without jumps. With `exact`, D is frozen over a step and the rest integrated exactly:
-    stable for any a.
+    its levels: of `order` with `follow_chain` and `prop3`, whose step `1 - 1 / ratio^2` is that of `Ancestral`; half
+    an order less with `fixed_point`; both without jumps. With `exact`, D is held over a step and the rest integrated
+    exactly: stable for any a.
 
     Attributes:
         num_steps: T.
@@ -44,6 +44,8 @@ class Langevin:
         exact: see above.
         noise: law of the network's noise.
         max_levels: how many levels the network has; None: any.
+        order: with `follow_chain`. 1: D is held over a step. 2: it is extrapolated from two calls to the middle of the
+            step from where the chain is to where it will be, as in `Ancestral`.
     """
 
     num_steps: int = 1
@@ -55,6 +57,10 @@ class Langevin:
     exact: bool = False
     noise: GaussianMixtureNoise = GAUSSIAN
     max_levels: int | None = None
+    order: int = 1
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
 
     def calls_per_level(self, num_calls: int) -> list[int]:
         """`(num_calls - denoise) // num_steps` levels, the first ones with one step more where that does not divide;
@@ -124,19 +130,24 @@ class Langevin:
         if self.denoise and i == len(plan.steps) - 1:
             return denoised, memory
         target, a, kept, fresh = plan.steps[i]
+        # Where the chain is, which lags behind the ladder by Proposition 3.
+        level = memory.level or float(plan.sigmas[i])
+        after = math.sqrt(kept * level**2 + fresh * target**2)
+        memory, towards = memory._replace(level=after), denoised
+        if self.follow_chain and self.order == 2:
+            towards = ahead(denoised, level, after, memory)
+            memory = memory._replace(denoised=((level, denoised),))
         if not self.noise.is_standard_gaussian:
-            # The level at which the chain is, which lags behind the ladder by Proposition 3, tells the component of an
-            # image: at the call's own level, images would seem to be in wider components than they are.
-            level = memory.level or float(plan.sigmas[i])
-            after = math.sqrt(kept * level**2 + fresh * target**2)
-            memory, w = memory._replace(level=after), memory.precision
+            # It tells the component of an image: at the call's own level, images would seem to be in wider components
+            # than they are.
+            w = memory.precision
             w = self.noise.residual_precision(y - denoised, level) if w is None else w
             target = target / w**0.5
         jump: float | Tensor = 1.0
         if not self.jumps.is_standard_gaussian:
             jump = self.jumps.sample_scales(y.shape, draw) ** 2
         update = exponential_step if self.exact else langevin_step
-        return update(y, denoised, target, a * jump, draw.normal(y.shape)), memory
+        return update(y, towards, target, a * jump, draw.normal(y.shape)), memory
 
 
 def langevin_step(y: Tensor, denoised: Tensor, sigma: float | Tensor, a: float | Tensor, noise: Tensor) -> Tensor:

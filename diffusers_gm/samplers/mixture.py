@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..processes.mixture import GAUSSIAN, GaussianMixtureNoise
 from ..processes.random import Draw
-from .sampler import Memory, Plan, Stepped, ahead, from_level_to_level, one_a_level
+from .sampler import Memory, Plan, Stepped, ahead, check_order, from_level_to_level, one_a_level
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Ancestral:
     order: int = 1
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2):
-            raise ValueError(f"the order must be 1 or 2, got {self.order!r}")
+        check_order(self.order)
 
     def calls_per_level(self, num_calls: int) -> list[int]:
         return one_a_level(num_calls, 1 if self.denoise else 2)

@@ -17,8 +17,8 @@ class Memory(NamedTuple):
     Attributes:
         companion: of CLD, and of networks trained on it: the unit noise c beside y.
         denoised: D of the calls before, the newest first, each with its noise level.
-        level: the noise level, in units of the component's scale, at which a Langevin run under mixture noise really
-            is; None: at that of the call.
+        level: the noise level, in units of the component's scale, at which a Langevin run really is, whatever the
+            network is told; None: at that of the call.
         precision: the factor w of the score `w (D - y) / sigma^2` under mixture noise, where the reading gave it.
         clipped: what clipping has added to D at this call; None: nothing that y is to follow.
     """
@@ -99,6 +99,11 @@ def check_calls(num_calls: Any, at_least: int = 1, or_one: bool = False) -> None
         raise ValueError(f"num_inference_steps must be {one}an integer of at least {at_least}, got {num_calls!r}")
 
 
+def check_order(order: Any) -> None:
+    if order not in (1, 2):
+        raise ValueError(f"the order must be 1 or 2, got {order!r}")
+
+
 def one_a_level(num_calls: Any, at_least: int = 1) -> list[int]:
     """`calls_per_level` of samplers with one call a level."""
     check_calls(num_calls, at_least)
@@ -134,9 +139,10 @@ def to_the_middle(before: float, after: float) -> float:
 def ahead(denoised: Tensor, sigma: float, after: float, memory: Memory) -> Tensor:
     """D in the middle of the step from level `sigma` to `after`, from D at `sigma` and at the call before; at the first
     call D itself. It moves by one difference of the two at most: that of a step which is more than twice as long as the
-    one before, as the last of `leading` ones, says less of D than of its errors."""
+    one before, as the last of `leading` ones, says less of D than of its errors. Where the two go opposite ways, as a
+    chain may that has reached its level, it does not move."""
     if not memory.denoised:
         return denoised
     level, previous = memory.denoised[0]
-    further = min(to_the_middle(math.log(level / sigma), math.log(sigma / after)), 1.0)
+    further = min(max(to_the_middle(math.log(level / sigma), math.log(sigma / after)), 0.0), 1.0)
     return torch.lerp(previous, denoised, 1 + further)

@@ -5,13 +5,12 @@ from typing import Literal
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
 
-from ..processes.annealed import check_criterion
 from ..processes.mixture import GAUSSIAN
 from ..samplers import Ancestral, Langevin, Sampler, TwoStep
 from .base import SamplerScheduler
 from .network import network_noise
 from .options import with_common_options
-from .scheduling_annealed_langevin import check_network_level, following
+from .scheduling_annealed_langevin import check_langevin, following
 
 
 class GMLangevinScheduler(SamplerScheduler):
@@ -21,7 +20,7 @@ class GMLangevinScheduler(SamplerScheduler):
 
     | | increments | order |
     |---|---|---|
-    | `langevin` | annealed Langevin dynamics with Gaussian increments | weak 1 on a level |
+    | `langevin` | annealed Langevin dynamics with Gaussian increments | as in `AnnealedLangevinScheduler` |
     | `jump` | Langevin steps whose noise is the mixture, `c_k` drawn anew for every step; same target | weak 1 |
     | `exponential` | as `jump`, integrated exactly for a frozen denoiser: stable for any jump | weak 1 |
     | `ancestral` | reverse mixture diffusion; the jump size is drawn from its posterior given the image | see below |
@@ -46,9 +45,10 @@ class GMLangevinScheduler(SamplerScheduler):
             denoiser and the score are no longer the same function, and each sampler gets the one it needs.
         prediction_type: as in `AnnealedLangevinScheduler`. With mixture noise, `epsilon`, `sample` and `v_prediction`
             describe a denoiser, `score` and `scaled_score` a score; the other one is derived from it.
-        ancestral_order: of `ancestral`. 1: D is held over a step; for ordinary networks DDPM's sampler. 2: it is
-            extrapolated from two calls to the middle of the step; for ordinary networks SDE-DPM-Solver++(2M). What
-            version 0.1.0 saved, which says nothing of it, is of 1.
+        step_order: of `ancestral`, and of Langevin samplers where the network is told where the chain is. 1: D is held
+            over a step; `ancestral` is then, for ordinary networks, DDPM's sampler. 2: it is extrapolated from two
+            calls to the middle of the step; `ancestral` is then SDE-DPM-Solver++(2M). What version 0.1.0 saved, which
+            says nothing of it, is of 1.
         step_size: `eps` as in `AnnealedLangevinScheduler` for `langevin` and `jump` (Technique 4 generalised to jumps
             if None), and for `exponential`, where any positive value is stable.
 
@@ -76,18 +76,14 @@ class GMLangevinScheduler(SamplerScheduler):
         algorithm_type: Literal["langevin", "jump", "exponential", "ancestral", "ode"] = "ancestral",
         denoise: bool = True,
         network_level: Literal["ladder", "chain"] | None = None,
-        ancestral_order: int = 2,
+        step_order: int = 2,
     ):
-        check_network_level(network_level)
-        if step_size_criterion is not None:
-            check_criterion(step_size_criterion)
-        if ancestral_order not in (1, 2):
-            raise ValueError(f"ancestral_order must be 1 or 2, got {ancestral_order!r}")
+        check_langevin(network_level, step_size_criterion, step_order)
         self.mixture, self.model_mixture = network_noise(self.config)
         if algorithm_type == "ode":
             self._setup(TwoStep(denoise))
         elif algorithm_type == "ancestral":
-            self._setup(Ancestral(self.model_mixture, denoise, order=ancestral_order))
+            self._setup(Ancestral(self.model_mixture, denoise, order=step_order))
         else:
             self._setup(
                 Langevin(
@@ -99,6 +95,7 @@ class GMLangevinScheduler(SamplerScheduler):
                     jumps=GAUSSIAN if algorithm_type == "langevin" else self.mixture,
                     exact=algorithm_type == "exponential",
                     noise=self.model_mixture,
+                    order=step_order,
                 )
             )
 

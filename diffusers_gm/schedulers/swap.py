@@ -25,6 +25,9 @@ SAID_OF_FLOW = ("use_flow_sigmas", "flow_shift")
 # Where a saved config keeps what diffusers would misread under its own name.
 OWN = "diffusers_gm"
 
+# What has a `step_order`, and had none in version 0.1.0: all was of order 1.
+OF_STEP_ORDER = ("AnnealedLangevinScheduler", "GMLangevinScheduler")
+
 
 # --- From other schedulers to ours ---
 
@@ -37,8 +40,8 @@ def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others:
     if OWN in config:
         added = {OWN, *config[OWN].get("added", ())}
         config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
-    if config.get("_class_name") == "GMLangevinScheduler" and "ancestral_order" not in config:  # of version 0.1.0
-        config = {**config, "ancestral_order": 1}
+    if config.get("_class_name") in OF_STEP_ORDER and "step_order" not in config:  # of version 0.1.0
+        config = {**config, "step_order": 1}
     algorithm = config.get("algorithm_type")
     if "noise_space" in config and algorithm not in algorithms and algorithm in others | SOLVERS:
         config = {key: value for key, value in config.items() if key != "algorithm_type"}

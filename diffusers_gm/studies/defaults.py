@@ -36,11 +36,16 @@ GRIDS = ("even", "log_snr", "karras", "trailing")
 LANGEVIN = [{"algorithm_type": "langevin", "network_level": level} for level in ("chain", "ladder")]
 # By scheduler: its algorithms.
 OPTIONS: dict[Any, list[dict[str, Any]]] = {
-    AnnealedLangevinScheduler: [*LANGEVIN, {"algorithm_type": "consistent"}, {"algorithm_type": "explore"}],
+    AnnealedLangevinScheduler: [
+        *LANGEVIN,
+        {"algorithm_type": "langevin", "network_level": "chain", "step_order": 1},
+        {"algorithm_type": "consistent"},
+        {"algorithm_type": "explore"},
+    ],
     GMLangevinScheduler: [
         *LANGEVIN,
         {"algorithm_type": "ancestral"},
-        {"algorithm_type": "ancestral", "ancestral_order": 1},
+        {"algorithm_type": "ancestral", "step_order": 1},
         {"algorithm_type": "ode"},
     ],
     CLDSSCSScheduler: [{"algorithm_type": "sscs"}, {"algorithm_type": "probability_flow"}],

@@ -65,10 +65,11 @@ OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "CLD, sscs, order 1": (CLDSSCSScheduler, {"splitting_order": 1}),
     "CLD, probability flow": (CLDSSCSScheduler, {"algorithm_type": "probability_flow"}),
     "annealed Langevin": (AnnealedLangevinScheduler, {}),
-    "annealed, chain": (AnnealedLangevinScheduler, {"network_level": "chain"}),
+    "annealed, order 1": (AnnealedLangevinScheduler, {"step_order": 1}),
+    "annealed, ladder": (AnnealedLangevinScheduler, {"network_level": "ladder"}),
     "annealed, consistent": (AnnealedLangevinScheduler, {"algorithm_type": "consistent"}),
     "GM, ancestral": (GMLangevinScheduler, {}),
-    "GM, ancestral, order 1": (GMLangevinScheduler, {"ancestral_order": 1}),
+    "GM, ancestral, order 1": (GMLangevinScheduler, {"step_order": 1}),
     "GM, ode": (GMLangevinScheduler, {"algorithm_type": "ode"}),
     MULTISTEP: (CalibratedMultistepScheduler, {}),
 }

@@ -130,7 +130,7 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
   too far behind.
 - `exponential`: the same random sizes in steps that are exact for a fixed denoised image, and stable for any size.
 - `ancestral`: the reverse of the diffusion, which draws the component of the mixture at every step, of order 2
-  (`ancestral_order`).
+  (`step_order`).
 - `ode`: its probability flow, without noise after the start.""",
     card_values=on_card,
     advice=Advice(

@@ -30,7 +30,9 @@ Images are drawn down a ladder of descending noise levels. Samplers, values of t
 - `langevin`: annealed Langevin dynamics, `num_langevin_steps` steps a level (T), their size by Technique 4. The network
   is told the level where the chain of steps really is; as `langevin, ladder` (`network_level="ladder"`) that of the
   ladder, as published. `langevin, T = 3` makes three steps a level.
-- `consistent`: consistent annealed sampling, which keeps the variance of every level exact.""",
+- `consistent`: consistent annealed sampling, which keeps the variance of every level exact.
+
+Both extrapolate the denoised image from two calls to the middle of a step (`step_order=2`), but on a ladder.""",
     card_values=ladder.on_card,
     advice=Advice(
         "AnnealedLangevinScheduler",
