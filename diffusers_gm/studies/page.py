@@ -49,9 +49,9 @@ GLOSSARY = """\
   paper's eps in units of the squared last level.
 - **Technique 4**: how long a Langevin step is. **prop3** is the paper's criterion (its proposition 3), which looks at
   one level; the **fixed point** looks at the whole chain. *Annealed, chain, fixed point* took steps on the first level
-  as well, where a chain that is told its level takes none any more; so did the chains of equal budgets and of GM-SGM.
-- **Order 1**: the denoised image is held over a step. So it was in all samplers of equal budgets and of the studies of
-  GM-SGM and NCSNv2, and in what is named so; by now they extrapolate it, which is order 2.
+  as well, where a chain that is told its level takes none any more; so did those of equal budgets and GM-SGM's claim.
+- **Order 1**: the denoised image is held over a step. So it was in all samplers of equal budgets, of GM-SGM's claim
+  and of NCSNv2's techniques, and in what is named so; by now they extrapolate it, which is order 2.
 - **Level not told**, **nor input scaled**: Technique 3 of NCSNv2 is a network that is not told the noise level, and
   whose output is divided by it. *Nor input scaled*: beyond that its input is the noisy image as it is, not brought to
   one size.
