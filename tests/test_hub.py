@@ -428,36 +428,40 @@ def test_all_components_of_a_pipeline_are_uploaded_and_nothing_else(folders, tmp
 
 # --- Pushed again ---
 
+PUSH_FOLDERS = """
+import sys
+from pathlib import Path
+from diffusers_gm.hub.push import push_to_hub
+for folder, repo_id in zip(sys.argv[1::2], sys.argv[2::2]):
+    push_to_hub(Path(folder), repo_id)
+"""
+
 
 def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):
     """Each card names its own; that of the folder stays what it was."""
-    folder = tmp_path / "model"
-    shutil.copytree(folders / "gm", folder)
     card = '---\nlicense: mit\n---\npipe = GMSGMPipeline.from_pretrained(".")\n'
     card += "<!-- quality -->\nNot measured.\n<!-- end of quality -->\n"
-    for text in (card, card.replace('"."', '"me/elsewhere"')):
-        (folder / "README.md").write_text(text)
-        for name in ("me/one", "me/two"):
-            Client(server, tmp_path / "home", TOKEN).command(
-                [sys.executable, "-m", "diffusers_gm.hub", str(folder), name]
-            )
-            uploaded = server.repos[name].files["README.md"].decode()
-            assert uploaded == card.replace('"."', f'"{name}"')
-            assert (folder / "README.md").read_text() == text
+    texts = {"here": card, "elsewhere": card.replace('"."', '"me/elsewhere"')}
+    pushes = [(tmp_path / name, f"me/{name}-{number}") for name in texts for number in (1, 2)]
+    for name, text in texts.items():
+        shutil.copytree(folders / "gm", tmp_path / name)
+        (tmp_path / name / "README.md").write_text(text)
+    Client(server, tmp_path / "home", TOKEN).run(PUSH_FOLDERS, *(word for push in pushes for word in push))
+    for folder, repo_id in pushes:
+        assert server.repos[repo_id].files["README.md"].decode() == card.replace('"."', f'"{repo_id}"')
+        assert (folder / "README.md").read_text() == texts[folder.name]
 
 
 def test_no_weights_of_before_are_left_in_a_repository(server, folders, tmp_path):
     """Where weights in parts lie beside whole ones, diffusers reads the parts."""
-    push = [sys.executable, "-m", "diffusers_gm.hub", str(tmp_path / "model"), "me/parts"]
     pipeline = GMSGMPipeline.from_pretrained(folders / "gm")
-    pipeline.save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    Client(server, tmp_path / "home", TOKEN).command(push)
-    parts = {name for name in server.repos["me/parts"].files if "-of-" in name or name.endswith(".index.json")}
+    pipeline.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    pipeline.save_pretrained(tmp_path / "whole")
+    parts = {name for name in files_of(tmp_path / "parts") if "-of-" in name or name.endswith(".index.json")}
     assert len(parts) > 2
-    shutil.rmtree(tmp_path / "model")
-    pipeline.save_pretrained(tmp_path / "model")
-    done = Client(server, tmp_path / "home", TOKEN).command(push)
-    assert all(name in done.stderr for name in parts), "said"
+    client = Client(server, tmp_path / "home", TOKEN)
+    done = client.run(PUSH_FOLDERS, tmp_path / "parts", "me/parts", tmp_path / "whole", "me/parts")
+    assert all(name in done.stderr for name in parts), "they were there, and that they leave is said"
     files = server.repos["me/parts"].files
     assert parts.isdisjoint(files)
     assert "unet/diffusion_pytorch_model.safetensors" in files
