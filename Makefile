@@ -23,6 +23,7 @@ RESULTS ?= outputs/benchmark
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+UV := $(BIN)/uv pip install -q --system-certs
 TRAIN := $(BIN)/accelerate launch --quiet --num_processes 1 --mixed_precision no --dynamo_backend no --num_machines 1 train_gm_sgm.py
 
 # STEPS=500: another length than that of the recipe.
@@ -111,7 +112,7 @@ LOWEST_TESTS ?= $(PYTHON_TESTS) $(addprefix tests/test_,app.py app_page.py docs.
 $(LOWEST)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(LOWEST)
 	for extra in test dev; do \
-		$(BIN)/uv pip install -q -p $(LOWEST)/bin/python --resolution lowest-direct -e ".[$$extra]" || exit 1; \
+		$(UV) -p $(LOWEST)/bin/python --resolution lowest-direct -e ".[$$extra]" || exit 1; \
 	done
 	@touch $@
 
@@ -130,7 +131,7 @@ test-python: $(STAMP)
 
 define test_with
 test -x $(VENV)-$(1)/bin/python || $(2) -m venv $(VENV)-$(1)
-$(BIN)/uv pip install -q -p $(VENV)-$(1)/bin/python -c $(CONSTRAINTS) -e ".[test]" \
+$(UV) -p $(VENV)-$(1)/bin/python -c $(CONSTRAINTS) -e ".[test]" \
 	|| $(VENV)-$(1)/bin/python -m pip install -q -c $(CONSTRAINTS) -e ".[test]"
 $(VENV)-$(1)/bin/python -m pytest -n 2 --dist worksteal $(PYTHON_TESTS)
 
