@@ -14,7 +14,7 @@ CONSTRAINTS ?= .constraints.txt
 OLDEST ?= .venv-oldest
 LOWEST ?= .venv-lowest
 OLDEST_PATH = $(abspath $(OLDEST))
-OLDEST_TESTS ?= $(addprefix tests/test_,hub.py pipelines.py schedulers.py contract.py swap.py swap_pipelines.py)
+OLDEST_TESTS ?= $(addprefix tests/test_,hub.py hub_again.py pipelines.py schedulers.py contract.py swap.py swap_pipelines.py)
 METHOD ?= gm-sgm
 demo compare: OUTPUT ?= outputs/demo$(if $(filter-out gm-sgm,$(METHOD)),-$(METHOD))
 DEMO ?=
@@ -106,7 +106,7 @@ test-oldest: $(OLDEST)/.installed
 
 # The lowest versions of all dependencies that pyproject.toml names, in two steps: resolved at once, the resolver gives
 # some of them up.
-LOWEST_TESTS ?= $(PYTHON_TESTS) $(addprefix tests/test_,app.py app_page.py docs.py evaluation.py hub.py likelihood.py \
+LOWEST_TESTS ?= $(PYTHON_TESTS) $(addprefix tests/test_,app.py app_page.py docs.py evaluation.py hub.py hub_again.py likelihood.py \
 	pictures.py swap_pipelines.py training_steps.py)
 
 $(LOWEST)/.installed: $(STAMP)

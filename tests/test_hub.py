@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from diffusers_gm import (
     GMSGMPipeline,
     NCSNv2Pipeline,
 )
-from diffusers_gm.pipelines.measurements import forget_quality
 from diffusers_gm.pipelines.repository import files_of
 
 
@@ -424,84 +422,3 @@ def test_all_components_of_a_pipeline_are_uploaded_and_nothing_else(folders, tmp
         (folder / name).touch()
     names = {path.relative_to(folders / "ddpm").as_posix() for path in (folders / "ddpm").rglob("*") if path.is_file()}
     assert set(files_of(folder)) == names | {"vqvae/config.json", "samples.png"}
-
-
-# --- Pushed again ---
-
-PUSH_FOLDERS = """
-import sys
-from pathlib import Path
-from diffusers_gm.hub.push import push_to_hub
-for folder, repo_id in zip(sys.argv[1::2], sys.argv[2::2]):
-    push_to_hub(Path(folder), repo_id)
-"""
-
-
-def test_a_folder_can_be_pushed_to_two_repositories(server, folders, tmp_path):
-    """Each card names its own; that of the folder stays what it was."""
-    card = '---\nlicense: mit\n---\npipe = GMSGMPipeline.from_pretrained(".")\n'
-    card += "<!-- quality -->\nNot measured.\n<!-- end of quality -->\n"
-    texts = {"here": card, "elsewhere": card.replace('"."', '"me/elsewhere"')}
-    pushes = [(tmp_path / name, f"me/{repo}") for name in texts for repo in ("one", "two")]
-    for name, text in texts.items():
-        shutil.copytree(folders / "gm", tmp_path / name)
-        (tmp_path / name / "README.md").write_text(text)
-    Client(server, tmp_path / "home", TOKEN).run(PUSH_FOLDERS, *(word for push in pushes for word in push))
-    for folder, repo_id in pushes:
-        cards = {files["README.md"].decode() for files in server.repos[repo_id].commits.values() if files}
-        assert cards == {card.replace('"."', f'"{repo_id}"')}
-        assert (folder / "README.md").read_text() == texts[folder.name]
-
-
-def test_no_weights_of_before_are_left_in_a_repository(server, folders, tmp_path):
-    """Where weights in parts lie beside whole ones, diffusers reads the parts."""
-    pipeline = GMSGMPipeline.from_pretrained(folders / "gm")
-    pipeline.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
-    pipeline.save_pretrained(tmp_path / "whole")
-    parts = {name for name in files_of(tmp_path / "parts") if "-of-" in name or name.endswith(".index.json")}
-    assert len(parts) > 2
-    client = Client(server, tmp_path / "home", TOKEN)
-    done = client.run(PUSH_FOLDERS, tmp_path / "parts", "me/parts", tmp_path / "whole", "me/parts")
-    assert all(name in done.stderr for name in parts), "said"
-    assert any(parts <= files.keys() for files in server.repos["me/parts"].commits.values()), "they were there"
-    files = server.repos["me/parts"].files
-    assert parts.isdisjoint(files)
-    assert "unet/diffusion_pytorch_model.safetensors" in files
-
-
-def test_measurements_of_another_model_leave_the_repository_with_its_card(server, folders, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(folders / "documented", folder)
-    push = [sys.executable, "-m", "diffusers_gm.hub", str(folder), "me/measured"]
-    (folder / "quality.png").write_bytes(b"a picture")
-    Client(server, tmp_path / "home", TOKEN).command(push)
-    assert "quality.png" in server.repos["me/measured"].files
-    forget_quality(folder)
-    Client(server, tmp_path / "home", TOKEN).command(push)
-    files = server.repos["me/measured"].files
-    assert "quality.png" not in files
-    assert "model_index.json" in files
-
-
-PUSH_AS_IT_IS = """
-import os, sys
-from pathlib import Path
-from diffusers_gm import GMSGMPipeline
-os.chdir(sys.argv[1])
-loaded = GMSGMPipeline.from_pretrained(sys.argv[1])
-made = GMSGMPipeline(loaded.unet, loaded.scheduler)
-made.push_to_hub("me/made")
-loaded.push_to_hub("me/loaded")
-"""
-
-
-def test_a_pipeline_takes_the_card_of_its_folder_along_and_no_other(empty_server, folders, tmp_path):
-    """Not that of the current folder, if the pipeline was made and not loaded."""
-    shutil.copytree(folders / "gm", tmp_path / "model")
-    card = "---\nlicense: mit\n---\nof the folder\n"
-    (tmp_path / "model/README.md").write_text(card)
-    Client(empty_server, tmp_path / "home", TOKEN).run(PUSH_AS_IT_IS, tmp_path / "model")
-    assert empty_server.repos["me/loaded"].files["README.md"].decode() == card
-    made = empty_server.repos["me/made"].files["README.md"].decode()
-    assert "of the folder" not in made
-    assert "Nothing else is known of this model" in " ".join(made.split())
