@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPAGPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers_pipelines import stable_diffusion
 from points import network
 
@@ -101,24 +100,6 @@ def test_what_was_calibrated_is_what_runs(own, tiny_unet):
     levels = found.scheduler.reading.sigma(found.scheduler.timesteps.double())
     torch.testing.assert_close(levels, torch.tensor(found.levels[5], dtype=torch.float64), rtol=1e-3, atol=0)
     assert found.scheduler.sampler.stochasticity == 0.5
-
-
-@pytest.mark.parametrize(
-    "share",
-    [
-        {"control_guidance_end": 0.3},
-        {"control_guidance_start": [0.0, 0.2]},
-        {"skip_guidance_layers": [7]},
-        {"use_dynamic_cfg": True},
-        {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.4)},
-        {"callback_on_step_end": MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.4)])},
-    ],
-    ids=lambda share: next(iter(share)),
-)
-def test_arguments_that_act_in_a_share_of_a_run_are_refused(share, tiny_unet):
-    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
-    with pytest.raises(ValueError, match=f"(?s){next(iter(share))}=.* acts in a share of a run"):
-        calibrate(pipe, (5,), progress=False, **share)
 
 
 def test_what_the_pipeline_raises_is_passed_on(tiny_unet):

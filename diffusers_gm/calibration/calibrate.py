@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -31,6 +30,7 @@ from .errors import (
 )
 from .levels import Found, Ladder, levels_from_one_run, levels_from_trajectories
 from .oracle import MANY, with_denoiser
+from .refused import refuse_parts, refuse_shares
 from .trajectory import Denoised, Denoiser
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
@@ -44,19 +44,6 @@ TELLS_HOW_MANY = ("batch_size", "num_images_per_prompt", "prompt", "image", "lat
 
 # What a pipeline's scheduler may have been told, and a calibration says anew.
 OWN_GRID: dict[str, Any] = {"grid": "calibrated", "stochasticity": None}
-
-# Arguments of diffusers' pipelines that act in a share of a run, and what they are where they act in all or none of it.
-SHARES = {
-    "control_guidance_start": 0.0,
-    "control_guidance_end": 1.0,
-    "skip_guidance_layers": None,
-    "adapter_conditioning_factor": 1.0,
-    "cfg_trunc_ratio": 1.0,
-    "denoising_start": None,
-    "denoising_end": None,
-    "use_dynamic_cfg": False,
-    "gligen_scheduled_sampling_beta": 1.0,
-}
 
 # Lowest level of the fine ladder, for images in [-1, 1]: below, D is the image.
 LOW = 0.01
@@ -283,20 +270,13 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     if "num_inference_steps" in given:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
     parameters = inspect.signature(pipe.__call__).parameters
-    said = {name: parameter.default for name, parameter in parameters.items() if name in SHARES} | given
-    shares = {name: whole for name, whole in SHARES.items() if not is_whole(said.get(name), whole)}
-    if isinstance(said.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
-        shares["callback_on_step_end"] = None  # these cut something off after some steps
-    for name, whole in sorted(shares.items()):
-        raise ValueError(
-            f"{name}={said[name]!r} acts in a share of a run, and a calibration makes no run as long as yours: "
-            f"{'leave it out' if name in given else f'give {whole!r}'}"
-        )
+    refuse_shares({name: parameter.default for name, parameter in parameters.items()} | given, given)
     if getattr(getattr(pipe, "config", None), "expand_timesteps", False) and given.get("image") is not None:
         raise ValueError(
             f"a {type(pipe).__name__} with expand_timesteps gives the frame that it begins with a level of its own, "
             "which its scheduler does not see: it cannot be calibrated"
         )
+    refuse_parts(getattr(pipe, "components", {}))
     if "num_inference_steps" not in parameters:
         raise ValueError(f"a {type(pipe).__name__} takes no num_inference_steps: it cannot be calibrated")
     arguments: dict[str, Any] = {"num_inference_steps": MANY}
@@ -313,11 +293,6 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
             NUM_IMAGES if size is None else images_at_once(NUM_IMAGES, channels_of(unet)[0], *size)
         )
     return arguments | given
-
-
-def is_whole(value: Any, whole: Any) -> bool:
-    """Whether an argument, or each of a list of them, is unsaid or what it is in a whole run."""
-    return all(one in (None, whole) for one in (value if isinstance(value, list | tuple) else [value]))
 
 
 @contextmanager

@@ -1,0 +1,69 @@
+"""Pipelines that cannot be calibrated, as far as they tell before they run."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+# Arguments of diffusers' pipelines that act in a share of a run, and what they are where they act in all or none of it.
+SHARES = {
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
+    "skip_guidance_layers": None,
+    "adapter_conditioning_factor": 1.0,
+    "cfg_trunc_ratio": 1.0,
+    "denoising_start": None,
+    "denoising_end": None,
+    "use_dynamic_cfg": False,
+    "gligen_scheduled_sampling_beta": 1.0,
+}
+
+# Likewise of guiders, under these names or such that end in them; momentum makes an answer depend on those before.
+SHARES_OF_GUIDERS = {"start": 0.0, "stop": 1.0, "start_step": -1, "zero_init_steps": 0, "momentum": None}
+
+
+def refuse_shares(said: Mapping[str, Any], given: Collection[str]) -> None:
+    """Raise a ValueError for arguments of a call that act in a share of a run; `given`: the names of those that the
+    user has given."""
+    shares = {name: whole for name, whole in SHARES.items() if not is_whole(said.get(name), whole)}
+    if isinstance(said.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
+        shares["callback_on_step_end"] = None  # these cut something off after some steps
+    for name, whole in sorted(shares.items()):
+        raise ValueError(
+            f"{name}={said[name]!r} acts in a share of a run, and a calibration makes no run as long as yours: "
+            f"{'leave it out' if name in given else f'give {whole!r}'}"
+        )
+
+
+def refuse_parts(components: Mapping[str, Any]) -> None:
+    """Raise a ValueError for parts of a pipeline whose answer depends on more than the noisy image and its level."""
+    for name, part in components.items():
+        if getattr(part, "is_cache_enabled", False):
+            raise ValueError(
+                f"{name} has a cache, which answers by the calls before, and a calibration makes them in another order "
+                f"than a run: pipe.{name}.disable_cache(), calibrate, and enable it again"
+            )
+        config = getattr(part, "config", None) or {}
+        if getattr(config, "use_meanflow", False):
+            raise ValueError(
+                f"{name} was distilled to answer the mean velocity between two levels (use_meanflow), not a denoised "
+                "image: it cannot be calibrated"
+            )
+        if hasattr(part, "set_state") and getattr(part, "_enabled", False):
+            _refuse_share_of_guider(name, part, config)
+
+
+def _refuse_share_of_guider(name: str, guider: Any, config: Mapping[str, Any]) -> None:
+    for option, value in config.items():
+        for ending, whole in SHARES_OF_GUIDERS.items():
+            if (option == ending or option.endswith(f"_{ending}")) and not is_whole(value, whole):
+                raise ValueError(
+                    f"{name} is a {type(guider).__name__} with {option}={value!r}, which acts in a share of a run or "
+                    "by the calls before, and a calibration makes no run as long as yours: give the pipeline one with "
+                    f"{option}={whole!r}, as pipe.{name}.new({option}={whole!r}) is, or another guider"
+                )
+
+
+def is_whole(value: Any, whole: Any) -> bool:
+    """Whether an argument, or each of a list of them, is unsaid or what it is in a whole run."""
+    return all(one in (None, whole) for one in (value if isinstance(value, list | tuple) else [value]))

@@ -1,0 +1,105 @@
+"""Pipelines that cannot be calibrated are refused before they run."""
+
+import pytest
+import torch
+from diffusers import (
+    DDPMScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from diffusers.guiders import (
+    AdaptiveProjectedMixGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    SkipLayerGuidance,
+)
+from networks import build
+
+from diffusers_gm import UnconditionalPipeline, calibrate
+from diffusers_gm.calibration.refused import is_whole
+
+PROMPTS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+def hunyuan_image(guider, **config):
+    one, eight = ("num_layers", "num_single_layers", "num_refiner_layers"), ("text_embed_dim", "text_embed_2_dim")
+    network = build(
+        HunyuanImageTransformer2DModel,
+        **dict.fromkeys(("in_channels", "out_channels", "num_attention_heads"), 4),
+        **dict.fromkeys(one, 1),
+        **dict.fromkeys(("attention_head_dim", *eight), 8),
+        patch_size=(1, 1),
+        rope_axes_dim=(4, 4),
+        **config,
+    )
+    return HunyuanImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), *[None] * 5, network, guider=guider)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        {"control_guidance_end": 0.3},
+        {"control_guidance_start": [0.0, 0.2]},
+        {"skip_guidance_layers": [7]},
+        {"use_dynamic_cfg": True},
+        {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.4)},
+        {"callback_on_step_end": MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.4)])},
+    ],
+    ids=lambda share: next(iter(share)),
+)
+def test_arguments_that_act_in_a_share_of_a_run_are_refused(share, tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=f"(?s){next(iter(share))}=.* acts in a share of a run"):
+        calibrate(pipe, (5,), progress=False, **share)
+
+
+@pytest.mark.parametrize(
+    ("guider", "option"),
+    [
+        (ClassifierFreeGuidance(start=0.2), "start"),
+        (ClassifierFreeGuidance(stop=0.8), "stop"),
+        (SkipLayerGuidance(skip_layer_guidance_layers=[0]), "skip_layer_guidance_start"),
+        (AdaptiveProjectedMixGuidance(), "adaptive_projected_guidance_momentum"),
+        (
+            AdaptiveProjectedMixGuidance(adaptive_projected_guidance_momentum=None),
+            "adaptive_projected_guidance_start_step",
+        ),
+        (ClassifierFreeZeroStarGuidance(), "zero_init_steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_guiders_that_act_in_a_share_of_a_run_are_refused(guider, option):
+    with pytest.raises(ValueError, match=f"guider is a {type(guider).__name__} with {option}=.* a share of a run"):
+        calibrate(hunyuan_image(guider), (5,), progress=False)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_guiders_that_act_in_all_of_a_run_are_calibrated_with(enabled):
+    """And those that are off."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = {f"{kind}{end}": torch.randn(1, 3, 8, generator=generator) for kind in PROMPTS for end in ("", "_2")}
+    masks = {f"{kind}_mask{end}": torch.ones(1, 3, dtype=torch.long) for kind in PROMPTS for end in ("", "_2")}
+    guider = ClassifierFreeGuidance(guidance_scale=3.0) if enabled else AdaptiveProjectedMixGuidance(enabled=False)
+    arguments = {"height": 64, "width": 64, "output_type": "latent"} | embeds | masks
+    found = calibrate(hunyuan_image(guider), (5,), effort="fast", progress=False, **arguments)
+    assert "5" in found.config.calibration
+
+
+def test_levels_of_a_guider_that_acts_otherwise_are_told_each_by_its_own():
+    assert is_whole([0.0, 0.0], 0.0)
+    assert not is_whole([0.0, 0.2], 0.0)
+
+
+def test_what_answers_by_the_calls_before_is_refused():
+    pipe = hunyuan_image(None)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"pipe.transformer.disable_cache\(\), calibrate, and enable it again"):
+        calibrate(pipe, (5,), progress=False)
+
+
+def test_a_network_of_mean_velocities_is_refused():
+    with pytest.raises(ValueError, match="transformer was distilled to answer the mean velocity between two levels"):
+        calibrate(hunyuan_image(None, use_meanflow=True), (5,), progress=False)
