@@ -48,6 +48,35 @@ def test_shift_and_flow_shift_are_one(cls):
     assert FlowMatchEulerDiscreteScheduler.from_config(flow_match.config).config.shift == 8.0
 
 
+@every_scheduler
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(
+    "source",
+    [
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+    ids=["solver", "flow match"],
+)
+def test_a_shift_that_was_changed_between_swaps_stays(cls, source, on_disk, tmp_path):
+    """By whatever name the scheduler between calls it, and twice."""
+    shift, scheduler = 3.0, cls.from_config(source.config)
+    between = [(UniPCMultistepScheduler, "flow_shift"), (FlowMatchEulerDiscreteScheduler, "shift")]
+    for other, name in [*between, *between[::-1]]:
+        shift += 1.0
+        if on_disk:
+            scheduler.save_pretrained(tmp_path)
+            theirs = other.from_pretrained(tmp_path, **{name: shift})
+            theirs.save_pretrained(tmp_path)
+            config = cls.load_config(tmp_path)
+        else:
+            theirs = other.from_config(scheduler.config, **{name: shift})
+            config = theirs.config
+        scheduler = cls.from_config(config)
+        assert scheduler.config.shift == shift
+    assert cls.from_config(dict(scheduler.config)).config.shift == shift
+
+
 # --- Levels ---
 
 

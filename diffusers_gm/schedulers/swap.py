@@ -35,11 +35,13 @@ OF_STEP_ORDER = ("AnnealedLangevinScheduler", "GMLangevinScheduler")
 def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others: set[str]) -> dict[str, Any]:
     """A config of ours, for a class with these `algorithms`: what was kept from diffusers is back in its place, and a
     sampler that belongs to another class (`others`: those of all) is left out. Configs of others are left alone."""
+    of_solver = {"shift": config["flow_shift"]} if shifts_as_solver(config) else {}
     if isinstance(config, SwapConfig):
         config = {key: value for key, value in config.items() if key != "_use_default_values"}
     if OWN in config:
         added = {OWN, *config[OWN].get("added", ())}
         config = {key: value for key, value in {**config, **config[OWN]["values"]}.items() if key not in added}
+    config = {**config, **of_solver}
     if config.get("_class_name") in OF_STEP_ORDER and "step_order" not in config:  # of version 0.1.0
         config = {**config, "step_order": 1}
     algorithm = config.get("algorithm_type")
@@ -48,6 +50,19 @@ def from_own_config(config: dict[str, Any], algorithms: tuple[str, ...], others:
         if config["noise_space"] is None and config.get("grid") is None:  # levels in time, of a run with velocities
             config["grid"] = "even"
     return config
+
+
+def shifts_as_solver(config: dict[str, Any]) -> bool:
+    """Whether a config that came from ours is that of a solver, as UniPC, which shifts levels by its own `flow_shift`;
+    the `shift` beside it is what ours had. That of a file says its class; in memory a scheduler's own options stand
+    before what it has no use for."""
+    if isinstance(config, SwapConfig) or not {"noise_space", "flow_shift"} <= config.keys():
+        return False
+    source = getattr(diffusers, str(config.get("_class_name")), None)
+    if source is not None:
+        return "flow_shift" in inspect.signature(source.__init__).parameters
+    options = list(config)
+    return "_class_name" not in config and options.index("flow_shift") < [*options, "shift"].index("shift")
 
 
 def from_source_config(config: dict[str, Any], noise_space: str | None = None) -> dict[str, Any]:
