@@ -224,6 +224,20 @@ def test_a_run_that_begins_midway_explores_there(config, generator):
         assert float(torch.cdist(left.flatten(1), denoiser.points.flatten(1)).min(1).values.max()) < 0.05
 
 
+def test_a_run_that_begins_midway_says_so_before_it_explores(generator):
+    """Else noise of the first level was added to the image of a pipeline that does not call `set_begin_index`."""
+    scheduler = AnnealedLangevinScheduler(sigma_max=8.0, algorithm_type="explore")
+    sample = torch.zeros(1, 1, 2, 2)
+    scheduler.set_timesteps(40)
+    with pytest.raises(ValueError, match=r"begins at step 30, which set_begin_index\(30\) was to say before noise"):
+        scheduler.step(sample, scheduler.timesteps[30], sample, generator)
+    scheduler.set_timesteps(40)
+    scheduler.set_begin_index(30)
+    scheduler.step(sample, scheduler.timesteps[30], sample, generator)
+    scheduler.set_timesteps(timesteps=[999.0, 700.0, 700.0, 300.0])  # of which the user knows
+    scheduler.step(sample, scheduler.timesteps[1], sample, generator)
+
+
 def test_levels_of_the_user_are_explored_where_they_are_repeated():
     scheduler = AnnealedLangevinScheduler(sigma_max=8.0, algorithm_type="explore")
     scheduler.set_timesteps(sigmas=[4.0, 2.0, 2.0, 2.0, 1.0, 0.1])

@@ -12,11 +12,12 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.utils import logging as diffusers_logging
 from schedulers import SCHEDULERS, VP, every_scheduler, every_spaced_scheduler, told_its_levels
 
-from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, GMLangevinScheduler
+from diffusers_gm import AnnealedLangevinScheduler, CalibratedMultistepScheduler, CLDSSCSScheduler, GMLangevinScheduler
 
 FLOW = FlowMatchEulerDiscreteScheduler().config
 
@@ -270,7 +271,7 @@ def test_a_number_may_stand_beside_as_many_levels(cls):
 @every_scheduler
 def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
     """`sigmas=linspace(1, 1 / n, n)`, or Bria's: on the config's own grid where it has one, else as it is."""
-    passed, of_bria = np.linspace(1.0, 1 / 6, 6), np.linspace(1.0, 1 / 1000, 6)
+    passed, of_bria = np.linspace(1.0, 1 / 6, 6), get_original_sigmas(1000, 6)
     calibration = {"6": [4096.0, 9.0, 2.0, 0.9, 0.4, 0.1], "shift": 3.0}
     for own in (
         {"grid": "karras"},
@@ -294,6 +295,13 @@ def test_what_flow_pipelines_pass_unasked_stands_for_a_number(cls):
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=passed)
     torch.testing.assert_close(plain.sigmas, theirs.sigmas, rtol=1e-6, atol=1e-6)
+
+
+def test_what_bria_passes_is_known_at_every_number_of_calls():
+    scheduler = CLDSSCSScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    assert all(scheduler.are_unasked(get_original_sigmas(1000, n)) for n in range(1, 101))
+    others = (np.linspace(1.0, 0.1, 8), np.linspace(1.0, 0.005, 8), np.linspace(0.99, 0.001, 8), [])
+    assert not any(map(scheduler.are_unasked, others))
 
 
 def test_langevin_steps_are_spent_in_flow_pipelines_too():

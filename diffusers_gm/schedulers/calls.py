@@ -43,12 +43,14 @@ class Calls:
         return self.are_unasked(sigmas)
 
     def are_unasked(self, sigmas: Levels) -> bool:
-        """Whether levels are s = 1, 1 - 1/n, ..., 1/n, or as many even ones down to the lowest s of the network."""
+        """Whether levels are s = 1, 1 - 1/n, ..., 1/n, or as many even ones down to the lowest s of the network, each
+        moved to one that it was trained at, as Bria's pipeline passes them."""
         given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-        n = len(given)
-        ends = (1 / n, 1 / self.config.num_train_timesteps) if n else ()
+        n, lowest = len(given), 1 / self.config.num_train_timesteps
+        ends = {1 / n: 1e-6, lowest: lowest + 1e-6} if n else {}
         return any(
-            torch.allclose(given, torch.linspace(1, end, n, dtype=torch.float64), rtol=0, atol=1e-6) for end in ends
+            torch.allclose(given, torch.linspace(1, end, n, dtype=torch.float64), rtol=0, atol=near)
+            for end, near in ends.items()
         )
 
     def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:

@@ -7,12 +7,14 @@ import torch
 
 # A pipeline of diffusers that is saved with this scheduler names this module, and looks the base class up in it.
 from diffusers import SchedulerMixin  # noqa: F401
+from torch import Tensor
 
 from ..processes.annealed import check_criterion
 from ..samplers import Ancestral, Explore, Langevin, Sampler
 from ..samplers.langevin import DESCENT
 from .base import SamplerScheduler
 from .options import with_common_options
+from .run import Run
 
 
 class AnnealedLangevinScheduler(SamplerScheduler):
@@ -80,7 +82,8 @@ class AnnealedLangevinScheduler(SamplerScheduler):
 
     Raises:
         ValueError: for arguments out of range, with what would be right; from `set_timesteps` if there are too few
-            calls, the step is unstable (`a >= 1`) or Technique 4 has no solution.
+            calls, the step is unstable (`a >= 1`) or Technique 4 has no solution; from `step` for a run of `explore`
+            that begins midway without `set_begin_index`.
     """
 
     algorithms = ("langevin", "consistent", "explore")
@@ -130,6 +133,18 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         run.calls, run.plan = self.reading.calls(labels, levels), self.sampler.plan(levels)
         run.timesteps.copy_(labels)
         self.sigmas = self.visible_sigmas(levels)
+
+    def _claim(self, timestep: Tensor | float, shape: torch.Size) -> tuple[int, Run]:
+        """A run that explores where it begins has to know that before noise is added to an image."""
+        begins = self._run is not None and self._run.index is None
+        i, run = super()._claim(timestep, shape)
+        if begins and i > 0 and self._begin_index is None and isinstance(self.sampler, Explore) and self._given[0]:
+            raise ValueError(
+                f"this run begins at step {i}, which set_begin_index({i}) was to say before noise was added to the "
+                "image: algorithm_type='explore' has its levels by that, and this pipeline does not call it; use "
+                "another algorithm_type"
+            )
+        return i, run
 
 
 def check_langevin(network_level: str | None, step_size_criterion: str | None, step_order: int) -> None:

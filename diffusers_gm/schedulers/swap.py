@@ -56,7 +56,7 @@ def shifts_as_solver(config: dict[str, Any]) -> bool:
     """Whether a config that came from ours is that of a solver, as UniPC, which shifts levels by its own `flow_shift`;
     the `shift` beside it is what ours had. That of a file says its class; in memory a scheduler's own options stand
     before what it has no use for."""
-    if isinstance(config, SwapConfig) or not {"noise_space", "flow_shift"} <= config.keys():
+    if isinstance(config, SwapConfig) or config.get("noise_space") != "flow" or "flow_shift" not in config:
         return False
     source = getattr(diffusers, str(config.get("_class_name")), None)
     if source is not None:
