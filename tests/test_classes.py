@@ -192,6 +192,16 @@ def test_guidance_of_the_output_is_guidance_of_the_denoiser(scheduler):
             torch.testing.assert_close(guided, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+def test_a_variance_that_is_answered_besides_is_not_guided():
+    """As in diffusers' pipeline of DiT: extrapolated, it would leave [-1, 1], in which it is read."""
+    outputs = torch.stack([torch.full((1, 2, 4, 4), 0.2), torch.full((1, 2, 4, 4), 0.9)])
+    network = lambda x, t, labels: torch.cat([outputs[label] for label in labels])
+    guidance = Guidance(torch.ones(3, dtype=torch.int64), 0, 5.0)
+    guided = guidance.output(network, torch.zeros(3, 1, 4, 4), torch.tensor(10))
+    torch.testing.assert_close(guided[:, :1], torch.full((3, 1, 4, 4), 0.2 + 5 * 0.7))
+    assert (guided[:, 1:] == 0.9).all()
+
+
 def test_guidance_of_a_score_under_mixture_noise_is_that_of_the_score():
     """The sampler is given `(1 - s) score + s score_of_class`, and D that goes with it, which is not the guided D."""
     scheduler = GMLangevinScheduler(**MIXTURE, prediction_type="score", num_langevin_steps=1)
@@ -228,6 +238,8 @@ def test_labels_follow_the_proportions_of_the_data():
     unlike = GMSGMPipeline(network, SCHEDULERS["gm-sgm"](), class_shares=[0.2, 0.3, 0.5])
     assert unlike.draw_labels(10, evenly=True) == [0] * 2 + [1] * 3 + [2] * 5
     assert unlike.draw_labels(8, among=[2, 1], evenly=True) == [1] * 3 + [2] * 5, "each has its own share"
+    unseen = GMSGMPipeline(unlike.unet, unlike.scheduler, class_shares=[1.0, 0.0, 0.0])
+    assert unseen.draw_labels(4, among=[1, 2], evenly=True) == [1] * 2 + [2] * 2, "where none has any, alike"
     assert unlike.labels_in_turn(6) == [0, 0, 1, 1, 2, 2]
     assert GMSGMPipeline(tiny_network(), SCHEDULERS["gm-sgm"]()).draw_labels(1, seeded(0)) is None
 

@@ -76,7 +76,22 @@ def test_samples_in_every_form(tmp_path, generator):
     for name in ("pictures", "bytes.npy", "floats.safetensors"):
         read = read_samples(tmp_path / name, cache_dir=str(tmp_path / "cache"))
         torch.testing.assert_close(read, images, msg=name)
-    torch.testing.assert_close(read_samples(tmp_path / "gray.npy", 4), images[:4, :1])
+    some = read_samples(tmp_path / "gray.npy", 4)
+    which = [int((image == images[:, :1]).flatten(1).all(1).nonzero()) for image in some]
+    assert len(set(which)) == 4
+    assert [0, 1, 2, 3] != which == sorted(which)
+
+
+def test_some_of_many_samples_are_not_the_first_which_may_be_of_one_class(tmp_path):
+    """And of a folder of classes the same as of an array."""
+    values = np.repeat(np.arange(0, 200, 50, dtype=np.uint8), 25)
+    np.save(tmp_path / "sorted.npy", np.broadcast_to(values[:, None, None], (100, 4, 4)))
+    for i, value in enumerate(values):
+        (tmp_path / "by class" / f"{value:03d}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), int(value)).save(tmp_path / "by class" / f"{value:03d}" / f"{i:02d}.png")
+    some = read_samples(tmp_path / "sorted.npy", 40)
+    assert (some[:, 0, 0, 0].unique(return_counts=True)[1] - 10).abs().max() <= 6
+    assert torch.equal(read_samples(tmp_path / "by class", 40), some)
 
 
 def test_samples_that_cannot_be_read(tmp_path):

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from networks import seeded, tiny_network
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_gm import (
     AnnealedLangevinScheduler,
@@ -221,6 +221,30 @@ def test_pictures_are_upright_and_on_white_as_a_training_reads_them(tmp_path):
     turned = as_images(sideways, "image", (1, 1, 8, 8))[0, 0] * 255
     assert torch.equal(turned.round(), torch.arange(64.0).reshape(8, 8).rot90(-1))
     assert sideways.getexif()[0x0112] == 6, "the user's image stays as it is"
+
+
+def test_an_image_that_may_have_been_turned_by_hand_is_named(tmp_path, caplog):
+    """PIL's methods leave the tag, so that nobody can know."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (8, 8)).save(tmp_path / "sideways.png", exif=exif)
+    as_images(Image.open(tmp_path / "sideways.png"), "image", (1, 1, 8, 8))
+    as_images(ImageOps.exif_transpose(Image.open(tmp_path / "sideways.png")), "image", (1, 1, 8, 8))
+    assert not caplog.messages
+    as_images(Image.open(tmp_path / "sideways.png").rotate(-90), "image", (1, 1, 8, 8))
+    assert "image has the EXIF orientation 6 and is turned upright by it" in caplog.text
+
+
+def test_strokes_on_a_transparent_mask_are_what_is_new():
+    """As layers of programs that draw have them, and as diffusers reads them."""
+    mask = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (2, 2, 4, 4))
+    assert as_images(mask, "mask_image", (1, 1, 8, 8)).sum() == 4
+
+
+def test_pictures_and_arrays_are_not_mixed():
+    with pytest.raises(ValueError, match="image must be PIL images, or arrays or tensors, not some of each"):
+        as_images([Image.new("L", (8, 8)), np.zeros((8, 8, 1))], "image", (2, 1, 8, 8))
 
 
 def test_a_run_that_cannot_begin_in_the_middle(tiny_unet):

@@ -252,6 +252,25 @@ def test_the_background_is_an_option(tmp_path):
 # --- Frames, orientation ---
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA"])
+def test_scans_that_are_to_be_turned_are(tmp_path, mode, orientation):
+    """TIFFs that are not compressed, which Pillow maps into memory where it is told their name."""
+    stored = Image.new("L", (20, 10), 0)
+    stored.paste(255, (0, 0, 20, 3))
+    stored.paste(128, (0, 0, 5, 10))
+    stored = Image.fromarray(np.array(stored).astype(np.uint16) * 257) if mode == "I;16" else stored.convert(mode)
+    folder = save(tmp_path / "images", stored, tiffinfo={0x0112: orientation})
+    ways = (None, 0, 3, 1, 5, 4, 6, 2)  # of `Image.transpose`, by orientation; 5 is the transposition
+    way = ways[orientation - 1]
+    upright = stored if way is None else stored.transpose(Image.Transpose(way))
+    expected = np.array(upright.convert("RGB") if mode[0] == "R" else upright)
+    expected = expected.reshape(*expected.shape[:2], -1) / (65535 if mode == "I;16" else 255) * 2 - 1
+    found = read(folder).permute(1, 2, 0)
+    assert found.shape == expected.shape
+    assert torch.allclose(found, torch.tensor(expected).float(), atol=1e-4)
+
+
 def test_images_are_upright(tmp_path):
     """Orientation 6: the row at the top of what is seen is the column on the left of what is stored, upwards."""
     exif = Image.Exif()

@@ -121,6 +121,17 @@ def test_a_transformer_cannot_forget_the_timestep():
         fit_unet(dit(), TrainingArguments(method="ncsnv2", conditioning="none"), 8)
 
 
+def test_a_transformer_drops_no_labels_but_those_that_it_is_told_to(generator):
+    """By itself it would in training, in each block others, and by the global RNG."""
+    network = fit_unet(dit(num_layers=3), TrainingArguments(class_conditional=True), 8).train()
+    for weights in network.parameters():
+        torch.nn.init.normal_(weights, std=0.3, generator=generator)
+    sample = torch.randn(32, 1, 8, 8, generator=generator)
+    labels = torch.arange(32) % 10
+    outputs = [mode(sample, torch.full((32,), 10), labels).sample for mode in (network, network.eval())]
+    assert torch.equal(*outputs)
+
+
 def test_an_answer_that_holds_a_variance_is_trained_and_sampled_without(train, tmp_path):
     tiny_network(1, 2).save_pretrained(tmp_path / "unet")
     train(SHORT, f"--model_name_or_path {tmp_path / 'unet'} --output_dir", tmp_path / "out")

@@ -176,6 +176,14 @@ class EncodedImages(ImageSource):
             return error
 
 
+def open_image(path: str) -> Image.Image:
+    """An image file, not decoded yet."""
+    image = Image.open(path)
+    # Pillow maps what is not compressed into memory, by its name, and scrambles it where it is to be turned.
+    image.filename = ""
+    return image
+
+
 class FolderImages(EncodedImages):
     """Image files, `paths` relative to a folder."""
 
@@ -190,7 +198,7 @@ class FolderImages(EncodedImages):
         return [self.name(index) for index in indices]
 
     def _open(self, row: str) -> Image.Image:
-        return Image.open(row)
+        return open_image(row)
 
     def name(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
@@ -223,9 +231,11 @@ class TableImages(EncodedImages):
     def _open(self, row: Any) -> Image.Image:
         if row["bytes"] is not None:
             return Image.open(BytesIO(row["bytes"]))
+        if row["path"] and os.path.isfile(row["path"]):
+            return open_image(row["path"])
         import datasets
 
-        return datasets.Image().decode_example(row)  # a path, which may be one in an archive or of the Hub
+        return datasets.Image().decode_example(row)  # a path in an archive, or of the Hub
 
     def name(self, index: int) -> str:
         return f"row {index} of {self.dataset_name}"

@@ -29,7 +29,7 @@ def build_parser(description: str) -> Parser:
     add(
         "--num_samples",
         type=at_least(1),
-        help="images that are measured [1000, or as many as the floor has; with --samples all]",
+        help="images that are measured [1000, or as many as the floor has; with --samples all, else so many by chance]",
     )
     add("--batch_size", type=at_least(1), default=64, help="images sampled at once, by each process")
 

@@ -21,6 +21,7 @@ from ..data import (
     split_digit_labels,
     split_digits,
 )
+from ..data.seeds import EXAMINATION, order_for
 from ..data.sources import Subset
 from ..launch import process_state
 
@@ -39,7 +40,8 @@ def read_samples(
         path: a folder of images, see `open_folder`; or a .npy file `(n, H, W)` or `(n, H, W, C)`, or a .safetensors
             file with one tensor `(n, C, H, W)`, of uint8 or of floating point numbers in [0, 1], as pipelines return
             them.
-        num_samples: of the images, the first; None for all.
+        num_samples: of the images, so many of them by chance, the same ones every time: the first may be all of one
+            class. None for all.
         cache_dir: where the loader of parquet files keeps its files.
         background: what is seen through transparent pixels; None: white.
 
@@ -56,12 +58,23 @@ def read_samples(
         raise ValueError(f"--samples {path} holds no images")
     if num_samples is not None and len(images) < num_samples:
         raise ValueError(f"--num_samples {num_samples}: {path} holds {len(images)} images")
-    return images[:num_samples]
+    return images
 
 
 def _read(path: Path, num_samples: int | None, cache_dir: str | None, background: str | None) -> Tensor:
     if path.is_dir():
-        return _read_all(open_folder(path, cache_dir=cache_dir, background=background), num_samples)
+        source = open_folder(path, cache_dir=cache_dir, background=background)
+        return _read_all(source, some_of(source.num_images, num_samples))
+    images = _read_array(path)
+    return images[some_of(len(images), num_samples)]
+
+
+def some_of(num_images: int, num_samples: int | None) -> list[int]:
+    """So many of the images by chance, in their order."""
+    return sorted(order_for(num_images, 0, EXAMINATION)[:num_samples])
+
+
+def _read_array(path: Path) -> Tensor:
     if path.suffix == ".npy":
         array = torch.from_numpy(np.load(path))
         array = array[..., None] if array.dim() == 3 else array
@@ -72,9 +85,9 @@ def _read(path: Path, num_samples: int | None, cache_dir: str | None, background
     return _in_range(next(iter(tensors.values())), "(n, 1 or 3, H, W)")
 
 
-def _read_all(source: ImageSource, num_images: int | None) -> Tensor:
+def _read_all(source: ImageSource, indices: Sequence[int]) -> Tensor:
     images = []
-    for index, image in source.fetch_each(range(source.num_images)[:num_images]):
+    for index, image in source.fetch_each(indices):
         if isinstance(image, Exception):
             raise ValueError(f"{source.name(index)}: {image}") from image
         images.append(scaled(image))

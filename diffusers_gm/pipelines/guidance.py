@@ -4,6 +4,7 @@
 
 of the network with the label and with the label of no class. D is an affine function of the output, and the two weights
 sum to one, so that the same holds for D: every sampler sees a denoised image that is guided, and knows of nothing else.
+A variance that the network answers besides stays that of the class.
 
 What that means: under Gaussian noise `D - y` is sigma^2 times the score, so that the guided score is that of
 `p(y) p(class | y)^scale`. Under mixture noise it depends on what the network learned. A *score* is guided as a score,
@@ -50,7 +51,9 @@ class Guidance:
             return network(model_input, timestep, self.labels)
         labels = torch.cat([torch.full_like(self.labels, self.null), self.labels])
         without, of_class = network(torch.cat([model_input] * 2), timestep, labels).chunk(2)
-        return without + self.scale * (of_class - without)
+        guided = without + self.scale * (of_class - without)
+        variance = of_class[:, model_input.shape[1] :]  # of networks that answer one, in as many channels again
+        return torch.cat([guided[:, : model_input.shape[1]], variance], 1)
 
 
 def check_guidance(scale: Any, interval: Any, null: int | None, is_conditional: bool) -> None:

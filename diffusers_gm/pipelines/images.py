@@ -110,6 +110,8 @@ class ImagePipeline(HubPipeline):
         quantiles = even if evenly else Draw(generator).uniform((num_images,))
         classes = torch.tensor(sorted(set(among or range(self.num_classes))))
         shares = torch.tensor(by_index(self.config.get("class_shares")) or [1.0] * self.num_classes)[classes]
+        if not shares.any():  # of classes that the training data had none of
+            shares = torch.ones_like(shares)
         return classes[torch.searchsorted(shares.cumsum(0)[:-1] / shares.sum(), quantiles, right=True)].tolist()
 
     # --- Shapes ---

@@ -1,15 +1,18 @@
 """What users hand to a pipeline, as tensors: labels of classes, images, masks. Errors come before any work."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
 
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 from ..data.pixels import decode
+
+logger = logging.getLogger(__name__)
 
 # One class for all images or one for each: indices, or names.
 ClassLabels = int | str | Sequence[int | str] | Tensor
@@ -71,7 +74,8 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: boo
     """Images of a user's, `(1 or B, C, H, W)` float32 in [0, 1].
 
     Args:
-        image: PIL images, upright, on white where they are transparent; arrays `(..., H, W, C)` or tensors
+        image: PIL images, turned upright by their EXIF tag; on white where they are transparent, masks on black, which
+            keeps; arrays `(..., H, W, C)` or tensors
             `(..., C, H, W)` in [0, 1]; one or a list.
         argument: its name.
         shape: `(B, C, H, W)` of the run; None where anything will do.
@@ -85,6 +89,8 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: boo
     given = list(image) if isinstance(image, list | tuple) else [image]
     if all(isinstance(one, Image.Image) for one in given):
         image = [_as_read(one, argument) for one in given]
+    elif any(isinstance(one, Image.Image) for one in given):
+        raise ValueError(f"{argument} must be PIL images, or arrays or tensors, not some of each")
     elif noisy and any("int" in str(getattr(one, "dtype", "")) for one in given):
         raise ValueError(
             f"{argument} holds whole numbers: give PIL images, or floating-point numbers of which 0 is black and 1 is "
@@ -117,4 +123,10 @@ def _as_read(image: Image.Image, argument: str) -> Image.Image:
             f"{argument} is of mode {image.mode}, which does not say what is white: give an array or a tensor in "
             "[0, 1], scaled as the training images were"
         )
-    return Image.fromarray(decode(image.copy()))
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned != 1 and not isinstance(image, ImageFile.ImageFile):
+        logger.warning(
+            f"{argument} has the EXIF orientation {turned} and is turned upright by it; if that was done before, as by "
+            "rotate, which leaves the tag: use PIL.ImageOps.exif_transpose in place of it"
+        )
+    return Image.fromarray(decode(image.copy(), (0, 0, 0) if argument == "mask_image" else (255, 255, 255)))

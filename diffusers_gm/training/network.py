@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
 from ..autoencoders import downsampling, latent_channels
@@ -179,7 +180,8 @@ def native_shape(unet: Any, args: TrainingArguments, vae: Any = None) -> tuple[R
 
 
 def fit_unet(unet: Any, args: TrainingArguments, resolution: Resolution) -> Any:
-    """Make the network fit for training, in place: its image size, Technique 3, gradient checkpointing.
+    """Make the network fit for training, in place: its image size, Technique 3, gradient checkpointing, no labels
+    dropped but by `--class_dropout`.
 
     Raises:
         ValueError: for a size that the network cannot have, or a network that does not do what is asked.
@@ -201,6 +203,9 @@ def fit_unet(unet: Any, args: TrainingArguments, resolution: Resolution) -> Any:
         )
     if args.conditioning == "none":
         make_unconditional(unet)
+    for module in unet.modules():
+        if isinstance(module, LabelEmbedding):  # of transformers: each block drops labels of its own, by the global RNG
+            module.dropout_prob = 0.0
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.channels_last:
