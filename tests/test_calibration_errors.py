@@ -52,6 +52,21 @@ def test_the_mean_square_of_d_grows_for_exact_networks_and_falls_for_one_that_se
     assert found.errs
 
 
+def test_a_network_of_low_levels_alone_is_measured_on_these():
+    told = []
+
+    def denoiser(y, sigma):
+        told.append(sigma)
+        return y / (1 + sigma**2), None
+
+    start = 0.03 * torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    run = reverse_diffusion(denoiser, start, 0.03, 0.01)
+    assert torch.isfinite(run.images).all()
+    assert told == sorted(told, reverse=True)
+    assert told[0] == pytest.approx(0.03)
+    assert told[-1] == pytest.approx(0.015)
+
+
 def test_a_network_without_low_levels_has_none_to_fade_on():
     assert reverse_diffusion(seen(points), start(20), HIGH, 3.0).left == 1
     assert reverse_diffusion(seen(lambda y, sigma: 0 * y + (sigma < 1)), start(20), HIGH, LOW).left == 1

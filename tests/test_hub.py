@@ -23,7 +23,7 @@ from diffusers_gm import (
     GMSGMPipeline,
     NCSNv2Pipeline,
 )
-from diffusers_gm.pipelines.repository import files_of
+from diffusers_gm.pipelines.uploading import files_of
 
 
 def new_unet(channels_in: int = 1) -> UNet2DModel:

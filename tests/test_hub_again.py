@@ -8,7 +8,7 @@ from hub_client import TOKEN, Client
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline
 from diffusers_gm.pipelines.measurements import forget_quality
-from diffusers_gm.pipelines.repository import files_of
+from diffusers_gm.pipelines.uploading import files_of
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ for folder, repo_id in zip(sys.argv[1::2], sys.argv[2::2]):
 
 def test_a_folder_can_be_pushed_to_two_repositories(empty_server, saved, tmp_path):
     """Each card names its own; that of the folder stays what it was."""
-    card = '---\nlicense: mit\n---\npipe = GMSGMPipeline.from_pretrained(".")\n'
+    of_others = 'Made from `GMSGMPipeline.from_pretrained("alice/base")`, by'
+    card = f'---\nlicense: mit\n---\n{of_others}\npipe = GMSGMPipeline.from_pretrained(".")\n'
     card += "<!-- quality -->\nNot measured.\n<!-- end of quality -->\n"
     texts = {"here": card, "elsewhere": card.replace('"."', '"me/elsewhere"')}
     pushes = [(tmp_path / name, f"me/{repo}") for name in texts for repo in ("one", "two")]
@@ -71,6 +72,19 @@ def test_measurements_of_another_model_leave_the_repository_with_its_card(empty_
     files = empty_server.repos["me/measured"].files
     assert "quality.png" not in files
     assert "model_index.json" in files
+
+
+def test_a_card_that_was_edited_in_the_repository_is_named_before_it_is_replaced(empty_server, saved, tmp_path):
+    (saved / "README.md").write_text("---\nlicense: mit\n---\nMine.\n")
+    push = [sys.executable, "-m", "diffusers_gm.hub", str(saved), "me/edited"]
+    client = Client(empty_server, tmp_path / "home", TOKEN)
+    client.command(push)
+    assert "README.md" not in client.command(push).stderr, "the same as before"
+    repo = empty_server.repos["me/edited"]
+    edited = repo.commit("main", {**repo.files, "README.md": b"---\nlicense: mit\n---\nEdited here.\n"})
+    assert f"/me/edited/blob/{edited}/README.md" in client.command(push).stderr
+    assert repo.files["README.md"].endswith(b"Mine.\n")
+    assert repo.commits[edited]["README.md"].endswith(b"Edited here.\n")
 
 
 PUSH_AS_IT_IS = """

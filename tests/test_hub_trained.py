@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusers_gm.evaluation.card import add_quality
 from diffusers_gm.pipelines.measurements import forget_quality
-from diffusers_gm.pipelines.repository import weights_before
+from diffusers_gm.pipelines.uploading import weights_before
 
 ROOT = Path(__file__).parents[1]
 

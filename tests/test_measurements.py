@@ -5,26 +5,35 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from networks import tiny_network
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline
+from diffusers_gm.evaluation.card import add_quality
 from diffusers_gm.pipelines import loading
-from diffusers_gm.pipelines.measurements import hash_of_card
+from diffusers_gm.pipelines.measurements import forget_quality, hash_of_card
 
 FIGURES = """\
 model-index:
 - name: m
   results:
   - task:
-      type: t
+      type: unconditional-image-generation
     dataset:
       type: d
       name: d
     metrics:
-    - type: w
+    - type: sliced-w2
       value: 1.5
+      name: sliced W2, GMLangevinScheduler, 10 network calls, n = 20
+"""
+OF_A_USER = """\
+    - type: fid
+      value: 3.21
+      name: FID, as I compute it
 """
 CARD = "---\nlicense: mit\n{figures}---\n\n# Mine\n\n<!-- quality -->\n{quality}\n<!-- end of quality -->\n"
+CELL = {"sampler": "gm-sgm", "calls": 5, "ratio": 1.25}
 MEASURED = CARD.format(figures=FIGURES, quality="1.5")
 
 
@@ -75,6 +84,20 @@ def test_a_model_that_is_saved_over_a_measured_one(folder):
     assert "1.5" not in (folder / "README.md").read_text()
     assert json.loads((folder / "results-before.json").read_text()) == {}
     assert not (folder / "results.json").exists()
+
+
+def test_what_a_user_has_measured_stays_in_the_card(folder):
+    """When ours goes, and when it comes again; and it is an edit."""
+    (folder / "README.md").write_text(MEASURED.replace(FIGURES, FIGURES + OF_A_USER))
+    forget_quality(folder)
+    (result,) = ModelCard.load(folder / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("fid", 3.21)
+    (folder / "quality.json").write_text(json.dumps({"n": 5, "floor": 1.0, "m": [CELL]}))
+    for _ in range(2):
+        add_quality(folder)
+        results = ModelCard.load(folder / "README.md").data.eval_results
+        assert sorted(result.metric_value for result in results) == [1.25, 3.21]
+    assert hash_of_card(MEASURED.replace(FIGURES, FIGURES + OF_A_USER)) != hash_of_card(MEASURED)
 
 
 def test_measurements_are_no_edit_of_a_card():

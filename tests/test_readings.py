@@ -179,6 +179,9 @@ def test_infinite_noise_levels_start_at_a_large_finite_one():
 
 
 def test_bad_arguments_are_named():
+    for betas in ({"beta_start": 0.0}, {"trained_betas": [0.0, 0.1, 0.2], "num_train_timesteps": 3}):
+        with pytest.raises(ValueError, match="the betas begin with 0, a level without noise: the first beta"):
+            NoiseSpace.vp(DDPMScheduler(**betas).alphas_cumprod)
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         NoiseSpace.ve(1.0, 0.5, 10)
     with pytest.raises(ValueError, match="timestep_spacing 'sqrt'"):

@@ -400,3 +400,19 @@ def test_options_that_are_registered_later_count(cls, generator):
         results.append(scheduler.step(0.5 * x, scheduler.timesteps[0], x, generator=noise))
     assert torch.equal(results[0].prev_sample, results[1].prev_sample)
     assert torch.equal(results[0].pred_original_sample, results[1].pred_original_sample)
+
+
+@every_scheduler
+@pytest.mark.parametrize("asked", [{"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}, {"grid": "log_snr"}])
+def test_a_spacing_that_is_registered_later_counts(cls, asked):
+    """As if `from_config` had been told so: that which a swap has by itself gives way."""
+    source = DDPMScheduler().config
+    given = cls.from_config(source, **asked)
+    changed = cls.from_config(source)
+    changed.register_to_config(**asked)
+    for scheduler in (given, changed):
+        scheduler.set_timesteps(8)
+    assert torch.equal(given.timesteps, changed.timesteps)
+    by_itself = cls.from_config(source)
+    by_itself.set_timesteps(8)
+    assert not torch.equal(by_itself.timesteps, changed.timesteps)

@@ -113,9 +113,8 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
     Raises:
         ValueError: for a D that is not finite.
     """
-    sigmas = torch.logspace(
-        math.log10(min(high, 40.0)), math.log10(max(low, 0.05)), NUM_MARTINGALE, dtype=torch.float64
-    )
+    first, last = min(high, 40.0), max(low, min(0.05, high / 2))
+    sigmas = torch.logspace(math.log10(first), math.log10(last), NUM_MARTINGALE, dtype=torch.float64)
     y = start * (float(sigmas[0]) / high)
     sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(SEEDS)
     products = squares = 0.0

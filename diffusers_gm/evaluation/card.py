@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..files import write_text
-from ..pipelines.measurements import between, not_measured, scheduler_of
+from ..pipelines.measurements import TASK, between, not_measured, results_of_others, scheduler_of
 from ..pipelines.repository import BEST, QUALITY
 from .report import WITH_RATIO, best, curve_table, curves, statistic, table
 from .results import Results, Statistic
@@ -43,7 +43,7 @@ def add_quality(folder: Path) -> None:
         return
     card.text = between(QUALITY, card.text, "\n\n".join(words for words, _ in found))
     card.data.model_name = folder.resolve().name
-    card.data.eval_results = [result for _, results in found for result in results]
+    card.data.eval_results = [*results_of_others(card), *(result for _, results in found for result in results)]
     write_text(path, str(card))
 
 
@@ -91,7 +91,7 @@ def _evaluation_quality(results: Results) -> tuple[str, list[EvalResult]]:
 
 def _eval_result(dataset: tuple[str, str], metric_type: str, metric_name: str, value: float) -> EvalResult:
     return EvalResult(
-        task_type="unconditional-image-generation",
+        task_type=TASK,
         dataset_type=dataset[0],
         dataset_name=dataset[1],
         metric_type=metric_type,

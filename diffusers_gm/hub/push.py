@@ -13,7 +13,7 @@ from huggingface_hub.utils import HfHubHTTPError
 
 from ..cli import Parser
 from ..evaluation.card import add_quality
-from ..pipelines.repository import upload
+from ..pipelines.uploading import upload
 
 
 def push_to_hub(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

@@ -17,7 +17,8 @@ from .. import schedulers
 from ..files import write_text
 from ..version import __version__
 from .measurements import forget_quality, same_model, set_aside_measurements
-from .repository import CARD_FILES, QUALITY_FILES, short_card, upload
+from .repository import CARD_FILES, QUALITY_FILES, short_card
+from .uploading import upload
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from ..files import free_name, write_text
 from .repository import BEST, QUALITY, QUALITY_FILES
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 # What belongs to one model and its scheduler.
 MEASURED = (*QUALITY_FILES, "calibration.png")
+
+# How the metadata of a card says what we have measured, see `evaluation.card`.
+TASK, OF_CALLS = "unconditional-image-generation", re.compile(r", \d+ network calls")
 
 # What a card says before.
 NOT_MEASURED = "Not measured."
@@ -60,10 +64,19 @@ def set_aside_measurements(folder: Path, names: Sequence[str] = MEASURED) -> Non
 
 
 def not_measured(card: Any) -> Any:
-    """A `ModelCard` without any measurement."""
+    """A `ModelCard` without any measurement of ours; what others have measured stays."""
     card.text = between(BEST, between(QUALITY, card.text, NOT_MEASURED), "")
-    card.data.eval_results = None
+    card.data.eval_results = results_of_others(card) or None
     return card
+
+
+def results_of_others(card: Any) -> list[EvalResult]:
+    """The results in the metadata of a `ModelCard` that we have not measured: all of ours name the network calls."""
+
+    def is_ours(result: EvalResult) -> bool:
+        return result.task_type == TASK and bool(OF_CALLS.search(result.metric_name or ""))
+
+    return [result for result in card.data.eval_results or [] if not is_ours(result)]
 
 
 def scheduler_of(folder: Path) -> str | None:

@@ -61,7 +61,16 @@ class NoiseSpace:
 
     @classmethod
     def vp(cls, alphas_cumprod: Tensor) -> "NoiseSpace":
-        """The space of a DDPM network with cumulative products `alphas_cumprod`, shape `(N,)`, in [0, 1)."""
+        """The space of a DDPM network with cumulative products `alphas_cumprod`, shape `(N,)`, in [0, 1).
+
+        Raises:
+            ValueError: for a first level without noise, which has no logarithm.
+        """
+        if not alphas_cumprod[0] < 1:
+            raise ValueError(
+                f"the betas begin with {float(1 - alphas_cumprod[0]):g}, a level without noise: the first beta "
+                "(beta_start, or that of trained_betas) must be above 0"
+            )
         abar = alphas_cumprod.double().clamp(min=1 / (1 + MAX_SIGMA**2))
         log_sigmas = 0.5 * (torch.log1p(-abar) - abar.log())
         return cls("vp", len(abar), log_sigmas, zero_terminal_snr=bool(alphas_cumprod[-1] == 0))

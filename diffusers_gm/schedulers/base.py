@@ -25,7 +25,7 @@ from .calls import Calls, Levels
 from .network import betas_from_config, prediction_type_of, reading_from_config
 from .options import SPACING_FLAGS
 from .run import TURN, Run
-from .swap import Swappable
+from .swap import Swappable, of_one_grid
 
 
 class SamplerScheduler(Calls, Swappable):
@@ -88,6 +88,7 @@ class SamplerScheduler(Calls, Swappable):
         options = self._get_init_keys(type(self)) - {"self"}
         if "_run" in vars(self) and options & kwargs.keys():
             cls: Any = type(self)
+            kwargs = of_one_grid(self.config, kwargs)
             made = cls(**{name: kwargs.get(name, self.config[name]) for name in options})
             kwargs |= {name: made.config[name] for name in options}
             self.__dict__.update({**vars(made), "_internal_dict": self._internal_dict})

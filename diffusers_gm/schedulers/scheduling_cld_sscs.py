@@ -46,8 +46,9 @@ class CLDSSCSScheduler(SamplerScheduler):
         prediction_type: native `velocity_score` (`grad_v log p`), `scaled_velocity_score` (`-ell` times the output),
             `cld_mixed` (eq. 9), see `score_coefficients`, or `cld_edm`, the F of EDM, see `CompanionReading`; lifted as
             in `AnnealedLangevinScheduler`.
-        timestep_spacing: `uniform` or, as published, `quadratic` in t; `even`, `log_snr` (equal ratios) or `karras` of
-            `sigma_eff`; lifted also `beta`, `linspace`, `leading`, `trailing`: the levels that other schedulers use.
+        timestep_spacing: `uniform` or, as published, `quadratic` in t, which know of no shift; `even`, `log_snr` (equal
+            ratios) or `karras` of `sigma_eff`; lifted also `beta`, `linspace`, `leading`, `trailing`: the levels that
+            other schedulers use.
         beta_0, beta_1: `beta(t) = beta_0 + beta_1 * t`.
         mass, gamma: M, and the variance of the initial velocity in units of M. In lifted mode no network was trained
             on them: they are the sampler's own.

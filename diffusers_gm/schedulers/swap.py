@@ -173,6 +173,13 @@ def sampler_grid(config: dict[str, Any]) -> str | None:
     return "even" if spacing in ("leading", "linspace") or (spacing is None and not of_flow) else None
 
 
+def of_one_grid(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for, of which a spacing takes the place of that of a config, whatever that calls it."""
+    if "timestep_spacing" in asked or any(asked.get(name) for name in ("grid", *SPACING_FLAGS)):
+        return {"grid": None, **{flag: False for flag in SPACING_FLAGS if config.get(flag)}, **asked}
+    return asked
+
+
 # --- From ours to others ---
 
 
@@ -287,10 +294,7 @@ class Swappable(SchedulerMixin, ConfigMixin):
                 own = ("corrector", "multistep_order", "stochasticity")
                 config = {key: value for key, value in config.items() if key not in own}
                 config["grid"] = sampler_grid(config)
-        # What is asked for takes the place of what the source has.
-        flags = {flag: False for flag in SPACING_FLAGS if isinstance(config, dict) and config.get(flag)}
-        if "timestep_spacing" in kwargs or any(kwargs.get(name) for name in ("grid", *SPACING_FLAGS)):
-            kwargs = {"grid": None, **flags, **kwargs}
+        kwargs = of_one_grid(config if isinstance(config, dict) else {}, kwargs)
         options = cls._get_init_keys(cls)
         for name in kwargs.keys() - options - {*SAID_OF_FLOW}:
             near = get_close_matches(name, options, 3, 0.0)
