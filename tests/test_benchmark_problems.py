@@ -173,6 +173,10 @@ def test_a_calibration_is_made_once(tmp_path):
     assert calls == 0
     assert levels.tolist() == pytest.approx(scheduler.config.calibration["8"])
     assert [row[0] for row in made().table().rows] == ["fast"]
+    (kept,) = tmp_path.glob("calibration * fast.json")
+    kept.write_text(kept.read_text().replace('"rules": "', '"rules": "0'))
+    with pytest.raises(ValueError, match="was calibrated by other code than there is"):
+        made().scheduler("fast")
 
 
 # --- Scores ---

@@ -1,9 +1,11 @@
 """Noise levels that are made for one network, for `.sampler_benchmark`: each made when first asked for, and kept."""
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ GITS = "GITS-like"
 
 # Levels of the one trajectory of `GITS`, and its images.
 NUM_GITS, BATCH_GITS = 60, 64
+
+
+def rules() -> str:
+    """A hash of the code that calibrates: what is kept is of one version of it."""
+    package = files("diffusers_gm")
+    sources = [file for file in package.joinpath("calibration").iterdir() if file.name.endswith(".py")]
+    sources += [package.joinpath(name) for name in ("readings/grids.py", "samplers/multistep.py")]
+    texts = [file.read_bytes() for file in sorted(sources, key=str)]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 class Calibrations:
@@ -73,8 +84,15 @@ class Calibrations:
     def _kept(self, variant: str) -> dict[str, Any]:
         path = self._path(variant)
         if not path.is_file():
-            write_json(path, gits(self.pipeline) if variant == GITS else self._made(variant))
-        return json.loads(path.read_text(encoding="utf-8"))
+            made = gits(self.pipeline) if variant == GITS else self._made(variant)
+            write_json(path, {**made, "rules": rules()})
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("rules") != rules():
+            raise ValueError(
+                f"{path} was calibrated by other code than there is, and so were the samples that were measured on it: "
+                "give another --output"
+            )
+        return kept
 
     def _made(self, variant: str) -> dict[str, Any]:
         images = self.images if variant == WITH_IMAGES else None
