@@ -231,6 +231,7 @@ def test_a_run_that_begins_midway_says_so_before_it_explores(generator):
     scheduler.set_timesteps(40)
     with pytest.raises(ValueError, match=r"begins at step 30, which set_begin_index\(30\) was to say before noise"):
         scheduler.step(sample, scheduler.timesteps[30], sample, generator)
+    assert scheduler.step_index is None
     scheduler.set_timesteps(40)
     scheduler.set_begin_index(30)
     scheduler.step(sample, scheduler.timesteps[30], sample, generator)

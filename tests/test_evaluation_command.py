@@ -32,6 +32,7 @@ from diffusers_gm.data import (
     split_digit_labels,
     split_digits,
 )
+from diffusers_gm.data.seeds import order_for
 from diffusers_gm.evaluation import command, num_steps_for
 from diffusers_gm.evaluation.distances import sliced_wasserstein
 from diffusers_gm.evaluation.features import fingerprint
@@ -39,7 +40,7 @@ from diffusers_gm.evaluation.options import build_parser
 from diffusers_gm.evaluation.report import plot, table, verdict
 from diffusers_gm.evaluation.results import Cell, Results
 from diffusers_gm.evaluation.sampling import NoGridError, load_pipeline, scheduler_by_name
-from diffusers_gm.evaluation.sources import read_samples
+from diffusers_gm.evaluation.sources import read_samples, some_of
 from diffusers_gm.evaluation.table import this_command
 from diffusers_gm.files import write_text
 
@@ -92,6 +93,12 @@ def test_some_of_many_samples_are_not_the_first_which_may_be_of_one_class(tmp_pa
     some = read_samples(tmp_path / "sorted.npy", 40)
     assert (some[:, 0, 0, 0].unique(return_counts=True)[1] - 10).abs().max() <= 6
     assert torch.equal(read_samples(tmp_path / "by class", 40), some)
+
+
+def test_some_samples_are_not_those_that_are_drawn_of_the_real_images():
+    """A folder of as many would have all its partners in the reference."""
+    shared = set(some_of(1000, 100)) & set(order_for(1000, 0, EXAMINATION)[:100])
+    assert abs(len(shared) - 10) < 5 * 3
 
 
 def test_samples_that_cannot_be_read(tmp_path):

@@ -8,7 +8,7 @@ from hub_client import TOKEN, Client
 
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline
 from diffusers_gm.pipelines.measurements import forget_quality
-from diffusers_gm.pipelines.uploading import files_of
+from diffusers_gm.pipelines.uploading import differ, files_of
 
 
 @pytest.fixture
@@ -85,6 +85,12 @@ def test_a_card_that_was_edited_in_the_repository_is_named_before_it_is_replaced
     assert f"/me/edited/blob/{edited}/README.md" in client.command(push).stderr
     assert repo.files["README.md"].endswith(b"Mine.\n")
     assert repo.commits[edited]["README.md"].endswith(b"Edited here.\n")
+
+
+@pytest.mark.parametrize("card", ["---\na: [1\n---\n", "---\nmodel-index:\n- results: []\n---\n", "---\n- a\n---\n"])
+def test_cards_that_cannot_be_parsed_differ_from_others(card):
+    assert differ(card, "---\nlicense: mit\n---\nMine.\n")
+    assert not differ(card, card)
 
 
 PUSH_AS_IT_IS = """

@@ -223,6 +223,15 @@ def test_pictures_are_upright_and_on_white_as_a_training_reads_them(tmp_path):
     assert sideways.getexif()[0x0112] == 6, "the user's image stays as it is"
 
 
+def test_scans_that_are_to_be_turned_are(tmp_path):
+    """Those that Pillow would map into memory, and scramble."""
+    Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16)).save(tmp_path / "scan.tif", tiffinfo={0x0112: 6})
+    scan = Image.open(tmp_path / "scan.tif")
+    turned = as_images(scan, "image", (1, 1, 16, 8))[0, 0] * 255
+    assert torch.equal(turned.round(), torch.arange(128.0).reshape(8, 16).rot90(-1))
+    assert scan.filename.endswith("scan.tif")
+
+
 def test_an_image_that_may_have_been_turned_by_hand_is_named(tmp_path, caplog):
     """PIL's methods leave the tag, so that nobody can know."""
     exif = Image.Exif()
@@ -236,7 +245,7 @@ def test_an_image_that_may_have_been_turned_by_hand_is_named(tmp_path, caplog):
 
 
 def test_strokes_on_a_transparent_mask_are_what_is_new():
-    """As layers of programs that draw have them, and as diffusers reads them."""
+    """As layers of programs that draw have them."""
     mask = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     mask.paste((255, 255, 255, 255), (2, 2, 4, 4))
     assert as_images(mask, "mask_image", (1, 1, 8, 8)).sum() == 4

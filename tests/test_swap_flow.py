@@ -77,6 +77,19 @@ def test_a_shift_that_was_changed_between_swaps_stays(cls, source, on_disk, tmp_
     assert cls.from_config(dict(scheduler.config)).config.shift == shift
 
 
+@every_scheduler
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_shift_of_which_a_solver_between_swaps_was_told_nothing_stays(cls, dynamic, on_disk, tmp_path):
+    """`flow_shift=1` is its default."""
+    source = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic)
+    solver = UniPCMultistepScheduler.from_config(cls.from_config(source.config).config)
+    if on_disk:
+        solver.save_pretrained(tmp_path)
+    config = cls.load_config(tmp_path) if on_disk else solver.config
+    assert cls.from_config(config).config.shift == 3.0
+
+
 # --- Levels ---
 
 

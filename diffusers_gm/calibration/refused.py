@@ -54,14 +54,20 @@ def refuse_parts(components: Mapping[str, Any]) -> None:
 
 
 def _refuse_share_of_guider(name: str, guider: Any, config: Mapping[str, Any]) -> None:
-    for option, value in config.items():
-        for ending, whole in SHARES_OF_GUIDERS.items():
-            if (option == ending or option.endswith(f"_{ending}")) and not is_whole(value, whole):
-                raise ValueError(
-                    f"{name} is a {type(guider).__name__} with {option}={value!r}, which acts in a share of a run or "
-                    "by the calls before, and a calibration makes no run as long as yours: give the pipeline one with "
-                    f"{option}={whole!r}, as pipe.{name}.new({option}={whole!r}) is, or another guider"
-                )
+    shares = {
+        option: whole
+        for option, value in config.items()
+        for ending, whole in SHARES_OF_GUIDERS.items()
+        if (option == ending or option.endswith(f"_{ending}")) and not is_whole(value, whole)
+    }
+    if shares:
+        said = ", ".join(f"{option}={config[option]!r}" for option in shares)
+        right = ", ".join(f"{option}={whole!r}" for option, whole in shares.items())
+        raise ValueError(
+            f"{name}, of class {type(guider).__name__}, has {said}: it acts in a share of a run, or by the calls "
+            f"before, and a calibration makes no run as long as yours; give the pipeline pipe.{name}.new({right}), or "
+            "another guider"
+        )
 
 
 def is_whole(value: Any, whole: Any) -> bool:

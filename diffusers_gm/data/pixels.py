@@ -1,6 +1,7 @@
 """From files to tensors: what the numbers in an image mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,20 @@ def decode(image: Image.Image, background: Colour = (255, 255, 255)) -> np.ndarr
         gray = gray and len(set(background)) == 1
     mode = "L" if gray else "RGB"
     return np.array(image if image.mode == mode else image.convert(mode))
+
+
+@contextmanager
+def unmapped(image: Image.Image) -> Iterator[Image.Image]:
+    """An image file without its name, by which Pillow maps what is not compressed into memory, and scrambles it where
+    it is to be turned."""
+    name = getattr(image, "filename", None)
+    if name:
+        image.filename = ""  # type: ignore[attr-defined]
+    try:
+        yield image
+    finally:
+        if name:
+            image.filename = name  # type: ignore[attr-defined]
 
 
 def has_16_bits(image: Image.Image) -> bool:

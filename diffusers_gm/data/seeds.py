@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # What a seed is used for: keys that keep the streams of random numbers apart.
-ORDER, AUGMENTATION, STEP, EXAMINATION, SAMPLES, LEVELS, CLASSES = range(7)
+ORDER, AUGMENTATION, STEP, EXAMINATION, SAMPLES, LEVELS, CLASSES, SOME = range(8)
 
 
 def seed_for(*key: int) -> int:

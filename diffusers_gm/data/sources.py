@@ -18,7 +18,7 @@ from torch import Tensor
 from .digits import split_digit_labels, split_digits
 from .folders import Listing, list_folder, split_of_image, split_of_table, training_part
 from .labels import Labels, labels_from, labels_of_files, labels_of_table
-from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, has_16_bits, range_of, scaled
+from .pixels import KINDS, Colour, PixelRange, as_tensor, colour, decode, has_16_bits, range_of, scaled, unmapped
 from .seeds import SAMPLES, order_for
 from .tables import holds_images, images_of, load_table
 
@@ -126,7 +126,7 @@ class EncodedImages(ImageSource):
         for index in examined:
             (row,) = self._rows([index])
             try:
-                with self._open(row) as image:
+                with self._open(row) as image, unmapped(image):
                     if image.format != "MPO" and getattr(image, "is_animated", False):  # others of which are previews
                         stacks.append(index)
                     of_16_bits = has_16_bits(image)
@@ -170,18 +170,10 @@ class EncodedImages(ImageSource):
     def decoded(self, row: Any) -> Tensor | Exception:
         """The image of one of the `_rows`."""
         try:
-            with self._open(row) as image:
+            with self._open(row) as image, unmapped(image):
                 return as_tensor(decode(image, self.background), self.ranges)
         except Exception as error:  # a decoder may raise anything; the share of failures is what counts
             return error
-
-
-def open_image(path: str) -> Image.Image:
-    """An image file, not decoded yet."""
-    image = Image.open(path)
-    # Pillow maps what is not compressed into memory, by its name, and scrambles it where it is to be turned.
-    image.filename = ""
-    return image
 
 
 class FolderImages(EncodedImages):
@@ -198,7 +190,7 @@ class FolderImages(EncodedImages):
         return [self.name(index) for index in indices]
 
     def _open(self, row: str) -> Image.Image:
-        return open_image(row)
+        return Image.open(row)
 
     def name(self, index: int) -> str:
         return f"{self.folder}/{self.paths[index]}"
@@ -232,7 +224,7 @@ class TableImages(EncodedImages):
         if row["bytes"] is not None:
             return Image.open(BytesIO(row["bytes"]))
         if row["path"] and os.path.isfile(row["path"]):
-            return open_image(row["path"])
+            return Image.open(row["path"])
         import datasets
 
         return datasets.Image().decode_example(row)  # a path in an archive, or of the Hub

@@ -21,7 +21,7 @@ from ..data import (
     split_digit_labels,
     split_digits,
 )
-from ..data.seeds import EXAMINATION, order_for
+from ..data.seeds import SOME, order_for
 from ..data.sources import Subset
 from ..launch import process_state
 
@@ -66,12 +66,12 @@ def _read(path: Path, num_samples: int | None, cache_dir: str | None, background
         source = open_folder(path, cache_dir=cache_dir, background=background)
         return _read_all(source, some_of(source.num_images, num_samples))
     images = _read_array(path)
-    return images[some_of(len(images), num_samples)]
+    return images if num_samples is None else images[some_of(len(images), num_samples)]
 
 
 def some_of(num_images: int, num_samples: int | None) -> list[int]:
-    """So many of the images by chance, in their order."""
-    return sorted(order_for(num_images, 0, EXAMINATION)[:num_samples])
+    """So many of the images by chance, in their order, whatever is drawn of the real ones."""
+    return sorted(order_for(num_images, 0, SOME)[:num_samples])
 
 
 def _read_array(path: Path) -> Tensor:

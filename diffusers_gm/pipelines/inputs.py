@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
-from ..data.pixels import decode
+from ..data.pixels import decode, unmapped
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,8 @@ def as_images(image: Any, argument: str, shape: Sequence[int | None], noisy: boo
     """Images of a user's, `(1 or B, C, H, W)` float32 in [0, 1].
 
     Args:
-        image: PIL images, turned upright by their EXIF tag; on white where they are transparent, masks on black, which
-            keeps; arrays `(..., H, W, C)` or tensors
-            `(..., C, H, W)` in [0, 1]; one or a list.
+        image: PIL images, turned upright by their EXIF tag, on white where they are transparent, masks on black; arrays
+            `(..., H, W, C)` or tensors `(..., C, H, W)` in [0, 1]; one or a list.
         argument: its name.
         shape: `(B, C, H, W)` of the run; None where anything will do.
         noisy: whether values may lie outside [0, 1].
@@ -126,7 +125,9 @@ def _as_read(image: Image.Image, argument: str) -> Image.Image:
     turned = image.getexif().get(ExifTags.Base.Orientation, 1)
     if turned != 1 and not isinstance(image, ImageFile.ImageFile):
         logger.warning(
-            f"{argument} has the EXIF orientation {turned} and is turned upright by it; if that was done before, as by "
-            "rotate, which leaves the tag: use PIL.ImageOps.exif_transpose in place of it"
+            f"{argument} has the EXIF orientation {turned} and is turned upright by it, which is right unless that was "
+            "done before, as by rotate, which leaves the tag: then use PIL.ImageOps.exif_transpose in its place"
         )
-    return Image.fromarray(decode(image.copy(), (0, 0, 0) if argument == "mask_image" else (255, 255, 255)))
+    with unmapped(image):
+        image = image.copy()
+    return Image.fromarray(decode(image, (0, 0, 0) if argument == "mask_image" else (255, 255, 255)))

@@ -52,7 +52,8 @@ def short_card(repo_id: str, pipeline_class: str, num_inference_steps: int) -> M
 
 
 # The line by which our cards load a model; other names in a text are its author's.
-LOAD = re.compile(r'(?m)^(pipe(?:line)? = \w*Pipeline\.)from_pretrained\("[^"]*"\)$')
+OURS = "(?:GMSGM|NCSNv2|CLD|Unconditional)Pipeline"
+LOAD = re.compile(rf'(?m)^(pipe(?:line)? = {OURS}\.)from_pretrained\("[^"]*"\)')
 
 
 def card_of_repository(text: str, repo_id: str) -> str:

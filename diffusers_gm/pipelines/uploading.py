@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from yaml import YAMLError
 
 from .measurements import hash_of_card
 from .repository import CARD_FILES, QUALITY_FILES, card_of_repository
@@ -32,6 +33,16 @@ def weights_before(there: Collection[str], content: Collection[str]) -> list[str
 
     replaced = {stem(name, variants=False) for name in content} - {None}
     return [name for name in there if stem(name, variants=True) in replaced and name not in content]
+
+
+def differ(card: str, other: str) -> bool:
+    """Whether two cards say something else but measurements; those that cannot be parsed, if they are not the same."""
+    if card == other:
+        return False
+    try:
+        return hash_of_card(card) != hash_of_card(other)
+    except (ValueError, YAMLError):
+        return True
 
 
 def files_of(folder: Path) -> list[str]:
@@ -82,12 +93,12 @@ def upload(
     if stale:
         logger.warning(f"what was there before leaves {repo_id}, but for its history: {', '.join(stale)}")
     if text is not None and "README.md" in there:
-        before = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
-        if hash_of_card(before) != hash_of_card(text):
+        before = Path(api.hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8", errors="replace")
+        if differ(before, text):
             kept = f"{api.endpoint}/{repo_id}/blob/{api.model_info(repo_id).sha}/README.md"
             logger.warning(
-                f"the README.md of {repo_id}, which may have been edited there, is replaced by that of the folder; the "
-                f"one of before stays in its history: {kept}"
+                f"the card of the folder takes the place of the README.md of {repo_id}, which may have been edited "
+                f"there, and which stays in its history: {kept}"
             )
     changes: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationAdd(name, data) for name, data in content.items()),

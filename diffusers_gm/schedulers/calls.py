@@ -46,12 +46,12 @@ class Calls:
         """Whether levels are s = 1, 1 - 1/n, ..., 1/n, or as many even ones down to the lowest s of the network, each
         moved to one that it was trained at, as Bria's pipeline passes them."""
         given = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-        n, lowest = len(given), 1 / self.config.num_train_timesteps
-        ends = {1 / n: 1e-6, lowest: lowest + 1e-6} if n else {}
-        return any(
-            torch.allclose(given, torch.linspace(1, end, n, dtype=torch.float64), rtol=0, atol=near)
-            for end, near in ends.items()
-        )
+        n, num_train = len(given), self.config.num_train_timesteps
+        if n == 0:
+            return False
+        even = [torch.linspace(1, end, n, dtype=torch.float64) for end in (1 / n, 1 / num_train)]
+        of_bria = 1 - torch.linspace(0, num_train - 1, n, dtype=torch.float64).floor() / num_train
+        return any(torch.allclose(given, unasked, rtol=0, atol=1e-6) for unasked in (*even, of_bria))
 
     def labels_of(self, num_levels: int, mu: float | None = None) -> Tensor:
         """The labels of `num_levels` levels on the config's grid; `mu`: see `resolution_shift`.

@@ -136,13 +136,15 @@ class AnnealedLangevinScheduler(SamplerScheduler):
 
     def _claim(self, timestep: Tensor | float, shape: torch.Size) -> tuple[int, Run]:
         """A run that explores where it begins has to know that before noise is added to an image."""
-        begins = self._run is not None and self._run.index is None
+        before = self._run
         i, run = super()._claim(timestep, shape)
-        if begins and i > 0 and self._begin_index is None and isinstance(self.sampler, Explore) and self._given[0]:
+        begins_midway = before is not None and before.index is None and i > 0 and self._begin_index is None
+        if begins_midway and isinstance(self.sampler, Explore) and self._given[0]:
+            self._run = before
             raise ValueError(
                 f"this run begins at step {i}, which set_begin_index({i}) was to say before noise was added to the "
-                "image: algorithm_type='explore' has its levels by that, and this pipeline does not call it; use "
-                "another algorithm_type"
+                "image: algorithm_type='explore' has its levels by that, and this pipeline, or loop, did not call it; "
+                "call it, or use another algorithm_type"
             )
         return i, run
 

@@ -58,6 +58,8 @@ def shifts_as_solver(config: dict[str, Any]) -> bool:
     before what it has no use for."""
     if isinstance(config, SwapConfig) or config.get("noise_space") != "flow" or "flow_shift" not in config:
         return False
+    if not config.get("use_flow_sigmas") and config["flow_shift"] == 1.0:  # its default, of which nobody said anything
+        return False
     source = getattr(diffusers, str(config.get("_class_name")), None)
     if source is not None:
         return "flow_shift" in inspect.signature(source.__init__).parameters
