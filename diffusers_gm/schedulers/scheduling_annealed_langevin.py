@@ -131,7 +131,7 @@ class AnnealedLangevinScheduler(SamplerScheduler):
         labels = torch.cat([labels[:begin_index], rest[:1].expand(len(rest) - len(down)), rest[down]])
         levels = self.reading.sigma(labels)
         run.calls, run.plan = self.reading.calls(labels, levels), self.sampler.plan(levels)
-        run.timesteps.copy_(labels)
+        run.timesteps.copy_(labels.to(run.timesteps.dtype))
         self.sigmas = self.visible_sigmas(levels)
 
     def _claim(self, timestep: Tensor | float, shape: torch.Size) -> tuple[int, Run]:
