@@ -30,7 +30,7 @@ from .errors import (
 )
 from .levels import Found, Ladder, levels_from_one_run, levels_from_trajectories
 from .oracle import MANY, with_denoiser
-from .refused import refuse_parts, refuse_shares
+from .refused import refuse_what_cannot_be
 from .trajectory import Denoised, Denoiser
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
@@ -270,15 +270,7 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
     if "num_inference_steps" in given:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
     parameters = inspect.signature(pipe.__call__).parameters
-    refuse_shares({name: parameter.default for name, parameter in parameters.items()} | given, given)
-    if getattr(getattr(pipe, "config", None), "expand_timesteps", False) and given.get("image") is not None:
-        raise ValueError(
-            f"a {type(pipe).__name__} with expand_timesteps gives the frame that it begins with a level of its own, "
-            "which its scheduler does not see: it cannot be calibrated"
-        )
-    refuse_parts(getattr(pipe, "components", {}))
-    if "num_inference_steps" not in parameters:
-        raise ValueError(f"a {type(pipe).__name__} takes no num_inference_steps: it cannot be calibrated")
+    refuse_what_cannot_be(pipe, {name: parameter.default for name, parameter in parameters.items()}, given)
     arguments: dict[str, Any] = {"num_inference_steps": MANY}
     if "generator" in parameters:
         arguments["generator"] = torch.Generator().manual_seed(0)

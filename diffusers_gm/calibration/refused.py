@@ -22,9 +22,23 @@ SHARES = {
 SHARES_OF_GUIDERS = {"start": 0.0, "stop": 1.0, "start_step": -1, "zero_init_steps": 0, "momentum": None}
 
 
-def refuse_shares(said: Mapping[str, Any], given: Collection[str]) -> None:
-    """Raise a ValueError for arguments of a call that act in a share of a run; `given`: the names of those that the
-    user has given."""
+def refuse_what_cannot_be(pipe: Any, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a pipeline that cannot be calibrated, or not so; `defaults`: of the arguments of its call,
+    `given`: those that the user has given."""
+    _refuse_shares({**defaults, **given}, given)
+    kind = type(pipe).__name__
+    if getattr(getattr(pipe, "config", None), "expand_timesteps", False) and given.get("image") is not None:
+        raise ValueError(
+            f"a {kind} with expand_timesteps gives the frame that it begins with a level of its own, which its "
+            "scheduler does not see: it cannot be calibrated"
+        )
+    _refuse_parts(getattr(pipe, "components", {}))
+    if "num_inference_steps" not in defaults:
+        raise ValueError(f"a {kind} takes no num_inference_steps: it cannot be calibrated")
+
+
+def _refuse_shares(said: Mapping[str, Any], given: Collection[str]) -> None:
+    """Arguments of a call that act in a share of a run."""
     shares = {name: whole for name, whole in SHARES.items() if not is_whole(said.get(name), whole)}
     if isinstance(said.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
         shares["callback_on_step_end"] = None  # these cut something off after some steps
@@ -35,8 +49,8 @@ def refuse_shares(said: Mapping[str, Any], given: Collection[str]) -> None:
         )
 
 
-def refuse_parts(components: Mapping[str, Any]) -> None:
-    """Raise a ValueError for parts of a pipeline whose answer depends on more than the noisy image and its level."""
+def _refuse_parts(components: Mapping[str, Any]) -> None:
+    """Parts of a pipeline whose answer depends on more than the noisy image and its level."""
     for name, part in components.items():
         if getattr(part, "is_cache_enabled", False):
             raise ValueError(
