@@ -52,6 +52,7 @@ def image_grid(images: Sequence[Image.Image] | Tensor, columns: int | None = Non
         ValueError: without images, or for images that differ in size or mode.
     """
     shown = as_images(images) if isinstance(images, Tensor) else list(images)
+    shown = [image.convert("RGB") if image.mode == "P" else image for image in shown]  # each has a palette of its own
     kinds = sorted({(image.size, image.mode) for image in shown})
     if len(kinds) != 1:
         raise ValueError(f"a grid needs at least one image, and all of one size and mode, got {kinds}")

@@ -16,6 +16,12 @@ def test_technique_1_is_the_largest_distance(generator):
         assert annealed.max_pairwise_distance(data, chunk_size) == pytest.approx(brute, rel=1e-5)
     with pytest.raises(ValueError, match="at least two images"):
         annealed.max_pairwise_distance(data[:1])
+    assert annealed.max_pairwise_distance(data * 1e-3 + 100) == pytest.approx(brute * 1e-3, rel=0.05)  # of float32
+    for i in (0, 49):
+        lost = data.clone()
+        lost[i, 0, 0, 0] = math.nan
+        with pytest.raises(ValueError, match="not finite"):
+            annealed.max_pairwise_distance(lost, 7)
 
 
 @pytest.mark.parametrize(("dim", "overlap"), [(64, 0.5), (3072, 0.5), (196608, 0.5), (10, 0.02)])

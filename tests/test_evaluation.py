@@ -203,7 +203,7 @@ def test_inception_says_what_it_needs():
 def test_cache_of_features(extractor, tmp_path, caplog, generator):
     images = torch.rand(3, 1, 8, 8, generator=generator)
     features = cached_features_of(images, extractor, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("[!.]*")
     hook = extractor.network.register_forward_pre_hook(lambda *_: pytest.fail("computed again"))
     assert torch.equal(cached_features_of(images, extractor, tmp_path), features)
     hook.remove()
@@ -213,7 +213,7 @@ def test_cache_of_features(extractor, tmp_path, caplog, generator):
     assert "not 'Lite0: another': computed again" in caplog.text
     caplog.clear()
     other = cached_features_of(images / 2, extractor, tmp_path)
-    (other_path,) = set(tmp_path.iterdir()) - {path}
+    (other_path,) = set(tmp_path.glob("[!.]*")) - {path}
     path.write_bytes(other_path.read_bytes())  # the file of other images under the name of these
     assert torch.equal(cached_features_of(images, extractor, tmp_path), features)
     assert not torch.equal(other, features)
@@ -221,6 +221,15 @@ def test_cache_of_features(extractor, tmp_path, caplog, generator):
     path.write_bytes(b"cut short")
     assert torch.equal(cached_features_of(images, extractor, tmp_path), features)
     assert "cannot be read" in caplog.text
+
+
+def test_features_that_cannot_be_kept_are_not_lost(extractor, tmp_path, caplog, generator):
+    images = torch.rand(3, 1, 8, 8, generator=generator)
+    (tmp_path / "file").touch()
+    features = cached_features_of(images, extractor, tmp_path / "file" / "cache")
+    assert torch.equal(features, cached_features_of(images, extractor, tmp_path / "cache"))
+    assert "cannot be written to" in caplog.text
+    assert "features are not kept" in caplog.text
 
 
 # --- All at once ---

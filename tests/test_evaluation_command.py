@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from threading import Thread
@@ -52,9 +53,9 @@ def evaluate(tmp_path, monkeypatch, capsys):
     """The command in this process, on the digits; the results and what was printed."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*words, data="--dataset_name digits"):
-        command.main([*map(str, words), *data.split(), "--features_cache", "cache", "--output_dir", "out"])
-        return json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
+    def run(*words, data="--dataset_name digits", out="out"):
+        command.main([*map(str, words), *data.split(), "--features_cache", "cache", "--output_dir", out])
+        return json.loads((tmp_path / out / "results.json").read_text()), capsys.readouterr().out
 
     return run
 
@@ -230,6 +231,10 @@ def test_classes_of_a_folder(evaluate, tmp_path):
     assert said == "sliced W2 of real images is 0: nothing is a multiple of it."
     with pytest.raises(SystemExit):
         evaluate(*words, "grey", data=data)
+    # Of samples that lie in folders of classes, too, those of the class alone are measured.
+    words = ["--samples", "tones", *QUICK[:4], "--class_labels", "white"]
+    record, _ = evaluate(*words, data=data, out="of-tones")
+    assert record["cells"][0]["scores"]["sliced W2"] == 0
 
 
 def test_images_that_are_no_squares(evaluate, tmp_path):
@@ -287,6 +292,24 @@ def test_runs_are_resumed(ddpm, evaluate, tmp_path):
 
     with pytest.raises(SystemExit):  # the same folder, for something else
         evaluate(*words, "--num_samples", 21)
+
+
+def test_results_are_of_one_config_of_the_network(ddpm, evaluate, tmp_path, capsys):
+    folder = shutil.copytree(tmp_path / ddpm, tmp_path / "changed")
+    words = ["changed", *QUICK, "--calls", 3]
+    evaluate(*words)
+    path = folder / "unet" / "config.json"
+    path.write_text(path.read_text().replace('"act_fn": "silu"', '"act_fn": "gelu"'))
+    with pytest.raises(SystemExit):
+        evaluate(*words)
+    assert "results under other conditions (configs" in capsys.readouterr().err
+    path.write_text(path.read_text().replace('"act_fn": "gelu"', '"act_fn": "silu"'))
+    # What was measured before this was noted, stays.
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    del written["conditions"]["configs"]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(written))
+    record, _ = evaluate(*words, "--seeds", 0, 1)
+    assert record["cells"][0] == written["cells"][0]
 
 
 def test_seeds_are_added_to_what_is_there(ddpm, evaluate, tmp_path):
@@ -389,6 +412,8 @@ def test_nan_is_counted_and_never_averaged_away(tiny_unet, evaluate, tmp_path):
         ("{ddpm} --background black", "--background means nothing for the digits"),
         ("{ddpm} --dataset_config_name all", "--dataset_config_name means nothing without a --dataset_name of the Hub"),
         ("--samples x.npy --calls 3", "--calls means nothing for --samples"),
+        ("--samples x.npy --batch_size 3", "--batch_size means nothing for --samples"),
+        ("{ddpm} --metrics sw --features inception", "--features means nothing for --metrics that need none"),
         ("--samples x.npy --guidance_scale 2", "--guidance_scale means nothing for --samples"),
         ("{conditional} --class_labels cow", "class_labels 'cow' is no class of this model"),
         ("{conditional} --guidance_scale -1", "guidance_scale must be a number of at least 0, got -1.0"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from networks import normal_denoiser, perfect_network, seeded, tiny_network
+from networks import normal_denoiser, perfect_network, seeded, tiny_autoencoder, tiny_network
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_gm import (
@@ -121,6 +121,12 @@ def test_images_of_other_levels_are_refused(tiny_velocity_unet):
     pipeline = CLDPipeline(tiny_velocity_unet, CLDSSCSScheduler(prediction_type="cld_mixed"))
     with pytest.raises(ValueError, match="none of 256 equal levels"):
         bits_of_images(pipeline, torch.full((1, 1, 8, 8), 0.125))
+
+
+def test_pixels_are_no_latents():
+    pipeline = GMSGMPipeline(tiny_network(4, 4), GMLangevinScheduler(), vae=tiny_autoencoder())
+    with pytest.raises(ValueError, match="none of their latents"):
+        bits_of_images(pipeline, torch.ones(1, 4, 8, 8))
 
 
 def test_dequantised_images_stay_in_their_bins(generator):

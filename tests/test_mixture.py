@@ -62,6 +62,20 @@ def test_half_precision_is_computed_in_single(per_element, generator):
     torch.testing.assert_close(
         mixture.log_prob(wide, 50.0).float(), mixture.log_prob(wide.float(), 50.0), rtol=1e-3, atol=0
     )
+    eta = mixture.sample((4, 1, 8, 8), generator, sigma=300.0)
+    levels = torch.full((4,), 300.0)  # whose squares half precision has not
+    for function in (mixture.responsibilities, mixture.score, mixture.log_prob):
+        torch.testing.assert_close(function(eta, levels.half()), function(eta, levels))
+
+
+def test_rare_components_are_drawn_in_half_precision_too():
+    mixture = GaussianMixtureNoise.from_stable(1.5, 5)
+    draws = [
+        mixture.sample_scales((200_000, 1), Draw(seeded, dtype=dtype)).double().square()
+        for dtype, seeded in ((d, torch.Generator().manual_seed(0)) for d in (torch.float32, torch.bfloat16))
+    ]
+    assert draws[0].mean().item() == pytest.approx(1, abs=5 * draws[0].std().item() / 200_000**0.5)
+    torch.testing.assert_close(draws[1], draws[0], rtol=0.01, atol=0)  # the same components
 
 
 def test_tables_serve_gradients_and_autocast_too(generator):

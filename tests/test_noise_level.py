@@ -81,6 +81,12 @@ def test_each_image_has_its_own_level():
         torch.testing.assert_close(alone.sigma, together.sigma[i : i + 1])
 
 
+def test_a_level_beyond_the_range_is_no_measurement():
+    y = torch.cat([noisy_digits(1, sigma, i)[1] for i, sigma in enumerate((0.1, 0.9, 3.0))])
+    found = estimate_noise_level(ExactDenoiser(POINTS, WIDTH), y, 0.02, 1.0, generator=seeded(0, 1, 2))
+    assert found.error.isfinite().tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,6 +94,7 @@ def test_each_image_has_its_own_level():
         ({"low": 0.0}, "need 0 < low < high"),
         ({"num_looks": 0}, "num_looks must be at least 1, got 0"),
         ({"y": torch.full((1, 1, 2, 2), torch.nan)}, "not finite"),
+        ({"y": torch.zeros(1, 1, 2, 2, dtype=torch.float16)}, "float32 or float64, got torch.float16"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_call(arguments, message):

@@ -31,6 +31,9 @@ def test_grids_are_full_enlarged_and_have_gaps():
     for other in ([], [images[0], Image.new("L", (16, 4))], [images[0], Image.new("RGB", (8, 8))]):
         with pytest.raises(ValueError, match="at least one image, and all of one size and mode, got "):
             image_grid(other)
+    red = Image.new("P", (8, 8), 1)
+    red.putpalette([0, 0, 0, 255, 0, 0])
+    assert image_grid([red]).convert("RGB").getpixel((32, 32)) == (255, 0, 0)
 
 
 def test_grids_of_tensors_are_not_smoothed():

@@ -30,7 +30,7 @@ from .runs import Run, Settings
 def distance(model: Model, images: Tensor) -> tuple[float, float | None] | None:
     """Sliced W2 of samples to the training images over its mean for as many other real images, and the standard
     deviation of the latter, None of a single draw: both by `diffusers_gm.evaluation`. None where the data are not at
-    hand, or images not finite or fewer than two.
+    hand, too few or all the same, or images not finite or fewer than two.
 
     Raises:
         ImportError: without the `evaluation` extra.
@@ -47,6 +47,8 @@ def distance(model: Model, images: Tensor) -> tuple[float, float | None] | None:
         model.floors[n] = reference, floor
     reference, floor = model.floors[n]
     unit = mean(floor)
+    if not unit:  # all of them are one image
+        return None
     return sliced_wasserstein(images, reference) / unit, (stdev(floor) / unit if len(floor) > 1 else None)
 
 
@@ -65,7 +67,10 @@ def _real_images(model: Model, n: int) -> tuple[Tensor, Tensor] | None:
         given = trained.get(option)
         words += [] if given is None else [f"--{option}", *map(str, given if isinstance(given, list) else [given])]
     args = build_parser("").parse_args([model.name, *words, "--seeds", *map(str, range(8))])
-    reference, others, _ = real_images(args, image_shape(model.pipe), n)
+    try:
+        reference, others, _ = real_images(args, image_shape(model.pipe), n)
+    except ValueError:  # too few
+        return None
     return reference, others
 
 

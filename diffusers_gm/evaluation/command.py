@@ -69,6 +69,8 @@ def measure(subject: Subject, args: argparse.Namespace) -> Results:
     }
     if args.model is not None and (scheduler := scheduler_of(Path(args.model))) is not None:
         conditions["scheduler"] = scheduler
+    if subject.configs is not None:
+        conditions["configs"] = subject.configs
     if subject.classes is not None:
         conditions["classes"] = sorted(map(str, subject.classes))
     results: Results = from_main(lambda: Results.open(args.output_dir / "results.json", conditions, this_command()))

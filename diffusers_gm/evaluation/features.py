@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -202,6 +203,9 @@ def _read(path: Path, made_of: dict[str, str]) -> Tensor | None:
 
 
 def _write(path: Path, made_of: dict[str, str], features: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        save_file({"features": features}, unfinished, made_of)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")), replacing(path) as unfinished:
+            save_file({"features": features}, unfinished, made_of)
+    except (SafetensorError, OSError) as error:  # they are at hand, and took long
+        logger.warning(f"--features_cache {path.parent} cannot be written to ({error}): features are not kept")

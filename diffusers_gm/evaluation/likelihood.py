@@ -48,9 +48,11 @@ def bits_of_images(
         batch_size: images at once.
 
     Raises:
-        ValueError: for a network that knows no images without a class, images of other levels, or a scheduler that
-            describes no noise levels.
+        ValueError: for a network of latents or one that knows no images without a class, images of other levels, or a
+            scheduler that describes no noise levels.
     """
+    if pipeline.vae is not None:
+        raise ValueError("the likelihood of images is none of their latents: this needs a pipeline without vae")
     check_levels(images, num_levels)
     if pipeline.num_classes is not None and pipeline.null_class is None:
         raise ValueError("the likelihood needs a network that knows a class for none: it was trained to drop no labels")

@@ -7,7 +7,7 @@ from huggingface_hub.constants import HF_HOME
 
 from ..cli import Parser, at_least
 from .features import EXTRACTORS
-from .scoring import METRICS
+from .scoring import METRICS, OF_FEATURES
 from .sources import NUM_REFERENCE
 
 
@@ -34,7 +34,7 @@ def build_parser(description: str) -> Parser:
     add("--batch_size", type=at_least(1), default=64, help="images sampled at once, by each process")
 
     add = parser.add_argument_group("Classes, where the network knows any").add_argument
-    add("--class_labels", nargs="+", metavar="CLASS", help="names or indices: samples and real images are of these [all, as often as in the training data]")  # fmt: skip # noqa: E501
+    add("--class_labels", nargs="+", metavar="CLASS", help="names, or of a model indices: samples and real images are of these, --samples without classes already [all, as often as in the training data]")  # fmt: skip # noqa: E501
     add("--guidance_scale", type=float, nargs="+", default=[1.0], help="classifier-free guidance, 1 for none; every scale is measured; a call with guidance is of twice the batch")  # fmt: skip # noqa: E501
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance [all]")  # fmt: skip # noqa: E501
 
@@ -47,7 +47,12 @@ def build_parser(description: str) -> Parser:
     add("--background", help="colour seen through transparent pixels [white]")
     add("--cache_dir", metavar="PATH", help="where downloaded data sets are kept")
     add("--resolution", type=at_least(1), nargs="+", help="side, or height and width, to which they are resized and cropped [their own]")  # fmt: skip # noqa: E501
-    add("--num_reference", type=at_least(1), default=NUM_REFERENCE, help="as many to compare with, at most")
+    add(
+        "--num_reference",
+        type=at_least(1),
+        default=NUM_REFERENCE,
+        help="as many to compare with, or as there are, and no fewer than samples",
+    )
 
     add = parser.add_argument_group("How it is measured, and where that goes").add_argument
     add("--metrics", nargs="+", default=list(METRICS), choices=METRICS, help="Frechet distance, kernel distance, sliced W2, and precision, recall, density and coverage")  # fmt: skip # noqa: E501
@@ -82,13 +87,15 @@ def without_meaning(args: argparse.Namespace) -> dict[str, str]:
         found["dataset_config_name"] = "without a --dataset_name of the Hub"
     if args.dataset_name == "digits":
         found |= dict.fromkeys(("image_column", "label_column"), "for the digits")
+    if not set(args.metrics) & set(OF_FEATURES):
+        found["features"] = "for --metrics that need none"
     if args.class_labels is None:
         found["label_column"] = "without --class_labels"
     if args.samples is not None:
-        of_runs = ("scheduler", "calls", "guidance_scale", "guidance_interval")
+        of_runs = ("scheduler", "calls", "batch_size", "guidance_scale", "guidance_interval")
         return found | dict.fromkeys(of_runs, "for --samples: they are there already")
     if args.dataset_name == "digits":
-        found["background"] = "for the digits"
+        found |= dict.fromkeys(("background", "cache_dir"), "for the digits")
     if args.guidance_scale == [1]:
         found["guidance_interval"] = "without a --guidance_scale other than 1"
     return found

@@ -231,7 +231,8 @@ def _figure(results: Results) -> Any:
     at = f" at {budgets.pop()} network calls" if single else ""
     figure.suptitle(
         f"{conditions['model']}{at}: {conditions['num_samples']} samples against {conditions['num_reference']} real "
-        f"images of {conditions['data']}"
+        f"images of {conditions['data']}",
+        parse_math=False,
     )
     return figure
 

@@ -15,6 +15,9 @@ from ..files import write_text
 from ..launch import from_main, process_state
 from .sampling import NoGridError
 
+# Conditions that files of before do not have.
+SAID_LATER = ("scheduler", "configs")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -111,8 +114,7 @@ class Results:
         different = [
             f"{name} {found.conditions.get(name)!r}, now {ours.get(name)!r}"
             for name in dict.fromkeys([*found.conditions, *ours])
-            # Files of before do not say which scheduler was saved with the model; `content` does.
-            if name != "scheduler" or name in found.conditions
+            if name not in SAID_LATER or name in found.conditions
             if found.conditions.get(name) != ours.get(name)
         ]
         if different:

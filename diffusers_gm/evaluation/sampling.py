@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DModel
 from torch import Tensor
 
 from .. import pipelines, schedulers
@@ -96,6 +96,16 @@ def describe_model(pipeline: Any) -> str:
                 content.update(f"{name}.{key}{tuple(value.shape)}".encode())
                 content.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return content.hexdigest()
+
+
+def describe_configs(pipeline: Any) -> str:
+    """A hash of the configs of all networks, which say what is made of the weights, and of latents."""
+    configs = {
+        name: {key: value for key, value in component.config.items() if not key.startswith("_")}
+        for name, component in pipeline.components.items()
+        if isinstance(component, ModelMixin)
+    }
+    return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def scheduler_by_name(own: Any, words: Sequence[str]) -> tuple[str, Any]:

@@ -32,7 +32,11 @@ MAX_ELEMENTS = 2**29
 
 
 def read_samples(
-    path: Path, num_samples: int | None = None, cache_dir: str | None = None, background: str | None = None
+    path: Path,
+    num_samples: int | None = None,
+    cache_dir: str | None = None,
+    background: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Tensor:
     """Images `(n, C, H, W)` in [-1, 1].
 
@@ -44,6 +48,7 @@ def read_samples(
             class. None for all.
         cache_dir: where the loader of parquet files keeps its files.
         background: what is seen through transparent pixels; None: white.
+        classes: of a folder that has classes, of these alone; others are taken for images of these.
 
     Raises:
         ValueError: if there are no such images, or fewer, or they cannot be read or differ in shape.
@@ -51,7 +56,7 @@ def read_samples(
     if not path.is_dir() and not (path.is_file() and path.suffix in (".npy", ".safetensors")):
         raise ValueError(f"--samples {path} must be a folder of images, a .npy or a .safetensors file")
     try:
-        images = _read(path, num_samples, cache_dir, background)
+        images = _read(path, num_samples, cache_dir, background, classes)
     except (ValueError, OSError, EOFError, SafetensorError) as error:  # each kind of file has its own
         raise ValueError(f"--samples {path} cannot be read: {error}") from error
     if len(images) == 0:
@@ -61,12 +66,24 @@ def read_samples(
     return images
 
 
-def _read(path: Path, num_samples: int | None, cache_dir: str | None, background: str | None) -> Tensor:
+def _read(
+    path: Path, num_samples: int | None, cache_dir: str | None, background: str | None, classes: Sequence[str] | None
+) -> Tensor:
     if path.is_dir():
         source = open_folder(path, cache_dir=cache_dir, background=background)
+        if classes is not None and _has_classes(source):
+            source = of_classes(source, classes, None)
         return _read_all(source, some_of(source.num_images, num_samples))
     images = _read_array(path)
     return images if num_samples is None else images[some_of(len(images), num_samples)]
+
+
+def _has_classes(source: ImageSource) -> bool:
+    try:
+        source.labels()
+    except ValueError:
+        return False
+    return True
 
 
 def some_of(num_images: int, num_samples: int | None) -> list[int]:
@@ -126,7 +143,7 @@ def of_classes(source: ImageSource, classes: Sequence[str | int], label_column: 
     kept = [i for i, label in enumerate(of_images) if names[label] in chosen]
     missing = [each for each in chosen if each not in {names[of_images[i]] for i in kept}]
     if missing:
-        raise ValueError(f"--class_labels: there are no real images of {missing}, their classes are {names[:10]}")
+        raise ValueError(f"--class_labels: there are no images of {missing}, their classes are {names[:10]}")
     return Subset(source, kept)
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 from ..pipelines.guidance import check_guidance
 from ..pipelines.inputs import class_indices
 from .features import fingerprint
-from .sampling import describe_model, image_shape, load_pipeline, num_steps_for, sample, scheduler_by_name
+from .sampling import (
+    describe_configs,
+    describe_model,
+    image_shape,
+    load_pipeline,
+    num_steps_for,
+    sample,
+    scheduler_by_name,
+)
 from .sources import read_samples
 
 
@@ -28,6 +36,7 @@ class Subject:
     Attributes:
         name: what it is called.
         content: a hash of the weights or of the images.
+        configs: of a pipeline, a hash of those of its networks.
         shape: `(C, H, W)` of the images.
         num_samples: how many; None: as many as there is real data for.
         classes: of which all images are, samples and real ones: names, or places where the model has no names; None:
@@ -44,13 +53,14 @@ class Subject:
     classes: list[str | int] | None
     samples: Tensor | None = None
     pipeline: Any = None
+    configs: str | None = None
     runs: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace, device: torch.device) -> "Subject":
         """What the options describe."""
         if args.samples is not None:
-            samples = read_samples(args.samples, args.num_samples, args.cache_dir, args.background)
+            samples = read_samples(args.samples, args.num_samples, args.cache_dir, args.background, args.class_labels)
             channels, height, width = samples.shape[1:]
             content, shape = fingerprint(samples.nan_to_num()), (channels, height, width)
             return cls(name_of(args.samples), content, shape, len(samples), args.class_labels, samples)
@@ -65,7 +75,8 @@ class Subject:
             for suffix, arguments in guidance.items()
         }
         name, content, shape = name_of(args.model), describe_model(pipeline), image_shape(pipeline)
-        return cls(name, content, shape, args.num_samples, classes, pipeline=pipeline, runs=runs)
+        configs = describe_configs(pipeline)
+        return cls(name, content, shape, args.num_samples, classes, None, pipeline, configs, runs)
 
     def cells(self, calls: Sequence[int], seeds: Sequence[int]) -> list[tuple[str, int | None, int | None]]:
         """Scheduler, calls and seed of everything to be measured; for images that are there, their name alone."""

@@ -200,7 +200,8 @@ class UnconditionalPipeline(ImagePipeline):
         """How noisy images are: the most probable sigma of `y = x0 + sigma noise`, for images in [-1, 1].
 
         In values from 0 to 1 that is twice the standard deviation of the noise. The network is asked what the noise is
-        at `num_looks` levels, each time of twice the batch; see `processes.noise_level`.
+        at `num_looks` levels, each time of twice the batch; see `processes.noise_level`. A level beyond those that it
+        was trained on has an infinite `error`.
 
         Args:
             image: as in the call, but values may lie outside [0, 1].

@@ -24,12 +24,20 @@ def max_pairwise_distance(data: Tensor, chunk_size: int | None = None) -> float:
     It is the noise level at which annealing should start, in the units of the data. O(n^2): subsample large sets.
     `chunk_size` points at a time are compared with as many others; default 1024, or fewer if they are large: beside the
     data themselves, little memory is needed.
+
+    Raises:
+        ValueError: for fewer than two points, or values that are not finite.
     """
     if len(data) < 2:
         raise ValueError(f"need at least two images to measure a pairwise distance, got {len(data)}")
     flat = data.flatten(1)
     chunks = flat.split(chunk_size or max(1, min(1024, 2**24 // max(1, flat.shape[1]))))
-    return max(float(torch.cdist(a, b).max()) for i, a in enumerate(chunks) for b in chunks[i:])
+    mean = flat.mean(0)  # far from 0, small distances would be lost in squares
+    pairs = ((a - mean, b - mean) for i, a in enumerate(chunks) for b in chunks[i:])
+    largest = float(torch.stack([torch.cdist(a, b).max() for a, b in pairs]).max())
+    if not math.isfinite(largest):
+        raise ValueError("the images hold values that are not finite")
+    return largest
 
 
 def ladder_ratio(dim: int, overlap: float = 0.5) -> float:

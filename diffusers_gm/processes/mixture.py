@@ -14,7 +14,9 @@ Both follow from the posterior of the component, `r_k`, given the residual `y - 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,17 +138,20 @@ class GaussianMixtureNoise:
     def sample_scales(self, shape: Sequence[int], draw: Draw, probabilities: Tensor | None = None) -> Tensor:
         """Jump sizes `c_k`, shape `(B, 1, ...)`, or `shape` if `per_element`. One component draws nothing.
 
-        `probabilities`, shape `(B, K, ...)` as `responsibilities` returns them, replaces the weights.
+        `probabilities`, shape `(B, K, ...)` as `responsibilities` returns them, replaces the weights. Components are
+        drawn in float32 or better: half precision would round the rare ones away.
         """
         index_shape = tuple(shape) if self.per_element else (shape[0],) + (1,) * (len(shape) - 1)
-        weights, scales, _ = self._on(draw.dtype, torch.device(draw.device))
+        precise = replace(draw, dtype=torch.promote_types(draw.dtype, torch.float32))
+        weights = self._on(precise.dtype, torch.device(draw.device))[0]
+        scales = self._on(draw.dtype, torch.device(draw.device))[1]
         if len(self) == 1:
             return scales.expand(index_shape)
         if probabilities is None:
             probabilities = weights[(None, ...) + (None,) * (len(shape) - 1)]
         elif not self.per_element:
             probabilities = probabilities[(...,) + (None,) * (len(shape) - 1)]
-        u = draw.uniform(index_shape)[:, None]
+        u = precise.uniform(index_shape)[:, None]
         component = (u >= probabilities.cumsum(1)[:, :-1]).sum(1)
         return scales[component]
 
@@ -164,7 +169,7 @@ class GaussianMixtureNoise:
 
     def score(self, eta: Tensor, sigma: Tensor | float = 1.0) -> Tensor:
         """`grad_eta log p(eta)` `= -sum_k rho_k(eta) eta / (c_k sigma)^2`, same shape as `eta`."""
-        sigma = _per_sample(sigma, eta)
+        sigma = _per_sample(_precise(sigma), eta)
         return -self.precision(self.responsibilities(eta, sigma), eta.ndim) * eta / sigma**2
 
     def precision(self, responsibilities: Tensor, ndim: int) -> Tensor:
@@ -201,8 +206,8 @@ class GaussianMixtureNoise:
 
     def _log_joint(self, eta: Tensor, sigma: Tensor | float) -> Tensor:
         """`log(pi_k N(eta; 0, (c_k sigma)^2))`: `(B, K)`, or elementwise `(B, K, ...)`; without what all components
-        share, `-log(sqrt(2 pi) sigma)` of each element. In float32 or better: half precision has no such squares."""
-        eta = eta.to(torch.promote_types(eta.dtype, torch.float32))
+        share, `-log(sqrt(2 pi) sigma)` of each element. In float32 or better."""
+        eta, sigma = _precise(eta), _precise(sigma)
         if self.per_element:
             dim, squares, sigma = 1, eta**2, _per_sample(sigma, eta)
         else:
@@ -225,6 +230,11 @@ class GaussianMixtureNoise:
 
 # Unit Gaussian noise: one component of scale 1.
 GAUSSIAN = GaussianMixtureNoise([1.0], [1.0])
+
+
+def _precise(x: Any) -> Any:
+    """In float32 or better, as half precision has no squares of large levels; numbers pass."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, Tensor) else x
 
 
 def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor | float:

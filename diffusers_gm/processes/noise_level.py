@@ -31,7 +31,7 @@ class NoiseLevel(NamedTuple):
     """Attributes:
     sigma: standard deviation of the noise per element, `(B,)`.
     error: standard error of `log sigma`, `(B,)`: 0.1 is 10%. Large where the noise is finer than what the images
-        themselves differ by, from which nobody could tell it.
+        themselves differ by, from which nobody could tell it; infinite where the level is beyond `low` or `high`.
     """
 
     sigma: Tensor
@@ -50,18 +50,20 @@ def estimate_noise_level(
 
     Args:
         denoiser: `(y, sigma) -> E[x0 | y]`, `(B, ...)` and `(B,)` to `(B, ...)`: a level for each image.
-        y: noisy images `(B, ...)`.
+        y: noisy images `(B, ...)`, at least float32.
         low, high: between these, positive.
         num_looks: levels that are tried; from the middle of a range of 1 to 1000, six are enough.
         generator: draws the probe of the divergence (Hutchinson's), one for an image; a list decides one by one.
 
     Raises:
-        ValueError: for levels out of order, fewer than one look, or images that are not finite.
+        ValueError: for levels out of order, fewer than one look, or images in half precision or not finite.
     """
     if not 0 < low < high:
         raise ValueError(f"need 0 < low < high, got low={low}, high={high}")
     if num_looks < 1:
         raise ValueError(f"num_looks must be at least 1, got {num_looks}")
+    if y.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the images must be float32 or float64, got {y.dtype}")
     if not y.isfinite().all():
         raise ValueError("the images hold values that are not finite")
     size = y[0].numel()
@@ -82,7 +84,9 @@ def estimate_noise_level(
         factor = (noise / information).clamp(min=0.5)
         step = (factor * (residual / noise).log()).clamp(-LONGEST_STEP, LONGEST_STEP)
         below, above = torch.where(step > 0, log_sigma, below), torch.where(step > 0, above, log_sigma)
-        ahead = log_sigma + step
-        ahead = torch.where(ahead > above, (log_sigma + above) / 2, ahead)
+        wanted = log_sigma + step
+        ahead = torch.where(wanted > above, (log_sigma + above) / 2, wanted)
         log_sigma = torch.where(ahead < below, (log_sigma + below) / 2, ahead)
-    return NoiseLevel(log_sigma.exp(), information.rsqrt())
+    error = information.rsqrt()
+    beyond = (wanted < bounds[0] - error) | (wanted > bounds[1] + error)
+    return NoiseLevel(log_sigma.exp(), torch.where(beyond, torch.inf, error))
