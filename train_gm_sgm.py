@@ -30,10 +30,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils.constants import SCALER_NAME
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -189,7 +191,11 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
         models.append(uncertainty)
     unet = accelerator.unwrap_model(model, keep_torch_compile=False)
     if checkpoint:
+        scaler = accelerator.scaler
+        if not (checkpoint / SCALER_NAME).is_file():  # of another precision: the scaler begins anew
+            accelerator.scaler = None
         accelerator.load_state(str(checkpoint))
+        accelerator.scaler = scaler
         accelerator.step = 0  # batches of a step, which may be split in another way than before
         if ema:
             ema.to(device)
@@ -300,13 +306,8 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             log_grid(accelerator, grid, state.step)
         return grid
 
-    def write_pipeline(finished: bool = False):
-        """The pipeline, its samples and its card, which the main process writes; all call it. Its sampler is calibrated
-        when it is finished, if wanted."""
-        if finished and (effort := args.calibrate):
-            images = examination.images if effort == "full" else None
-            with averaged_weights(unet, ema):
-                pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=images))
+    def write_pipeline(record: dict[str, Any]):
+        """The pipeline, its samples and its card, which the main process writes; all call it."""
         grid = sample_grid()
         if not accelerator.is_main_process:
             return
@@ -382,7 +383,7 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             if why == SIGNAL:  # there may be no time for anything else
                 break
             if args.push_to_hub and args.hub_strategy == "every_save" and not last:
-                write_pipeline()
+                write_pipeline(record | {"calibrate": None})
                 if accelerator.is_main_process:
                     print(upload() or "the training goes on")
                 accelerator.wait_for_everyone()
@@ -407,7 +408,12 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
             sys.exit(INTERRUPTED)
         return
 
-    write_pipeline(finished=True)
+    if effort := args.calibrate:  # which takes its time: the model is whole before, and not done
+        write_pipeline(record | {"calibrate": None})
+        real = examination.images if effort == "full" else None
+        with averaged_weights(unet, ema):
+            pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=real))
+    write_pipeline(record)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     accelerator.print(f"saved to {output_dir}")

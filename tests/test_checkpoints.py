@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from images import save_images
 from PIL import Image
 from training import SMALL, WEIGHTS, arguments, load, same_state
@@ -101,6 +102,33 @@ def test_a_running_training_saves_beside_a_backup(train, tmp_path):
     (tmp_path / "out" / "checkpoint-2-backup" / STATE_FILE).write_text("{}")
     train(options(), "--checkpoints_total_limit 1 --overwrite_output_dir --output_dir", tmp_path / "out")
     assert names(tmp_path / "out") == ["checkpoint-2-backup", "checkpoint-4"]
+
+
+def test_data_are_the_same_however_their_path_is_written(train, tmp_path, monkeypatch):
+    save_images(tmp_path / "data" / "photos", 16)
+    monkeypatch.chdir(tmp_path)
+    words = (
+        f"{options()} --resume_from_checkpoint latest --output_dir {tmp_path / 'out'} --resolution 8 --train_data_dir"
+    )
+    train(words, "data/photos")
+    for path in (tmp_path / "data" / "photos", "./data/photos/"):
+        train(words, path)
+    with pytest.raises(ValueError, match="--train_data_dir was 'data/photos' and is 'data'"):
+        train(words, "data")
+
+
+def test_a_precision_that_scales_losses_may_come_later(train, trained, monkeypatch):
+    """As that of fp16 on a GPU, of which a checkpoint in another precision has nothing."""
+    made, scalers = Accelerator.__init__, []
+
+    def scaling(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.scaler = torch.amp.GradScaler("cpu")
+        scalers.append(self.scaler)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaling)
+    train(options(steps=6), "--output_dir", trained, "--resume_from_checkpoint latest")
+    assert scalers[0].state_dict()["_growth_tracker"] == 2, "it has scaled both steps"
 
 
 # --- Damage ---

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from training import SECRET, SMALL, TINY, WEIGHTS, arguments, launch, load, plan
 from diffusers_gm import GMLangevinScheduler, GMSGMPipeline, UnconditionalPipeline, data
 from diffusers_gm.pictures import image_grid
 from diffusers_gm.training.draws import Draws
-from diffusers_gm.training.folder import LOCK, find_checkpoint, list_checkpoints, read_log
+from diffusers_gm.training.folder import ARGS_FILE, LOCK, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.samples import sample_images
 
@@ -355,7 +356,33 @@ def test_a_finished_pipeline_is_calibrated_where_wanted(train, tmp_path):
     loaded = GMSGMPipeline.from_pretrained(tmp_path / "out")
     assert type(loaded.scheduler).__name__ == "CalibratedMultistepScheduler"
     assert "10" in loaded.scheduler.config.calibration
+    assert json.loads((tmp_path / "out" / ARGS_FILE).read_text())["calibrate"] == "fast"
     assert loaded(1, 10, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()
+
+
+def test_a_model_is_not_lost_to_its_calibration(train, tmp_path):
+    """It is saved before, and a training that was ended meanwhile is not done: it calibrates then."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    options = f"{TINY} --calibrate fast --checkpointing_steps 2 --resume_from_checkpoint latest --output_dir"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["diffusers_gm.calibration.calibrate"], "calibrate_in_full", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(options, tmp_path / "out")
+    before = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert type(before.scheduler) is GMLangevinScheduler
+    train(options, tmp_path / "out")
+    after = GMSGMPipeline.from_pretrained(tmp_path / "out")
+    assert type(after.scheduler).__name__ == "CalibratedMultistepScheduler"
+    assert same_state(after.unet.state_dict(), before.unet.state_dict())
+
+
+def test_few_noise_levels_are_calibrated_for_as_many_calls(train, tmp_path):
+    train(TINY, "--method ncsnv2 --objective score --num_train_timesteps 12 --calibrate fast --output_dir", tmp_path)
+    calibration = GMSGMPipeline.from_pretrained(tmp_path).scheduler.config.calibration
+    assert {name for name in calibration if name.isdigit()} == {"5", "8", "10"}
 
 
 def test_the_baseline_is_diffusers_own_ddpm(train, tmp_path):

@@ -18,7 +18,7 @@ from training import ROOT, SMALL, WEIGHTS, load, same_state
 
 from diffusers_gm.training.folder import LOG_FILE, find_checkpoint, list_checkpoints
 from diffusers_gm.training.options import TrainingArguments
-from diffusers_gm.training.stopping import INTERRUPTED, Signals
+from diffusers_gm.training.stopping import INTERRUPTED, Signals, is_launcher
 
 STEPS = f"{SMALL} --max_train_steps 200 --checkpointing_steps 150 --validation_steps 0 --logging_steps 1"
 DIRECT = (sys.executable, ROOT / "train_gm_sgm.py")
@@ -262,6 +262,7 @@ def find_latest(folder):
 
 def test_signals_are_noted_inside_and_only_there():
     before = [signal.getsignal(number) for number in Signals.NOTED]
+    assert not is_launcher(os.getppid()), "whatever is exported"
     with Signals() as signals:
         assert not signals.look()
         os.kill(os.getpid(), signal.SIGTERM)

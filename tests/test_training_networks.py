@@ -1,6 +1,7 @@
 """Networks that a training takes: of other classes than UNet2DModel, of other sizes than squares, trained before."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
+from hub_client import Client
+from hub_server import FakeHub
 from images import save_images
 from networks import KINDS, conditional, dit, seeded, tiny_autoencoder, tiny_network, written
 from training import SHORT, plan_for
@@ -18,6 +22,7 @@ from training import SHORT, plan_for
 from diffusers_gm import (
     AnnealedLangevinScheduler,
     CLDPipeline,
+    CLDSSCSScheduler,
     GaussianMixtureNoise,
     GMLangevinScheduler,
     GMSGMPipeline,
@@ -389,6 +394,50 @@ def test_levels_and_answers_that_are_not_kept_are_told(tmp_path, method, caplog)
     options = TrainingArguments(method=method, model_name_or_path=str(tmp_path))
     assert levels_of_network(options, tiny_network())[0].sigma_max == "auto"
     assert f"(flow, flow_prediction) is not kept by --method {method}" in caplog.text
+
+
+def test_what_is_not_kept_of_a_network_alone_of_cld_and_of_what_we_cannot_read_is_told(tmp_path, caplog):
+    tiny_network().save_pretrained(tmp_path / "alone")
+    CLDPipeline(tiny_network(2), CLDSSCSScheduler(beta_0=8.0, prediction_type="cld_mixed")).save_pretrained(
+        tmp_path / "cld"
+    )
+    DDPMPipeline(tiny_network(), LCMScheduler()).save_pretrained(tmp_path / "lcm")
+    for name, said in (
+        ("alone", "has no scheduler that says what it has learned"),
+        ("cld", "its diffusion (beta_0 8.0, beta_1 0.0, mass 0.25"),
+        ("lcm", "cannot be read"),
+    ):
+        caplog.clear()
+        levels_of_network(TrainingArguments(method="cld", model_name_or_path=str(tmp_path / name)), None)
+        assert said in caplog.text
+
+
+LEVELS = """
+import sys
+from diffusers_gm.training.objective import levels_of_network
+from diffusers_gm.training.options import TrainingArguments
+for name in sys.argv[1:]:
+    print(levels_of_network(TrainingArguments(method="ncsnv2", model_name_or_path=name), None)[0].sigma_max)
+"""
+
+
+def test_networks_of_the_hub_keep_their_levels(tmp_path):
+    """Also where they lie beside their scheduler, as those of DDPM do; and they are not taken for networks without
+    one where the Hub does not answer."""
+    DDPMPipeline(tiny_network(), DDPMScheduler()).save_pretrained(tmp_path / "nested")
+    for part in ("unet", "scheduler"):
+        shutil.copytree(tmp_path / "nested" / part, tmp_path / "flat", dirs_exist_ok=True)
+    with FakeHub({"hf_mine": "me"}) as hub:
+        for name in ("nested", "flat"):
+            folder = tmp_path / name
+            files = (path for path in folder.rglob("*") if path.is_file())
+            hub.add(f"me/{name}", {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+        client = Client(hub, tmp_path / "home")
+        assert client.run(LEVELS, "me/nested", "me/flat").stdout.split() == ["157.407", "157.407"]
+        for method in ("HEAD", "GET"):
+            hub.fail(method, "scheduler_config", status=503, times=99)
+        failed = Client(hub, tmp_path / "other").run(LEVELS, "me/nested", check=False)
+        assert "--model_name_or_path me/nested: its scheduler cannot be read" in failed.stderr
 
 
 @pytest.mark.parametrize("words", ["--sigma_min 0.01", "--num_train_timesteps 1000", "--sigma_max auto"])

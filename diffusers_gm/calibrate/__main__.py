@@ -39,7 +39,7 @@ def stochasticity(word: str) -> Stochasticity:
 def build_parser() -> Parser:
     parser = Parser("diffusers_gm.calibrate", __doc__)
     parser.add_argument("model", help="folder of a saved pipeline, or its name on the Hub")
-    parser.add_argument("--calls", type=int, nargs="+", default=list(CALLS), help="numbers of network calls")
+    parser.add_argument("--calls", type=int, nargs="+", help=f"numbers of network calls [{' '.join(map(str, CALLS))}]")
     parser.add_argument("--effort", choices=("full", "fast"), default="full", help="fast: levels from a single run")
     parser.add_argument(
         "--stochasticity",

@@ -33,7 +33,7 @@ from .oracle import MANY, with_denoiser
 from .refused import refuse_what_cannot_be
 from .trajectory import Denoised, Denoiser
 
-CALLS = (5, 8, 10, 15, 20, 30, 50)
+CALLS, MOST_CALLS = (5, 8, 10, 15, 20, 30, 50), 80
 
 # Stochasticities that real images may have in place of that of the rules.
 CANDIDATES = (0.0, 0.4, SOME, ALL)
@@ -91,7 +91,7 @@ class Calibration:
 
 def calibrate(
     pipe: Any,
-    calls: Sequence[int] = CALLS,
+    calls: Sequence[int] | None = None,
     *,
     effort: Literal["full", "fast"] = "full",
     stochasticity: Stochasticity | None = None,
@@ -107,7 +107,8 @@ def calibrate(
 
     Args:
         pipe: a pipeline with a network and a scheduler; its scheduler is put back at the end.
-        calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards.
+        calls: numbers of network calls, each from 2 to 80. Others are interpolated afterwards. None: those of `CALLS`
+            that the network was trained at enough noise levels for.
         effort: `full`; or `fast`: one run, from whose denoised images the local errors of all steps are estimated.
         stochasticity: tau of the sampler; 0 is the probability flow, deterministic; or two, of the steps from levels
             above 1 and of the others. None: by the martingale defect of the network and the number of calls, see
@@ -135,7 +136,7 @@ def calibrate(
 
 def calibrate_in_full(
     pipe: Any,
-    calls: Sequence[int] = CALLS,
+    calls: Sequence[int] | None = None,
     *,
     effort: Literal["full", "fast"] = "full",
     stochasticity: Stochasticity | None = None,
@@ -144,14 +145,16 @@ def calibrate_in_full(
     **arguments: Any,
 ) -> Calibration:
     """`calibrate`, with all that was measured: the same arguments, and the same errors are raised."""
-    budgets = _checked_calls(calls)
+    budgets = None if calls is None else _checked_calls(calls)
     if effort not in ("full", "fast"):
         raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
     if stochasticity is not None and images is not None:
         raise ValueError(f"stochasticity={stochasticity} is what images would choose: leave one of the two out")
     scheduler = _swapped(pipe)
-    most = scheduler.config.num_train_timesteps
-    if scheduler.reading.counts_levels and budgets[-1] > most:
+    most = scheduler.config.num_train_timesteps if scheduler.reading.counts_levels else MOST_CALLS
+    if budgets is None:
+        budgets = [n for n in CALLS if n <= most] or [most]
+    if budgets[-1] > most:
         raise ValueError(f"calls={budgets}: the network was trained at {most} noise levels; use at most {most}")
     sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
     replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
@@ -249,8 +252,8 @@ def _checked_calls(calls: Sequence[int]) -> list[int]:
     if not isinstance(calls, Iterable):
         raise ValueError(f"calls must be several whole numbers, such as (5, 10, 20), got {calls!r}")
     calls = list(calls)
-    if not calls or any(int(n) != n or not 2 <= n <= 80 for n in calls):
-        raise ValueError(f"calls must be whole numbers from 2 to 80, at least one, got {calls}")
+    if not calls or any(int(n) != n or not 2 <= n <= MOST_CALLS for n in calls):
+        raise ValueError(f"calls must be whole numbers from 2 to {MOST_CALLS}, at least one, got {calls}")
     return sorted({int(n) for n in calls})
 
 

@@ -93,7 +93,7 @@ class LatentCache:
                     f"{self.folder} holds the latents of another training set or autoencoder: {'; '.join(changes)}; "
                     "give another --latents_cache_dir, or remove that folder"
                 )
-        elif self.folder.exists() and any(path.name != LOCK for path in self.folder.iterdir()):
+        elif self.folder.exists() and not all(_is_our_own(path) for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds other files than latents: give another --latents_cache_dir")
 
     @contextmanager
@@ -174,6 +174,11 @@ class LatentCache:
                 f"--vae gives all images the same latents in {int((std == 0).sum())} of {channels} channels"
             )
         return mean, std
+
+
+def _is_our_own(path: Path) -> bool:
+    """What a kill at the very start leaves."""
+    return path.name in (LOCK, files.UNFINISHED + CONTENTS)
 
 
 class _Shown(Dataset):

@@ -219,7 +219,8 @@ class StreamedBatches(IterableDataset):
             raise ValueError(
                 f"the {part}stream of {self.source.dataset_name} ended after {place.rows} images, and "
                 f"--num_train_samples {self.num_images} says {expected:.0f}: set it to what the stream holds, "
-                "and go on with --resume_from_checkpoint latest"
+                "and go on with --resume_from_checkpoint latest, of a length in epochs with the --max_train_steps that "
+                "it came to"
             )
 
 

@@ -4,11 +4,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..data import dequantized
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 # What a schedule of betas is described by.
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 # And what a DDPM sampler does beside.
+# What critically-damped Langevin diffusion is described by.
+OF_CLD = ("beta_0", "beta_1", "mass", "gamma", "prediction_type", "num_train_timesteps")
 OF_SAMPLER = ("thresholding", "dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value", "variance_type")
 
 
@@ -48,21 +53,17 @@ def levels_of_network(
     answers = {"variance_type": "learned_range"} if unet is not None and answers_variance(unet) else {}
     if args.model_name_or_path is None or not args.keep_noise_levels:
         return args, answers
-    own, told = METHODS[args.method].option_names, f"--model_name_or_path {args.model_name_or_path}"
+    name, own = args.model_name_or_path, METHODS[args.method].option_names
+    told = f"--model_name_or_path {name}"
     if not resumed and "conditioning" in own and is_unconditional(unet) and not given(args, ("conditioning",)):
         logger.warning(f"{told} ignores the noise level, and goes on so: --conditioning none")
         before, args = args, replace(args, conditioning="none")
         args.left_open, args.named_options = before.left_open, before.named_options
-    try:
-        config = GMLangevinScheduler.load_config(
-            args.model_name_or_path, subfolder="scheduler", cache_dir=args.cache_dir, revision=args.revision
-        )
-        source = GMLangevinScheduler.from_config(config)
-    except (OSError, ValueError):  # a network alone, or a scheduler that says nothing of noise levels
+    config = scheduler_config(name, args)
+    source = None if config is None else source_of(config, told)
+    if config is None or source is None or source.noise_space is None:
         return args, answers
     space, kind = source.noise_space, source.reading.prediction_type
-    if space is None:
-        return args, answers
     if betas := known_betas(args, source):
         return replace(args, **betas), ddpm_config(config, args) | answers
     if not goes_on(args, space, kind):
@@ -85,6 +86,40 @@ def levels_of_network(
     anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)
     of_betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **known, **anew), answers | (of_betas if space.kind == "vp" else {})
+
+
+def source_of(config: dict[str, Any], told: str) -> GMLangevinScheduler | None:
+    """What a network has learned; None, with a warning, where that has no noise levels of images."""
+    try:
+        source = GMLangevinScheduler.from_config(config)
+    except ValueError as error:
+        logger.warning(f"{told}: what it has learned is not kept, as its scheduler cannot be read: {error}")
+        return None
+    if source.noise_space is None:
+        described = ", ".join(f"{name} {config[name]}" for name in OF_CLD if config.get(name) is not None)
+        logger.warning(f"{told}: its diffusion ({described}) and what it answers are not kept, but as options say")
+        return None
+    return source
+
+
+def scheduler_config(name: str, args: TrainingArguments) -> dict[str, Any] | None:
+    """The config of the scheduler beside a pretrained network; None, with a warning, where there is none.
+
+    Raises:
+        ValueError: if it cannot be fetched, which says nothing of what the network has learned.
+    """
+    where: dict[str, Any] = {"cache_dir": args.cache_dir, "revision": args.revision}
+    for subfolder in ("scheduler", None):
+        try:
+            return GMLangevinScheduler.load_config(name, subfolder=subfolder, **where)
+        except OSError as error:
+            missing = isinstance(error.__context__, EntryNotFoundError) or Path(name).is_dir()
+            if isinstance(error.__context__, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
+                missing = False  # the Hub did not answer
+            if not missing:
+                raise ValueError(f"--model_name_or_path {name}: its scheduler cannot be read: {error}") from error
+    logger.warning(f"--model_name_or_path {name} has no scheduler that says what it has learned: it learns anew")
+    return None
 
 
 def known_betas(args: TrainingArguments, source: Any) -> dict[str, Any]:

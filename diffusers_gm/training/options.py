@@ -280,6 +280,7 @@ class TrainingArguments(MethodOptions):
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = "digits"
         self._check_images()
+        check_paths(self)
         for f in fields(self):
             check_bounds(f, getattr(self, f.name))
         others = options_of_others(self.method)
@@ -379,6 +380,14 @@ def check_picture(path: str, dry_run: bool) -> None:
         raise ValueError(f"--first_batch {path!r} must be the name of a picture, such as first.png")
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"--first_batch {path!r}: there is no folder {str(Path(path).parent)!r}")
+
+
+def check_paths(args: TrainingArguments) -> None:
+    """Raise a ValueError for a name of a file that is no text: the card could not name it."""
+    for name in names_of("path"):
+        path = getattr(args, name) or ""
+        if path.encode(errors="replace") != path.encode(errors="surrogateescape"):
+            raise ValueError(f"--{name} {path!r} is not UTF-8: rename it")
 
 
 def names_of(kind: Literal["path", "private", "of_a_run"]) -> set[str]:

@@ -5,8 +5,11 @@ import os
 import signal
 import threading
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 # Exit code of a training that a signal ended: its checkpoint is written, run it again (EX_TEMPFAIL of sysexits.h).
 INTERRUPTED = 75
@@ -29,8 +32,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = ""
         self._before: dict[signal.Signals, Any] = {}
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # as `accelerate launch` sets it
-        self._launcher = os.getppid() if launched else None
+        self._launcher = os.getppid() if is_launcher(os.getppid()) else None
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # no other may listen
@@ -57,6 +59,15 @@ class Signals:
         if self._launcher is not None and os.getppid() != self._launcher:
             self._say("the end of the launcher")
         return bool(self.received)
+
+
+def is_launcher(process: int) -> bool:
+    """Whether it is `accelerate launch`: the variables that it sets may be exported in a shell, too."""
+    try:
+        words = psutil.Process(process).cmdline()
+    except psutil.Error:
+        return False
+    return any(Path(word).stem.startswith("accelerate") for word in words[:4])
 
 
 def ignore_signals(worker: int) -> None:
