@@ -17,6 +17,7 @@ from diffusers_gm.studies.digits import pipeline_of
 from diffusers_gm.studies.exact import Erring, ExactDenoiser, GaussianMixture, NetworkOf, exact_network
 from diffusers_gm.studies.report import Report
 from diffusers_gm.studies.sampler_benchmark_calibration import Calibrations, cheapest_path, step_costs
+from diffusers_gm.studies.sampler_benchmark_cells import ahead
 from diffusers_gm.studies.sampler_benchmark_models import FRECHET, Scores
 from diffusers_gm.studies.sampler_benchmark_schedulers import (
     AYS,
@@ -359,3 +360,13 @@ def test_options_that_are_wrong(words, message, capsys, tmp_path):
     with pytest.raises(SystemExit):
         bench.main([*words, "--output", str(tmp_path)])
     assert message in capsys.readouterr().err
+
+
+def test_the_best_of_diffusers_is_measured_further_however_far_behind():
+    values = {
+        (MULTISTEP, "calibrated"): 1.0,
+        ("UniPC", "AYS"): 2.0,
+        ("UniPC", "calibrated"): 1.5,
+        ("DDIM", "Karras"): 3.0,
+    }
+    assert ahead(values) == {(MULTISTEP, "calibrated"), ("UniPC", "AYS")}

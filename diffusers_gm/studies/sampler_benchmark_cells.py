@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,10 @@ from ..evaluation.results import Cell, Results, Statistic
 from ..evaluation.sampling import NoGridError, num_steps_for, sample
 from ..evaluation.scoring import SLICED_WASSERSTEIN
 from .sampler_benchmark_models import Model
-from .sampler_benchmark_schedulers import CALIBRATED, CHOSEN, OWN, Setting, name_of
+from .sampler_benchmark_schedulers import CALIBRATED, CHOSEN, OWN, Setting, name_of, theirs
 
 # A setting that has so many times the least error on the first seed is not measured on others, nor after a first look;
-# but for those that all are compared with.
+# but for those that all are compared with, the best one of diffusers among them.
 CONTENDS = 1.25
 ALWAYS = (CALIBRATED, CHOSEN, (OWN, "default"), ("DDPM", "default"))
 
@@ -56,16 +56,21 @@ Which = tuple[str, int | None]
 
 
 def contending(results: Results, metric: str = SLICED_WASSERSTEIN) -> set[Which]:
-    """What is among the best on the first seed, and `ALWAYS`."""
-    first = {
-        which: cell.scores[metric]
-        for which, cells in groups(results).items()
-        for cell in cells
-        if cell.seed == 0 and metric in cell.scores
-    }
-    least = {calls: min(value for (_, n), value in first.items() if n == calls) for _, calls in first}
-    always = {*map(name_of, ALWAYS)}
-    return {which for which, value in first.items() if value <= CONTENDS * least[which[1]] or which[0] in always}
+    """What is measured further, by the first seed."""
+    first: dict[int | None, dict[Setting, float]] = {}
+    for (name, calls), cells in groups(results).items():
+        for cell in cells:
+            if cell.seed == 0 and metric in cell.scores:
+                sampler, _, grid = name.rpartition(", ")
+                first.setdefault(calls, {})[sampler, grid] = cell.scores[metric]
+    return {(name_of(setting), calls) for calls, values in first.items() for setting in ahead(values)}
+
+
+def ahead(values: Mapping[Setting, float]) -> set[Setting]:
+    """Of settings and their distances the best ones, the best one that people have without us, and `ALWAYS`."""
+    least = min(values.values(), default=math.inf)
+    best_of_theirs = min(filter(theirs, values), key=values.__getitem__, default=None)
+    return {s for s, value in values.items() if value <= CONTENDS * least or s in (*ALWAYS, best_of_theirs)}
 
 
 def run(model: Model, setting: Setting, calls: int, seeds: Iterable[int], results: Results) -> list[Cell]:
@@ -85,14 +90,13 @@ def run(model: Model, setting: Setting, calls: int, seeds: Iterable[int], result
 
 def best_of_each(model: Model, settings: Iterable[Setting], calls: int, seeds: int, results: Results) -> Bests:
     """The best grid of every sampler of `settings`. All are measured on the first seed; on the others those that are
-    within `CONTENDS` of the best one there, and what every setting is compared with."""
+    `ahead` there."""
     first = {s: cells[0].scores[SLICED_WASSERSTEIN] for s in settings if (cells := run(model, s, calls, [0], results))}
-    least = min(first.values(), default=math.inf)
+    further = ahead(first)
     floor = statistics.mean(draw[SLICED_WASSERSTEIN] for draw in results.floor)
     found: dict[str, list[Best]] = {}
-    for setting, value in first.items():
-        all_of_them = value <= CONTENDS * least or setting in ALWAYS
-        wanted = [s for s in range(seeds) if all_of_them or results.find(name_of(setting), calls, s)]
+    for setting in first:
+        wanted = [s for s in range(seeds) if setting in further or results.find(name_of(setting), calls, s)]
         if cells := run(model, setting, calls, wanted, results):
             ratio = Statistic.of([cell.scores[SLICED_WASSERSTEIN] / floor for cell in cells])
             found.setdefault(setting[0], []).append(Best(setting[1], ratio))

@@ -92,6 +92,11 @@ def name_of(setting: Setting) -> str:
     return ", ".join(setting)
 
 
+def theirs(setting: Setting) -> bool:
+    """Whether people have it without us."""
+    return setting[0] in PEERS and setting[1] not in OUR_GRIDS
+
+
 # Schedulers by sampler, then by grid; or functions that make one, where that takes long.
 Samplers = dict[str, dict[str, Any]]
 # From the network's highest and lowest level, and a number of calls, to their levels, descending.

@@ -22,7 +22,7 @@ from .digits import parts_of
 from .report import Report, by_calls
 from .sampler_benchmark_cells import contending
 from .sampler_benchmark_models import FRECHET
-from .sampler_benchmark_schedulers import CALIBRATED, CHOSEN, MULTISTEP, OUR_GRIDS, PEERS, Setting, name_of
+from .sampler_benchmark_schedulers import CALIBRATED, CHOSEN, MULTISTEP, PEERS, Setting, name_of, theirs
 
 # A network and a number of calls.
 Cell = tuple[str, int]
@@ -116,11 +116,6 @@ def means(results: Results, metric: str) -> dict[int, tuple[dict[Setting, float]
                 spreads += [value.spread / value.mean] if value.spread is not None else []
         found[calls] = by_setting, spreads, len(seeds)
     return found
-
-
-def theirs(setting: Setting) -> bool:
-    """Whether people have it without us."""
-    return setting[0] in PEERS and setting[1] not in OUR_GRIDS
 
 
 def geometric_mean(of_cells: Mapping[Cell, float], calls: int | None = None) -> float:
