@@ -34,7 +34,7 @@ def build_parser(description: str) -> Parser:
     add("--batch_size", type=at_least(1), default=64, help="images sampled at once, by each process")
 
     add = parser.add_argument_group("Classes, where the network knows any").add_argument
-    add("--class_labels", nargs="+", metavar="CLASS", help="names, or of a model indices: samples and real images are of these, --samples without classes already [all, as often as in the training data]")  # fmt: skip # noqa: E501
+    add("--class_labels", nargs="+", metavar="CLASS", help="names, or of a model indices: samples and real images are of these; samples in files have to be already [all, as often as in the training data]")  # fmt: skip # noqa: E501
     add("--guidance_scale", type=float, nargs="+", default=[1.0], help="classifier-free guidance, 1 for none; every scale is measured; a call with guidance is of twice the batch")  # fmt: skip # noqa: E501
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels with guidance [all]")  # fmt: skip # noqa: E501
 
