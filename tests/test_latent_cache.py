@@ -128,6 +128,12 @@ def test_latents_on_another_background_are_refused(tmp_path):
     assert subset(open_folder(tmp_path / "images", background="black"), 1, 0).background == (0, 0, 0)
 
 
+def test_a_kill_at_the_very_start_is_gone_on_from(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "tmp-latents.json").write_text("{")
+    filled(cache_of(tmp_path, images_of(20)))
+
+
 def test_a_folder_of_other_files_is_no_cache(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files than latents"):

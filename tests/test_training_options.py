@@ -93,6 +93,11 @@ def test_networks_that_do_not_fit_the_images(options, said):
         fit_unet(new_unet(args, 8, 1), args, 8)
 
 
+def test_names_that_are_no_text_are_refused():
+    with pytest.raises(ValueError, match="--train_data_dir .* is not UTF-8: rename it"):
+        arguments(train_data_dir=os.fsdecode(b"photos-\xfc"))
+
+
 def test_samplers_that_cannot_run_fail_before_the_training():
     args = arguments(algorithm_type="gibbs")
     with pytest.raises(ValueError, match="unknown algorithm_type 'gibbs'"):

@@ -23,7 +23,7 @@ from ..pipelines.measurements import hash_of_card
 from .draws import DRAWS_VERSION
 from .methods import METHODS, gm_sgm
 from .option import given
-from .options import TrainingArguments, free_on_resume, names_of, of_the_model
+from .options import TrainingArguments, free_on_resume, of_the_model
 from .training_data import STATE_FILE, TrainingData, read_state
 
 logger = logging.getLogger(__name__)
@@ -353,11 +353,6 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def place_of(path: str | None) -> str | None:
-    """By what a path is known again, however it was written."""
-    return path and Path(path).name
-
-
 def read_checkpoint(
     checkpoint: Path, args: TrainingArguments, record: dict[str, Any], data: TrainingData
 ) -> TrainingState:
@@ -367,13 +362,15 @@ def read_checkpoint(
         ValueError: if it was started with other options than `record`, or on other data.
     """
     content = read_state(checkpoint)
-    free, places = free_on_resume(args), names_of("path")
+    free = free_on_resume(args)
     before, now = recorded_options(content["arguments"], args.method), json.loads(json.dumps(record))
+    names = {Path(each["train_data_dir"] or "").name for each in (before, now)}
+    if len(names) == 1 and names != {""}:
+        before["train_data_dir"] = now["train_data_dir"]  # written in another way: the images are compared below
     changes = [
         f"--{name} was {before.get(name)!r} and is {now[name]!r}"
         for name in now
         if name not in free and before.get(name) != now[name]
-        if name not in places or place_of(before.get(name)) != place_of(now[name])
     ]
     if changes:
         other_levels = any(change.startswith(("--sigma_", "--num_train_timesteps")) for change in changes)

@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 # What a schedule of betas is described by.
 BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 # And what a DDPM sampler does beside.
+OF_SAMPLER = ("thresholding", "dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value", "variance_type")
 # What critically-damped Langevin diffusion is described by.
 OF_CLD = ("beta_0", "beta_1", "mass", "gamma", "prediction_type", "num_train_timesteps")
-OF_SAMPLER = ("thresholding", "dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value", "variance_type")
 
 
 def levels_of_network(

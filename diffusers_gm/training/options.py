@@ -385,9 +385,10 @@ def check_picture(path: str, dry_run: bool) -> None:
 def check_paths(args: TrainingArguments) -> None:
     """Raise a ValueError for a name of a file that is no text: the card could not name it."""
     for name in names_of("path"):
-        path = getattr(args, name) or ""
-        if path.encode(errors="replace") != path.encode(errors="surrogateescape"):
-            raise ValueError(f"--{name} {path!r} is not UTF-8: rename it")
+        try:
+            (getattr(args, name) or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--{name} {getattr(args, name)!r} is not UTF-8: rename it") from error
 
 
 def names_of(kind: Literal["path", "private", "of_a_run"]) -> set[str]:
