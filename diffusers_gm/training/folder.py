@@ -21,7 +21,7 @@ from .. import files
 from ..data.latents import is_cache
 from ..pipelines.measurements import hash_of_card
 from .draws import DRAWS_VERSION
-from .methods import METHODS, gm_sgm
+from .methods import METHODS, cld, gm_sgm
 from .option import given
 from .options import TrainingArguments, free_on_resume, of_the_model
 from .training_data import STATE_FILE, TrainingData, read_state
@@ -93,7 +93,7 @@ def as_recorded(args: TrainingArguments, checkpoint: Path | None) -> TrainingArg
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         recorded |= {name: str(value) for name, value in numbers.items() if getattr(args, name, None) == "auto"}
     else:  # what a network was to go on with, unless told
-        goes_on = {"conditioning"} | (set() if given(args, gm_sgm.OF_NOISE) else {*gm_sgm.LAW})
+        goes_on = {"conditioning", *cld.DIFFUSION} | (set() if given(args, gm_sgm.OF_NOISE) else {*gm_sgm.LAW})
         goes_on &= set(METHODS[args.method].option_names)
         recorded |= {name: record[name] for name in goes_on if not given(args, (name,)) and record[name] is not None}
     if args.lr_warmup_steps is None:  # which follows from a length that may change
@@ -373,7 +373,8 @@ def read_checkpoint(
         if name not in free and before.get(name) != now[name]
     ]
     if changes:
-        other_levels = any(change.startswith(("--sigma_", "--num_train_timesteps")) for change in changes)
+        of_network = ("sigma_min", "sigma_max", "sigma_data", "num_train_timesteps", "objective", *cld.DIFFUSION)
+        other_levels = any(change.split()[0].removeprefix("--") in of_network for change in changes)
         if other_levels and args.model_name_or_path is not None and args.keep_noise_levels:
             changes.append("(a fine-tuning that kept no levels goes on with --no_keep_noise_levels)")
         raise ValueError(

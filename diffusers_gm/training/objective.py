@@ -21,7 +21,7 @@ from ..schedulers import AnnealedLangevinScheduler, GMLangevinScheduler
 from ..schedulers.base import SamplerScheduler
 from .classes import with_labels
 from .draws import Draws
-from .methods import METHODS, gm_sgm, levels
+from .methods import METHODS, cld, gm_sgm, levels
 from .methods.method import Batch
 from .network import is_unconditional
 from .option import given
@@ -35,7 +35,9 @@ BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_be
 # And what a DDPM sampler does beside.
 OF_SAMPLER = ("thresholding", "dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value", "variance_type")
 # What critically-damped Langevin diffusion is described by.
-OF_CLD = ("beta_0", "beta_1", "mass", "gamma", "prediction_type", "num_train_timesteps")
+OF_CLD = (*cld.DIFFUSION, "prediction_type", "num_train_timesteps")
+# How often each level is seen, and its weight, are chosen anew for what a network answers.
+CHOSEN_ANEW = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
 
 
 def levels_of_network(
@@ -45,7 +47,7 @@ def levels_of_network(
 
     A network that was trained at the levels and labels of a beta schedule (DDPM) or of a ladder goes on with them: the
     input and the answer at a noise level are then what it has learned, and only the law of the noise may be new, where
-    options name one. A network that ignores the timestep goes on doing so.
+    options name one. A network that ignores the timestep goes on doing so. One of CLD goes on with its diffusion.
 
     Raises:
         ValueError: if options say other levels.
@@ -61,8 +63,10 @@ def levels_of_network(
         args.left_open, args.named_options = before.left_open, before.named_options
     config = scheduler_config(name, args)
     source = None if config is None else source_of(config, told)
-    if config is None or source is None or source.noise_space is None:
+    if config is None or source is None:
         return args, answers
+    if source.noise_space is None:
+        return of_cld(args, config, resumed)
     space, kind = source.noise_space, source.reading.prediction_type
     if betas := known_betas(args, source):
         return replace(args, **betas), ddpm_config(config, args) | answers
@@ -81,25 +85,44 @@ def levels_of_network(
     if not resumed and "mixture_weights" in own and (law := gm_sgm.mixture_of(args, config)):
         logger.warning(f"{told} goes on with its noise: {', '.join(f'--{name} {law[name]}' for name in law)}")
         known |= law
-    # How often each level is seen, and its weight, are chosen anew for what the network answers.
-    chosen_anew = {"timestep_sampling", "p_mean", "p_std", "uncertainty_weighting"}
-    anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & chosen_anew)
+    if not resumed and cld.DIFFUSION[0] in own:  # of the sampler alone, which an image network does not know of
+        known |= {name: config[name] for name in cld.DIFFUSION if name in config and not given(args, (name,))}
+    anew: dict[str, Any] = {} if resumed else dict.fromkeys(args.left_open & CHOSEN_ANEW)
     of_betas = {name: config[name] for name in BETAS if config.get(name) is not None} | {"noise_space": "vp"}
     return replace(args, **known, **anew), answers | (of_betas if space.kind == "vp" else {})
 
 
 def source_of(config: dict[str, Any], told: str) -> GMLangevinScheduler | None:
-    """What a network has learned; None, with a warning, where that has no noise levels of images."""
+    """What a network has learned; None, with a warning, where its scheduler cannot be read."""
     try:
-        source = GMLangevinScheduler.from_config(config)
+        return GMLangevinScheduler.from_config(config)
     except ValueError as error:
         logger.warning(f"{told}: what it has learned is not kept, as its scheduler cannot be read: {error}")
         return None
-    if source.noise_space is None:
-        described = ", ".join(f"{name} {config[name]}" for name in OF_CLD if config.get(name) is not None)
-        logger.warning(f"{told}: its diffusion ({described}) and what it answers are not kept, but as options say")
-        return None
-    return source
+
+
+def of_cld(args: TrainingArguments, config: dict[str, Any], resumed: bool) -> tuple[TrainingArguments, dict[str, Any]]:
+    """`levels_of_network` of a network that sees velocities.
+
+    Raises:
+        ValueError: if options say another diffusion or answer.
+    """
+    described = ", ".join(f"{name} {config[name]}" for name in OF_CLD if config.get(name) is not None)
+    if cld.DIFFUSION[0] not in METHODS[args.method].option_names:
+        logger.warning(
+            f"--model_name_or_path {args.model_name_or_path}: its diffusion ({described}) and what it answers are not "
+            f"kept by --method {args.method}"
+        )
+        return args, {}
+    known = cld.options_of(config)
+    if others := given(args, [name for name in known if getattr(args, name) != known[name]]):
+        raise ValueError(
+            f"{others}: the network of {args.model_name_or_path} was trained on another diffusion or for another "
+            f"answer ({described}); leave these out, or give --no_keep_noise_levels to learn others"
+        )
+    chosen = args.left_open & (CHOSEN_ANEW | {"sigma_data"})
+    anew: dict[str, Any] = {} if resumed else dict.fromkeys(chosen - {*known})
+    return replace(args, **known, **anew), {"prediction_type": config["prediction_type"]}
 
 
 def scheduler_config(name: str, args: TrainingArguments) -> dict[str, Any] | None:

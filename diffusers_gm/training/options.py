@@ -147,9 +147,9 @@ class TrainingArguments(MethodOptions):
     variant: str | None = network(None, "Variant of their weights, such as fp16.")
     keep_noise_levels: bool = network(
         True,
-        "(gm-sgm, ncsnv2; cld, of preconditioned denoisers; ddpm, of networks that answer the noise) Fine-tune a "
-        "network of a pipeline at the noise levels, labels and prediction type that the pipeline's scheduler says it "
-        "has; and with its mixture and --conditioning, unless told.",
+        "(gm-sgm, ncsnv2; cld, of preconditioned denoisers and its own; ddpm, of networks that answer the noise) "
+        "Fine-tune a network of a pipeline at the noise levels, labels and prediction type that the pipeline's "
+        "scheduler says it has, one of cld on its diffusion; and with its mixture and --conditioning, unless told.",
         free_on_resume=True,  # the levels are not
     )
     block_out_channels: list[int] | None = shape(None, "Channels of each level. [chosen by --resolution]")

@@ -11,6 +11,7 @@ from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
 from ...processes.mixture import GAUSSIAN
 from ...readings import CompanionReading
+from ...readings.velocity import COMPANION_PREDICTION_TYPE, VELOCITY_PREDICTION_TYPES
 from ...schedulers import CLDSSCSScheduler
 from ..option import given, sampler, trained
 from ..option import noise as option
@@ -50,10 +51,26 @@ class CLDOptions(LevelOptions):
 # Options that describe the published loss, and those that it has no use for.
 PUBLISHED = ("cld_loss", "cld_mixed_score", "cld_weighting")
 OF_LEVELS = ("cld_feed_companion", "sigma_min", "sigma_max", "sigma_data", "snr_gamma")
+DIFFUSION = ("beta_0", "beta_1", "mass", "gamma")
 
 
 def diffusion(args: CLDOptions) -> CLD:
     return CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
+
+
+def sees_velocities(config: dict[str, Any]) -> bool:
+    """Whether a network was trained on states (x, v), by the config of its scheduler."""
+    return config.get("prediction_type") in (*VELOCITY_PREDICTION_TYPES, COMPANION_PREDICTION_TYPE)
+
+
+def options_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a network that sees velocities: its diffusion, and what it answers."""
+    config = dict(CLDSSCSScheduler.from_config(config).config)  # with what it leaves out
+    known = {name: config[name] for name in DIFFUSION} | {"num_train_timesteps": str(config["num_train_timesteps"])}
+    if config["prediction_type"] != COMPANION_PREDICTION_TYPE:
+        return known | {"objective": "score", "cld_mixed_score": config["prediction_type"] == "cld_mixed"}
+    of_levels = {"sigma_min": config["sigma_min"], **{n: f"{config[n]:g}" for n in ("sigma_max", "sigma_data")}}
+    return known | {"objective": "denoiser", "cld_feed_companion": True} | of_levels
 
 
 def choose(args: CLDOptions) -> dict[str, Any]:

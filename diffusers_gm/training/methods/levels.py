@@ -130,4 +130,6 @@ def in_words(record: Any) -> str:
         return f"log-normal noise levels {ends} ({law})"
     if record["timestep_sampling"] == "log_uniform":
         return f"log-uniform noise levels {ends}"
-    return f"{record['num_train_timesteps']} noise levels {ends} on a geometric ladder"
+    # A network that was trained before may have brought those of a beta schedule.
+    brought = record["model_name_or_path"] is not None and record["keep_noise_levels"]
+    return f"{record['num_train_timesteps']} noise levels {ends}" + ("" if brought else " on a geometric ladder")
