@@ -26,6 +26,7 @@ kept in a YAML file, and some come with the package: `--config cifar10-cpu --met
 """
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -411,8 +412,13 @@ def train(args: TrainingArguments, signals: Signals) -> Iterator[None]:  # noqa:
     if effort := args.calibrate:  # which takes its time: the model is whole before, and not done
         write_pipeline(record | {"calibrate": None})
         real = examination.images if effort == "full" else None
-        with averaged_weights(unet, ema):
-            pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=real))
+        try:
+            with signals.interrupting(), averaged_weights(unet, ema):
+                pipeline.scheduler = from_main(lambda: calibrate(pipeline, effort=effort, images=real))
+        except KeyboardInterrupt:
+            command = f"python -m diffusers_gm.calibrate {shlex.quote(str(output_dir))}"
+            print(f"interrupted: the model is saved, and not calibrated, which {command} does", file=sys.stderr)
+            sys.exit(INTERRUPTED)
     write_pipeline(record)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -364,7 +364,7 @@ def test_networks_of_the_hub_keep_their_levels(tmp_path):
         for method in ("HEAD", "GET"):
             hub.fail(method, "scheduler_config", status=503, times=99)
         failed = Client(hub, tmp_path / "other").run(LEVELS, "me/nested", check=False)
-        assert "--model_name_or_path me/nested: its scheduler cannot be read" in failed.stderr
+        assert "--model_name_or_path me/nested: its scheduler_config.json cannot be read" in failed.stderr
 
 
 @pytest.mark.parametrize("words", ["--sigma_min 0.01", "--num_train_timesteps 1000", "--sigma_max auto"])

@@ -23,6 +23,7 @@ from diffusers_gm.training.draws import Draws
 from diffusers_gm.training.folder import ARGS_FILE, LOCK, find_checkpoint, list_checkpoints, read_log
 from diffusers_gm.training.objective import Objective, build_scheduler
 from diffusers_gm.training.samples import sample_images
+from diffusers_gm.training.stopping import INTERRUPTED
 
 # --- One training, end to end ---
 
@@ -360,7 +361,7 @@ def test_a_finished_pipeline_is_calibrated_where_wanted(train, tmp_path):
     assert loaded(1, 10, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()
 
 
-def test_a_model_is_not_lost_to_its_calibration(train, tmp_path):
+def test_a_model_is_not_lost_to_its_calibration(train, tmp_path, capsys):
     """It is saved before, and a training that was ended meanwhile is not done: it calibrates then."""
 
     def interrupted(*_, **__):
@@ -369,8 +370,10 @@ def test_a_model_is_not_lost_to_its_calibration(train, tmp_path):
     options = f"{TINY} --calibrate fast --checkpointing_steps 2 --resume_from_checkpoint latest --output_dir"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["diffusers_gm.calibration.calibrate"], "calibrate_in_full", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match=str(INTERRUPTED)):
             train(options, tmp_path / "out")
+    command = f"python -m diffusers_gm.calibrate {tmp_path / 'out'}"
+    assert f"interrupted: the model is saved, and not calibrated, which {command} does" in capsys.readouterr().err
     before = GMSGMPipeline.from_pretrained(tmp_path / "out")
     assert type(before.scheduler) is GMLangevinScheduler
     train(options, tmp_path / "out")

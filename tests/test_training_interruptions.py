@@ -109,6 +109,21 @@ def test_a_signal_ends_it_with_a_checkpoint(whole, tmp_path, number):
     goes_on(tmp_path / "out", whole)
 
 
+def test_work_without_steps_is_interrupted_by_signals():
+    """At once by one that was noted before; and afterwards they are noted again."""
+    with Signals() as signals:
+        with pytest.raises(KeyboardInterrupt), signals.interrupting():
+            signal.raise_signal(signal.SIGTERM)
+        assert not signals.received
+    with Signals() as signals:
+        with signals.interrupting():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt), signals.interrupting():
+            pytest.fail("it was to end at once")
+
+
 @pytest.mark.slow  # processes of their own
 def test_ctrl_c_reaches_the_loaders_of_the_data_too(tmp_path, whole):
     process = start(DIRECT, tmp_path / "out", "--dataloader_num_workers 2")

@@ -2,12 +2,15 @@
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from ..autoencoders import downsampling, latent_channels
@@ -58,10 +61,25 @@ def refuse_latents(option: str, args: TrainingArguments) -> None:
 
 def pipeline_index(args: TrainingArguments) -> dict[str, Any]:
     """What the pipeline that the network is from says of itself; nothing of a network in a folder of its own."""
+    return config_of(DiffusionPipeline, args) or {}
+
+
+def config_of(cls: Any, args: TrainingArguments, **where: Any) -> dict[str, Any] | None:
+    """The config of a class beside the pretrained network; None where there is none.
+
+    Raises:
+        ValueError: if it cannot be fetched, which does not say that there is none.
+    """
+    name = args.model_name_or_path
     try:
-        return DiffusionPipeline.load_config(args.model_name_or_path, cache_dir=args.cache_dir, revision=args.revision)
-    except OSError:
-        return {}
+        return cls.load_config(name, cache_dir=args.cache_dir, revision=args.revision, **where)
+    except OSError as error:
+        missing = isinstance(error.__context__, EntryNotFoundError) or Path(name or "").is_dir()
+        if isinstance(error.__context__, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
+            missing = False  # the Hub did not answer
+        if missing:
+            return None
+        raise ValueError(f"--model_name_or_path {name}: its {cls.config_name} cannot be read: {error}") from error
 
 
 def decoder_in(index: dict[str, Any]) -> str | None:

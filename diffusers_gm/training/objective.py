@@ -4,14 +4,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..data import dequantized
@@ -23,7 +20,7 @@ from .classes import with_labels
 from .draws import Draws
 from .methods import METHODS, cld, gm_sgm, levels
 from .methods.method import Batch
-from .network import is_unconditional
+from .network import config_of, is_unconditional
 from .option import given
 from .options import TrainingArguments
 from .plan import Plan
@@ -131,16 +128,9 @@ def scheduler_config(name: str, args: TrainingArguments) -> dict[str, Any] | Non
     Raises:
         ValueError: if it cannot be fetched, which says nothing of what the network has learned.
     """
-    where: dict[str, Any] = {"cache_dir": args.cache_dir, "revision": args.revision}
     for subfolder in ("scheduler", None):
-        try:
-            return GMLangevinScheduler.load_config(name, subfolder=subfolder, **where)
-        except OSError as error:
-            missing = isinstance(error.__context__, EntryNotFoundError) or Path(name).is_dir()
-            if isinstance(error.__context__, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
-                missing = False  # the Hub did not answer
-            if not missing:
-                raise ValueError(f"--model_name_or_path {name}: its scheduler cannot be read: {error}") from error
+        if (config := config_of(GMLangevinScheduler, args, subfolder=subfolder)) is not None:
+            return config
     logger.warning(f"--model_name_or_path {name} has no scheduler that says what it has learned: it learns anew")
     return None
 

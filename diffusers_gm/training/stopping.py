@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,6 +43,22 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, they interrupt, as Ctrl-C does any program: for work without steps. One that was noted does so at
+        once.
+
+        Raises:
+            KeyboardInterrupt: now, or when one comes.
+        """
+        for number in self._before:
+            signal.signal(number, signal.default_int_handler)
+        if self._before and self.received:
+            raise KeyboardInterrupt
+        yield
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
