@@ -297,6 +297,27 @@ def test_a_velocity_network(tiny_velocity_unet):
     assert pipe(1, 3, torch.Generator().manual_seed(0), output_type="pt").images.isfinite().all()
 
 
+def test_a_network_whose_levels_are_all_low():
+    """Below those of the fine ladder of images."""
+    scheduler = CalibratedMultistepScheduler(sigma_min=1e-4, sigma_max=0.009)
+    pipe = UnconditionalPipeline(network(scheduler.noise_space), scheduler)
+    levels = calibrate_in_full(pipe, (5,), progress=False, batch_size=16).levels[5]
+    assert 0.009 >= levels[0] > levels[-1] >= 1e-4
+
+
+def test_a_calibration_does_not_depend_on_the_type_of_new_tensors(tiny_unet):
+    made = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            scheduler = CalibratedMultistepScheduler(beta_schedule="linear")
+            pipe = UnconditionalPipeline(tiny_unet, scheduler)
+            made.append(calibrate(pipe, (7,), progress=False, batch_size=4).config.calibration)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert made[0]["7"] == pytest.approx(made[1]["7"], rel=0.2)
+
+
 def test_guidance_is_part_of_the_denoiser():
     """Stable Diffusion: the prompt, guidance and the latents of the pipeline's own run."""
     from diffusers_pipelines import stable_diffusion

@@ -52,6 +52,11 @@ def test_the_mean_square_of_d_grows_for_exact_networks_and_falls_for_one_that_se
     assert found.errs
 
 
+def test_a_network_that_answers_the_same_whatever_it_sees_has_no_defect():
+    run = reverse_diffusion(lambda y, sigma: (torch.full_like(y, 0.3), None), start(20), HIGH, LOW)
+    assert (run.defect, run.left) == (0.0, 1.0)
+
+
 def test_a_network_of_low_levels_alone_is_measured_on_these():
     told = []
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import (
+    DDPMPipeline,
     DDPMScheduler,
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
 )
@@ -18,7 +20,7 @@ from diffusers.guiders import (
 )
 from networks import build
 
-from diffusers_gm import UnconditionalPipeline, calibrate
+from diffusers_gm import CalibratedMultistepScheduler, UnconditionalPipeline, calibrate
 from diffusers_gm.calibration.refused import is_whole
 
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")
@@ -45,6 +47,11 @@ def hunyuan_image(guider, **config):
         {"control_guidance_start": [0.0, 0.2]},
         {"skip_guidance_layers": [7]},
         {"use_dynamic_cfg": True},
+        {"edit_warmup_steps": 10, "editing_prompt": ["a hat"]},
+        {"edit_momentum_scale": [0.0, 0.1], "editing_prompt_embeddings": torch.zeros(1)},
+        {"sld_warmup_steps": 10, "sld_guidance_scale": 1000},
+        {"max_iter_to_alter": 25},
+        {"thresholds": {0: 0.05}},
         {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=0.4)},
         {"callback_on_step_end": MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.4)])},
     ],
@@ -54,6 +61,29 @@ def test_arguments_that_act_in_a_share_of_a_run_are_refused(share, tiny_unet):
     pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
     with pytest.raises(ValueError, match=f"(?s){next(iter(share))}=.* acts in a share of a run"):
         calibrate(pipe, (5,), progress=False, **share)
+
+
+def test_edits_and_safety_that_do_nothing_are_no_reason(tiny_unet):
+    """Their defaults act in a share of a run, and their pipelines are asked for images without them, too."""
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    for idle in ({"edit_warmup_steps": 10}, {"sld_warmup_steps": 10, "sld_guidance_scale": 0}):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):  # that of this pipeline
+            calibrate(pipe, (5,), progress=False, **idle)
+
+
+def test_schedulers_that_only_their_class_tells_are_refused(tiny_unet):
+    """A flow map has the config of an ordinary flow."""
+    for name, said in (("FlowMapEulerDiscreteScheduler", "mean velocity"), ("MiniMaxH3Scheduler", "backwards")):
+        source = type(name, (FlowMatchHeunDiscreteScheduler,), {})()
+        with pytest.raises(ValueError, match=said):
+            calibrate(UnconditionalPipeline(tiny_unet, source), (5,), progress=False)
+
+
+@pytest.mark.parametrize("options", [{"sigma_max": 20.0}, {"noise_space": "edm", "sigma_data": 0.5}])
+def test_a_pipeline_that_does_not_scale_its_input_is_refused_where_it_must(options, tiny_unet):
+    pipe = DDPMPipeline(tiny_unet, CalibratedMultistepScheduler(**options))
+    with pytest.raises(ValueError, match="does not scale its network's input"):
+        calibrate(pipe, (5,), progress=False)
 
 
 @pytest.mark.parametrize(

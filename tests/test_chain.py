@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -148,8 +149,12 @@ def test_labels_that_a_chain_is_given_stay_where_it_begins():
     swapped = AnnealedLangevinScheduler.from_config(DDPMScheduler().config, network_level="chain")
     swapped.set_timesteps(timesteps=[500] * 30 + [100] * 21)
     assert set(swapped.timesteps[:30].tolist()) == {500}
-    swapped.set_timesteps(timesteps=[900, 500, 100, 100], sigmas=[20.0, 5.0, 0.5, 0.5])
+    labels, sigmas = [900.0, 500.0, 100.0, 100.0], [20.0, 5.0, 0.5, 0.5]
+    swapped.set_timesteps(timesteps=labels, sigmas=sigmas)
     assert float(swapped.timesteps[0]) == 900
+    # And of the levels that the chain has, they are as far between as the levels are, in their logarithm.
+    at = np.interp(swapped.sigmas[:-1].log(), np.log(sigmas[::-1]), labels[::-1])
+    torch.testing.assert_close(swapped.timesteps.double(), torch.from_numpy(at), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("follows", [False, True])

@@ -250,6 +250,12 @@ def test_runs_of_more_calls_than_a_calibration_knows():
         {"2": [1.0, 0.0]},
         {"2": [1.0, 1.0]},
         {"1": [0.0]},
+        {"1": [math.inf]},
+        {"02": [2.0, 1.0]},
+        {"2": [2.0, 1.0], "stochasticty": {"2": 1.0}},
+        {"2": [2.0, 1.0], "stochasticity": 0.5},
+        {"2": [2.0, 1.0], "stochasticity": {"few": 0.5}},
+        {"2": [2.0, 1.0], "shift": 0.0},
     ],
 )
 def test_what_is_no_calibration_is_refused(calibration):

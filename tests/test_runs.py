@@ -195,6 +195,46 @@ def test_a_step_of_one_of_the_runs_before_is_told(cls, generator):
         scheduler.step(x, old[0], x, generator=generator)
 
 
+def test_a_thread_does_not_see_the_run_of_one_that_has_ended():
+    """Identifiers of threads are used again."""
+    scheduler, seen = CalibratedMultistepScheduler(**VP), []
+    for n in (10, 5):
+        thread = threading.Thread(target=lambda n=n: n == 10 and scheduler.set_timesteps(n))
+        thread.start()
+        thread.join()
+    scheduler.set_timesteps(5)
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: seen.append(len(scheduler.timesteps)))
+        thread.start()
+        thread.join()
+    assert seen == [5, 5, 5]
+
+
+@pytest.mark.parametrize("space", ["ve", "edm"])
+def test_an_input_that_is_not_scaled_is_told_once(space, caplog):
+    x = torch.zeros(1, 1, 4, 4)
+    for scaled in (True, False):
+        scheduler = CalibratedMultistepScheduler(**READINGS[space])
+        scheduler.set_timesteps(5)
+        for t in scheduler.timesteps:
+            scheduler.step(scheduler.scale_model_input(x, t) if scaled else x, t, x)
+        said = [record for record in caplog.records if "scale_model_input was not called" in record.message]
+        assert len(said) == (not scaled)
+
+
+@pytest.mark.parametrize("space", ["ve", "edm"])
+def test_the_input_is_scaled_by_the_levels_of_a_run_however_its_labels_are_said(space):
+    scheduler = CalibratedMultistepScheduler(**READINGS[space])
+    high = float(scheduler.timesteps[0])
+    labels = [high, high - 0.5, high - 1.0]
+    scheduler.set_timesteps(timesteps=labels, sigmas=[10.0, 3.0, 0.5])
+    x = torch.ones(1, 1, 2, 2)
+    for t in scheduler.timesteps:
+        by_element = scheduler.scale_model_input(x, t)
+        for same in (float(t), t.clone()):
+            torch.testing.assert_close(scheduler.scale_model_input(x, same), by_element)
+
+
 @every_scheduler
 def test_a_sample_of_another_shape_in_mid_run_is_an_error(cls, generator):
     scheduler = cls(**VP)

@@ -324,6 +324,27 @@ def test_misuse_is_a_clear_error(make, generator):
             scheduler.set_timesteps(n)
 
 
+@all_samplers
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_what_a_caller_does_to_the_tensors_of_a_step_is_not_seen_by_the_run(make, prediction_type):
+    """A preview that is clamped in place; a compiled network that writes into the output it gave before."""
+    left = []
+    for touched in (False, True):
+        scheduler = make(**SMALL, prediction_type=prediction_type)
+        scheduler.set_timesteps(60)
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(2, 1, 4, 4, generator=generator)
+        for t in scheduler.timesteps:
+            output = 0.1 * sample
+            step = scheduler.step(output, t, sample, generator=generator)
+            sample = step.prev_sample
+            if touched:
+                step.pred_original_sample.zero_()
+                output.zero_()
+        left.append(sample)
+    assert torch.equal(*left)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -348,6 +369,11 @@ def test_misuse_is_a_clear_error(make, generator):
             lambda: AnnealedLangevinScheduler(thresholding=True, dynamic_thresholding_ratio=2),
             "dynamic_thresholding",
         ),
+        (lambda: AnnealedLangevinScheduler(clip_sample=True, clip_sample_range=-1.0), "clip_sample_range .* -1.0"),
+        (lambda: GMLangevinScheduler(shift=0.0), "shift must be positive, got 0.0"),
+        (lambda: GMLangevinScheduler(shift=float("nan")), "shift must be positive, got nan"),
+        (lambda: GMLangevinScheduler(shift=3.0, shift_terminal=1.0), "shift_terminal must be in .0, 1., got 1.0"),
+        (lambda: AnnealedLangevinScheduler().set_begin_index(-2), "begin_index must be at least 0, got -2"),
         (lambda: AnnealedLangevinScheduler(timestep_spacing="x").set_timesteps(10), "timestep_spacing 'x'"),
         (lambda: GMLangevinScheduler(algorithm_type="levy"), "'levy'"),
         (lambda: GMLangevinScheduler(model_noise="cauchy"), "'cauchy'"),

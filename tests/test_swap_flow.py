@@ -30,6 +30,25 @@ def test_a_flow_network_of_which_nothing_is_said_answers_the_velocity(cls, tmp_p
         assert cls(**others).config.prediction_type == "epsilon"
 
 
+@every_scheduler
+@pytest.mark.parametrize("source", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("kind", ["flow_prediction", "sample", "epsilon"])
+def test_a_flow_network_of_a_solver_answers_what_is_said(cls, source, kind):
+    """As the solver itself reads it; the default of theirs, of which nobody said anything, is the velocity."""
+    theirs = source(use_flow_sigmas=True, flow_shift=3.0, prediction_type=kind)
+    ours, clean = cls.from_config(theirs.config), torch.full((1, 1, 2, 2), 0.7)
+    assert ours.reading.prediction_type == kind
+    assert cls.from_config(source(use_flow_sigmas=True, flow_shift=3.0).config).reading.prediction_type == (
+        "flow_prediction"
+    )
+    ours.set_timesteps(20)
+    s, t = float(ours.sigmas[8]), ours.timesteps[8]
+    noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    answers = {"flow_prediction": noise - clean, "sample": clean, "epsilon": noise}
+    made = ours.step(answers[kind], t, (1 - s) * clean + s * noise, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made.pred_original_sample, clean, rtol=1e-4, atol=1e-4)
+
+
 # --- The shift ---
 
 

@@ -18,6 +18,8 @@ from ..readings import ImageReading, level_range
 from ..samplers import Multistep
 from ..samplers.multistep import Stochasticity
 from ..schedulers import CalibratedMultistepScheduler
+from ..schedulers.base import SamplerScheduler
+from ..schedulers.swap import refuse_unreadable
 from .errors import (
     ALL,
     ENOUGH,
@@ -56,8 +58,9 @@ class Calibration:
     Attributes:
         scheduler: the result.
         levels: of each budget; `fixed`: of the grid that it would have without.
-        errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's, from a start
-            that the levels were not chosen on: of the fixed grid, and of what was found. None where no run was judged:
+        errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's: of the fixed
+            grid, and of what was found. From a start that levels were not moved on, but by which the best of those
+            that were found, and of the fixed grid, is taken. None where no run was judged:
             with `effort="fast"`, where errors dominate, and of very few calls of a network that errs.
         martingale_defect: rho, see `errors.ReverseDiffusion`.
         stochasticity: tau of each budget, one or two.
@@ -167,7 +170,7 @@ def calibrate_in_full(
         counted = Counted(denoiser, bar)
         deviation = scheduler.reading.start_deviation if isinstance(scheduler.reading, ImageReading) else None
         noise = scheduler.model_mixture
-        ladder = Ladder(counted, start, high, max(low, LOW), sampler, noise, shift, deviation)
+        ladder = Ladder(counted, start, high, min(max(low, LOW), high / 2), sampler, noise, shift, deviation)
         real = None if images is None else as_learned(pipe, images, start.shape[1:])
         result = measured(ladder, scheduler, budgets, effort, stochasticity, real)
         result.network_calls, result.seconds = counted.calls, (0.0, counted.seconds)
@@ -263,6 +266,8 @@ def _swapped(pipe: Any) -> CalibratedMultistepScheduler:
     if scheduler is None or not hasattr(scheduler, "config"):
         raise ValueError(f"a {type(pipe).__name__} has no scheduler that can be swapped: calibrate needs one")
     try:
+        if not isinstance(scheduler, SamplerScheduler):  # a config in memory does not say which class it is of
+            refuse_unreadable({**scheduler.config, "_class_name": type(scheduler).__name__})
         return CalibratedMultistepScheduler.from_config(scheduler.config, **OWN_GRID, calibration=None)
     except ValueError as error:
         raise ValueError(f"the scheduler of this {type(pipe).__name__} cannot be swapped: {error}") from error

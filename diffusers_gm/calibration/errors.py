@@ -127,7 +127,7 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
         if sigma <= SHOWS:
             strengths.append(float(denoised.square().mean()))
     left = strengths[-1] / strengths[0] if strengths and strengths[0] else 1.0
-    return ReverseDiffusion(products / squares, left, denoised)
+    return ReverseDiffusion(products / squares if squares else 0.0, left, denoised)
 
 
 def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:

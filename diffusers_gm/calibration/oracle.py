@@ -83,6 +83,11 @@ class AskedScheduler(CalibratedMultistepScheduler):
         denoised, memory = self._denoised(self.without_variance(model_output.float(), state), state, y, call, Memory())
         denoised, memory = self.clipped(denoised, call.sigma, memory)
         if self._taken == 0:
+            if self.noise_space is not None and self.noise_space.carries_y and not self.is_scale_input_called:
+                raise ValueError(
+                    f"the pipeline does not scale its network's input (scheduler.scale_model_input), as networks of "
+                    f"{self.noise_space.kind} space need it: run the network by one that does, such as ours"
+                )
             self._start = y
             self._first = position_in(timestep, self.timesteps) or self.begin_index or 0
             # At another level than the start's, where what is put back is other than what was handed.
@@ -117,6 +122,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         return self.reading.initial_scale(self.asked.sigma)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        self.is_scale_input_called = True
         return self.reading.model_input(sample, timestep, self.asked)
 
     exchange: Callable[[Tensor, Denoised], tuple[float, Tensor]]

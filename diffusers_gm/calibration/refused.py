@@ -1,12 +1,13 @@
 """Pipelines that cannot be calibrated, as far as they tell before they run."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-# Arguments of diffusers' pipelines that act in a share of a run, and what they are where they act in all or none of it.
-SHARES = {
+# Arguments of diffusers' pipelines that act in a share of a run, or by the calls before, and what they are where they
+# act in all or none of it.
+SHARES: dict[str, Any] = {
     "control_guidance_start": 0.0,
     "control_guidance_end": 1.0,
     "skip_guidance_layers": None,
@@ -16,6 +17,22 @@ SHARES = {
     "denoising_end": None,
     "use_dynamic_cfg": False,
     "gligen_scheduled_sampling_beta": 1.0,
+    "edit_warmup_steps": 0,
+    "edit_cooldown_steps": None,
+    "edit_momentum_scale": 0.0,
+    "sld_warmup_steps": 0,
+    "sld_momentum_scale": 0.0,
+    "max_iter_to_alter": 0,
+    "thresholds": {},
+    "num_temporal_reasoning_steps": 0,
+    "mixed_precision_first_steps": None,
+    "mixed_precision_last_steps": None,
+}
+
+# And where these say so, they do nothing: edits without a text, safety without a concept.
+IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "edit_": lambda said: said.get("editing_prompt") is None and said.get("editing_prompt_embeddings") is None,
+    "sld_": lambda said: (said.get("sld_guidance_scale") or 0) <= 1,
 }
 
 # Likewise of guiders, under these names or such that end in them; momentum makes an answer depend on those before.
@@ -39,12 +56,18 @@ def refuse_what_cannot_be(pipe: Any, defaults: Mapping[str, Any], given: Mapping
 
 def _refuse_shares(said: Mapping[str, Any], given: Collection[str]) -> None:
     """Arguments of a call that act in a share of a run."""
-    shares = {name: whole for name, whole in SHARES.items() if not is_whole(said.get(name), whole)}
+    idle = tuple(prefix for prefix, is_idle in IDLE.items() if is_idle(said))
+    shares = {
+        name: whole
+        for name, whole in SHARES.items()
+        if not is_whole(said.get(name), whole) and not name.startswith(idle)
+    }
     if isinstance(said.get("callback_on_step_end"), PipelineCallback | MultiPipelineCallbacks):
         shares["callback_on_step_end"] = None  # these cut something off after some steps
     for name, whole in sorted(shares.items()):
         raise ValueError(
-            f"{name}={said[name]!r} acts in a share of a run, and a calibration makes no run as long as yours: "
+            f"{name}={said[name]!r} acts in a share of a run, or by the calls before, and a calibration makes no run "
+            "as long as yours: "
             f"{'leave it out' if name in given else f'give {whole!r}'}"
         )
 

@@ -84,7 +84,7 @@ def growth(sigmas: Tensor, places: list[int]) -> float:
 def gram(denoised: list[Tensor]) -> Tensor:
     """`mean D_k D_l` over images and elements, `(K, K)` float64."""
     flat = torch.stack([d.flatten().float() for d in denoised])
-    return (flat @ flat.T / flat.shape[1]).double().cpu()
+    return (flat @ flat.T / flat.shape[1]).cpu().double()
 
 
 class LocalDefects:

@@ -142,10 +142,11 @@ class Trajectories:
 
 
 def sliced_distance(images: Tensor, others: Tensor) -> float:
-    """The squared sliced Wasserstein distance of images `(n, ...)` to `(m, ...)` others, m >= n, per element, along
+    """The squared sliced Wasserstein distance of images `(n, ...)` to `(m, ...)` others, per element, along
     `NUM_DIRECTIONS` directions that are always the same."""
     size = images[0].numel()
-    directions = torch.randn(size, NUM_DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(size, NUM_DIRECTIONS, generator=generator, dtype=torch.float32)
     directions = torch.nn.functional.normalize(directions, dim=0).to(images.device)
     ours, theirs = ((x.flatten(1).float() @ directions).sort(0).values for x in (images, others.to(images.device)))
     ranks = ((torch.arange(len(ours)) + 0.5) * (len(theirs) / len(ours))).long()

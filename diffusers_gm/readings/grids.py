@@ -51,10 +51,10 @@ def level_grid(
     """Descending timestep labels of `num_levels` noise levels, shape `(num_levels,)`, float64.
 
     The spacings of `sigma_grid`, between the ends of the trained range. `linspace`, `leading` and `trailing` are
-    those of diffusers' DDPM (arXiv 2305.08891, table 2), except that a `ve` ladder, whose labels may be fractional, is
-    not rounded; `edm` networks and those that are told sigma, which have no ladder, have none of them. `shift` and
-    `shift_terminal`: `flow`, see `shift_flow`; there `karras`, `beta` and `exponential` are of s, between its shifted
-    ends, as in diffusers.
+    those of diffusers' DDPM (arXiv 2305.08891, table 2), but for how halves are rounded, by one label, and that a
+    `ve` ladder, whose labels may be fractional, is not; `edm` networks and those that are told sigma, which have no
+    ladder, have none of them. `shift` and `shift_terminal`: `flow`, see `shift_flow`; there `karras`, `beta` and
+    `exponential` are of s, between its shifted ends, as in diffusers.
 
     Raises:
         ValueError: for an unknown spacing.
@@ -144,7 +144,8 @@ LAST_LEVEL = 0.5
 
 
 def check_calibration(calibration: dict[str, Any] | None) -> None:
-    """Raise a ValueError unless `calibration` is None or maps numbers of calls to as many descending levels."""
+    """Raise a ValueError unless `calibration` is None or maps numbers of calls to as many descending levels, and what
+    it says besides is what `calibrate` says."""
     if calibration is None:
         return
     if not all(isinstance(key, str) for key in calibration):
@@ -155,10 +156,17 @@ def check_calibration(calibration: dict[str, Any] | None) -> None:
     for key in budgets:
         levels = calibration[key]
         falling = all(a > b > 0 for a, b in pairwise(levels))
-        if not levels or len(levels) != int(key) or not falling or not levels[0] > 0:
+        if not levels or str(len(levels)) != key or not falling or not 0 < levels[0] < math.inf:
             raise ValueError(
                 f"calibration for {key} calls must be {key} descending positive noise levels, got {levels}"
             )
+    if unknown := calibration.keys() - {*budgets, "stochasticity", "shift"}:
+        raise ValueError(f"calibration has {sorted(unknown)}: beside numbers of calls it may have stochasticity, shift")
+    if not 0 < calibration.get("shift", 1.0) < math.inf:
+        raise ValueError(f"the shift of a calibration must be positive, got {calibration['shift']}")
+    taus = calibration.get("stochasticity") or {}
+    if not isinstance(taus, dict) or not all(isinstance(key, str) and key.isdigit() for key in taus):
+        raise ValueError(f"the stochasticity of a calibration must be by numbers of calls, got {taus}")
 
 
 def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:

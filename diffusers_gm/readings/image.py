@@ -101,8 +101,8 @@ class ImageReading:
 
     def denoised(self, output: Tensor, sample: Tensor, call: ImageCall) -> Tensor:
         """`D(y; sigma)` of the network's output at a call."""
-        if call.c_skip == 0:
-            return output if call.c_out == 1 else call.c_out * output
+        if call.c_skip == 0:  # never the output itself, which a compiled network may write its next one into
+            return call.c_out * output
         return torch.add(sample * (call.c_skip / call.visible), output, alpha=call.c_out)
 
     def visible(self, y: Tensor, companion: Tensor | None, call: ImageCall) -> Tensor:

@@ -4,11 +4,13 @@ A scheduler says how its network sees noise (`readings`) and which sampler it ru
 rest, and everything that changes during a run is in a `Run`.
 """
 
-import threading
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
@@ -24,8 +26,10 @@ from ..samplers.sampler import Stepped
 from .calls import Calls, Levels
 from .network import betas_from_config, prediction_type_of, reading_from_config
 from .options import SPACING_FLAGS
-from .run import TURN, Run
+from .run import TURN, Run, this_thread
 from .swap import Swappable, of_one_grid
+
+logger = logging.getLogger(__name__)
 
 
 class SamplerScheduler(Calls, Swappable):
@@ -60,6 +64,12 @@ class SamplerScheduler(Calls, Swappable):
             raise ValueError(f"num_train_timesteps must be at least 2, got {config.num_train_timesteps}")
         if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}")
+        if config.clip_sample and not 0 < config.clip_sample_range < math.inf:
+            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range}")
+        if config.shift is not None and not 0 < config.shift < math.inf:
+            raise ValueError(f"shift must be positive, got {config.shift}")
+        if config.shift_terminal is not None and not 0 <= config.shift_terminal < 1:
+            raise ValueError(f"shift_terminal must be in [0, 1), got {config.shift_terminal}")
         if sum(bool(config[flag]) for flag in SPACING_FLAGS) > 1:
             raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
         check_calibration(config.calibration)
@@ -70,6 +80,10 @@ class SamplerScheduler(Calls, Swappable):
             if self.noise_space.kind == "vp":
                 self.betas, self.alphas_cumprod = betas_from_config(config)
                 self.alphas = 1 - self.betas
+            if (
+                self.noise_space.num_train_timesteps != config.num_train_timesteps
+            ):  # of trained_betas, which say so themselves
+                self.register_to_config(num_train_timesteps=self.noise_space.num_train_timesteps)
             kind = self.noise_space.kind
             self.register_to_config(noise_space=kind, prediction_type=prediction_type_of(config, kind))
         if "_use_default_values" in self.config:
@@ -82,6 +96,7 @@ class SamplerScheduler(Calls, Swappable):
         self._run: Run | None = None
         self._prepared: dict[int, Run] = {}  # by thread: its last run, until it begins
         self._begin_index: int | None = None
+        self.is_scale_input_called = False  # as schedulers of diffusers name it
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As in diffusers. Options that change after `__init__` act as if they had been given there, and end a run."""
@@ -162,17 +177,20 @@ class SamplerScheduler(Calls, Swappable):
         plan = sampler.plan(levels)
         moved = plan.sigmas != levels
         if moved.any():  # a sampler that tells the network other levels than those of the grid
-            told = self.reading.timestep(plan.sigmas)
-            if self._counts_whole(labels):
-                told = told.round()
-                plan = replace(plan, sigmas=torch.where(moved, self.reading.sigma(told), levels))
+            if given_both:  # labels of levels between are between those that are given
+                told = torch.from_numpy(np.interp(plan.sigmas.log(), levels.log().flip(0), labels.flip(0)))
+            else:
+                told = self.reading.timestep(plan.sigmas)
+                if self._counts_whole(labels):
+                    told = told.round()
+                    plan = replace(plan, sigmas=torch.where(moved, self.reading.sigma(told), levels))
             labels = torch.where(moved, told, labels)
         calls = self.reading.calls(labels, plan.sigmas)
         own_labels = self.reading.timestep(plan.sigmas).to(torch.float32) if given_both else None
         run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
         visible_sigmas = self.visible_sigmas(plan.sigmas)
         with TURN:
-            self._prepared = {**self._prepared, threading.get_ident(): run}
+            self._prepared = {**self._prepared, this_thread(): run}
             self._run = run.after(self._run)
             self.sampler, self._made = sampler, made
             self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas
@@ -189,12 +207,12 @@ class SamplerScheduler(Calls, Swappable):
 
         A thread that has prepared a run sees that one until it begins, so that it is told if another has ended it.
         """
-        mine = self._prepared.get(threading.get_ident())
+        mine = self._prepared.get(this_thread())
         return self._timesteps if mine is None else mine.timesteps
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
-        self._prepared.pop(threading.get_ident(), None)
+        self._prepared.pop(this_thread(), None)
         self._timesteps = timesteps
 
     # --- Where a run is ---
@@ -210,7 +228,13 @@ class SamplerScheduler(Calls, Swappable):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start the next run at call `begin_index` (image-to-image)."""
+        """Start the next run at call `begin_index` (image-to-image).
+
+        Raises:
+            ValueError: if it is negative.
+        """
+        if begin_index < 0:
+            raise ValueError(f"begin_index must be at least 0, got {begin_index}")
         self._begin_index = begin_index
 
     # --- The visible sample ---
@@ -238,7 +262,10 @@ class SamplerScheduler(Calls, Swappable):
         """The network's input for the sample in the pipeline: the identity in `vp` and `flow` space; `alpha * sample`
         in `ve` (unless the network was trained without input scaling) and `edm` space; `cat([x, v / sqrt(M)], 1)` for
         networks that see a velocity."""
+        self.is_scale_input_called = True
         call = None if self._run is None else self._run.call_at(timestep)
+        if call is None and timestep is not None:
+            timestep = self._own_labels(torch.as_tensor(timestep))
         return self.reading.model_input(sample, timestep, call)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -251,12 +278,15 @@ class SamplerScheduler(Calls, Swappable):
             timesteps: labels `(B,)` or scalar; fractional ones are interpolated in log sigma. Those of a run that was
                 given `timesteps` and `sigmas` are at its levels.
         """
-        timesteps = torch.as_tensor(timesteps)
-        if self._run is not None and self._run.own_labels is not None:
-            told, own = (labels.to(timesteps.device) for labels in (self._run.timesteps, self._run.own_labels))
-            same = timesteps[..., None] == told
-            timesteps = torch.where(same.any(-1), own[same.int().argmax(-1)], timesteps)
-        return self.reading.add_noise(original_samples, noise, timesteps)
+        return self.reading.add_noise(original_samples, noise, self._own_labels(torch.as_tensor(timesteps)))
+
+    def _own_labels(self, timesteps: Tensor) -> Tensor:
+        """The labels of the levels of calls, any shape, where the network is told others in this run."""
+        if self._run is None or self._run.own_labels is None:
+            return timesteps
+        told, own = (labels.to(timesteps.device) for labels in (self._run.timesteps, self._run.own_labels))
+        same = timesteps[..., None] == told
+        return torch.where(same.any(-1), own[same.int().argmax(-1)], timesteps)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """`add_noise` as flow pipelines call it."""
@@ -308,6 +338,8 @@ class SamplerScheduler(Calls, Swappable):
         model_output = self.without_variance(model_output, sample)
         self.reading.check(model_output, sample)
         check_generators(generator, sample.shape[0])
+        if not self.is_scale_input_called and not torch.compiler.is_compiling():
+            self._warn_of_input()
         i, run = self._claim(timestep, sample.shape)
         call, after = run.calls[i], run.calls[i + 1]
         dtype = torch.promote_types(sample.dtype, torch.float32)
@@ -325,8 +357,17 @@ class SamplerScheduler(Calls, Swappable):
         prev_sample = self.reading.visible(y, run.memory.companion, after)
         if per_token_timesteps is not None:
             prev_sample = torch.where(waiting, state, prev_sample)
-        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype)
+        # A copy: the run goes on with its own, whatever is done to this one.
+        prev_sample, denoised = prev_sample.to(sample.dtype), denoised.to(sample.dtype, copy=True)
         return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
+
+    def _warn_of_input(self) -> None:
+        if self.noise_space is not None and self.noise_space.carries_y:
+            logger.warning(
+                f"scale_model_input was not called before step: a network of {self.noise_space.kind} space is fed "
+                "alpha * sample, and a run starts from init_noise_sigma times unit noise"
+            )
+        self.is_scale_input_called = True  # said once
 
     def _claim(self, timestep: Tensor | float, shape: torch.Size) -> tuple[int, Run]:
         """The index of the call that a step makes, and the run, which is past it now."""

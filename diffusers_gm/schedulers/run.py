@@ -1,5 +1,6 @@
 """One run of a scheduler: its calls, and where it is. All that changes while sampling is in here."""
 
+import itertools
 import math
 import threading
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,14 @@ ONE_RUN = (
 
 # Threads that share a scheduler take turns at what says where its runs are.
 TURN = threading.Lock()
+_MINE, _NUMBERS = threading.local(), itertools.count()
+
+
+def this_thread() -> int:
+    """The number of the thread; identifiers of Python's go to another one when a thread ends."""
+    if not hasattr(_MINE, "number"):
+        _MINE.number = next(_NUMBERS)
+    return _MINE.number
 
 
 @dataclass

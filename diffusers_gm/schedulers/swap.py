@@ -89,7 +89,10 @@ def from_source_config(config: dict[str, Any], noise_space: str | None = None) -
     Raises:
         ValueError: if the config describes no noise space of ours.
     """
+    unsaid = config.get("_use_default_values")
     config = with_defaults(config)
+    if unsaid is not None and config.keys() == {"shift"}:
+        config["_class_name"] = "MiniMaxH3Scheduler"  # in memory a config does not say it, but no other has this alone
     refuse_unreadable(config, noise_space)
     if config.get("sigma_data") is not None:
         config |= {"noise_space": "edm"}
@@ -103,7 +106,11 @@ def from_source_config(config: dict[str, Any], noise_space: str | None = None) -
     if config.get("noise_space") == "edm":
         return config
     if config.get("use_flow_sigmas"):
-        config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0), "prediction_type": "flow_prediction"}
+        config |= {"noise_space": "flow", "shift": config.get("flow_shift", 1.0)}
+        # Their default, which means a velocity here; a file does not tell whether somebody said it.
+        said = unsaid is not None and "prediction_type" not in unsaid
+        if config.get("prediction_type", "epsilon") == "epsilon" and not said:
+            config["prediction_type"] = "flow_prediction"
     elif config.get("beta_schedule") is None and config.get("trained_betas") is None:
         if config.get("shift") is not None:
             config = {"prediction_type": "flow_prediction", "timestep_spacing": "trailing", **config}
