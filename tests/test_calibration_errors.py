@@ -11,8 +11,8 @@ from diffusers_pipelines import embeddings, sd3
 from PIL import Image
 from points import DOUBLE, HIGH, LOW, network, points, seen, start
 
-from diffusers_gm import CalibratedMultistepScheduler
-from diffusers_gm.calibration.calibrate import calibrate_in_full
+from diffusers_gm import CalibratedMultistepScheduler, GaussianMixtureNoise
+from diffusers_gm.calibration.calibrate import calibrate_in_full, measured
 from diffusers_gm.calibration.errors import (
     ReverseDiffusion,
     hiding_level,
@@ -121,6 +121,22 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     assert result.levels[5] == pytest.approx(power_levels(top, 0.1, 5, 3.0).tolist())
 
 
+def test_mixture_noise_per_element_gets_no_gaussian_noise():
+    """However far from a martingale D is under that: it says nothing of the network."""
+    generator = torch.Generator().manual_seed(0)
+
+    def errs(y, sigma):
+        return points(y, sigma) + 0.3 * torch.randn(y.shape, generator=generator, **DOUBLE), None
+
+    for per_element in (False, True):
+        noise = GaussianMixtureNoise.from_power_law(1.5, 2, per_element=per_element)
+        ladder = Ladder(errs, start(64), HIGH, LOW, Multistep(), noise)
+        result = measured(ladder, CalibratedMultistepScheduler(sigma_max=HIGH), [10], "fast", None, None)
+        assert result.stochasticity == {10: 0.0 if per_element else 1.0}
+        assert (result.martingale_defect is None) is per_element
+        assert ("stochasticity" in result.scheduler.config.calibration) is not per_element
+
+
 def test_a_network_that_errs_keeps_the_fixed_grid_at_very_few_calls():
     """Its long runs are no judge of these; and it begins lower nowhere."""
     pipe = erring(0.008)
@@ -161,9 +177,9 @@ def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
     def levels(num_calls, deviation=lambda sigma: sigma, **images):
         return levels_of_errors(of_deviation(1.0, **images), num_calls, 40.0, 0.01, deviation).tolist()
 
-    assert levels(5) == pytest.approx(power_levels(3.5, 0.3, 5, 2.0).tolist())
-    assert levels(14) == pytest.approx(power_levels(9.8, 1.5 / 14, 14, 2.0).tolist())
-    assert levels(2) == pytest.approx([3.5, 0.75])
+    assert levels(5) == pytest.approx(power_levels(3.5, 0.16, 5, 2.0).tolist())
+    assert levels(14) == pytest.approx(power_levels(9.8, 0.8 / 14, 14, 2.0).tolist())
+    assert levels(2) == pytest.approx([3.5, 0.4])
     for among in (levels(15), levels(14, defect=-0.6)):
         assert among == pytest.approx(even_levels(10.0, 0.01, len(among)).tolist())
     # Where no run may begin lower there is nothing to correct.

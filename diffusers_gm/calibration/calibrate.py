@@ -62,7 +62,8 @@ class Calibration:
             grid, and of what was found. From a start that levels were not moved on, but by which the best of those
             that were found, and of the fixed grid, is taken. None where no run was judged:
             with `effort="fast"`, where errors dominate, and of very few calls of a network that errs.
-        martingale_defect: rho, see `errors.ReverseDiffusion`.
+        martingale_defect: rho, see `errors.ReverseDiffusion`; None for mixture noise per element, of which it tells
+            nothing.
         stochasticity: tau of each budget, one or two.
         elsewhere: of other numbers of calls, which follow noise more or less far; none where tau was given.
         network_calls: in all, each for the whole batch.
@@ -195,6 +196,10 @@ def measured(
     them."""
     run = reverse_diffusion(ladder.denoiser, ladder.start, ladder.high, ladder.low)
     result = Calibration(scheduler, martingale_defect=run.defect)
+    if ladder.noise.per_element and not ladder.noise.is_standard_gaussian:
+        # Where every element has a component of its own, Gaussian noise is of another law: no exact D is a martingale
+        # under it, and images only get worse.
+        run, result.martingale_defect = replace(run, defect=0.0), None
     if run.errs:  # levels that follow the network's runs would follow its errors
         span = ladder.high, ladder.low, ladder.deviation, ladder.shift
         noisy = stochasticity is None or bool(torch.as_tensor(stochasticity).any())

@@ -32,7 +32,7 @@ HIDING, MANY_IMAGES = 10.0, 16
 
 # Runs of few calls cannot spare any there. Where noise corrects what is lost, they begin at so much for each call, of
 # `FEWEST` at least, until that is as high; their levels are more even, and end so much higher than the fixed grid.
-FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 2.0, 3.0
+FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 2.0, 1.6
 
 # In a run of many calls those below noise level 1 are enough, and errors of the levels above it, at which images take
 # shape, add up: the less, the shorter the steps are there. From `MANY_CALLS[0]` to `MANY_CALLS[1]` calls, where noise
