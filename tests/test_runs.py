@@ -196,18 +196,20 @@ def test_a_step_of_one_of_the_runs_before_is_told(cls, generator):
 
 
 def test_a_thread_does_not_see_the_run_of_one_that_has_ended():
-    """Identifiers of threads are used again."""
+    """Identifiers of threads are used again; and nothing is kept of the ended ones."""
+
+    def in_a_thread(function):
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
     scheduler, seen = CalibratedMultistepScheduler(**VP), []
-    for n in (10, 5):
-        thread = threading.Thread(target=lambda n=n: n == 10 and scheduler.set_timesteps(n))
-        thread.start()
-        thread.join()
+    for _ in range(5):
+        in_a_thread(lambda: scheduler.set_timesteps(10))
     scheduler.set_timesteps(5)
-    for _ in range(3):
-        thread = threading.Thread(target=lambda: seen.append(len(scheduler.timesteps)))
-        thread.start()
-        thread.join()
-    assert seen == [5, 5, 5]
+    in_a_thread(lambda: seen.append(len(scheduler.timesteps)))
+    assert seen == [5]
+    assert len(scheduler._prepared) == 1
 
 
 @pytest.mark.parametrize("space", ["ve", "edm"])

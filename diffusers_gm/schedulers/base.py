@@ -5,7 +5,6 @@ rest, and everything that changes during a run is in a `Run`.
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -25,8 +24,8 @@ from ..samplers import Memory, Sampler
 from ..samplers.sampler import Stepped
 from .calls import Calls, Levels
 from .network import betas_from_config, prediction_type_of, reading_from_config
-from .options import SPACING_FLAGS
-from .run import TURN, Run, this_thread
+from .options import check_options
+from .run import TURN, Run, living, this_thread
 from .swap import Swappable, of_one_grid
 
 logger = logging.getLogger(__name__)
@@ -60,18 +59,7 @@ class SamplerScheduler(Calls, Swappable):
                 f"unknown algorithm_type {config.algorithm_type!r}: {type(self).__name__} has "
                 f"{', '.join(self.algorithms)}"
             )
-        if config.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {config.num_train_timesteps}")
-        if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}")
-        if config.clip_sample and not 0 < config.clip_sample_range < math.inf:
-            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range}")
-        if config.shift is not None and not 0 < config.shift < math.inf:
-            raise ValueError(f"shift must be positive, got {config.shift}")
-        if config.shift_terminal is not None and not 0 <= config.shift_terminal < 1:
-            raise ValueError(f"shift_terminal must be in [0, 1), got {config.shift_terminal}")
-        if sum(bool(config[flag]) for flag in SPACING_FLAGS) > 1:
-            raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")
+        check_options(config)
         check_calibration(config.calibration)
         self.reading = reading_from_config(config)
         self.noise_space = self.reading.space if isinstance(self.reading, ImageReading) else None
@@ -80,12 +68,9 @@ class SamplerScheduler(Calls, Swappable):
             if self.noise_space.kind == "vp":
                 self.betas, self.alphas_cumprod = betas_from_config(config)
                 self.alphas = 1 - self.betas
-            if (
-                self.noise_space.num_train_timesteps != config.num_train_timesteps
-            ):  # of trained_betas, which say so themselves
-                self.register_to_config(num_train_timesteps=self.noise_space.num_train_timesteps)
-            kind = self.noise_space.kind
-            self.register_to_config(noise_space=kind, prediction_type=prediction_type_of(config, kind))
+            kind, n = self.noise_space.kind, self.noise_space.num_train_timesteps  # which trained_betas say themselves
+            said = {"noise_space": kind, "prediction_type": prediction_type_of(config, kind)}
+            self.register_to_config(**said | ({} if n == config.num_train_timesteps else {"num_train_timesteps": n}))
         if "_use_default_values" in self.config:
             unsaid = set(self.config._use_default_values) & set(self.config.get("_use_default_values"))
             self.register_to_config(_use_default_values=sorted(unsaid))
@@ -190,7 +175,7 @@ class SamplerScheduler(Calls, Swappable):
         run = Run(calls, plan, self.as_timesteps(labels).to(device), own_labels)
         visible_sigmas = self.visible_sigmas(plan.sigmas)
         with TURN:
-            self._prepared = {**self._prepared, this_thread(): run}
+            self._prepared = {**living(self._prepared), this_thread(): run}
             self._run = run.after(self._run)
             self.sampler, self._made = sampler, made
             self._timesteps, self.num_inference_steps, self.sigmas = run.timesteps, len(labels), visible_sigmas

@@ -1,6 +1,7 @@
 """The options that all our schedulers have."""
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Literal
@@ -79,3 +80,19 @@ def with_common_options(init: Callable[..., None]) -> Callable[..., None]:
 
     with_all.__signature__ = signature  # type: ignore[attr-defined]
     return register_to_config(with_all)
+
+
+def check_options(config: Any) -> None:
+    """Raise a ValueError for an option of a config of ours that is out of its range, whatever the network."""
+    if config.num_train_timesteps < 2:
+        raise ValueError(f"num_train_timesteps must be at least 2, got {config.num_train_timesteps}")
+    if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1], got {config.dynamic_thresholding_ratio}")
+    if config.clip_sample and not 0 < config.clip_sample_range < math.inf:
+        raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range}")
+    if config.shift is not None and not 0 < config.shift < math.inf:
+        raise ValueError(f"shift must be positive, got {config.shift}")
+    if config.shift_terminal is not None and not 0 <= config.shift_terminal < 1:
+        raise ValueError(f"shift_terminal must be in [0, 1), got {config.shift_terminal}")
+    if sum(bool(config[flag]) for flag in SPACING_FLAGS) > 1:
+        raise ValueError(f"only one of {', '.join(SPACING_FLAGS)} can be True")

@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +19,27 @@ ONE_RUN = (
 
 # Threads that share a scheduler take turns at what says where its runs are.
 TURN = threading.Lock()
+
+
+class _Token:
+    """Lives as long as its thread."""
+
+
 _MINE, _NUMBERS = threading.local(), itertools.count()
+_LIVING: "weakref.WeakValueDictionary[int, _Token]" = weakref.WeakValueDictionary()
 
 
 def this_thread() -> int:
     """The number of the thread; identifiers of Python's go to another one when a thread ends."""
     if not hasattr(_MINE, "number"):
-        _MINE.number = next(_NUMBERS)
+        _MINE.number, _MINE.token = next(_NUMBERS), _Token()
+        _LIVING[_MINE.number] = _MINE.token
     return _MINE.number
+
+
+def living(by_thread: "dict[int, Run]") -> "dict[int, Run]":
+    """What belongs to threads that have not ended."""
+    return {number: run for number, run in by_thread.items() if number in _LIVING}
 
 
 @dataclass

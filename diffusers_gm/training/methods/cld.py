@@ -11,7 +11,7 @@ from ...pipelines import CLDPipeline
 from ...processes.cld import CLD
 from ...processes.mixture import GAUSSIAN
 from ...readings import CompanionReading
-from ...readings.velocity import COMPANION_PREDICTION_TYPE, VELOCITY_PREDICTION_TYPES
+from ...readings.velocity import COMPANION_PREDICTION_TYPE
 from ...schedulers import CLDSSCSScheduler
 from ..option import given, sampler, trained
 from ..option import noise as option
@@ -58,13 +58,8 @@ def diffusion(args: CLDOptions) -> CLD:
     return CLD(args.beta_0, args.beta_1, args.mass, args.gamma)
 
 
-def sees_velocities(config: dict[str, Any]) -> bool:
-    """Whether a network was trained on states (x, v), by the config of its scheduler."""
-    return config.get("prediction_type") in (*VELOCITY_PREDICTION_TYPES, COMPANION_PREDICTION_TYPE)
-
-
 def options_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The options of a network that sees velocities: its diffusion, and what it answers."""
+    """The options of a network that was trained on states (x, v): its diffusion, and what it answers."""
     config = dict(CLDSSCSScheduler.from_config(config).config)  # with what it leaves out
     known = {name: config[name] for name in DIFFUSION} | {"num_train_timesteps": str(config["num_train_timesteps"])}
     if config["prediction_type"] != COMPANION_PREDICTION_TYPE:
