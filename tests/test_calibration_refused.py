@@ -18,10 +18,11 @@ from diffusers.guiders import (
     ClassifierFreeZeroStarGuidance,
     SkipLayerGuidance,
 )
+from diffusers.hooks import apply_first_block_cache, apply_layerwise_casting
 from networks import build
 
 from diffusers_gm import CalibratedMultistepScheduler, UnconditionalPipeline, calibrate
-from diffusers_gm.calibration.refused import is_whole
+from diffusers_gm.calibration.refused import is_whole, refuse_noise
 
 PROMPTS = ("prompt_embeds", "negative_prompt_embeds")
 
@@ -47,6 +48,7 @@ def hunyuan_image(guider, **config):
         {"control_guidance_start": [0.0, 0.2]},
         {"skip_guidance_layers": [7]},
         {"use_dynamic_cfg": True},
+        {"cfg_truncation": 0.5},
         {"edit_warmup_steps": 10, "editing_prompt": ["a hat"]},
         {"edit_momentum_scale": [0.0, 0.1], "editing_prompt_embeddings": torch.zeros(1)},
         {"sld_warmup_steps": 10, "sld_guidance_scale": 1000},
@@ -123,10 +125,60 @@ def test_levels_of_a_guider_that_acts_otherwise_are_told_each_by_its_own():
 
 
 def test_what_answers_by_the_calls_before_is_refused():
+    """A cache, however it came there."""
+    caches = (
+        lambda network: network.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
+        lambda network: apply_first_block_cache(network, FirstBlockCacheConfig(threshold=0.1)),
+    )
+    for enable in caches:
+        pipe = hunyuan_image(None)
+        enable(pipe.transformer)
+        with pytest.raises(ValueError, match=r"pipe.transformer.disable_cache\(\), or remove its hooks, calibrate"):
+            calibrate(pipe, (5,), progress=False)
+
+
+def test_hooks_that_remember_nothing_are_no_cache():
     pipe = hunyuan_image(None)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match=r"pipe.transformer.disable_cache\(\), calibrate, and enable it again"):
+    apply_layerwise_casting(pipe.transformer, torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):  # that of the pipeline
         calibrate(pipe, (5,), progress=False)
+
+
+def test_pipelines_inside_keep_their_scheduler(tiny_unet):
+    """As in Kandinsky's combined pipelines: the whole one's scheduler is never asked."""
+    inner = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+
+    class Combined(UnconditionalPipeline):
+        decoder_pipe = None
+
+    pipe = Combined(tiny_unet, inner.scheduler)
+    pipe.decoder_pipe = inner
+    with pytest.raises(ValueError, match=r"a Combined runs pipe.decoder_pipe, .* pipe.decoder_pipe.scheduler = ..."):
+        calibrate(pipe, (5,), progress=False)
+
+
+def test_a_scheduler_of_the_sound_is_refused(tiny_unet):
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    pipe.audio_scheduler = DDPMScheduler()
+    with pytest.raises(ValueError, match="audio_scheduler takes the sound down levels of its own"):
+        calibrate(pipe, (5,), progress=False)
+
+
+def test_frames_that_are_given_by_a_velocity_get_no_noise():
+    """Of a pipeline that steps a given frame by the velocity towards it, as Cosmos 2.5."""
+
+    class Cosmos2_5_Pipeline(DDPMPipeline):  # noqa: N801
+        pass
+
+    pipe = Cosmos2_5_Pipeline.__new__(Cosmos2_5_Pipeline)
+    assert not refuse_noise(pipe, {"prompt": "a"}, None, None)
+    assert refuse_noise(pipe, {"image": "a"}, None, None)
+    assert refuse_noise(pipe, {"video": "a"}, 0.0, None)
+    assert not refuse_noise(DDPMPipeline.__new__(DDPMPipeline), {"image": "a"}, 0.5, None)
+    with pytest.raises(ValueError, match=r"stochasticity=\(0.5, 1\) beside image: .* use stochasticity=0"):
+        refuse_noise(pipe, {"image": "a"}, (0.5, 1), None)
+    with pytest.raises(ValueError, match="images, which choose among stochasticities, beside video"):
+        refuse_noise(pipe, {"video": "a"}, None, torch.zeros(1))
 
 
 def test_a_network_of_mean_velocities_is_refused():

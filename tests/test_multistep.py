@@ -130,6 +130,25 @@ def test_a_stochastic_step_gives_way_to_first_order_by_its_length_and_its_growth
         assert sum(of_calls[1]) == pytest.approx(float(full.sum()))
 
 
+@pytest.mark.parametrize("num_calls", [8, 20])
+def test_a_long_last_step_does_not_extrapolate(num_calls):
+    """Levels even in time, as Bria's and CogView4's pipelines pass them, end in a step many times as long as the one
+    before: by the line through the last two D's, samples of narrow data would be nearly twice as wide."""
+    s = torch.linspace(1, 1e-3, num_calls, dtype=torch.float64)[1:]
+    sigmas, deviation = s / (1 - s), 0.3
+    y = torch.linspace(-2, 2, 9, dtype=torch.float64) * (sigmas[0] ** 2 + deviation**2) ** 0.5
+
+    def last(order):
+        plan, x, memory = Multistep(order).plan(sigmas), y, Memory()
+        for i, sigma in enumerate(sigmas):
+            x, memory = Multistep(order).step(plan, i, x, x * deviation**2 / (deviation**2 + sigma**2), memory, None)
+        return x
+
+    exact = torch.linspace(-2, 2, 9, dtype=torch.float64) * deviation
+    for order in (2, 3):
+        assert (last(order) - exact).abs().max() < 0.7 * (last(1) - exact).abs().max()
+
+
 def test_the_probability_flow_of_mixture_noise_keeps_the_law_of_the_images(generator):
     """Heavy-tailed noise, whose components differ by factors. Noise between the steps, which is Gaussian, would not."""
     noise = GaussianMixtureNoise.from_stable(1.2, 5)

@@ -32,7 +32,7 @@ from .errors import (
 )
 from .levels import Found, Ladder, levels_from_one_run, levels_from_trajectories
 from .oracle import MANY, with_denoiser
-from .refused import refuse_what_cannot_be
+from .refused import refuse_noise, refuse_what_cannot_be
 from .trajectory import Denoised, Denoiser
 
 CALLS, MOST_CALLS = (5, 8, 10, 15, 20, 30, 50), 80
@@ -160,6 +160,8 @@ def calibrate_in_full(
         budgets = [n for n in CALLS if n <= most] or [most]
     if budgets[-1] > most:
         raise ValueError(f"calls={budgets}: the network was trained at {most} noise levels; use at most {most}")
+    if refuse_noise(pipe, arguments, stochasticity, images):
+        stochasticity = 0.0
     sampler = Multistep(scheduler.config.multistep_order, scheduler.config.corrector)
     replace(sampler, stochasticity=stochasticity or 0.0)  # raises a ValueError
     low, high = level_range(scheduler.reading)

@@ -41,7 +41,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
         mu: float | None = None,
     ) -> None:
         self.shift_of_run = self.resolution_shift(mu if self.mu is None else self.mu)
-        if timesteps is not None or (sigmas is not None and not self.are_unasked(sigmas)):
+        if timesteps is not None or (sigmas is not None and not (self.is_flow and self.are_unasked(sigmas))):
             raise ValueError(
                 "the pipeline gives its scheduler timesteps or sigmas of its own, in place of which no calibrated ones "
                 "would be used: it cannot be calibrated"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 # Arguments of diffusers' pipelines that act in a share of a run, or by the calls before, and what they are where they
@@ -13,6 +14,7 @@ SHARES: dict[str, Any] = {
     "skip_guidance_layers": None,
     "adapter_conditioning_factor": 1.0,
     "cfg_trunc_ratio": 1.0,
+    "cfg_truncation": 1.0,
     "denoising_start": None,
     "denoising_end": None,
     "use_dynamic_cfg": False,
@@ -35,6 +37,10 @@ IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "sld_": lambda said: (said.get("sld_guidance_scale") or 0) <= 1,
 }
 
+# Pipelines that give their scheduler the velocity from the noise of the start to a frame that is given, and never put
+# that frame back: any fresh noise would stay in it, and look like an error of the network.
+PINNED_BY_VELOCITY, FRAMES = ("Cosmos2_5", "Cosmos3"), ("image", "video")
+
 # Likewise of guiders, under these names or such that end in them; momentum makes an answer depend on those before.
 SHARES_OF_GUIDERS = {"start": 0.0, "stop": 1.0, "start_step": -1, "zero_init_steps": 0, "momentum": None}
 
@@ -49,6 +55,7 @@ def refuse_what_cannot_be(pipe: Any, defaults: Mapping[str, Any], given: Mapping
             f"a {kind} with expand_timesteps gives the frame that it begins with a level of its own, which its "
             "scheduler does not see: it cannot be calibrated"
         )
+    _refuse_pipelines_inside(pipe)
     _refuse_parts(getattr(pipe, "components", {}))
     if "num_inference_steps" not in defaults:
         raise ValueError(f"a {kind} takes no num_inference_steps: it cannot be calibrated")
@@ -72,13 +79,53 @@ def _refuse_shares(said: Mapping[str, Any], given: Collection[str]) -> None:
         )
 
 
+def refuse_noise(pipe: Any, given: Mapping[str, Any], stochasticity: Any, images: Any) -> bool:
+    """Whether a run leaves the noise of its steps in frames that it was given, so that there must be none; a ValueError
+    where some is asked for, or `images` might choose it."""
+    frames = [name for name in FRAMES if given.get(name) is not None]
+    if not frames or not type(pipe).__name__.startswith(PINNED_BY_VELOCITY):
+        return False
+    if stochasticity not in (None, 0) or images is not None:
+        asked = f"stochasticity={stochasticity}" if images is None else "images, which choose among stochasticities,"
+        raise ValueError(
+            f"{asked} beside {frames[0]}: a {type(pipe).__name__} leaves the noise of its steps in the frames that it "
+            "is given; use stochasticity=0"
+        )
+    return True
+
+
+def _refuse_pipelines_inside(pipe: Any) -> None:
+    """Parts that are pipelines keep the scheduler that they were made with, whatever that of the whole is."""
+    for name, part in vars(pipe).items():
+        if isinstance(part, DiffusionPipeline) and getattr(part, "scheduler", None) is not None:
+            raise ValueError(
+                f"a {type(pipe).__name__} runs pipe.{name}, which has a scheduler of its own: calibrate that pipeline, "
+                f"and give it what is returned: pipe.{name}.scheduler = ..."
+            )
+    if getattr(pipe, "audio_scheduler", None) is not None:
+        raise ValueError(
+            "audio_scheduler takes the sound down levels of its own, which a calibration would not move: the pipeline "
+            "cannot be calibrated"
+        )
+
+
+def _has_cache(part: Any) -> bool:
+    """Whether a network has a cache over its calls, enabled or put there by `diffusers.hooks`; one of keys of the
+    prompt is no such cache."""
+    if getattr(part, "is_cache_enabled", False):
+        return True
+    modules = part.modules() if hasattr(part, "modules") else ()
+    hooks = [hook for m in modules for hook in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
+    return any(hook._is_stateful and not type(hook).__name__.startswith("TextKV") for hook in hooks)
+
+
 def _refuse_parts(components: Mapping[str, Any]) -> None:
     """Parts of a pipeline whose answer depends on more than the noisy image and its level."""
     for name, part in components.items():
-        if getattr(part, "is_cache_enabled", False):
+        if _has_cache(part):
             raise ValueError(
                 f"{name} has a cache, which answers by the calls before, and a calibration makes them in another order "
-                f"than a run: pipe.{name}.disable_cache(), calibrate, and enable it again"
+                f"than a run: pipe.{name}.disable_cache(), or remove its hooks, calibrate, and enable it again"
             )
         config = getattr(part, "config", None) or {}
         if getattr(config, "use_meanflow", False):

@@ -25,6 +25,10 @@ from .sampler import Memory, Plan, Stepped, one_a_level
 # the step over the one before: the difference of the two D's is of noise, which a longer step extrapolates.
 DAMPING = 0.2
 
+# A step so many times as long as the one before is of first order: no grid of ours has one, but lists of levels that
+# are even in time do where they end, and a line through the last two D's would lead far from both.
+LONGER = 4.0
+
 # Where D is clipped, the noise that the network saw stays in a long step, as in DDIM (arXiv 2010.02502): y moves as D
 # does; else what is out of range would stay in y, and come back. In short ones y moves at this rate, `FOLLOWS h`: moves
 # that do not shrink with the steps would add up, the more of them the further.
@@ -87,7 +91,7 @@ class Multistep:
         known = [list(dict.fromkeys(reversed(clock[: i + 1].tolist())))[: self.order] for i in range(n - 1)]
         before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
         growth = (h / before).clamp(min=1)
-        blend = torch.where(tau > 0, 1 / (1 + DAMPING * h**4 * growth), 1.0)
+        blend = torch.where(tau > 0, 1 / (1 + DAMPING * h**4 * growth), 1.0) * (growth <= LONGER)
         predictor: list[list[list[float]]] = [[] for _ in range(n)]
         corrector: list[list[list[float]]] = [[] for _ in range(n)]
         for k in range(1, self.order + 1):
