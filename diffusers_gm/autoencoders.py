@@ -140,6 +140,8 @@ def as_learned(pipe: Any, images: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: for other shapes or values.
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a tensor (n, C, H, W), got a {type(images).__name__}")
     wanted = [tuple(shape)]
     vae: Any = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
     if images.is_floating_point() and tuple(images.shape[1:]) == wanted[0]:

@@ -151,10 +151,10 @@ def test_a_network_that_errs_keeps_the_fixed_grid_at_very_few_calls():
     assert Image.open(drawn).size[0] > 1000, "both panels, though two budgets have no errors"
 
 
-def of_deviation(largest, left=1.0, num_images=20, defect=-0.5):
+def of_deviation(largest, left=1.0, num_images=20, defect=-0.5, of_shapes=-0.2):
     """What is said of a network that makes images which differ so much."""
     images = torch.randn((num_images, 1, 1, 1), generator=torch.Generator().manual_seed(0))
-    return ReverseDiffusion(defect, left, images * largest / largest_deviation(images))
+    return ReverseDiffusion(defect, left, images * largest / largest_deviation(images), of_shapes)
 
 
 def ends(levels):
@@ -168,36 +168,41 @@ def test_where_runs_of_very_few_calls_of_a_network_of_errors_end():
             levels = levels_of_errors(of_deviation(1.0), 5, top * shift, 0.01, shift=shift)
             assert ends(levels) == pytest.approx([top * shift, last * shift])
     assert ends(levels_of_errors(of_deviation(1.0, defect=-0.6), 5, 40.0, 0.01)) == pytest.approx([40.0, 0.28])
-    assert levels_of_errors(of_deviation(1.0), 6, 1000.0, 0.01).tolist() == even_levels(1000.0, 0.01, 6).tolist()
+    among = levels_of_errors(of_deviation(1.0), 6, 1000.0, 0.01)
+    assert ends(among) == pytest.approx(ends(even_levels(1000.0, 0.01, 6)))
 
 
-def test_levels_of_few_calls_are_nearly_even_where_noise_corrects_them():
-    """And up to fifteen the fixed grid."""
+def test_levels_of_few_calls_begin_lower_and_end_higher_where_noise_corrects_them():
+    """And more even than the fixed grid, as all from six calls on."""
 
     def levels(num_calls, deviation=lambda sigma: sigma, **images):
         return levels_of_errors(of_deviation(1.0, **images), num_calls, 40.0, 0.01, deviation).tolist()
 
     assert levels(5) == pytest.approx(power_levels(3.5, 0.16, 5, 2.0).tolist())
-    assert levels(14) == pytest.approx(power_levels(9.8, 0.8 / 14, 14, 2.0).tolist())
+    assert levels(14) == pytest.approx(power_levels(9.8, 0.8 / 14, 14, 1.6).tolist())
     assert levels(2) == pytest.approx([3.5, 0.4])
     for among in (levels(15), levels(14, defect=-0.6)):
-        assert among == pytest.approx(even_levels(10.0, 0.01, len(among)).tolist())
+        n = len(among)
+        assert among == pytest.approx(power_levels(10.0, 0.5 / n, n, 3 - n / 10).tolist())
     # Where no run may begin lower there is nothing to correct.
-    assert levels(14, deviation=None) == pytest.approx(even_levels(40.0, 0.01, 14).tolist())
+    assert levels(14, deviation=None) == pytest.approx(power_levels(40.0, 0.5 / 14, 14, 1.6).tolist())
 
 
-def test_levels_of_many_calls_are_mostly_above_where_noise_corrects_errors():
-    """Those below are enough, and steps above, where errors add up, are shorter; begin and end stay."""
+def test_levels_are_mostly_above_where_noise_corrects_errors_and_images_take_shape_without():
+    """Steps are shorter where images take shape; begin and end stay. Where errors dominate there, too, it is the fixed
+    grid, as where noise corrects nothing."""
     span = 40.0, 0.01, lambda sigma: sigma
     for defect in (-0.5, -0.6):
         run = of_deviation(1.0, defect=defect)
-        for n, power in ((18, 1.8), (20, 1.0), (50, 1.0)):
+        for n, power in ((15, 1.5), (18, 1.2), (20, 1.0), (50, 1.0)):
             levels, fixed = levels_of_errors(run, n, *span), even_levels(10.0, 0.01, n)
             assert levels.tolist() == pytest.approx(power_levels(10.0, 0.5 / n, n, power).tolist())
             assert ends(levels) == pytest.approx(ends(fixed))
             assert (levels > 1).sum() > (fixed > 1).sum()
             without_noise = levels_of_errors(run, n, *span, noisy=False)
             assert without_noise.tolist() == pytest.approx(fixed.tolist())
+            in_shapes = levels_of_errors(of_deviation(1.0, defect=defect, of_shapes=-0.5), n, *span)
+            assert in_shapes.tolist() == pytest.approx(fixed.tolist())
             fades = levels_of_errors(of_deviation(1.0, left=0.9, defect=defect), n, *span)
             assert fades.tolist() == pytest.approx(even_levels(40.0, 0.01, n).tolist())
 
@@ -222,12 +227,12 @@ def test_levels_that_need_noise_are_gone_where_real_images_choose_none(monkeypat
     monkeypatch.setattr(Ladder, "closest", lambda *_: 0.0)
     asked = {"progress": False, "batch_size": 64, "output_type": "np"}
     chosen, told, by_rule = (
-        calibrate_in_full(erring(0.2), (20,), **given, **asked)
+        calibrate_in_full(erring(0.02), (8,), **given, **asked)
         for given in ({"images": torch.zeros(64, 1, 2, 2)}, {"stochasticity": 0.0}, {})
     )
-    assert chosen.stochasticity == {20: 0.0}
+    assert chosen.stochasticity == {8: 0.0}
     assert chosen.levels == told.levels != by_rule.levels
-    assert chosen.scheduler.config.calibration["20"] == told.scheduler.config.calibration["20"]
+    assert chosen.scheduler.config.calibration["8"] == told.scheduler.config.calibration["8"]
 
 
 def test_where_runs_of_a_network_of_errors_begin():

@@ -167,7 +167,7 @@ def test_a_scheduler_of_the_sound_is_refused(tiny_unet):
 def test_frames_that_are_given_by_a_velocity_get_no_noise():
     """Of a pipeline that steps a given frame by the velocity towards it, as Cosmos 2.5."""
 
-    class Cosmos2_5_Pipeline(DDPMPipeline):  # noqa: N801
+    class Cosmos2_5_Pipeline(DDPMPipeline):
         pass
 
     pipe = Cosmos2_5_Pipeline.__new__(Cosmos2_5_Pipeline)

@@ -10,6 +10,7 @@ of the network), how far the last images are from those of very many calls, befo
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..cli import Parser, at_least
 from ..data import examine, open_source
 from ..evaluation.sampling import image_shape, load_pipeline
 from ..extra import how_to_install
-from ..files import write_json, write_text
+from ..files import replacing, write_json, write_text
 from ..pipelines.loading import write_component_loader
 from ..pipelines.measurements import set_aside_measurements
 from ..pipelines.repository import QUALITY_FILES
@@ -92,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.output_dir is None and not is_pipeline:
         parser.error(f"{args.model} is not the folder of a pipeline: give --output_dir for a model of the Hub")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"{folder} cannot be written to: choose another --output_dir")
         pipe = load_pipeline(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         batch = {} if args.batch_size is None else {"batch_size": args.batch_size}
         calibration = calibrate_in_full(
@@ -104,8 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    wrote = keep(calibration, folder)
-    set_aside_measurements(folder, QUALITY_FILES)  # of the scheduler before; the picture is drawn anew
     for n, levels in calibration.levels.items():
         print(f"{n} calls: {', '.join(f'{sigma:.3g}' for sigma in levels)}")
         if n in calibration.errors:
@@ -118,11 +120,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     beside, network = calibration.seconds
     print(f"{calibration.network_calls} network calls, {network:.1f} s, and {beside:.1f} s beside them")
+    picture = folder / "calibration.png"
     try:
-        plot(calibration, folder / "calibration.png")
-        wrote.append(folder / "calibration.png")
+        wrote = keep(calibration, folder)
+        set_aside_measurements(folder, QUALITY_FILES)  # of the scheduler before; the picture is drawn anew
+        with replacing(picture) as temporary:
+            plot(calibration, temporary)
+        wrote.append(picture)
     except ImportError:
+        picture.unlink(missing_ok=True)  # that of the scheduler before
         print(f"no picture: {how_to_install('evaluation')}")
+    except OSError as error:
+        parser.exit(1, f"error: {error}\n")
     print("wrote", *wrote)
 
 

@@ -1,6 +1,7 @@
 """`calibrate(pipe)`: from a pipeline to a scheduler whose config holds the noise levels made for its network."""
 
 import inspect
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from .errors import (
     reverse_diffusion,
     stochasticity_for,
 )
-from .levels import Found, Ladder, levels_from_one_run, levels_from_trajectories
+from .levels import JUDGED, MAX_CALLS, Found, Ladder, levels_from_one_run, levels_from_trajectories
 from .oracle import MANY, with_denoiser
 from .refused import refuse_noise, refuse_what_cannot_be
 from .trajectory import Denoised, Denoiser
@@ -43,6 +44,9 @@ CANDIDATES = (0.0, 0.4, SOME, ALL)
 # Images of a pipeline that makes a single one unless told, and what else tells it how many.
 NUM_IMAGES = 16
 TELLS_HOW_MANY = ("batch_size", "num_images_per_prompt", "prompt", "image", "latents", "class_labels")
+
+# What a budget costs at most beside runs of its own, and so many of these, and by real images.
+MOST_OF_A_BUDGET, RUNS_BESIDE, RUNS_BY_IMAGES = 2 * MAX_CALLS, 10, 50
 
 # What a pipeline's scheduler may have been told, and a calibration says anew.
 OWN_GRID: dict[str, Any] = {"grid": "calibrated", "stochasticity": None}
@@ -88,7 +92,7 @@ class Calibration:
         taus = dict(sorted((self.elsewhere | self.stochasticity).items()))
         if any(taus.values()):
             content["stochasticity"] = {
-                str(n): list(tau) if isinstance(tau, Sequence) else tau for n, tau in taus.items()
+                str(n): [float(t) for t in tau] if isinstance(tau, Sequence) else float(tau) for n, tau in taus.items()
             }
         return content if shift == 1.0 else {**content, "shift": shift}
 
@@ -154,6 +158,8 @@ def calibrate_in_full(
         raise ValueError(f"unknown effort {effort!r}: use 'full' or 'fast'")
     if stochasticity is not None and images is not None:
         raise ValueError(f"stochasticity={stochasticity} is what images would choose: leave one of the two out")
+    if isinstance(images, Tensor) and len(images) < JUDGED:
+        raise ValueError(f"images has {len(images)}, of which nothing can be told: give some hundreds, or none")
     scheduler = _swapped(pipe)
     most = scheduler.config.num_train_timesteps if scheduler.reading.counts_levels else MOST_CALLS
     if budgets is None:
@@ -180,7 +186,9 @@ def calibrate_in_full(
         return result
 
     with bar, _quiet(pipe):
-        result = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments))
+        runs = RUNS_BESIDE + (0 if images is None else RUNS_BY_IMAGES)
+        most_calls = sum(MOST_OF_A_BUDGET + runs * n for n in budgets)
+        result = with_denoiser(pipe, scheduler, work, **_arguments(pipe, arguments, MANY + most_calls))
     in_network = result.seconds[1]
     result.seconds = (time.perf_counter() - began - in_network, in_network)
     return result
@@ -280,13 +288,16 @@ def _swapped(pipe: Any) -> CalibratedMultistepScheduler:
         raise ValueError(f"the scheduler of this {type(pipe).__name__} cannot be swapped: {error}") from error
 
 
-def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the call: many steps, a seed, and no decoding, where the pipeline knows of these."""
+def _arguments(pipe: Any, given: dict[str, Any], most_calls: int) -> dict[str, Any]:
+    """The arguments of the call: steps enough for `most_calls`, a seed, and no decoding, where the pipeline knows of
+    these."""
     if "num_inference_steps" in given:
         raise ValueError("num_inference_steps is what is calibrated: give calls=(...), the numbers of network calls")
     parameters = inspect.signature(pipe.__call__).parameters
     refuse_what_cannot_be(pipe, {name: parameter.default for name, parameter in parameters.items()}, given)
-    arguments: dict[str, Any] = {"num_inference_steps": MANY}
+    strength = given.get("strength")  # the share of the steps that is made
+    share = strength if isinstance(strength, float) and 0 < strength < 1 else 1.0
+    arguments: dict[str, Any] = {"num_inference_steps": math.ceil(most_calls / share)}
     if "generator" in parameters:
         arguments["generator"] = torch.Generator().manual_seed(0)
     if hasattr(pipe, "calibration_arguments"):
@@ -306,9 +317,12 @@ def _arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
 def _quiet(pipe: Any) -> Iterator[None]:
     """The pipeline's own progress bar is off inside."""
     show = getattr(pipe, "set_progress_bar_config", lambda **_: None)
-    kept = dict(getattr(pipe, "_progress_bar_config", {}))
-    show(**{**kept, "disable": True})
+    kept = getattr(pipe, "_progress_bar_config", None)
+    show(**{**(kept or {}), "disable": True})
     try:
         yield
     finally:
-        show(**{"disable": False, **kept})
+        if kept is not None:
+            show(**kept)
+        elif hasattr(pipe, "_progress_bar_config"):  # what is not said is decided where a bar is made
+            del pipe._progress_bar_config

@@ -31,13 +31,14 @@ SPREAD = 0.3
 HIDING, MANY_IMAGES = 10.0, 16
 
 # Runs of few calls cannot spare any there. Where noise corrects what is lost, they begin at so much for each call, of
-# `FEWEST` at least, until that is as high; their levels are more even, and end so much higher than the fixed grid.
-FEWEST, HIDING_EACH, POWER_OF_FEW, HIGHER_OF_FEW = 5, 0.7, 2.0, 1.6
+# `FEWEST` at least, until that is as high; and end so much higher than the fixed grid.
+FEWEST, HIDING_EACH, HIGHER_OF_FEW = 5, 0.7, 1.6
 
-# In a run of many calls those below noise level 1 are enough, and errors of the levels above it, at which images take
-# shape, add up: the less, the shorter the steps are there. From `MANY_CALLS[0]` to `MANY_CALLS[1]` calls, where noise
-# corrects errors, the power of the levels falls to that of most calls above.
-MANY_CALLS, POWER_OF_MANY = (15, 20), 1.0
+# At these noise levels images take shape. Where D is good there, errors of the steps add up, the less the shorter these
+# are: the levels of runs that inject noise are more even than the fixed grid, the more so the more calls there are, and
+# the power falls from the first number of calls to the second. Where errors of D dominate, every step adds its own.
+SHAPES = 5.0, 1.0
+CALLS_OF_POWERS, POWERS_OF_SHAPES = (10, 20), (2.0, 1.0)
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
@@ -75,11 +76,13 @@ class ReverseDiffusion:
             make it negative.
         left: the mean square of D at the end over that at level `SHOWS`; of an exact denoiser at least 1.
         images: D at the end.
+        defect_of_shapes: rho of the levels of `SHAPES` alone.
     """
 
     defect: float
     left: float
     images: Tensor
+    defect_of_shapes: float = 0.0
 
     @property
     def errs(self) -> bool:
@@ -90,6 +93,11 @@ class ReverseDiffusion:
     def errs_much(self) -> bool:
         """Whether noise of a few steps only adds to them."""
         return self.defect < ERRS_MUCH
+
+    @property
+    def errs_in_shapes(self) -> bool:
+        """Whether they dominate where images take shape, too."""
+        return self.defect_of_shapes < ERRS
 
     @property
     def exact(self) -> bool:
@@ -117,17 +125,21 @@ def reverse_diffusion(denoiser: Denoiser, start: Tensor, high: float, low: float
     sigmas = torch.logspace(math.log10(first), math.log10(last), NUM_MARTINGALE, dtype=torch.float64)
     y = start * (float(sigmas[0]) / high)
     sampler, generator = Multistep(1, corrector=False, stochasticity=1.0), torch.Generator().manual_seed(SEEDS)
-    products = squares = 0.0
+    changes = []  # of D, by noise level: what of it the D before knew, and its mean square
     strengths = []  # the mean square of D below level `SHOWS`
     runs = pairwise(denoised_images(denoiser, y, sigmas, sampler, Draw.like(y, generator)))
     for (before, denoised), sigma in zip(runs, sigmas[1:].tolist(), strict=True):
         change = denoised - before
-        products += float((before * change).mean())
-        squares += float(change.square().mean())
+        changes.append((sigma, float((before * change).mean()), float(change.square().mean())))
         if sigma <= SHOWS:
             strengths.append(float(denoised.square().mean()))
     left = strengths[-1] / strengths[0] if strengths and strengths[0] else 1.0
-    return ReverseDiffusion(products / squares if squares else 0.0, left, denoised)
+
+    def defect(above: float, below: float) -> float:
+        products, squares = (sum(x[k] for x in changes if above >= x[0] > below) for k in (1, 2))
+        return products / squares if squares else 0.0
+
+    return ReverseDiffusion(defect(math.inf, 0.0), left, denoised, defect(*SHAPES))
 
 
 def stochasticity_for(found: ReverseDiffusion, num_calls: int) -> Stochasticity:
@@ -158,9 +170,10 @@ def levels_of_errors(
         high, low: the noise levels that it has.
         deviation: of a y that a run starts from, at a noise level; None: all begin at `high`.
         shift: how far a pipeline moves levels for its resolution.
-        noisy: whether the sampler may inject noise.
+        noisy: whether the sampler may inject noise, if there are calls enough for that to matter.
     """
     very_few = num_calls < ENOUGH
+    noisy = noisy or num_calls < FEWEST  # of so few the lower start is nearer without noise, too
     known = deviation is not None and len(run.images) >= MANY_IMAGES  # of few their deviation would be chance
     lower = HIDING_EACH * max(num_calls, FEWEST)
     corrected = noisy and known and lower < HIDING and not (run.errs_much or run.fades)
@@ -169,19 +182,21 @@ def levels_of_errors(
         high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
     top = high / shift
     last = float(even_levels(top, low / shift, num_calls)[-1])
-    levels = power_levels(top, last, num_calls, POWER if run.fades or not noisy else power_of(num_calls))
+    levels = power_levels(top, last, num_calls, power_of(run, num_calls) if noisy else POWER)
     if corrected:
-        levels = power_levels(top, min(HIGHER_OF_FEW * last, top / 2), num_calls, POWER_OF_FEW)
+        levels = power_levels(top, min(HIGHER_OF_FEW * last, top / 2), num_calls, power_of(run, num_calls))
     elif very_few:
         share = LAST_SHARE / 2 if run.errs_much and not run.fades else LAST_SHARE
         levels = power_levels(top, min(max(last, share * top), HIGHER * last, top / 2), num_calls, POWER)
     return levels * shift
 
 
-def power_of(num_calls: int) -> float:
+def power_of(run: ReverseDiffusion, num_calls: int) -> float:
     """The power of the levels of so many calls, where noise corrects errors."""
-    few, many = MANY_CALLS
-    return POWER + (POWER_OF_MANY - POWER) * min(1.0, max(0.0, (num_calls - few) / (many - few)))
+    if run.fades or run.errs_in_shapes:
+        return POWER
+    (few, many), (first, last) = CALLS_OF_POWERS, POWERS_OF_SHAPES
+    return first + (last - first) * min(1.0, max(0.0, (num_calls - few) / (many - few)))
 
 
 def hiding_level(level: float, high: float, deviation: Callable[[float], float]) -> float:

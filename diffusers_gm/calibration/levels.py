@@ -65,15 +65,18 @@ class Ladder:
         from starts that no levels were chosen on.
 
         Batches come in pairs of opposite noise: without, the mean of the noise, which decides how bright images are,
-        is most of what chance does to the distance. The standard error of a difference is that of the jackknife over
-        pairs.
+        is most of what chance does to the distance. The variance of a difference is that of the jackknife over pairs,
+        and that over as many parts of the real images.
         """
         sigmas = torch.tensor(levels, dtype=torch.float64)
         lower = 1.0 if self.deviation is None else self.deviation(levels[0]) / self.deviation(self.high)
         shown = float(images.min()), float(images.max())  # a pipeline clips what it makes, too
 
+        some = torch.arange(len(images)) % JUDGED
+        parts = [images[some != k] for k in range(JUDGED)]
+
         def distances(tau: Stochasticity) -> Tensor:
-            """Of all pairs, and of all but one, `(1 + JUDGED,)`."""
+            """Of all to all, of all but a pair to all, and of all to all but a part, `(1 + 2 JUDGED,)`."""
             sampler = replace(self.sampler, stochasticity=tau)
             batches = []
             for seed, (sign, draw) in product(range(JUDGED), ((1, Draw), (-1, OppositeDraw))):
@@ -82,14 +85,16 @@ class Ladder:
                 y = sign * lower * self.fresh_start(3 + seed)
                 *_, last = denoised_images(self.denoiser, y, sigmas, sampler, draw(generator, y.device, y.dtype))
                 batches.append(last.clamp(*shown))
-            without = [batches[: 2 * k] + batches[2 * k + 2 :] for k in range(JUDGED)]
-            return torch.tensor([sliced_distance(torch.cat(some), images) for some in (batches, *without)])
+            made = torch.cat(batches)
+            without = [torch.cat(batches[: 2 * k] + batches[2 * k + 2 :]) for k in range(JUDGED)]
+            pairs = [(made, images), *((fewer, images) for fewer in without), *((made, part) for part in parts)]
+            return torch.tensor([sliced_distance(*pair) for pair in pairs])
 
         best, gained, of_rule = ruled, 0.0, distances(ruled)
         for tau in (tau for tau in taus if tau != ruled):
             gain, *without = of_rule - distances(tau)
-            spread = torch.stack(without).std(correction=0) * (JUDGED - 1) ** 0.5
-            if gain > max(gained, SURE * float(spread)):
+            variances = torch.stack(without).view(2, JUDGED).var(1, correction=0) * (JUDGED - 1)
+            if gain > max(gained, SURE * float(variances.sum().sqrt())):
                 best, gained = tau, float(gain)
         return best
 

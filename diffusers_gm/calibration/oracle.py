@@ -88,7 +88,7 @@ class AskedScheduler(CalibratedMultistepScheduler):
                     f"the pipeline does not scale its network's input (scheduler.scale_model_input), as networks of "
                     f"{self.noise_space.kind} space need it: run the network by one that does, such as ours"
                 )
-            self._start = y
+            self._start = y.clone()  # pipelines may write into theirs, here and below
             self._first = position_in(timestep, self.timesteps) or self.begin_index or 0
             # At another level than the start's, where what is put back is other than what was handed.
             sigma = call.sigma / 2
@@ -107,9 +107,9 @@ class AskedScheduler(CalibratedMultistepScheduler):
         if place < len(self.timesteps):
             self.timesteps[place] = float(label)
             self.sigmas[place] = self.visible_sigmas(self.reading.sigma(label))[0]
-        prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype)
+        prev_sample = self.reading.visible(y, companion, self.asked).to(sample.dtype, copy=True)
         if self._taken == 1:
-            self._handed = prev_sample.clone()  # pipelines may write into theirs
+            self._handed = prev_sample.clone()
         denoised = denoised.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample, denoised) if return_dict else (prev_sample, denoised)
 

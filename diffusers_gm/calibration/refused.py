@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 # Arguments of diffusers' pipelines that act in a share of a run, or by the calls before, and what they are where they
@@ -55,6 +55,10 @@ def refuse_what_cannot_be(pipe: Any, defaults: Mapping[str, Any], given: Mapping
             f"a {kind} with expand_timesteps gives the frame that it begins with a level of its own, which its "
             "scheduler does not see: it cannot be calibrated"
         )
+    if isinstance(pipe, DDIMPipeline):
+        raise ValueError(
+            "DDIMPipeline hands its own scheduler's eta to step: calibrate, and use, DDPMPipeline(**pipe.components)"
+        )
     _refuse_pipelines_inside(pipe)
     _refuse_parts(getattr(pipe, "components", {}))
     if "num_inference_steps" not in defaults:
@@ -85,7 +89,7 @@ def refuse_noise(pipe: Any, given: Mapping[str, Any], stochasticity: Any, images
     frames = [name for name in FRAMES if given.get(name) is not None]
     if not frames or not type(pipe).__name__.startswith(PINNED_BY_VELOCITY):
         return False
-    if stochasticity not in (None, 0) or images is not None:
+    if stochasticity not in (None, 0, (0, 0), [0, 0]) or images is not None:
         asked = f"stochasticity={stochasticity}" if images is None else "images, which choose among stochasticities,"
         raise ValueError(
             f"{asked} beside {frames[0]}: a {type(pipe).__name__} leaves the noise of its steps in the frames that it "

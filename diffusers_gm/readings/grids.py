@@ -1,6 +1,7 @@
 """How a budget of network calls is spread over noise levels."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -150,23 +151,32 @@ def check_calibration(calibration: dict[str, Any] | None) -> None:
         return
     if not all(isinstance(key, str) for key in calibration):
         raise ValueError(f"the keys of a calibration must be strings, as in JSON, got {list(calibration)}")
-    budgets = [key for key in calibration if key.isdigit()]
+    budgets = [key for key in calibration if _says_calls(key)]
     if not budgets:
         raise ValueError(f"calibration must map numbers of calls to noise levels, got the keys {sorted(calibration)}")
     for key in budgets:
         levels = calibration[key]
-        falling = all(a > b > 0 for a, b in pairwise(levels))
-        if not levels or str(len(levels)) != key or not falling or not 0 < levels[0] < math.inf:
+        numbers = isinstance(levels, list | tuple) and all(isinstance(level, int | float) for level in levels)
+        if not numbers or str(len(levels)) != key or not _falling(levels):
             raise ValueError(
                 f"calibration for {key} calls must be {key} descending positive noise levels, got {levels}"
             )
     if unknown := calibration.keys() - {*budgets, "stochasticity", "shift"}:
         raise ValueError(f"calibration has {sorted(unknown)}: beside numbers of calls it may have stochasticity, shift")
-    if not 0 < calibration.get("shift", 1.0) < math.inf:
-        raise ValueError(f"the shift of a calibration must be positive, got {calibration['shift']}")
+    shift: Any = calibration.get("shift", 1.0)
+    if not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise ValueError(f"the shift of a calibration must be positive, got {shift!r}")
     taus = calibration.get("stochasticity") or {}
-    if not isinstance(taus, dict) or not all(isinstance(key, str) and key.isdigit() for key in taus):
+    if not isinstance(taus, dict) or not all(isinstance(key, str) and _says_calls(key) for key in taus):
         raise ValueError(f"the stochasticity of a calibration must be by numbers of calls, got {taus}")
+
+
+def _says_calls(key: str) -> bool:
+    return key.isdecimal() and str(int(key)) == key and key != "0"
+
+
+def _falling(levels: Sequence[float]) -> bool:
+    return math.inf > levels[0] and levels[-1] > 0 and all(a > b for a, b in pairwise(levels))
 
 
 def calibrated_levels(calibration: dict[str, Any], num_levels: int) -> Tensor:

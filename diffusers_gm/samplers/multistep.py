@@ -12,7 +12,7 @@ reverse diffusion as SDE-DPM-Solver++ (arXiv 2211.01095) and SA-Solver (arXiv 23
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from numbers import Real
 
 import torch
@@ -25,9 +25,10 @@ from .sampler import Memory, Plan, Stepped, one_a_level
 # the step over the one before: the difference of the two D's is of noise, which a longer step extrapolates.
 DAMPING = 0.2
 
-# A step so many times as long as the one before is of first order: no grid of ours has one, but lists of levels that
-# are even in time do where they end, and a line through the last two D's would lead far from both.
-LONGER = 4.0
+# D's are interpolated whose clocks are at least this share of the step apart: a polynomial through two that are nearer
+# leads far from both, as in the last step of levels that are even in time, or after two nearly equal ones. No grid of
+# ours has such.
+APART = 0.25
 
 # Where D is clipped, the noise that the network saw stays in a long step, as in DDIM (arXiv 2010.02502): y moves as D
 # does; else what is out of range would stay in y, and come back. In short ones y moves at this rate, `FOLLOWS h`: moves
@@ -89,9 +90,10 @@ class Multistep:
         spread = (sigmas[1:] * torch.sqrt(-torch.expm1(-2 * tau**2 * h))).tolist()
         # The clocks of the last calls, each once, the newest first.
         known = [list(dict.fromkeys(reversed(clock[: i + 1].tolist())))[: self.order] for i in range(n - 1)]
+        known = [apart(clocks, APART * float(step)) for clocks, step in zip(known, h, strict=True)]
         before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
         growth = (h / before).clamp(min=1)
-        blend = torch.where(tau > 0, 1 / (1 + DAMPING * h**4 * growth), 1.0) * (growth <= LONGER)
+        blend = torch.where(tau > 0, 1 / (1 + DAMPING * h**4 * growth), 1.0)
         predictor: list[list[list[float]]] = [[] for _ in range(n)]
         corrector: list[list[list[float]]] = [[] for _ in range(n)]
         for k in range(1, self.order + 1):
@@ -131,6 +133,12 @@ class Multistep:
         for weight, (_, image) in zip(weights[len(known)], items, strict=False):
             y = y.add_(image, alpha=weight)
         return y, memory._replace(denoised=items[: self.order])
+
+
+def apart(clocks: list[float], least: float) -> list[float]:
+    """Descending clocks up to the first that is less than `least` below the one before."""
+    near = (i for i, (later, earlier) in enumerate(pairwise(clocks), 1) if later - earlier < least)
+    return clocks[: next(near, len(clocks))]
 
 
 def in_one(decay: float, predictor: list[list[float]], corrector: list[list[float]], remembered: int) -> list[float]:
