@@ -395,13 +395,13 @@ def test_the_command_has_real_images_choose(tiny_unet, tmp_path, monkeypatch, ca
     NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0)).save_pretrained(tmp_path / "model")
     words = [str(tmp_path / "model"), "--calls", "4", "--effort", "fast", "--batch_size", "2"]
     (tmp_path / "photos").mkdir()
-    for i in range(3):
+    for i in range(5):
         Image.new("RGB", (20, 30), (40 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
     seen = []
     monkeypatch.setattr(Ladder, "closest", lambda self, ruled, taus, levels, images: seen.append(images) or 0.4)
     main([*words, "--train_data_dir", str(tmp_path / "photos")])
     main([*words, "--dataset_name", "digits"])
-    assert [tuple(images.shape) for images in seen] == [(3, 1, 8, 8), (1437, 1, 8, 8)]
+    assert [tuple(images.shape) for images in seen] == [(5, 1, 8, 8), (1437, 1, 8, 8)]
     assert "stochasticity 0.4\n" in capsys.readouterr().out
     for more, message in (
         (["--dataset_name", "digits", "--stochasticity", "0"], "stochasticity=0.0 is what images would choose"),
@@ -421,3 +421,22 @@ def test_the_command_replaces_the_scheduler_of_no_other_model(tiny_unet, tmp_pat
     assert stopped.value.code == 2
     assert "holds another pipeline, whose scheduler would be replaced" in capsys.readouterr().err
     assert isinstance(NCSNv2Pipeline.from_pretrained(tmp_path / "other").scheduler, AnnealedLangevinScheduler)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tiny_unet, tmp_path, capsys, monkeypatch):
+    NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0)).save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setitem(main.__globals__, "calibrate_in_full", None)  # not reached
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "model"), "--output_dir", str(tmp_path / "file" / "below")])
+    assert str(tmp_path / "file" / "below") in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_picture_of_the_scheduler_before_goes_where_none_can_be_drawn(tiny_unet, tmp_path, capsys, monkeypatch):
+    NCSNv2Pipeline(tiny_unet, AnnealedLangevinScheduler(sigma_max=20.0)).save_pretrained(tmp_path)
+    (tmp_path / "calibration.png").write_bytes(b"of the scheduler before")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    main([str(tmp_path), "--calls", "4", "--effort", "fast", "--batch_size", "2"])
+    assert "no picture" in capsys.readouterr().out
+    assert not (tmp_path / "calibration.png").exists()

@@ -4,6 +4,7 @@ import copy
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPAGPipeline
@@ -24,6 +25,8 @@ from diffusers_gm.calibration.calibrate import calibrate_in_full
         ({"calls": (10, 70)}, r"calls=\[10, 70\]: the network was trained at 60 noise levels; use at most 60"),
         ({"effort": "some"}, "unknown effort 'some'"),
         ({"num_inference_steps": 5}, "is what is calibrated"),
+        ({"images": torch.zeros(3, 1, 8, 8)}, "images has 3, of which nothing can be told: give some hundreds"),
+        ({"images": [[0.0]]}, r"images must be a tensor \(n, C, H, W\), got a list"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments, message, tiny_unet):
@@ -100,6 +103,59 @@ def test_what_was_calibrated_is_what_runs(own, tiny_unet):
     levels = found.scheduler.reading.sigma(found.scheduler.timesteps.double())
     torch.testing.assert_close(levels, torch.tensor(found.levels[5], dtype=torch.float64), rtol=1e-3, atol=0)
     assert found.scheduler.sampler.stochasticity == 0.5
+
+
+class Told(UnconditionalPipeline):
+    """Says what it was asked for, and makes nothing."""
+
+    def __call__(self, num_inference_steps, batch_size=None, generator=None, strength=None, **_):
+        raise InterruptedError(num_inference_steps, batch_size)
+
+
+def told(tiny_unet, calls, **arguments):
+    with pytest.raises(InterruptedError) as asked:
+        calibrate(Told(tiny_unet, DDPMScheduler()), calls, progress=False, **arguments)
+    return asked.value.args
+
+
+def test_there_are_steps_enough_for_all_budgets_whatever_share_of_them_is_made(tiny_unet):
+    """A search takes up to 240 calls, twice, and real images fifty runs of each budget."""
+    assert told(tiny_unet, range(2, 81))[0] > 480 * 79
+    assert told(tiny_unet, range(5, 51), images=torch.zeros(4, 1, 8, 8))[0] > 50 * sum(range(5, 51))
+    assert told(tiny_unet, (5,), strength=0.05)[0] * 0.05 >= told(tiny_unet, (5,))[0]
+
+
+def test_own_pipelines_make_as_many_as_there_are_latents_or_generators(tiny_unet):
+    assert told(tiny_unet, (5,), latents=torch.zeros(8, 1, 8, 8))[1] == 8
+    assert told(tiny_unet, (5,), generator=[torch.Generator() for _ in range(3)])[1] == 3
+    assert told(tiny_unet, (5,), latents=torch.zeros(8, 1, 8, 8), batch_size=8)[1] == 8
+
+
+@pytest.mark.parametrize("space", ["vp", "flow", "ve", "edm"])
+def test_edits_of_latents_are_seen_in_place_as_otherwise(space, tiny_unet):
+    def found(edit):
+        pipe = UnconditionalPipeline(tiny_unet, CalibratedMultistepScheduler(noise_space=space, sigma_min=0.02))
+        return calibrate_in_full(
+            pipe,
+            (4,),
+            effort="fast",
+            stochasticity=0.0,
+            progress=False,
+            batch_size=4,
+            output_type="np",
+            callback_on_step_end=lambda pipe, step, timestep, tensors: {"latents": edit(tensors["latents"])},
+        )
+
+    in_place, otherwise = found(lambda latents: latents.mul_(0.9)), found(lambda latents: latents * 0.9)
+    assert in_place.levels == otherwise.levels
+    assert in_place.martingale_defect == otherwise.martingale_defect
+
+
+def test_a_number_of_numpy_is_saved_as_one(tiny_unet, tmp_path):
+    pipe = UnconditionalPipeline(tiny_unet, DDPMScheduler())
+    found = calibrate(pipe, (5,), effort="fast", stochasticity=np.float32(0.5), progress=False, batch_size=2)
+    found.save_pretrained(tmp_path)
+    assert CalibratedMultistepScheduler.from_pretrained(tmp_path).config.calibration["stochasticity"] == {"5": 0.5}
 
 
 def test_what_the_pipeline_raises_is_passed_on(tiny_unet):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     FirstBlockCacheConfig,
@@ -164,6 +166,11 @@ def test_a_scheduler_of_the_sound_is_refused(tiny_unet):
         calibrate(pipe, (5,), progress=False)
 
 
+def test_a_pipeline_that_hands_its_own_options_to_step_is_refused(tiny_unet):
+    with pytest.raises(ValueError, match=r"calibrate, and use, DDPMPipeline\(\*\*pipe.components\)"):
+        calibrate(DDIMPipeline(tiny_unet, DDIMScheduler()), (5,), progress=False)
+
+
 def test_frames_that_are_given_by_a_velocity_get_no_noise():
     """Of a pipeline that steps a given frame by the velocity towards it, as Cosmos 2.5."""
 
@@ -174,6 +181,7 @@ def test_frames_that_are_given_by_a_velocity_get_no_noise():
     assert not refuse_noise(pipe, {"prompt": "a"}, None, None)
     assert refuse_noise(pipe, {"image": "a"}, None, None)
     assert refuse_noise(pipe, {"video": "a"}, 0.0, None)
+    assert refuse_noise(pipe, {"video": "a"}, (0, 0.0), None)
     assert not refuse_noise(DDPMPipeline.__new__(DDPMPipeline), {"image": "a"}, 0.5, None)
     with pytest.raises(ValueError, match=r"stochasticity=\(0.5, 1\) beside image: .* use stochasticity=0"):
         refuse_noise(pipe, {"image": "a"}, (0.5, 1), None)

@@ -289,6 +289,10 @@ def test_runs_of_more_calls_than_a_calibration_knows():
         {"2": [2.0, 1.0], "stochasticity": 0.5},
         {"2": [2.0, 1.0], "stochasticity": {"few": 0.5}},
         {"2": [2.0, 1.0], "shift": 0.0},
+        {"2": [2.0, 1.0], "shift": "3"},
+        {"2": [2.0, 1.0], "stochasticity": {"0": 0.5}},
+        {"2": 5},
+        {"2": ["2.0", "1.0"]},
     ],
 )
 def test_what_is_no_calibration_is_refused(calibration):

@@ -61,7 +61,7 @@ class Calibration:
 
     Attributes:
         scheduler: the result.
-        levels: of each budget; `fixed`: of the grid that it would have without.
+        levels: of each budget; `fixed`: those of `even_levels`, the grid without one.
         errors: of each budget, the squared sliced Wasserstein distance of the last D's to the teacher's: of the fixed
             grid, and of what was found. From a start that levels were not moved on, but by which the best of those
             that were found, and of the fixed grid, is taken. None where no run was judged:

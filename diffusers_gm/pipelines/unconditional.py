@@ -228,7 +228,7 @@ class UnconditionalPipeline(ImagePipeline):
         return_dict: bool = True,
         class_labels: ClassLabels | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Remove the noise that images have, without adding any.
+        """Remove the noise that images have, adding none but what the sampler puts between its steps.
 
         Args:
             image: as in `estimate_noise_level`.

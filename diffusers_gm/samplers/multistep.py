@@ -21,8 +21,9 @@ from torch import Tensor
 from ..processes.random import Draw
 from .sampler import Memory, Plan, Stepped, one_a_level
 
-# How the predictor gives way to first order where a stochastic step is long: `1 / (1 + DAMPING h^4 r)`, where r >= 1 is
-# the step over the one before: the difference of the two D's is of noise, which a longer step extrapolates.
+# How the predictor gives way to first order where a stochastic step is long: `1 / (1 + DAMPING h^4 r)`, where h counts
+# tau^2 times for tau above 1, and r >= 1 is the step over the one before: the difference of the two D's is of noise,
+# which a longer step extrapolates.
 DAMPING = 0.2
 
 # D's are interpolated whose clocks are at least this share of the step apart: a polynomial through two that are nearer
@@ -93,7 +94,7 @@ class Multistep:
         known = [apart(clocks, APART * float(step)) for clocks, step in zip(known, h, strict=True)]
         before = torch.tensor([k[0] - k[1] if len(k) > 1 else math.inf for k in known], dtype=torch.float64)
         growth = (h / before).clamp(min=1)
-        blend = torch.where(tau > 0, 1 / (1 + DAMPING * h**4 * growth), 1.0)
+        blend = torch.where(tau > 0, 1 / (1 + DAMPING * (h * tau.clamp(min=1) ** 2) ** 4 * growth), 1.0)
         predictor: list[list[list[float]]] = [[] for _ in range(n)]
         corrector: list[list[list[float]]] = [[] for _ in range(n)]
         for k in range(1, self.order + 1):

@@ -20,7 +20,8 @@ class CalibratedMultistepScheduler(SamplerScheduler):
 
     `diffusers_gm.calibrate(pipe)` returns one, with the noise levels that suit the network at each number of calls. Its
     config holds them, so that whoever loads the model has them. Budgets between those that were calibrated are
-    interpolated. Without a calibration the levels are `even_levels`, whose last one depends on the number of calls.
+    interpolated. Without a calibration the levels are `even_levels`, whose last one depends on the number of calls, or
+    those that a pipeline of flow passes unasked.
 
     Order of convergence: `multistep_order + 1` with the corrector, `multistep_order` without, for the probability flow
     (`stochasticity` 0) and smooth denoisers.
