@@ -37,12 +37,12 @@ IDLE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "sld_": lambda said: (said.get("sld_guidance_scale") or 0) <= 1,
 }
 
+# Likewise of guiders, under these names or such that end in them; momentum makes an answer depend on those before.
+SHARES_OF_GUIDERS = {"start": 0.0, "stop": 1.0, "start_step": -1, "zero_init_steps": 0, "momentum": None}
+
 # Pipelines that give their scheduler the velocity from the noise of the start to a frame that is given, and never put
 # that frame back: any fresh noise would stay in it, and look like an error of the network.
 PINNED_BY_VELOCITY, FRAMES = ("Cosmos2_5", "Cosmos3"), ("image", "video")
-
-# Likewise of guiders, under these names or such that end in them; momentum makes an answer depend on those before.
-SHARES_OF_GUIDERS = {"start": 0.0, "stop": 1.0, "start_step": -1, "zero_init_steps": 0, "momentum": None}
 
 
 def refuse_what_cannot_be(pipe: Any, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
