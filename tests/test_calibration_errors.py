@@ -115,9 +115,10 @@ def test_a_network_whose_errors_dominate_keeps_the_fixed_grid():
     for n, tau in ((2, 0.0), (6, 0.5), (30, 1.0)):
         result.scheduler.set_timesteps(n)
         assert result.scheduler.sampler.stochasticity == tau
-    top = result.levels[10][0]
+    top, lower = result.levels[5][0], result.levels[10][0]
     assert 6 < top < 15, "ten times the deviation of the images, which is about 0.8 in every direction"
-    assert result.levels[10] == even_levels(top, 0.01, 10).tolist()
+    assert 3 < lower < 6, "as errors dominate everywhere"
+    assert result.levels[10] == even_levels(lower, 0.01, 10).tolist()
     assert result.levels[5] == pytest.approx(power_levels(top, 0.1, 5, 3.0).tolist())
 
 
@@ -202,7 +203,8 @@ def test_levels_are_mostly_above_where_noise_corrects_errors_and_images_take_sha
             without_noise = levels_of_errors(run, n, *span, noisy=False)
             assert without_noise.tolist() == pytest.approx(fixed.tolist())
             in_shapes = levels_of_errors(of_deviation(1.0, defect=defect, of_shapes=-0.5), n, *span)
-            assert in_shapes.tolist() == pytest.approx(fixed.tolist())
+            assert in_shapes.tolist() == pytest.approx(even_levels(float(in_shapes[0]), 0.01, n).tolist())
+            assert 3 < in_shapes[0] < 4
             fades = levels_of_errors(of_deviation(1.0, left=0.9, defect=defect), n, *span)
             assert fades.tolist() == pytest.approx(even_levels(40.0, 0.01, n).tolist())
 
@@ -249,6 +251,12 @@ def test_where_runs_of_a_network_of_errors_begin():
     assert begins(5, high=10.0) == pytest.approx(10)
     assert begins(6, defect=-0.6) == pytest.approx(30)
     assert begins(6, num_images=15) == pytest.approx(100), "of few images nothing is concluded"
+    # Where they dominate as images take shape, too, as low as noise hides the images and their mean.
+    mean_square = float(of_deviation(3.0).images.square().mean())
+    for n in (6, 15, 50):
+        assert begins(n, defect=-0.6, of_shapes=-0.5) == pytest.approx(3.5 * mean_square**0.5)
+    assert begins(5, defect=-0.6, of_shapes=-0.5) == pytest.approx(30)
+    assert begins(15, of_shapes=-0.5, left=0.9) == pytest.approx(100)
     # What unit noise has in place of an image is next to nothing there.
     for deviation in (lambda sigma: math.hypot(1, sigma), lambda sigma: 1 + sigma):
         level = hiding_level(0.0, 4000.0, deviation)

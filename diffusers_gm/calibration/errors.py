@@ -40,6 +40,10 @@ FEWEST, HIDING_EACH, HIGHER_OF_FEW = 5, 0.7, 1.6
 SHAPES = 5.0, 1.0
 CALLS_OF_POWERS, POWERS_OF_SHAPES = (10, 20), (2.0, 1.0)
 
+# And those above do so the more: runs of networks whose errors dominate there, too, begin as low as they may, where
+# noise is so many times as wide as the images, their mean included.
+HIDING_ALL = 3.5
+
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
 
@@ -60,10 +64,12 @@ LOST, LOST_MUCH, GAINED, FOLLOWED = 3, 5, 0.5, 7
 LAST_SHARE, HIGHER = 0.014, 8.0
 
 
-def largest_deviation(images: Tensor) -> float:
-    """The standard deviation of images `(n, ...)` along the direction in which they differ most."""
+def largest_deviation(images: Tensor, center: Tensor | float | None = None) -> float:
+    """The standard deviation of images `(n, ...)` along the direction in which they differ most; from their mean or, in
+    the root mean square, from another `center`."""
     flat = images.flatten(1).float()
-    return float(torch.linalg.matrix_norm(flat - flat.mean(0), 2)) / max(len(flat) - 1, 1) ** 0.5
+    center, freedoms = (flat.mean(0), max(len(flat) - 1, 1)) if center is None else (center, len(flat))
+    return float(torch.linalg.matrix_norm(flat - center, 2)) / freedoms**0.5
 
 
 @dataclass(frozen=True)
@@ -178,8 +184,10 @@ def levels_of_errors(
     lower = HIDING_EACH * max(num_calls, FEWEST)
     corrected = noisy and known and lower < HIDING and not (run.errs_much or run.fades)
     if deviation is not None and known and (very_few or not run.fades):
-        hiding = lower if corrected else HIDING
-        high = hiding_level(hiding * largest_deviation(run.images), high, deviation)
+        level = (lower if corrected else HIDING) * largest_deviation(run.images)
+        if run.errs_in_shapes and noisy and not very_few:
+            level = min(level, HIDING_ALL * largest_deviation(run.images, center=0.0))
+        high = hiding_level(level, high, deviation)
     top = high / shift
     last = float(even_levels(top, low / shift, num_calls)[-1])
     levels = power_levels(top, last, num_calls, power_of(run, num_calls) if noisy else POWER)
