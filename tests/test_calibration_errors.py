@@ -253,9 +253,9 @@ def test_where_runs_of_a_network_of_errors_begin():
     assert begins(6, num_images=15) == pytest.approx(100), "of few images nothing is concluded"
     # Where they dominate as images take shape, too, as low as noise hides the images and their mean.
     mean_square = float(of_deviation(3.0).images.square().mean())
-    for n in (6, 15, 50):
+    for n in (10, 15, 50):
         assert begins(n, defect=-0.6, of_shapes=-0.5) == pytest.approx(3.5 * mean_square**0.5)
-    assert begins(5, defect=-0.6, of_shapes=-0.5) == pytest.approx(30)
+    assert begins(9, defect=-0.6, of_shapes=-0.5) == pytest.approx(30)
     assert begins(15, of_shapes=-0.5, left=0.9) == pytest.approx(100)
     # What unit noise has in place of an image is next to nothing there.
     for deviation in (lambda sigma: math.hypot(1, sigma), lambda sigma: 1 + sigma):

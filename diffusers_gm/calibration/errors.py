@@ -41,8 +41,8 @@ SHAPES = 5.0, 1.0
 CALLS_OF_POWERS, POWERS_OF_SHAPES = (10, 20), (2.0, 1.0)
 
 # And those above do so the more: runs of networks whose errors dominate there, too, begin as low as they may, where
-# noise is so many times as wide as the images, their mean included.
-HIDING_ALL = 3.5
+# noise is so many times as wide as the images, their mean included; of so many calls at least.
+HIDING_ALL, LOWER_FROM = 3.5, 10
 
 # Such a start is wider than its level, by what unit noise has in place of an image: by so much at most.
 WIDER = 0.02
@@ -185,7 +185,7 @@ def levels_of_errors(
     corrected = noisy and known and lower < HIDING and not (run.errs_much or run.fades)
     if deviation is not None and known and (very_few or not run.fades):
         level = (lower if corrected else HIDING) * largest_deviation(run.images)
-        if run.errs_in_shapes and noisy and not very_few:
+        if run.errs_in_shapes and noisy and num_calls >= LOWER_FROM:
             level = min(level, HIDING_ALL * largest_deviation(run.images, center=0.0))
         high = hiding_level(level, high, deviation)
     top = high / shift
