@@ -64,12 +64,15 @@ LOST, LOST_MUCH, GAINED, FOLLOWED = 3, 5, 0.5, 7
 LAST_SHARE, HIGHER = 0.014, 8.0
 
 
-def largest_deviation(images: Tensor, center: Tensor | float | None = None) -> float:
-    """The standard deviation of images `(n, ...)` along the direction in which they differ most; from their mean or, in
-    the root mean square, from another `center`."""
+def largest_deviation(images: Tensor) -> float:
+    """The standard deviation of images `(n, ...)` along the direction in which they differ most."""
     flat = images.flatten(1).float()
-    center, freedoms = (flat.mean(0), max(len(flat) - 1, 1)) if center is None else (center, len(flat))
-    return float(torch.linalg.matrix_norm(flat - center, 2)) / freedoms**0.5
+    return float(torch.linalg.matrix_norm(flat - flat.mean(0), 2)) / max(len(flat) - 1, 1) ** 0.5
+
+
+def largest_size(images: Tensor) -> float:
+    """The root mean square of images `(n, ...)`, their mean included, along the direction in which they are largest."""
+    return float(torch.linalg.matrix_norm(images.flatten(1).float(), 2)) / len(images) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def levels_of_errors(
 ) -> Tensor:
     """Noise levels `(num_calls,)`, descending, in float64: the fixed grid, from where noise hides the images; of few
     calls one that begins lower, if noise corrects that, and ends higher: what is below costs steps that the noise above
-    needs; of many calls, if noise corrects errors, one with more above.
+    needs; from six calls on more even ones, if noise corrects errors and D is good where images take shape.
 
     Args:
         run: of the network.
@@ -186,17 +189,17 @@ def levels_of_errors(
     if deviation is not None and known and (very_few or not run.fades):
         level = (lower if corrected else HIDING) * largest_deviation(run.images)
         if run.errs_in_shapes and noisy and num_calls >= LOWER_FROM:
-            level = min(level, HIDING_ALL * largest_deviation(run.images, center=0.0))
+            level = min(level, HIDING_ALL * largest_size(run.images))
         high = hiding_level(level, high, deviation)
     top = high / shift
     last = float(even_levels(top, low / shift, num_calls)[-1])
-    levels = power_levels(top, last, num_calls, power_of(run, num_calls) if noisy else POWER)
+    power = power_of(run, num_calls) if noisy else POWER
     if corrected:
-        levels = power_levels(top, min(HIGHER_OF_FEW * last, top / 2), num_calls, power_of(run, num_calls))
+        last = min(HIGHER_OF_FEW * last, top / 2)
     elif very_few:
         share = LAST_SHARE / 2 if run.errs_much and not run.fades else LAST_SHARE
-        levels = power_levels(top, min(max(last, share * top), HIGHER * last, top / 2), num_calls, POWER)
-    return levels * shift
+        last, power = min(max(last, share * top), HIGHER * last, top / 2), POWER
+    return power_levels(top, last, num_calls, power) * shift
 
 
 def power_of(run: ReverseDiffusion, num_calls: int) -> float:

@@ -162,11 +162,11 @@ class ImagePipeline(HubPipeline):
         """What `diffusers_gm.calibrate` runs this pipeline with, which was `given` these arguments: many images, where
         they are small, and unless told of all classes, in the proportions of the training data."""
         channels, height, width = self._sample_shape(given.get("height"), given.get("width"))
-        most = given.get("batch_size")
+        most: Any = given.get("batch_size")
         for each in (given.get("latents"), given.get("generator")):
             if most is None and isinstance(each, Tensor | list | tuple):
                 most = len(each)
-        most = images_at_once(64, channels, height, width) if most is None else int(most)
+        most = images_at_once(64, channels, height, width) if most is None else most
         labels = given.get("class_labels", self.draw_labels(most, evenly=True))
         if labels is None:
             return {"batch_size": most}
